@@ -1,0 +1,224 @@
+"""Decoding that switches between words and latents (paper sec. 3.1).
+
+Each row of the batch is in one of three states, and every step gives it one token:
+
+    state      chosen by the policy                             fed back next
+    words      a word, `<|latent_start|>` or the end of turn    that token's embedding
+    in a span  stop = `<|latent_end|>`, continue = `<|latent|>`   stop: the token; continue: the last hidden state
+    done       nothing                                          padding
+
+`<|latent|>` and `<|latent_end|>` cannot be produced among words. At `max_latents` a span is stopped by force. The
+record (tokens, latents, which of them were chosen, their log-probabilities) is exactly what was fed to the model and
+what is in its cache, so that training can replay it.
+
+    rollout = generate(model, batch, max_new_tokens=2048)            # greedy
+    rollout = generate(model, batch, max_new_tokens=2048, temperature=0.9, top_p=0.99, n=8)
+
+Where this differs from the paper: 1. in a span the event is binary, so greedy decoding stops when p(LE) > 1/2, and top-p
+does not apply. 2. Placeholder tokens of images and videos are never produced: a replay could not tell them from input.
+Where this differs from the official code: 3. A forced stop is in the cache and in the record alike. 4. Inside a span only
+stop or continue can happen, never another word.
+
+How it is fast: vision and prompt run once a prompt, not once a sample; a static key-value cache; on CUDA one step is
+captured as a CUDA graph and replayed; the host looks at the device only every CHUNK tokens, and then drops finished rows.
+
+Axis letters: B prompts, R rows = B * n (row i * n + k is sample k of prompt i), P prompt tokens, T new tokens,
+N latents, D hidden, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import StaticCache
+
+CHUNK = 16  # steps between two looks at which rows are done
+
+
+@dataclass
+class Rollout:
+    """What was generated, as it was fed. Rows as in the file's docstring; tensors are on the model's device."""
+    tokens: torch.Tensor  # (R, T) generated tokens only, padded after the end of turn
+    sampled: torch.Tensor  # (R, T) bool: the policy chose it; False where forced or padding
+    latents: list  # R tensors (N_i, D), one row a `<|latent|>` token, after the head and noise if any
+    logprobs: torch.Tensor  # (R, T) of what was chosen under the full softmax at the temperature; 0 where not chosen
+    finish: list  # R of "eos" | "length"
+    lengths: torch.Tensor  # (R,) generated tokens incl. the end of turn
+
+
+def choose(logits, in_span, count, u, *, ids, banned, temperature=0.0, top_p=1.0, max_latents=8):
+    """One decision a row -> (token (R,), log-probability (R,), sampled (R,) bool). Source: sec. 3.1; ours in a span.
+
+    logits (R, V); in_span (R,) bool; count (R,) latents of the open span so far; u (R,) uniform in [0, 1); ids =
+    (latent_start, latent, latent_end); banned (V,) = -inf for what cannot be produced among words, else 0.
+    Log-probabilities are those of the full softmax, whatever top_p and banned leave out.
+    """
+    _, latent, latent_end = ids
+    logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # (R, V)
+
+    words = logp + banned
+    if temperature == 0:
+        word = words.argmax(-1)
+    else:  # inverse of the cumulated probabilities, most probable first
+        p, order = words.softmax(-1).sort(-1, descending=True)
+        before = p.cumsum(-1) - p
+        p = p.masked_fill(before >= top_p, 0)  # the smallest set that reaches top_p
+        cdf = p.cumsum(-1)
+        k = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)  # (R, 1)
+        word = order.gather(1, k.clamp(max=(p > 0).sum(-1, keepdim=True) - 1))[:, 0]
+
+    log_stop = logp[:, latent_end]
+    log_go = torch.log(-torch.expm1(log_stop))  # log(1 - p)
+    forced = count >= max_latents
+    stop = forced | (log_stop.exp() > (0.5 if temperature == 0 else u))
+
+    token = torch.where(in_span, torch.where(stop, latent_end, latent), word)
+    chosen = torch.where(in_span, torch.where(stop, log_stop, log_go), logp.gather(1, word[:, None])[:, 0])
+    sampled = ~(in_span & forced)
+    return token, chosen.masked_fill(~sampled, 0), sampled
+
+
+@torch.no_grad()
+def generate(model, batch, *, max_new_tokens, temperature=0.0, top_p=1.0, max_latents=8, n=1, eos_token_id=None,
+             latent_sigma=0.0, generator=None, replace=None):
+    """Continue each prompt n times -> Rollout. Source: sec. 3.1.
+
+    batch: dict of HF-named tensors, left-padded (`data.model_inputs`). temperature 0 = greedy; log-probabilities are
+    then those of the untempered softmax. max_latents: longest span; paper: 2 * L_max = 8. eos_token_id: int or list,
+    default the model's. latent_sigma > 0 adds Gaussian noise to each latent. generator: where random numbers come
+    from. replace (R, K, D): feed these instead of a row's first K latents (ablations). The result does not depend on
+    what else is in the batch (greedy: up to rounding). Raises ValueError for right padding or bad arguments.
+    """
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask  # (B, P)
+    if not bool(mask[:, -1].all()):
+        raise ValueError("generate needs left-padded prompts: the last column of attention_mask must be 1")
+    if max_new_tokens < 1 or n < 1 or max_latents < 0 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"bad arguments: {max_new_tokens=} {n=} {max_latents=} {temperature=} {top_p=}")
+    if eos_token_id is None:
+        eos_token_id = model.generation_config.eos_token_id
+    eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
+    device, (B, P), R = ids.device, ids.shape, len(ids) * n
+    training, text = model.training, model.model.language_model
+    attention = text.config._attn_implementation
+    model.eval()
+    try:
+        # the prompt, once a prompt
+        h, prompt = model.hidden(**{**batch, "attention_mask": mask}, use_cache=True)
+        text.set_attn_implementation("sdpa")  # a step needs a mask over a half-filled cache: sdpa takes one
+        return _decode(
+            model, text, h[:, -1].repeat_interleave(n, 0), _static_cache(text.config, prompt, n, P + max_new_tokens),
+            torch.cat([mask.bool(), mask.new_zeros(B, max_new_tokens, dtype=torch.bool)], 1).repeat_interleave(n, 0),
+            (mask.sum(-1, keepdim=True) + model.model.rope_deltas).repeat_interleave(n, 0),  # (R, 1) next position
+            max_new_tokens=max_new_tokens, eos=torch.tensor(eos, device=device, dtype=torch.long),
+            latent_sigma=latent_sigma, generator=generator, replace=replace,
+            choice=dict(temperature=temperature, top_p=top_p, max_latents=max_latents))
+    finally:
+        text.set_attn_implementation(attention)
+        model.train(training)
+
+
+def _static_cache(config, prompt, n, length):
+    """The prompt's cache, repeated n times, at the front of a fixed-size one. Layer by layer: the old one is freed."""
+    cache = StaticCache(config=config, max_cache_len=length)
+    for new, old in zip(cache.layers, prompt.layers):
+        for name in ("keys", "values"):
+            setattr(old, name, getattr(old, name).repeat_interleave(n, 0))  # (R, heads, P, head width)
+        new.lazy_initialization(old.keys, old.values)
+        new.keys[:, :, :old.keys.shape[2]] = old.keys
+        new.values[:, :, :old.keys.shape[2]] = old.values
+        new.cumulative_length.fill_(old.keys.shape[2])
+        old.keys = old.values = None
+    return cache
+
+
+def _decode(model, text, h, cache, seen, position, *, max_new_tokens, eos, latent_sigma, generator, replace, choice):
+    """The loop. h (R, D) state after the prompt; seen (R, L) bool cache slots to look at; position (R, 1)."""
+    R, device, T = len(h), h.device, max_new_tokens
+    config = model.config
+    ids = config.latent_start_id, config.latent_id, config.latent_end_id
+    banned = torch.zeros(model.lm_head.out_features, device=device)
+    banned[[config.latent_id, config.latent_end_id, config.image_token_id, config.video_token_id]] = -torch.inf
+    pad = eos[0] if len(eos) else torch.zeros((), dtype=torch.long, device=device)
+    slot = torch.full((1,), seen.shape[1] - T, device=device)  # where the next token goes in the cache
+    # one entry a live row; all are updated in place, so that a captured step keeps working on them
+    S = dict(h=h, seen=seen[:, None, None], position=position, row=torch.arange(R, device=device),
+             in_span=torch.zeros(R, dtype=torch.bool, device=device), done=torch.zeros(R, dtype=torch.bool, device=device),
+             count=torch.zeros(R, dtype=torch.long, device=device), fed=torch.zeros(R, dtype=torch.long, device=device),
+             u=torch.zeros(R, device=device), noise=torch.zeros(R, h.shape[1] if latent_sigma else 0, device=device),
+             token=torch.zeros(R, dtype=torch.long, device=device), logprob=torch.zeros(R, device=device),
+             sampled=torch.zeros(R, dtype=torch.bool, device=device), z=model.to_latent(h))
+
+    def step():
+        token, logprob, sampled = choose(model.lm_head(S["h"]), S["in_span"], S["count"], S["u"], ids=ids,
+                                         banned=banned, **choice)
+        S["token"].copy_(torch.where(S["done"], pad, token))
+        S["logprob"].copy_(logprob.masked_fill(S["done"], 0))
+        S["sampled"].copy_(sampled & ~S["done"])
+        is_latent = (S["token"] == config.latent_id) & S["in_span"]
+        z = model.to_latent(S["h"])
+        if latent_sigma:
+            z = z + latent_sigma * S["noise"].to(z.dtype)
+        if replace is not None:
+            k = S["fed"].clamp(max=replace.shape[1] - 1)
+            z = torch.where((S["fed"] < replace.shape[1])[:, None], replace[S["row"], k].to(z.dtype), z)
+        S["z"].copy_(z)
+        S["done"].logical_or_(torch.isin(S["token"], eos) & ~S["in_span"])
+        S["fed"].add_(is_latent)
+        S["count"].copy_(torch.where(is_latent, S["count"] + 1, 0))
+        S["in_span"].copy_(is_latent | ((S["token"] == config.latent_start_id) & ~S["done"]))
+        # feed it
+        x = model.get_input_embeddings()(S["token"])
+        x = torch.where(is_latent[:, None], S["z"].to(x.dtype), x)[:, None]  # (R, 1, D)
+        S["seen"].index_fill_(3, slot, True)
+        out = text(inputs_embeds=x, attention_mask=S["seen"], position_ids=S["position"].expand(3, -1, -1),
+                   past_key_values=cache, use_cache=True)
+        S["h"].copy_(out.last_hidden_state[:, 0])
+        S["position"].add_(1)
+        slot.add_(1)
+
+    tokens, sampled = pad.expand(R, T).clone(), torch.zeros(R, T, dtype=torch.bool, device=device)
+    logprobs, latents = torch.zeros(R, T, device=device), [[] for _ in range(R)]
+    run = None
+    for start in range(0, T, CHUNK):
+        steps = min(CHUNK, T - start)
+        # drawn for all rows, live or not: a row's random numbers do not depend on when others finish
+        u = torch.rand(R, steps, generator=generator, device=generator.device if generator else device).to(device)
+        noise = torch.randn(R, steps, h.shape[1], generator=generator, device=u.device if generator is None
+                            else generator.device).to(device) if latent_sigma else None
+        record = {name: [] for name in ("token", "logprob", "sampled", "z")}
+        for j in range(steps):
+            S["u"].copy_(u[S["row"], j])
+            if latent_sigma:
+                S["noise"].copy_(noise[S["row"], j])
+            if run is None and device.type == "cuda" and start + j:  # after a first step that warms the kernels up
+                run = _capture(step)
+            (run or step)()
+            for name, steps_so_far in record.items():
+                steps_so_far.append(S[name].clone())
+        token, logprob, chosen, z = (torch.stack(x, 1) for x in record.values())  # (live, steps), z (live, steps, D)
+        row = S["row"]
+        tokens[row, start:start + steps], logprobs[row, start:start + steps] = token, logprob
+        sampled[row, start:start + steps] = chosen
+        is_latent = token == config.latent_id
+        for r, part in zip(row.tolist(), z[is_latent].split(is_latent.sum(1).tolist())):
+            latents[r].append(part)
+        live = (~S["done"]).nonzero()[:, 0]
+        if not len(live):
+            break
+        if len(live) <= len(row) // 2:  # finished rows leave
+            S = {name: value[live] for name, value in S.items()}
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys[live], layer.values[live]
+            run = None
+    ended = torch.isin(tokens, eos) & sampled
+    lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, T)
+    return Rollout(tokens, sampled, [torch.cat(x) for x in latents], logprobs,
+                   ["eos" if e else "length" for e in ended.any(1).tolist()], lengths)
+
+
+def _capture(step):
+    """Record one step as a CUDA graph -> a function that replays it. Capturing runs nothing, so no state changes."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay

@@ -1,0 +1,282 @@
+"""The backbone with a second output channel (paper sec. 3.1 and 3.2).
+
+`FutureL1` is transformers' Qwen3-VL plus one idea: between `<|latent_start|>` and `<|latent_end|>` the model
+does not choose a word. Its last hidden state (after the final norm) is fed back as the next input embedding.
+
+    z_1 = h_p                  p = position of <|latent_start|>; z_1 is the input at p + 1      sec. 3.1
+    z_{k+1} = h_{p+k}          so the state at t - 1 *predicts* the latent at t
+    L_SFT    = L_CE + lam * L_latent                                                            Eq. (1)
+    L_CE     = - sum_{t in T} log p(w_t | w_<t, V, q)      text, answer, control tokens         Eq. (2)
+    L_latent = 1/|S| sum_{t in S} || h_{t-1} - e*_t ||^2   e* = vision embedding of the frame   Eq. (3)
+
+    model, tokenizer = load("Qwen/Qwen3-VL-2B-Instruct")      # or a Future-L1 folder, or a toy folder
+    out = model(input_ids, attention_mask, pixel_values, image_grid_thw, latents=latents)
+
+Where this differs from the paper:
+ 1. Eq. (2) is printed as a sum; the loss is its mean over the tokens of T, as in every trainer.
+ 2. Eq. (3) is printed as a sum over the D dimensions; here it is the mean over them, as in the official code: with
+    the sum, lam = 0.1 would weigh the latents about 4,096 times more than the words.
+ 3. Optional and off by default: a linear latent head, an Eq. (3) divided by the targets' variance or replaced by a
+    cosine distance, a stop/continue term. A tiny model needs the first two, whose states and visual embeddings live
+    on different scales; the paper's model does not.
+Where this differs from the official code:
+ 4. A subclass, not a patched copy: weights of either project load in the other and in stock Qwen3-VL.
+ 5. The number of latents is checked against the number of `<|latent|>` tokens before anything runs.
+
+Axis letters: B rows, T tokens, N latents (all rows together), D hidden, V vocabulary.
+"""
+
+import json
+import os
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGeneration
+from transformers import initialization as init
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+LATENT_START, LATENT, LATENT_END = "<|latent_start|>", "<|latent|>", "<|latent_end|>"
+LATENT_IDS = {"latent_start_id": LATENT_START, "latent_id": LATENT, "latent_end_id": LATENT_END}  # config key: token
+
+
+class FutureL1(Qwen3VLForConditionalGeneration):
+    """Qwen3-VL that reads latents at `<|latent|>` positions and can produce them. Source: paper sec. 3.1."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        D = config.text_config.hidden_size
+        # None = paper: the hidden state itself is the latent. "linear" = ours.
+        self.latent_head = nn.Linear(D, D) if getattr(config, "latent_head", None) == "linear" else None
+        if self.latent_head is not None:
+            self._init_weights(self.latent_head)
+
+    def _init_weights(self, module):
+        if module is getattr(self, "latent_head", None):  # identity: training starts from the paper's method
+            init.eye_(module.weight)
+            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, folder, *args, **kwargs):
+        """Load a Future-L1 folder, or a stock Qwen3-VL folder (adds the three tokens; its tokenizer is then read too).
+
+        Embeddings are resized only if the ids do not fit: stock Qwen3-VL has spare rows, and those are left as they
+        are, so that a stock folder gives stock logits. Raises OSError if the folder is not a model.  Source: ours.
+        """
+        model = super().from_pretrained(folder, *args, **kwargs)
+        model = model[0] if isinstance(model, tuple) else model  # output_loading_info=True
+        if any(getattr(model.config, key, None) is None for key in LATENT_IDS):
+            model.set_latent_tokens(add_latent_tokens(AutoTokenizer.from_pretrained(folder)))
+        return model
+
+    def set_latent_tokens(self, ids):
+        """ids {config key: id} -> stored in the config; grows the embeddings if an id does not fit. Source: ours."""
+        for key, value in ids.items():
+            setattr(self.config, key, value)
+        rows = self.get_input_embeddings().num_embeddings
+        if max(ids.values()) >= rows:
+            self.resize_token_embeddings(max(ids.values()) + 1)
+            self.config.text_config.vocab_size = max(ids.values()) + 1
+
+    def save_pretrained(self, folder, **kwargs):
+        """A plain Hugging Face folder whose config names the stock class, so that other software loads it."""
+        super().save_pretrained(folder, **kwargs)
+        path = os.path.join(folder, "config.json")
+        with open(path) as f:
+            config = json.load(f)
+        config["architectures"] = ["Qwen3VLForConditionalGeneration"]
+        with open(path, "w") as f:
+            json.dump(config, f, indent=2)
+
+    # ------------------------------------------------------------------------------------------------- embedding
+
+    @torch.no_grad()
+    def encode_frames(self, pixel_values, grid):
+        """e*: what future frames look like to the model. Source: Eq. (3), sec. 3.2.
+
+        pixel_values (patches, 1536), grid (frames, 3) -> (N, D): vision tower and merger, no deepstack, no pooling,
+        no gradient (the target is frozen, whatever else is trained).
+        """
+        return self.model.visual(pixel_values.to(self.model.visual.dtype), grid_thw=grid).pooler_output
+
+    def embed(self, input_ids, pixel_values=None, image_grid_thw=None, pixel_values_videos=None,
+              video_grid_thw=None, latents=None):
+        """Token ids (B, T) -> what is fed: embeddings (B, T, D), mask of visual positions, deepstack features.
+
+        Raises ValueError naming both numbers if images, videos or latents do not match their placeholder tokens.
+        """
+        x = self.get_input_embeddings()(input_ids)  # (B, T, D)
+        visual, parts = None, []
+        for name, token_id, pixels, grid in (
+            ("image", self.config.image_token_id, pixel_values, image_grid_thw),
+            ("video", self.config.video_token_id, pixel_values_videos, video_grid_thw),
+        ):
+            if pixels is None:
+                continue
+            out = self.model.visual(pixels.to(self.model.visual.dtype), grid_thw=grid)
+            where = input_ids == token_id  # (B, T)
+            _check_count(f"<|{name}_pad|>", where, f"{name} features", out.pooler_output)
+            x = x.masked_scatter(where[..., None], out.pooler_output.to(x.dtype))
+            visual = where if visual is None else visual | where
+            parts.append((where, out.deepstack_features))
+        where = input_ids == getattr(self.config, "latent_id", -1)
+        _check_count(LATENT, where, "latents", latents)
+        if latents is not None:
+            x = x.masked_scatter(where[..., None], latents.to(x.dtype))  # row by row, in order
+        if len(parts) < 2:
+            return x, visual, parts[0][1] if parts else None
+        # both images and videos: their features in the order of the sequence
+        deepstack = []
+        for per_kind in zip(*(features for _, features in parts)):
+            joint = per_kind[0].new_zeros(int(visual.sum()), per_kind[0].shape[-1])
+            for (where, _), features in zip(parts, per_kind):
+                joint[where[visual]] = features
+            deepstack.append(joint)
+        return x, visual, deepstack
+
+    def positions(self, input_ids, attention_mask=None, image_grid_thw=None, video_grid_thw=None, seq_lens=None):
+        """M-RoPE positions (3, B, T) and each row's offset (B, 1) for the words after it. Source: Qwen3-VL.
+
+        Latents count as text. seq_lens: lengths of the samples packed one after another into the one row (then
+        (4, 1, T), the first plane being the plain position in the sample, by which transformers separates them).
+        """
+        if seq_lens is not None:
+            rows = nn.utils.rnn.pad_sequence(input_ids[0].split(seq_lens), batch_first=True)  # (samples, longest)
+            mask = torch.arange(rows.shape[1], device=rows.device) < torch.tensor(seq_lens, device=rows.device)[:, None]
+            pos, delta = self.positions(rows, mask.long(), image_grid_thw, video_grid_thw)
+            plain = torch.arange(rows.shape[1], device=rows.device).expand(1, *rows.shape)
+            return torch.cat([plain, pos])[:, mask][:, None], delta  # (4, 1, T)
+        kind = (input_ids == self.config.image_token_id).int() + 2 * (input_ids == self.config.video_token_id).int()
+        return self.model.get_rope_index(input_ids, kind, image_grid_thw=image_grid_thw,
+                                         video_grid_thw=video_grid_thw, attention_mask=attention_mask)
+
+    def hidden(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None,
+               pixel_values_videos=None, video_grid_thw=None, latents=None, past_key_values=None, position_ids=None,
+               use_cache=False, seq_lens=None):
+        """-> last hidden states after the final norm (B, T, D), the cache or None. Arguments as `forward`."""
+        x, visual, deepstack = self.embed(input_ids, pixel_values, image_grid_thw, pixel_values_videos,
+                                          video_grid_thw, latents)
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if position_ids is None and past == 0:
+            position_ids, self.model.rope_deltas = self.positions(
+                input_ids, attention_mask, image_grid_thw, video_grid_thw, seq_lens)
+        elif position_ids is None:  # words after a cached prompt: count on from where its M-RoPE positions ended
+            seen = torch.arange(past + input_ids.shape[1], device=x.device).expand(len(x), -1) \
+                if attention_mask is None else attention_mask.cumsum(-1) - 1
+            position_ids = (seen[:, -input_ids.shape[1]:] + self.model.rope_deltas).expand(3, -1, -1)  # (3, B, T)
+        out = self.model.language_model(
+            inputs_embeds=x, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+            visual_pos_masks=visual, deepstack_visual_embeds=deepstack, use_cache=use_cache)
+        return out.last_hidden_state, out.past_key_values
+
+    def to_latent(self, h):
+        """Hidden states (..., D) -> the latents they predict (..., D): themselves (paper) or through the head."""
+        return h if self.latent_head is None else self.latent_head(h)
+
+    def forward(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None,
+                pixel_values_videos=None, video_grid_thw=None, latents=None, labels=None, past_key_values=None,
+                position_ids=None, use_cache=None, logits_to_keep=0, mm_token_type_ids=None, seq_lens=None):
+        """Logits (B, T, V), with `latents` (N, D) fed at the `<|latent|>` positions, row by row in order.
+
+        labels (B, T), -100 = no label, aligned with input_ids (the shift is inside) -> `.loss`, the mean of Eq. (2).
+        `.hidden_states[-1]` is h (B, T, D). logits_to_keep: only the last k positions, 0 = all. mm_token_type_ids
+        is accepted because HF processors return it; it is recomputed. Raises ValueError on a count mismatch.
+        """
+        h, cache = self.hidden(input_ids, attention_mask, pixel_values, image_grid_thw, pixel_values_videos,
+                               video_grid_thw, latents, past_key_values, position_ids,
+                               bool(use_cache) or past_key_values is not None, seq_lens)
+        logits = self.lm_head(h[:, -logits_to_keep:])
+        loss = None
+        if labels is not None:
+            where, words = _next_words(labels)
+            loss = F.cross_entropy(self.lm_head(h[:, :-1][where]).float(), words)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache, hidden_states=(h,))
+
+    # ------------------------------------------------------------------------------------------------- Eq. (1)-(3)
+
+    def sft_loss(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None,
+                 pixel_values_videos=None, video_grid_thw=None, latents=None, labels=None, lam=0.1, *, targets=None,
+                 latent_loss="mse", latent_var=None, stop_term=False, seq_lens=None):
+        """Eq. (1)-(3) on one batch -> dict(loss, ce, latent: means; ce_sum, n_text, latent_sum, n_latent).
+
+        latents (N, D): what is fed, the true e* under teacher forcing. targets (N, D): what Eq. (3) compares with,
+        default `latents`. latent_loss: mse (paper) | nmse (mse / latent_var, default: this batch's variance) | cosine.
+        stop_term: also train "do not stop yet", - log(1 - p(<|latent_end|>)) on each step that feeds a latent, as
+        further members of T. Sums and counts let a caller normalise over micro-batches and ranks.
+        Raises ValueError on a count mismatch or an unknown latent_loss.
+        """
+        if latent_loss not in ("mse", "nmse", "cosine"):
+            raise ValueError(f"latent_loss is {latent_loss!r}, expected mse, nmse or cosine")
+        h, _ = self.hidden(input_ids, attention_mask, pixel_values, image_grid_thw, pixel_values_videos,
+                           video_grid_thw, latents, seq_lens=seq_lens)
+        where, words = _next_words(labels)
+        logits = self.lm_head(h[:, :-1][where]).float()  # (n_text, V): only positions that carry a label
+        ce_sum, n_text = F.cross_entropy(logits, words, reduction="sum"), words.numel()  # Eq. (2)
+
+        h_before = h[:, :-1][input_ids[:, 1:] == self.config.latent_id]  # (N, D): the state at t - 1 predicts t
+        z = self.to_latent(h_before).float()
+        e = (latents if targets is None else targets)
+        e = z.new_zeros(0, z.shape[-1]) if e is None else e.detach().float()
+        if latent_loss == "cosine":
+            distance = 1 - F.cosine_similarity(z, e, dim=-1)  # (N,)
+        else:
+            distance = (z - e).pow(2).mean(-1)  # (N,) Eq. (3), mean over D (deviation 2)
+        if latent_loss == "nmse":
+            distance = distance / (target_variance(e) if latent_var is None else latent_var)
+        latent_sum, n_latent = distance.sum(), len(distance)
+
+        if stop_term:
+            p_stop = self.lm_head(h_before).float().softmax(-1)[:, self.config.latent_end_id]  # (N,)
+            ce_sum, n_text = ce_sum - torch.log1p(-p_stop.clamp(max=1 - 1e-6)).sum(), n_text + n_latent
+        ce, latent = ce_sum / max(n_text, 1), latent_sum / max(n_latent, 1)
+        return dict(loss=ce + lam * latent, ce=ce, latent=latent,  # Eq. (1)
+                    ce_sum=ce_sum, n_text=n_text, latent_sum=latent_sum, n_latent=n_latent)
+
+
+def _next_words(labels):
+    """labels (B, T) -> mask (B, T-1) of the positions whose next token is a label, and those labels (n,)."""
+    where = labels[:, 1:] != -100
+    return where, labels[:, 1:][where]
+
+
+def _check_count(token, where, name, rows):
+    found, given = int(where.sum()), 0 if rows is None else len(rows)
+    if found != given:
+        raise ValueError(f"{found} {token} tokens in input_ids but {given} {name}")
+
+
+def target_variance(e):
+    """(N, D) -> the mean over D of the variance over N: the error of always guessing the mean embedding. Ours."""
+    return (e.float() - e.float().mean(0)).pow(2).mean()
+
+
+def add_latent_tokens(tokenizer):
+    """Give a tokenizer the three control tokens if it lacks them -> {config key: id}. Source: paper sec. 3.1."""
+    tokenizer.add_tokens(list(LATENT_IDS.values()), special_tokens=True)
+    return {key: tokenizer.convert_tokens_to_ids(token) for key, token in LATENT_IDS.items()}
+
+
+def load(folder, latent_head=None, **kwargs):
+    """A model folder or hub id -> (FutureL1, tokenizer), stock or ours. Source: ours.
+
+    latent_head: None keeps what the folder has; "linear" adds one, starting as the identity. kwargs go to
+    transformers (dtype=, attn_implementation=). Raises ValueError if config and tokenizer disagree on a token's id.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    if latent_head is not None:
+        config.latent_head = latent_head
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = add_latent_tokens(tokenizer)
+    for key, token in LATENT_IDS.items():
+        if getattr(config, key, None) not in (None, ids[key]):
+            raise ValueError(f"{folder}: config.json says {key} = {getattr(config, key)}, "
+                             f"but its tokenizer gives {token} the id {ids[key]}")
+    return FutureL1.from_pretrained(folder, config=config, **kwargs), tokenizer
+
+
+def best_attention():
+    """flash_attention_2 where the flash-attn package is installed on CUDA, else sdpa. Source: ours."""
+    from transformers.utils import is_flash_attn_2_available
+    return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"

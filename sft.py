@@ -1,0 +1,377 @@
+"""Supervised fine-tuning: words by cross-entropy, latents by alignment with real future frames (paper sec. 3.2).
+
+    L_SFT = L_CE + lam * L_latent                          Eq. (1); the three terms are `FutureL1.sft_loss`
+
+    python sft.py --model DIR --data train.json                        # one process: CPU or one GPU
+    torchrun --nproc_per_node 8 sft.py --model Qwen/Qwen3-VL-8B-Instruct --data train.json --zero
+    python sft.py ... --no-spans                                       # the text-only baseline on the same rows
+
+The vision tower and merger are frozen (they define e*), the language model is fully tuned. Weights are kept in fp32;
+on CUDA the arithmetic runs in bf16 autocast. Writes OUT/log.jsonl, OUT/loss.png and OUT/step_N (a Hugging Face folder
+plus trainer.pt).
+
+Where this differs from the paper:
+ 1. Optional, off by default: `latent_loss`, `latent_head`, `stop_term` (see model.py); `self_forcing`, which from a point
+    of the training on feeds a row its own predicted latents instead of the true ones, as decoding will;
+    `pause_tokens`, a control in which a span has its length but no visual content and no target.
+Where this differs from the official code:
+ 2. lam = 0.1 and L_max = 4 as in the paper; the shipped script says 0.2 and 32, left over from another project.
+ 3. Every token of the optimizer step weighs the same: counts are summed over ranks and micro-batches before the first
+    backward. A mean of means would favour short samples.
+ 4. A sample that cannot be read is counted and named in the log; its rank takes the step without it.
+
+Axis letters: B rows, L tokens, N latents, D hidden.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import random
+import shutil
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import DataConfig, Samples, checkpoints, collate, loader, model_inputs, parse_config, read_rows, to_device
+from model import best_attention, load, target_variance
+
+
+@dataclasses.dataclass
+class Config(DataConfig):
+    model: str = "Qwen/Qwen3-VL-8B-Instruct"  # folder or hub id, stock or Future-L1  # paper sec. 4
+    data: str = ""  # training records, see data.py
+    media_root: str = ""  # where relative clip paths start; "" = the folder of the data file
+    out: str = "runs/sft"  # the run's folder
+    resume: bool = False  # continue from the newest checkpoint in `out`
+    seed: int = 0  # order of the data, self-forcing draws  # ours
+    # optimisation
+    epochs: float = 1.0  # passes over the data  # paper Table 8
+    steps: int = 0  # optimizer steps; 0 = from epochs  # ours
+    global_batch: int = 128  # samples a step over all ranks  # paper Table 8
+    micro_batch: int = 1  # samples a forward on one rank  # ours
+    pack: bool = False  # samples of a micro-batch in one sequence instead of padded rows  # ours
+    lr: float = 1e-5  # peak  # paper Table 8
+    warmup: float = 0.1  # share of the steps, linear; then cosine to 0  # paper Table 8
+    beta1: float = 0.9  # paper Table 8
+    beta2: float = 0.95  # paper Table 8
+    weight_decay: float = 0.1  # on matrices  # paper Table 8
+    clip: float = 1.0  # gradient norm  # paper Table 8
+    # method
+    lam: float = 0.1  # weight of the latent term, Eq. (1)  # paper Table 8
+    latent_loss: str = "mse"  # mse (paper) | nmse (over the targets' variance) | cosine  # ours
+    latent_head: str = ""  # "" = none (paper) | linear  # ours
+    spans: bool = True  # --no-spans: text-only SFT, the paper's baseline
+    stop_term: bool = False  # also train "do not stop yet" inside spans  # ours
+    self_forcing: float = 0.0  # share of the rows fed their own latents, 0 = paper  # ours
+    self_forcing_from: float = 0.3  # from this share of the steps on  # ours
+    self_forcing_passes: int = 1  # forward passes without gradient that make those latents  # ours
+    pause_tokens: bool = False  # control: spans hold a learned token, no latents, no latent loss  # ours
+    freeze_vision: bool = True  # vision tower and merger  # paper Table 8
+    # machine
+    bf16: bool = True  # on CUDA; the CPU computes in fp32  # paper Table 8
+    gradient_checkpointing: bool = False  # recompute activations: less memory, about a third slower  # ours
+    zero: bool = False  # optimizer state spread over the ranks  # ours
+    save_every: int = 500  # steps between checkpoints; the last two are kept  # ours
+    wandb: bool = False  # also log to Weights & Biases  # ours
+
+    @property
+    def label(self):
+        return "pause" if self.pause_tokens else "latent" if self.spans else "text"
+
+
+HARMLESS = {"resume", "out", "workers", "save_every", "wandb", "cache_frames"}  # may change between run and resume
+
+
+# ------------------------------------------------------------------------------------------------------- the pieces
+
+class Step(torch.nn.Module):
+    """The forward that DDP wraps: batch -> Eq. (1)'s sums. Everything that feeds latents is decided here."""
+
+    def __init__(self, model, config, latent_var=None):
+        super().__init__()
+        self.model, self.config, self.latent_var = model, config, latent_var
+
+    def forward(self, batch, own=None):
+        """batch from `data.collate`; own (B,) bool: rows that are fed their own latents (self-forcing)."""
+        m, c, inputs = self.model, self.config, model_inputs(batch)
+        is_latent = batch["input_ids"] == m.config.latent_id  # (B, L)
+        e = m.encode_frames(batch["future_pixel_values"], batch["future_grid_thw"]) \
+            if "future_pixel_values" in batch else None  # (N, D)
+        fed, lam = e, c.lam
+        if c.pause_tokens and e is not None:
+            fed, lam = m.get_input_embeddings()(batch["input_ids"][is_latent]), 0.0
+        elif own is not None and e is not None:
+            row_of = is_latent.nonzero()[:, 0]  # (N,)
+            with torch.no_grad():
+                for _ in range(c.self_forcing_passes):  # each pass carries the row's own latents one span further
+                    h, _ = m.hidden(**inputs, latents=fed.to(e.dtype))
+                    z = m.to_latent(h[:, :-1][is_latent[:, 1:]])
+                    fed = torch.where(own[row_of, None], z.to(e.dtype), e)
+        out = m.sft_loss(**inputs, latents=fed, targets=e, labels=batch["labels"], lam=lam, latent_loss=c.latent_loss,
+                         latent_var=self.latent_var, stop_term=c.stop_term)
+        return out["ce_sum"], lam * out["latent_sum"], out["latent_sum"].detach()
+
+
+def learning_rate(step, steps, config):
+    """Linear warm-up, then cosine to 0. Source: paper Table 8."""
+    warm = max(1, round(config.warmup * steps))
+    if step < warm:
+        return config.lr * (step + 1) / warm
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def sample_order(n, total, seed):
+    """Which of n samples is used at each of `total` places: a new permutation each epoch. Source: ours."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.cat([torch.randperm(n, generator=generator) for _ in range(-(-total // n))])[:total].tolist()
+
+
+def micro_batches(order, first_step, steps, global_batch, micro_batch, rank, world):
+    """The lists of indices one rank reads from first_step on: the same number a step on each rank, some may be empty.
+
+    Step s owns order[s*G:(s+1)*G] whatever the number of ranks, so that 1 process and 8 see the same batches.
+    """
+    count = -(-global_batch // (world * micro_batch))
+    for step in range(first_step, steps):
+        mine = order[step * global_batch:(step + 1) * global_batch][rank::world]
+        for k in range(count):
+            yield mine[k * micro_batch:(k + 1) * micro_batch]
+
+
+def set_up_ranks():
+    """torchrun's environment, or a single process -> rank, world, device. Source: ours."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if not torch.cuda.is_available():
+        return rank, world, torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return rank, world, torch.device("cuda", torch.cuda.current_device())
+
+
+def sum_over_ranks(values, device):
+    """Numbers -> their sums over all ranks, as floats. Source: ours."""
+    total = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def print_row(batch, tokenizer, latent_id):
+    """One training row as a table: token, label, what is fed, text. Runs of equal tokens share a line."""
+    print("row 0:   token   label  fed      text")
+    ids, labels, runs = batch["input_ids"][0].tolist(), batch["labels"][0].tolist(), []
+    for token, label in zip(ids, labels):
+        if runs and runs[-1][:2] == [token, label]:
+            runs[-1][2] += 1
+        else:
+            runs.append([token, label, 1])
+    for token, label, times in runs:
+        text = tokenizer.decode([token])
+        fed = "latent" if token == latent_id else "visual" if text in ("<|image_pad|>", "<|video_pad|>") else "text"
+        print(f"       {token:>7} {label if label != -100 else '.':>7}  {fed:<7}  {text!r}" +
+              (f" x {times}" if times > 1 else ""))
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+
+def save_checkpoint(folder, model, tokenizer, trainer):
+    """Write folder + trainer.pt under a temporary name, then rename: a killed save leaves no half checkpoint."""
+    partial = os.path.join(os.path.dirname(folder), ".partial_" + os.path.basename(folder))
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    torch.save(trainer, os.path.join(partial, "trainer.pt"))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(partial, folder)
+
+
+def random_state():
+    return dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(),
+                cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+
+
+def set_random_state(state):
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def draw_curves(log, png):
+    """log.jsonl -> the losses over the steps as a picture."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    with open(log) as f:
+        lines = [json.loads(line) for line in f]
+    keys = [k for k in ("ce", "latent") if any(line[k] for line in lines)]
+    fig, axes = plt.subplots(1, len(keys) + 1, figsize=(4 * len(keys) + 4, 3), constrained_layout=True)
+    for ax, key in zip(axes, [*keys, "grad_norm"]):
+        ax.plot([line["step"] for line in lines], [line[key] for line in lines], lw=0.8)
+        ax.set(title={"ce": "L_CE a token, Eq. (2)", "latent": "L_latent, Eq. (3)"}.get(key, "gradient norm"),
+               xlabel="step", yscale="log")
+    fig.savefig(png, dpi=110)
+    plt.close(fig)
+
+
+# ------------------------------------------------------------------------------------------------------------- loop
+
+def train(config, rows=None):
+    """Run the training -> path of the last checkpoint. Raises SystemExit on a folder in use, ValueError on bad input.
+
+    rows: list of data.Row, default those of config.data.
+    """
+    rank, world, device = set_up_ranks()
+    master = rank == 0
+    if config.pack and config.self_forcing:
+        raise ValueError("self_forcing picks rows, and a packed batch has only one: use one of the two")
+    checkpoint = (checkpoints(config.out) or [None])[-1]
+    if checkpoint and not config.resume:
+        raise SystemExit(f"{config.out} already holds {os.path.basename(checkpoint)}: pass --resume to continue it, "
+                         "or another --out")
+    if not config.data and rows is None:
+        raise SystemExit("--data is missing: a .json, .jsonl or .parquet file of training records (see data.py)")
+    rows = read_rows(config.data, config.media_root or None) if rows is None else rows
+    resumed = checkpoint and torch.load(os.path.join(checkpoint, "trainer.pt"), map_location="cpu", weights_only=False)
+    if resumed:
+        changed = {k for k, v in dataclasses.asdict(config).items() if resumed["config"].get(k) != v} - HARMLESS
+        if changed:
+            raise SystemExit(f"{checkpoint} was made with other values of {', '.join(sorted(changed))}")
+    os.makedirs(config.out, exist_ok=True)
+
+    torch.manual_seed(config.seed)
+    model, tokenizer = load(checkpoint or config.model, latent_head=config.latent_head or None, dtype=torch.float32,
+                            attn_implementation=best_attention())
+    model.to(device).train()
+    model.model.visual.requires_grad_(not config.freeze_vision)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    # data: the order is fixed by the seed, the place in it by the step
+    total = config.steps * config.global_batch or round(len(rows) * config.epochs)
+    steps, first = -(-total // config.global_batch), resumed["step"] if resumed else 0
+    order = sample_order(len(rows), total, config.seed)
+    samples = Samples(rows, tokenizer, config, train=True, spans=config.spans)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    plan = list(micro_batches(order, first, steps, config.global_batch, config.micro_batch, rank, world))
+    accumulate = len(plan) // max(1, steps - first)
+    batches = iter(loader(samples, plan, lambda s: collate(s, pad, "right", config.pack), config.workers))
+
+    latent_var = resumed["latent_var"] if resumed else None
+    if config.latent_loss == "nmse" and not resumed:  # one number for the whole run, from its first 64 readable samples
+        some = collate([s for s in map(samples.__getitem__, order[:64])], pad)
+        if "future_pixel_values" in some:
+            latent_var = float(target_variance(model.encode_frames(some["future_pixel_values"].to(device),
+                                                                   some["future_grid_thw"].to(device))))
+
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=others, weight_decay=0.0)]
+    adam = dict(lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+    optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **adam) if config.zero and world > 1 \
+        else torch.optim.AdamW(groups, **adam)
+    step_module = Step(model, config, latent_var)
+    ddp = DistributedDataParallel(step_module, device_ids=[device] if device.type == "cuda" else None,
+                                  gradient_as_bucket_view=True, find_unused_parameters=not config.freeze_vision) \
+        if world > 1 else step_module
+    if resumed:
+        optimizer.load_state_dict(resumed["optimizer"])
+        set_random_state(resumed["random"][min(rank, len(resumed["random"]) - 1)])
+
+    log_path = os.path.join(config.out, "log.jsonl")
+    if master:
+        print(f"{config.label} SFT: {len(rows)} rows, {steps} steps x {config.global_batch} samples = {world} ranks x "
+              f"{accumulate} micro-batches x {config.micro_batch}, {device.type}, seed {config.seed}, "
+              f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters trained of "
+              f"{sum(p.numel() for p in model.parameters()):,}")
+        kept = []
+        if resumed and os.path.exists(log_path):  # drop what was logged after the checkpoint: it is about to be redone
+            with open(log_path) as f:
+                kept = [line for line in f if json.loads(line)["step"] < first]
+        with open(log_path, "w") as f:
+            f.writelines(kept)
+    run = None
+    if config.wandb and master:
+        import wandb
+        run = wandb.init(project="future-l1", config=dataclasses.asdict(config))
+
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=config.label, disable=not master, mininterval=2)
+    for step in bar:
+        began = time.time()
+        micro = [next(batches) for _ in range(accumulate)]
+        if step == 0 and master:
+            print_row(micro[0], tokenizer, model.config.latent_id)
+        skipped = [s for batch in micro for s in batch["skipped"]]
+        for where, why in skipped:
+            tqdm.write(f"skipped {where}: {why}")
+        # the denominators of Eq. (2) and (3): all tokens of the step, all ranks, before the first backward
+        n_latent = sum(int((b["input_ids"] == model.config.latent_id).sum()) for b in micro)
+        n_text = sum(int((b["labels"][:, 1:] != -100).sum()) for b in micro) + n_latent * config.stop_term
+        n_text, n_latent, n_tokens, n_skipped = sum_over_ranks(
+            (n_text, n_latent, sum(b["input_ids"].numel() for b in micro), len(skipped)), device)
+
+        own = None
+        if config.self_forcing and step >= config.self_forcing_from * steps:
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)  # the same draw on every rank,
+            own = torch.rand(config.global_batch, generator=generator) < config.self_forcing  # whatever their number
+            own = [own[rank::world][k * config.micro_batch:(k + 1) * config.micro_batch] for k in range(accumulate)]
+        sums = torch.zeros(2, dtype=torch.float64)
+        for k, batch in enumerate(micro):
+            last = k == accumulate - 1
+            with contextlib.nullcontext() if last or world == 1 else ddp.no_sync(), \
+                    torch.autocast(device.type, torch.bfloat16, enabled=config.bf16 and device.type == "cuda"):
+                mine = None if own is None else own[k].to(device)
+                ce_sum, weighted, latent_sum = ddp(to_device(batch, device), mine)
+                loss = ce_sum / max(n_text, 1) + weighted / max(n_latent, 1)  # Eq. (1)
+                (loss * world).backward()  # DDP takes the mean over ranks; the sum is wanted
+            sums += torch.stack([ce_sum.detach(), latent_sum]).double().cpu()
+        norm = torch.nn.utils.clip_grad_norm_(matrices + others, config.clip).item()
+        lr = learning_rate(step, steps, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if math.isfinite(norm):  # the norm is that of the reduced gradient: all ranks decide alike
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        ce, latent = sum_over_ranks(sums, device)
+        line = dict(step=step, ce=ce / max(n_text, 1), latent=latent / max(n_latent, 1), lr=lr, grad_norm=norm,
+                    tokens=int(n_tokens), latents=int(n_latent), skipped=int(n_skipped),
+                    update_skipped=not math.isfinite(norm), seconds=round(time.time() - began, 4))
+        line["loss"] = line["ce"] + (0 if config.pause_tokens else config.lam) * line["latent"]
+        if master:
+            with open(log_path, "a") as f:
+                f.write(json.dumps(line) + "\n")
+            bar.set_postfix(ce=f"{line['ce']:.3f}", latent=f"{line['latent']:.3f}")
+            if run:
+                run.log(line)
+        if (step + 1) % config.save_every == 0 or step + 1 == steps:
+            checkpoint = os.path.join(config.out, f"step_{step + 1:06d}")
+            states = [random_state()]
+            if world > 1:
+                states = [None] * world
+                dist.all_gather_object(states, random_state())
+                if config.zero:
+                    optimizer.consolidate_state_dict(to=0)
+            if master:
+                save_checkpoint(checkpoint, model, tokenizer, dict(
+                    step=step + 1, config=dataclasses.asdict(config), optimizer=optimizer.state_dict(), random=states,
+                    latent_var=latent_var))
+                for old in checkpoints(config.out)[:-2]:
+                    shutil.rmtree(old)
+                draw_curves(log_path, os.path.join(config.out, "loss.png"))
+            if world > 1:
+                dist.barrier()
+    return checkpoint
+
+
+if __name__ == "__main__":
+    print("last checkpoint:", train(parse_config(Config)))

@@ -1,0 +1,383 @@
+"""The embedded world: the whole method on a laptop, in minutes, on real mp4 clips.
+
+    python toy.py                # one seed: clips, pretraining, SFT variants, evaluation, table and pictures
+    python toy.py --seeds 3      # the README's table
+
+The paddle box: a ball in a square box with four coloured walls. Where on a wall it hits, u in [0, 1], sets the angle of
+its rebound from the normal: phi = bend * (2u - 1). The picture of a contact is therefore all one needs to know, and
+the words "hits red" are not: who wants to know the third wall has to keep the exact place in mind, twice. Each clip shows
+six contacts, which fall on key frames 2..7; the model sees frames 3 and 4 and is asked which wall comes next (1-hop),
+second (2-hop), third (3-hop), or second when the third contact's frame is shown too (interp).
+
+Everything below the world is the real path: mp4 -> decord -> patches -> `sft.train` -> `evaluate.evaluate`. This file
+makes the clips, the rows, a tokenizer and a tiny random Qwen3-VL; a short training on captions of single frames stands in
+for Qwen3-VL's pretraining. Its settings differ from the paper's where `TINY` says so, and only there.
+
+Source: the world and the settings are ours; the four questions are FutureBench's.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import av
+import numpy as np
+import torch
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3VLConfig
+
+import evaluate
+import sft
+from data import checkpoints, key_frame_positions, parse_config, read_clip
+from model import FutureL1, add_latent_tokens
+
+
+@dataclasses.dataclass
+class Config:
+    out: str = "runs/toy"  # everything lands here
+    seeds: int = 1  # trainings, each with its own pretraining
+    fresh: bool = False  # delete `out` first
+    clips: int = 4000  # training clips, four questions each
+    eval_clips: int = 1000  # held-out clips, four questions each
+    eval_seed: int = 2_000_000  # where held-out clips start; tuning used 1_000_000
+    bend: float = -1.3  # rebound angle at the end of a wall, radians; 1.05 is harder
+    pretrain_steps: int = 1500  # x 64 captions
+    sft_steps: int = 600  # x 64 rows
+    variants: str = "text,pause,latent,latent+self"  # which trainings to compare
+    workers: int = 0  # decoding processes; the clips fit in memory, so one pass and a cache do
+
+
+# What differs from the paper's settings, in one place: the model is 10,000 times smaller and learns from scratch.
+TINY = dict(global_batch=64, micro_batch=64, lr=1e-3, beta2=0.98, weight_decay=0.0, save_every=10**9,
+            latent_head="linear", latent_loss="nmse", lam=1.0,  # raw states do not fit visual embeddings at this size
+            image_max_tokens=1, l_max=1, max_length=256, system="watch the ball", cache_frames=10**6)
+VARIANTS = {
+    "text": dict(spans=False),
+    "pause": dict(pause_tokens=True),
+    "latent": dict(),
+    "latent+self": dict(self_forcing=1.0, self_forcing_passes=3),
+}
+NAMES = {"base": "base (captions only)", "text": "text-only SFT", "pause": "pause tokens (control)",
+         "latent": "latent SFT (paper)", "latent+self": "latent SFT + self-forcing (ours)"}
+ABLATIONS = ("zero", "noise", "shuffled", "true")
+GROUPS = ("1-hop", "2-hop", "3-hop", "interp")
+
+# ------------------------------------------------------------------------------------------------------------ world
+
+SIZE, WALL, BALL = 160, 12, 13  # pixels: side of the picture, thickness of a wall, radius of the ball
+SEGMENT = 6  # frames between two contacts; with FRAMES = 6 * SEGMENT + 4 the contacts are key frames 2..7
+FRAMES, FPS = 6 * SEGMENT + 4, 12
+COLOURS = {"red": (225, 60, 50), "green": (50, 170, 80), "blue": (60, 90, 225), "yellow": (240, 200, 40)}
+WALLS = tuple(COLOURS)  # left, bottom, right, top; y grows downwards in the picture, upwards in the world
+POINT = (lambda u: (0.0, u), lambda u: (u, 0.0), lambda u: (1.0, u), lambda u: (u, 1.0))
+NORMAL, ALONG = ((1, 0), (0, 1), (-1, 0), (0, -1)), ((0, 1), (1, 0), (0, 1), (1, 0))
+
+
+def next_contact(wall, u, bend):
+    """Where the ball hits next: (wall, u) -> (wall, u). Rebound angle phi = bend * (2u - 1), at most 1.45. Ours."""
+    phi = float(np.clip(bend * (2 * u - 1), -1.45, 1.45))
+    (x, y), n, t = POINT[wall](u), NORMAL[wall], ALONG[wall]
+    dx, dy = math.cos(phi) * n[0] + math.sin(phi) * t[0], math.cos(phi) * n[1] + math.sin(phi) * t[1]
+    hits = []
+    for w in range(4):
+        if w == wall:
+            continue
+        start, speed, other, other_speed = ((x, dx, y, dy), (y, dy, x, dx))[w % 2]
+        if speed:
+            time_to = ((w >= 2) - start) / speed
+            if time_to > 1e-9:
+                hits.append((time_to, w, other + time_to * other_speed))
+    _, w, u = min(hits)
+    return w, u
+
+
+def contacts(seed, bend):
+    """Eight successive contacts [(wall, u)], drawn again if one is within a pixel or so of a corner. Ours."""
+    rng = np.random.default_rng(seed)
+    while True:
+        path = [(int(rng.integers(4)), float(rng.uniform(0.05, 0.95)))]
+        while len(path) < 8 and 0.015 < path[-1][1] < 0.985:
+            path.append(next_contact(*path[-1], bend))
+        if len(path) == 8:
+            return path
+
+
+def draw(path):
+    """Contacts -> frames uint8 (FRAMES, SIZE, SIZE, 3). Contact k is frame 4 + 6 (k - 1), moving evenly between."""
+    room = SIZE - 2 * WALL - 2 * BALL
+    points = np.array([POINT[w](u) for w, u in path])  # (8, 2)
+    frames = np.full((FRAMES, SIZE, SIZE, 3), 245, np.uint8)
+    frames[:, :, :WALL], frames[:, :, -WALL:] = COLOURS["red"], COLOURS["blue"]
+    frames[:, :WALL, WALL:-WALL], frames[:, -WALL:, WALL:-WALL] = COLOURS["yellow"], COLOURS["green"]
+    yy, xx = np.mgrid[:SIZE, :SIZE]
+    for i, frame in enumerate(frames):
+        k, part = divmod(i + SEGMENT - 4, SEGMENT)
+        x, y = points[k] + (points[k + 1] - points[k]) * part / SEGMENT
+        x, y = WALL + BALL + x * room - 0.5, SIZE - (WALL + BALL + y * room) - 0.5
+        cover = np.clip(BALL + 0.5 - np.hypot(xx - x, yy - y), 0, 1)[..., None]  # soft edge: places between pixels
+        frame[:] = frame * (1 - cover) + np.array([30, 30, 40]) * cover
+    return frames
+
+
+def write_mp4(path, frames, fps=FPS):
+    """frames uint8 (T, H, W, 3) -> an H.264 file, written under a temporary name and renamed. Source: ours."""
+    with av.open(path + ".part", "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "18", "preset": "veryfast"})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream.codec_context.thread_count = 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    os.rename(path + ".part", path)
+
+
+def make_clip(job):
+    """(path, seed, bend) -> the clip on disk, unless it is there."""
+    path, seed, bend = job
+    if not os.path.exists(path):
+        write_mp4(path, draw(contacts(seed, bend)))
+
+
+def heading(a, b):
+    """The way from contact a to contact b in words."""
+    (x0, y0), (x1, y1) = POINT[a[0]](a[1]), POINT[b[0]](b[1])
+    return f"moves {'right' if x1 > x0 else 'left'} {'up' if y1 > y0 else 'down'}"
+
+
+def questions(seed, bend, video):
+    """The four rows of a clip, in the Future-L1 training format. path[k] is key frame k + 1."""
+    path = contacts(seed, bend)
+    hits = {k: f"hits {WALLS[path[k - 1][0]]}" for k in range(2, 8)}
+    rows = []
+    for group, seen, future, text in (
+        ("1-hop", [3, 4], [5], "which wall does the ball hit next ?"),
+        ("2-hop", [3, 4], [5, 6], "which wall does the ball hit second ?"),
+        ("3-hop", [3, 4], [5, 6, 7], "which wall does the ball hit third ?"),
+        ("interp", [3, 4, 7], [5, 6], "the last picture is the third hit . which wall does the ball hit second ?"),
+    ):
+        gpt = f"THOUGHT 1: {heading(path[3], path[4])}" + "".join(
+            f" <image> THOUGHT {n}: {hits[k]}" for n, k in enumerate(future, 2))
+        rows.append(dict(
+            id=f"{seed}-{group}", video=video, image=seen, reasoning_image=future, group=group,
+            conversations=[{"from": "human", "value": "<image> " * len(seen) + text}, {"from": "gpt", "value": gpt}],
+            options=list(WALLS), answer=WALLS[path[future[-1] - 1][0]]))
+    return rows
+
+
+BINS = 24  # a caption names the ball's place in words x0..x23, y0..y23
+
+
+def captions(seed, bend, video):
+    """Rows that stand in for pretraining: place, nearest wall and direction, of single key frames and pairs."""
+    path, rows = contacts(seed, bend), []
+    for k in range(2, 8):
+        wall, u = path[k - 1]
+        x, y = (min(BINS - 1, int(v * BINS)) for v in POINT[wall](u))
+        rows += [([k], "where is the ball ?", f"x{x} y{y}"), ([k], "which wall is near the ball ?", WALLS[wall])]
+        if k < 7:
+            rows.append(([k, k + 1], "how does the ball move ?", heading(path[k - 1], path[k])))
+    return [dict(id=f"{seed}-caption-{i}", video=video, image=image, reasoning_image=[], group="caption", answer=answer,
+                 conversations=[{"from": "human", "value": "<image> " * len(image) + text},
+                                {"from": "gpt", "value": ""}])
+            for i, (image, text, answer) in enumerate(rows)]
+
+
+def write_rows(path, rows):
+    with open(path + ".part", "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    os.rename(path + ".part", path)
+
+
+def make_world(config):
+    """Clips and rows on disk -> dict(captions, train, test: paths of jsonl files). What is there is kept."""
+    folder = os.path.join(config.out, "data")
+    os.makedirs(os.path.join(folder, "clips"), exist_ok=True)
+    seeds = dict(train=range(config.clips), test=range(config.eval_seed, config.eval_seed + config.eval_clips))
+    jobs = [(os.path.join(folder, "clips", f"{s}.mp4"), s, config.bend) for part in seeds.values() for s in part]
+    missing = [job for job in jobs if not os.path.exists(job[0])]
+    if missing:
+        began = time.time()
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
+            for _ in sft.tqdm(pool.map(make_clip, missing, chunksize=16), total=len(missing), desc="clips"):
+                pass
+        print(f"{len(missing)} clips written in {time.time() - began:.0f} s")
+    paths = {name: os.path.join(folder, f"{name}.jsonl") for name in ("captions", "train", "test")}
+    for name, make, part in (("captions", captions, "train"), ("train", questions, "train"),
+                             ("test", questions, "test")):
+        write_rows(paths[name], [row for s in seeds[part] for row in make(s, config.bend, f"clips/{s}.mp4")])
+    return paths
+
+
+# ------------------------------------------------------------------------------------------------------- tiny model
+
+def make_tokenizer(texts):
+    """Words split at white space -> a tokenizer with Qwen's chat markup, which AutoTokenizer loads."""
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+                "<|video_pad|>", "<unk>"]
+    tags = ["<reason>", "</reason>", "<answer>", "</answer>"]
+    words = sorted({word for text in texts for word in text.split()})
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(specials + tags + words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in tags])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                        unk_token="<unk>", clean_up_tokenization_spaces=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": specials[1:7]})
+    add_latent_tokens(tokenizer)
+    return tokenizer
+
+
+def make_model(tokenizer, seed, hidden=96, layers=2):
+    """A random Qwen3-VL of half a million weights: one visual token a frame at 32x32 pixels."""
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in (
+        ("image_token_id", "image_pad"), ("video_token_id", "video_pad"), ("vision_start_token_id", "vision_start"),
+        ("vision_end_token_id", "vision_end"))}
+    head = hidden // 4
+    config = Qwen3VLConfig(
+        text_config=dict(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden,
+                         num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, head_dim=head,
+                         max_position_embeddings=4096, eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=False,
+                         rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_interleaved=True,
+                                              mrope_section=[head // 2 - 2 * (head // 6), head // 6, head // 6])),
+        vision_config=dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=hidden,
+                           num_position_embeddings=64, deepstack_visual_indexes=[0]),
+        tie_word_embeddings=False, **ids)
+    torch.manual_seed(seed)
+    model = FutureL1(config)
+    for module in model.modules():  # 1 / sqrt(fan in): with the usual 0.02 so small a model learns nothing visual
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv3d)):
+            torch.nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    model.set_latent_tokens(add_latent_tokens(tokenizer))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model
+
+
+# --------------------------------------------------------------------------------------------------------- pipeline
+
+def trained(out, **settings):
+    """The checkpoint of a training, run unless it is already complete."""
+    done = checkpoints(out)
+    if done and done[-1].endswith(f"step_{settings['steps']:06d}"):
+        return done[-1]
+    return sft.train(sft.Config(**{**TINY, **settings, "out": out, "resume": bool(done)}))
+
+
+def scored(model, data, out, config, latents="generated"):
+    shared = {f.name for f in dataclasses.fields(evaluate.DataConfig)} & set(TINY)
+    return evaluate.evaluate(evaluate.Config(
+        model=model, data=data, out=out, latents=latents, batch=250, max_new_tokens=48, max_latents=2,
+        workers=config.workers, **{k: TINY[k] for k in shared}))
+
+
+def run_seed(seed, config, world):
+    """All trainings and evaluations of one seed -> {row of the table: {group: accuracy}}, {ablation: ...}."""
+    home = os.path.join(config.out, f"seed_{seed}")
+    start = os.path.join(home, "random")
+    if not os.path.exists(start):
+        with open(world["captions"]) as f, open(world["train"]) as g:
+            records = [json.loads(line) for line in [*f, *g]]
+        texts = ["system user assistant", TINY["system"]]
+        for r in records:
+            texts += [r["answer"], *(t["value"].replace("<image>", " ") for t in r["conversations"])]
+        tokenizer = make_tokenizer(texts)
+        make_model(tokenizer, seed).save_pretrained(start + ".part")
+        tokenizer.save_pretrained(start + ".part")
+        os.rename(start + ".part", start)
+    base = trained(os.path.join(home, "base"), model=start, data=world["captions"], steps=config.pretrain_steps,
+                   freeze_vision=False, spans=False, latent_head="", seed=seed, workers=config.workers)
+    scores, ablations = {"base": scored(base, world["test"], os.path.join(home, "eval_base"), config)}, {}
+    for name in config.variants.split(","):
+        model = trained(os.path.join(home, name), model=base, data=world["train"], steps=config.sft_steps, seed=seed,
+                        workers=config.workers, **VARIANTS[name])
+        scores[name] = scored(model, world["test"], os.path.join(home, f"eval_{name}"), config,
+                              "pause" if name == "pause" else "generated")
+        if name == "latent":
+            ablations = {kind: scored(model, world["test"], os.path.join(home, f"eval_{name}_{kind}"), config, kind)
+                         for kind in ABLATIONS}
+            ablations = {"generated": scores[name], **ablations}
+    return scores, ablations
+
+
+def spread(values):
+    """Mean and, for two seeds or more, the standard deviation over seeds."""
+    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
+
+
+def markdown(results, names):
+    """[{row: {group: scores}} a seed] -> a table as text; avg is the micro average."""
+    lines = ["| | " + " | ".join([*GROUPS, "avg"]) + " |", "|---" * (len(GROUPS) + 2) + "|"]
+    for name in results[0]:
+        cells = [spread([r[name][g]["accuracy"] for r in results]) for g in (*GROUPS, "all")]
+        lines.append(f"| {names.get(name, name)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw_results(results, config, png):
+    """Accuracy by group and training as bars; a dot is a seed."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(9, 3.4), constrained_layout=True)
+    names = list(results[0])
+    for i, name in enumerate(names):
+        values = np.array([[r[name][g]["accuracy"] for g in (*GROUPS, "all")] for r in results])  # (seeds, 5)
+        at = np.arange(5) + (i - (len(names) - 1) / 2) * 0.8 / len(names)
+        ax.bar(at, values.mean(0), 0.8 / len(names), label=NAMES.get(name, name))
+        ax.plot(np.repeat(at[None], len(values), 0), values, "k.", ms=3)
+    ax.set(xticks=range(5), xticklabels=[*GROUPS, "avg"], ylabel="accuracy", ylim=(0, 1.02))
+    ax.axhline(0.25, color="grey", lw=0.7, ls=":")
+    ax.legend(fontsize=7, ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    fig.savefig(png, dpi=120)
+    plt.close(fig)
+
+
+def draw_strip(clip, png):
+    """The eight key frames of a clip in a row: what is seen, and what has to be imagined."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    frames, _, _ = read_clip(clip, key_frame_positions)
+    fig, axes = plt.subplots(1, 8, figsize=(11, 1.7), constrained_layout=True)
+    for i, (ax, frame) in enumerate(zip(axes, frames), 1):
+        ax.imshow(frame)
+        ax.set(xticks=[], yticks=[], title=f"{i}" + {3: " seen", 4: " seen", 5: " future", 6: " future", 7: " future"}
+               .get(i, ""))
+    fig.savefig(png, dpi=120)
+    plt.close(fig)
+
+
+def main(config):
+    if config.fresh:
+        shutil.rmtree(config.out, ignore_errors=True)
+    os.makedirs(config.out, exist_ok=True)
+    free = {"seeds", "fresh", "workers", "variants"}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
+    path = os.path.join(config.out, "toy.json")
+    if os.path.exists(path):
+        with open(path) as f:
+            if json.load(f) != settings:
+                raise SystemExit(f"{config.out} was made with other settings (toy.json): pass --fresh to start over, "
+                                 "or another --out")
+    with open(path, "w") as f:
+        json.dump(settings, f, indent=1)
+
+    began = time.time()
+    world = make_world(config)
+    draw_strip(os.path.join(config.out, "data", "clips", "0.mp4"), os.path.join(config.out, "clip.png"))
+    results, ablations = zip(*(run_seed(seed, config, world) for seed in range(config.seeds)))
+    text = f"Accuracy on {config.eval_clips} held-out clips a group, {config.seeds} seed(s)\n\n" + markdown(results, NAMES)
+    if ablations[0]:
+        text += "\n\nLatent SFT, with its spans fed other vectors\n\n" + markdown(ablations, {})
+    with open(os.path.join(config.out, "table.md"), "w") as f:
+        f.write(text + "\n")
+    with open(os.path.join(config.out, "table.json"), "w") as f:
+        json.dump(dict(settings=settings, results=results, ablations=ablations), f, indent=1)
+    draw_results(results, config, os.path.join(config.out, "accuracy.png"))
+    print(f"\n{text}\n\n{time.time() - began:.0f} s; table.md, accuracy.png, clip.png and seed_*/*/loss.png are in {config.out}")
+
+
+if __name__ == "__main__":
+    main(parse_config(Config))
