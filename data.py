@@ -30,9 +30,7 @@ Axis letters: T frames, H and W pixels, P patches (before the 2x2 merge), B rows
 """
 
 import argparse
-import base64
 import dataclasses
-import glob
 import io
 import json
 import math
@@ -42,13 +40,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from model import LATENT, LATENT_END, LATENT_START
+from model import CELL, LATENT, LATENT_END, LATENT_START, MERGE, TEMPORAL, normalise, resize_and_cut
+from model import resize_and_patchify  # noqa: F401  the whole path from pixels, for users of this file
 
-PATCH, MERGE, TEMPORAL = 16, 2, 2  # Qwen3-VL: pixels a patch, patches a token (each way), frames a patch
-CELL = PATCH * MERGE  # pixels a token, each way
 SYSTEM = ("You answer questions about what happens next in a video. Work in two modes and switch between them freely. "
           "In words: put each step of your reasoning between <reason> and </reason>. In images: where picturing a "
           "coming frame helps, open a latent span and imagine it there before you go on. When you are sure, give the "
@@ -143,20 +139,16 @@ def _read_records(path):
             raise RecordError(f"{path}: reading parquet needs pyarrow (pip install pyarrow)") from e
         return pyarrow.parquet.read_table(path).to_pylist()
     with open(path, encoding="utf-8") as f:
-        text = f.read()
+        texts = f.read().split("\n") if path.endswith(".jsonl") else [f.read()]
+    records = []
+    for i, text in enumerate(texts):
+        try:
+            records += [json.loads(text)] if text.strip() else []
+        except json.JSONDecodeError as e:
+            raise RecordError(f"{path}:{i}: not JSON ({e})") from e
     if path.endswith(".jsonl"):
-        records = []
-        for i, line in enumerate(text.split("\n")):
-            if line.strip():
-                try:
-                    records.append(json.loads(line))
-                except json.JSONDecodeError as e:
-                    raise RecordError(f"{path}:{i}: not JSON ({e})") from e
         return records
-    try:
-        records = json.loads(text)
-    except json.JSONDecodeError as e:
-        raise RecordError(f"{path}: not JSON ({e})") from e
+    records = records[0] if records else []
     if isinstance(records, dict):  # {"data": [...]} or {id: record}
         records = records["data"] if isinstance(records.get("data"), list) else list(records.values())
     if not isinstance(records, list):
@@ -187,69 +179,64 @@ def read_record(record, where, media_root="."):
         return found
 
     row = Row(where, str(record.get("id", where)), [], [], "", group=str(record.get("group", "all")))
+    if "options" in record:
+        row.options = _options(record["options"], where)
     if "conversations" in record:  # future-l1
         clip = media(need("video", str))
-        observed = [Frame(clip, i) for i in indices("image")]
-        future = [Frame(clip, i) for i in indices("reasoning_image")] if "reasoning_image" in record else []
+        seen, future = ([Frame(clip, i) for i in indices(key)] if key in record else []
+                        for key in ("image", "reasoning_image"))
         turns = {"human": "", "gpt": ""}
         for turn in need("conversations", list):
             if not isinstance(turn, dict) or turn.get("from") not in turns or not isinstance(turn.get("value"), str):
                 raise RecordError(f"{where}: a turn should be {{from: human|gpt, value: text}}, found {turn!r:.80}")
             turns[turn["from"]] += turn["value"]
-        row.prompt = _interleave(turns["human"], "<image>", observed, where, "image")
         chain, said = _split_answer(turns["gpt"], "answer")
+        row.prompt = _interleave(turns["human"], "<image>", seen, where, "image")
         row.response = _steps(_interleave(chain, "<image>", future, where, "reasoning_image"))
-        row.answer = str(need("answer", (str, int, float))) if "answer" in record or said is None else said
-        row.options = _options(record.get("options"), where)
+        row.answer = said if said is not None and "answer" not in record else need("answer", (str, int, float))
     elif "question_images_index" in record:  # twiff, twiff-bench
         clip = media(need("video", str))
-        observed = [Frame(clip, i) for i in indices("question_images_index")]
-        future = [Frame(clip, i) for i in indices("reasoning_images_index")]
-        for key, frames in (("question_images", observed), ("reasoning_images", future)):
+        seen, future = ([Frame(clip, i) for i in indices(key)]
+                        for key in ("question_images_index", "reasoning_images_index"))
+        for key, frames in (("question_images", seen), ("reasoning_images", future)):
             if record.get(key):  # twiff-bench ships the pictures themselves
                 frames[:] = [Frame(_image_source(x, where, key, media)) for x in need(key, list)]
-        question = need("question", str)
+        question, (chain, said) = need("question", str), _split_answer(need("answer", str), "ans")
         if "<image>" not in question:
-            question = "<image>" * len(observed) + question
-        row.prompt = _interleave(question, "<image>", observed, where, "question_images_index")
-        chain, said = _split_answer(need("answer", str), "ans")
-        if "<rimage>" in chain:
+            question = "<image>" * len(seen) + question
+        row.prompt = _interleave(question, "<image>", seen, where, "question_images_index")
+        if said is None:  # no chain: the answer alone
+            row.answer = chain
+        else:
+            row.answer = said
             row.response = _steps(_interleave(chain, "<rimage>", future, where, "reasoning_images_index"))
-        elif said is not None:
-            row.response = _steps([chain])
-        row.answer = chain.strip() if said is None else said
         meta = record.get("meta_data")
-        meta = json.loads(meta) if isinstance(meta, str) and meta[:1] == "{" else meta
-        row.group = str(next((meta[k] for k in ("class", "category", "type") if k in meta), "all")) \
-            if isinstance(meta, dict) else "all"
+        if isinstance(meta, dict):
+            row.group = str(next((meta[k] for k in ("class", "category", "type") if k in meta), "all"))
     elif "qa" in record:  # futurebench
         qa = need("qa", dict)
         row.options = _options(need("Options", (dict, list), qa), where)
-        row.answer = str(need("Answer", str, qa))
-        row.group = need("question_type", str)
+        row.answer, row.group = need("Answer", str, qa), need("question_type", str)
         name = need("video_path", str).split("video_dataset/")[-1]
         row.prompt = [Clip(media(name)), _with_options(need("Question", str, qa), row.options)]
     elif "problem" in record:  # rl
-        row.answer = str(need("answer", (str, int, float)))
-        pieces = [Frame(_image_source(x, where, "images", media)) for x in record.get("images") or []]
-        clips = [Clip(media(x)) for x in record.get("videos") or []]
-        text = need("problem", str)
-        row.options = _options(record.get("options"), where)
-        row.prompt = clips + (_interleave(text, "<image>", pieces, where, "images") if "<image>" in text
-                              else pieces + [text])
-        row.prompt = [p.replace("<video>", "") if isinstance(p, str) else p for p in row.prompt]
+        row.answer = need("answer", (str, int, float))
+        images = [Frame(_image_source(x, where, "images", media)) for x in record.get("images") or []]
+        text = need("problem", str).replace("<video>", "")
+        text = "<image>" * len(images) + text if "<image>" not in text else text
+        row.prompt = [Clip(media(x)) for x in record.get("videos") or []]
+        row.prompt += _interleave(text, "<image>", images, where, "images")
     elif "options" in record:  # mcq
-        row.options = _options(need("options", (list, dict)), where)
-        row.answer = str(need("answer", (str, int)))
+        row.answer = need("answer", (str, int))
         row.prompt = [Clip(media(need("video", str))), _with_options(need("question", str), row.options)]
     else:
         raise RecordError(f"{where}: unknown format (keys {', '.join(sorted(map(str, record)))}); expected one of the "
                           "six in data.py: conversations | question_images_index | qa | problem | question + options")
+    row.answer = str(row.answer).strip()
     row.question = "".join(p for p in row.prompt if isinstance(p, str)).strip()
-    if not row.question:
-        raise RecordError(f"{where}: the question is empty")
-    if not row.answer.strip():
-        raise RecordError(f"{where}: the answer is empty")
+    for name in ("question", "answer"):
+        if not getattr(row, name):
+            raise RecordError(f"{where}: the {name} is empty")
     return row
 
 
@@ -292,8 +279,6 @@ def _with_options(question, options):
 def _image_source(x, where, key, media):
     if isinstance(x, dict):  # the hub's image column: {"bytes": ..., "path": ...}
         x = x.get("bytes") or x.get("path")
-    if isinstance(x, str) and x.startswith("data:"):
-        x = base64.b64decode(x.split(",", 1)[1])
     if not isinstance(x, (str, bytes)):
         raise RecordError(f"{where}: {key!r} should hold paths or image bytes, found {type(x).__name__}")
     return media(x) if isinstance(x, str) else x
@@ -387,62 +372,14 @@ def read_image(source):
         raise ClipError(f"{name}: cannot be read as an image ({e})") from e
 
 
-# ---------------------------------------------------------------------------------------------------------- patches
-
-def fit(num_frames, height, width, min_pixels, max_pixels):
-    """Size (H, W) in whole 32-pixel cells that keeps the shape and meets the budget over all frames.
-
-    Source: the sizes of Qwen3-VL's image (one frame) and video processors. Raises ClipError if H:W is beyond 200:1.
-    """
-    if num_frames > 1 and min(height, width) < CELL:  # the video processor first scales a tiny clip up to one cell
-        scale = CELL / min(height, width)
-        height, width = int(height * scale), int(width * scale)
-    if max(height, width) > 200 * min(height, width):
-        raise ClipError(f"{width}x{height} pixels: the aspect ratio is beyond 200:1")
-    H, W = round(height / CELL) * CELL, round(width / CELL) * CELL
-    T = max(1, round(num_frames / TEMPORAL) * TEMPORAL) if num_frames > 1 else 1
-    if T * H * W > max_pixels:
-        shrink = math.sqrt(num_frames * height * width / max_pixels)
-        H, W = (max(CELL, math.floor(s / shrink / CELL) * CELL) for s in (height, width))
-    elif T * H * W < min_pixels:
-        grow = math.sqrt(min_pixels / (num_frames * height * width))
-        H, W = (math.ceil(s * grow / CELL) * CELL for s in (height, width))
-    return H, W
-
-
-def resize_and_cut(frames, min_pixels, max_pixels):
-    """frames uint8 (T, H, W, 3) -> patches uint8 (P, 1536) and grid (3,) = (t, h, w) in patches.
-
-    Row order: temporal patch, then 2x2 blocks of patches that the merger joins; a row is (channel, 2 frames, 16, 16).
-    An odd last frame is doubled. Still bytes: see `normalise`. Source: Qwen3-VL's processors, in our own words.
-    """
-    x = torch.as_tensor(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
-    H, W = fit(len(x), *x.shape[-2:], min_pixels, max_pixels)
-    if (H, W) != tuple(x.shape[-2:]):
-        x = F.interpolate(x.contiguous(), (H, W), mode="bicubic", antialias=True)  # on bytes, as HF's fast processors
-    if len(x) % TEMPORAL:
-        x = torch.cat([x, x[-1:]])
-    t, h, w = len(x) // TEMPORAL, H // PATCH, W // PATCH
-    x = x.reshape(t, TEMPORAL, 3, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH)
-    x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # (t, h/2, w/2, 2, 2, 3, 2 frames, 16, 16)
-    return x.reshape(t * h * w, -1), torch.tensor([t, h, w])  # (P, 1536), (3,)
-
-
-def normalise(patches):
-    """Bytes -> floats in [-1, 1]: mean and deviation are 0.5 in all channels. Source: Qwen3-VL."""
-    return (patches.float() - 127.5) / 127.5
-
-
-def resize_and_patchify(frames, min_pixels, max_pixels):
-    """frames uint8 (T, H, W, 3) -> (patches float (P, 1536), grid (3,)), equal to HF's Qwen3-VL processors.
-
-    T = 1 is an image; otherwise a video, whose budgets count the pixels of all T frames. Source: Qwen3-VL.
-    """
-    patches, grid = resize_and_cut(frames, min_pixels, max_pixels)
-    return normalise(patches), grid
-
-
 _cache = {}  # (path, key frame, budget) -> (patches uint8, grid); filled up to DataConfig.cache_frames, then closed
+
+
+def _cut(frames, budget, name):
+    try:
+        return resize_and_cut(frames, *budget)
+    except ValueError as e:
+        raise ClipError(f"{name if isinstance(name, str) else 'image'}: {e}") from e
 
 
 def load_frames(frames, budget, room=0):
@@ -452,12 +389,12 @@ def load_frames(frames, budget, room=0):
         if (frame, budget) in _cache:
             got[frame] = _cache[frame, budget]
         elif not frame.index:
-            got[frame] = resize_and_cut(read_image(frame.source), *budget)
+            got[frame] = _cut(read_image(frame.source), budget, frame.source)
     for path in {f.source for f in frames if f not in got}:
-        numbers = sorted({f.index for f in frames if f not in got and f.source == path})
+        numbers = range(1, 9) if room else sorted({f.index for f in frames if f not in got and f.source == path})
         pictures, _, _ = read_clip(path, lambda n: [key_frame_positions(n)[i - 1] for i in numbers])
         for i, picture in zip(numbers, pictures):
-            got[Frame(path, i)] = resize_and_cut(picture[None], *budget)
+            got[Frame(path, i)] = _cut(picture[None], budget, path)
     if len(_cache) < room:
         _cache.update({(frame, budget): value for frame, value in got.items()})
     return [got[frame] for frame in frames]
@@ -491,7 +428,7 @@ def encode(row, tokenizer, config, train=True, spans=True):
             frames, numbers, fps = read_clip(part.path, lambda n: uniform_positions(n, config.num_frames))
             if len(frames) % TEMPORAL:
                 frames, numbers = np.concatenate([frames, frames[-1:]]), [*numbers, numbers[-1]]
-            videos.append(resize_and_cut(frames, *video_budget))
+            videos.append(_cut(frames, video_budget, part.path))
             t, h, w = videos[-1][1].tolist()
             for k in range(t):  # each temporal patch of two frames is announced by its mean time
                 pieces += [f"<{(numbers[2 * k] + numbers[2 * k + 1]) / 2 / fps:.1f} seconds>",
@@ -611,9 +548,3 @@ def loader(samples, batches, collate_fn, workers):
     """A DataLoader over explicit lists of indices (one list a batch), decoding ahead in `workers` processes."""
     return DataLoader(samples, batch_sampler=batches, collate_fn=collate_fn, num_workers=workers,
                       prefetch_factor=4 if workers else None, persistent_workers=False)
-
-
-def checkpoints(folder):
-    """The complete step_* folders of a run, oldest first. Half-written ones have another name. Source: ours."""
-    found = [f for f in glob.glob(os.path.join(glob.escape(folder), "step_*")) if f.rsplit("_", 1)[1].isdigit()]
-    return sorted(found, key=lambda f: int(f.rsplit("_", 1)[1]))

@@ -30,11 +30,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import (DataConfig, Samples, checkpoints, collate, load_frames, loader, model_inputs, normalise,
+from data import (DataConfig, Samples, collate, load_frames, loader, model_inputs, normalise,
                   parse_config, read_rows, to_device)
 from latent_decode import generate
 from model import LATENT, best_attention, load
-from sft import set_up_ranks
+from sft import checkpoints, set_up_ranks
 
 
 @dataclasses.dataclass

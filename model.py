@@ -27,13 +27,13 @@ Axis letters: B rows, T tokens, N latents (all rows together), D hidden, V vocab
 """
 
 import json
+import math
 import os
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGeneration
-from transformers import initialization as init
+from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 LATENT_START, LATENT, LATENT_END = "<|latent_start|>", "<|latent|>", "<|latent_end|>"
@@ -45,18 +45,17 @@ class FutureL1(Qwen3VLForConditionalGeneration):
 
     def __init__(self, config):
         super().__init__(config)
-        D = config.text_config.hidden_size
-        # None = paper: the hidden state itself is the latent. "linear" = ours.
-        self.latent_head = nn.Linear(D, D) if getattr(config, "latent_head", None) == "linear" else None
-        if self.latent_head is not None:
-            self._init_weights(self.latent_head)
+        self.latent_head = None  # the paper's method: the hidden state itself is the latent
+        if getattr(config, "latent_head", None) == "linear":
+            self.add_latent_head()
 
-    def _init_weights(self, module):
-        if module is getattr(self, "latent_head", None):  # identity: training starts from the paper's method
-            init.eye_(module.weight)
-            init.zeros_(module.bias)
-        else:
-            super()._init_weights(module)
+    def add_latent_head(self):
+        """A linear map from states to latents, starting as the identity, i.e. as the paper's method. Source: ours."""
+        D = self.config.text_config.hidden_size
+        self.config.latent_head = "linear"
+        self.latent_head = nn.Linear(D, D)
+        nn.init.eye_(self.latent_head.weight)
+        nn.init.zeros_(self.latent_head.bias)
 
     @classmethod
     def from_pretrained(cls, folder, *args, **kwargs):
@@ -264,19 +263,79 @@ def load(folder, latent_head=None, **kwargs):
     latent_head: None keeps what the folder has; "linear" adds one, starting as the identity. kwargs go to
     transformers (dtype=, attn_implementation=). Raises ValueError if config and tokenizer disagree on a token's id.
     """
-    config = AutoConfig.from_pretrained(folder)
-    if latent_head is not None:
-        config.latent_head = latent_head
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = add_latent_tokens(tokenizer)
+    model = FutureL1.from_pretrained(folder, **kwargs)
     for key, token in LATENT_IDS.items():
-        if getattr(config, key, None) not in (None, ids[key]):
-            raise ValueError(f"{folder}: config.json says {key} = {getattr(config, key)}, "
+        if getattr(model.config, key) != ids[key]:
+            raise ValueError(f"{folder}: config.json says {key} = {getattr(model.config, key)}, "
                              f"but its tokenizer gives {token} the id {ids[key]}")
-    return FutureL1.from_pretrained(folder, config=config, **kwargs), tokenizer
+    if latent_head not in (None, "linear"):
+        raise ValueError(f"latent_head is {latent_head!r}, expected None or 'linear'")
+    if latent_head and model.latent_head is None:
+        model.add_latent_head()
+    return model, tokenizer
 
 
 def best_attention():
     """flash_attention_2 where the flash-attn package is installed on CUDA, else sdpa. Source: ours."""
     from transformers.utils import is_flash_attn_2_available
     return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
+
+
+# ------------------------------------------------------------------------------------------------ pixels to patches
+
+PATCH, MERGE, TEMPORAL = 16, 2, 2  # Qwen3-VL: pixels a patch, patches a token (each way), frames a patch
+CELL = PATCH * MERGE  # pixels a token, each way
+
+def fit(num_frames, height, width, min_pixels, max_pixels):
+    """Size (H, W) in whole 32-pixel cells that keeps the shape and meets the budget over all frames.
+
+    Source: the sizes of Qwen3-VL's image (one frame) and video processors. Raises ValueError beyond 200:1.
+    """
+    if num_frames > 1 and min(height, width) < CELL:  # the video processor first scales a tiny clip up to one cell
+        scale = CELL / min(height, width)
+        height, width = int(height * scale), int(width * scale)
+    if max(height, width) > 200 * min(height, width):
+        raise ValueError(f"{width}x{height} pixels: the aspect ratio is beyond 200:1")
+    H, W = round(height / CELL) * CELL, round(width / CELL) * CELL
+    T = max(1, round(num_frames / TEMPORAL) * TEMPORAL) if num_frames > 1 else 1
+    if T * H * W > max_pixels:
+        shrink = math.sqrt(num_frames * height * width / max_pixels)
+        H, W = (max(CELL, math.floor(s / shrink / CELL) * CELL) for s in (height, width))
+    elif T * H * W < min_pixels:
+        grow = math.sqrt(min_pixels / (num_frames * height * width))
+        H, W = (math.ceil(s * grow / CELL) * CELL for s in (height, width))
+    return H, W
+
+
+def resize_and_cut(frames, min_pixels, max_pixels):
+    """frames uint8 (T, H, W, 3) -> patches uint8 (P, 1536) and grid (3,) = (t, h, w) in patches.
+
+    Row order: temporal patch, then 2x2 blocks of patches that the merger joins; a row is (channel, 2 frames, 16, 16).
+    An odd last frame is doubled. Still bytes: see `normalise`. Source: Qwen3-VL's processors, in our own words.
+    """
+    x = torch.as_tensor(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
+    H, W = fit(len(x), *x.shape[-2:], min_pixels, max_pixels)
+    if (H, W) != tuple(x.shape[-2:]):
+        x = F.interpolate(x.contiguous(), (H, W), mode="bicubic", antialias=True)  # on bytes, as HF's fast processors
+    if len(x) % TEMPORAL:
+        x = torch.cat([x, x[-1:]])
+    t, h, w = len(x) // TEMPORAL, H // PATCH, W // PATCH
+    x = x.reshape(t, TEMPORAL, 3, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH)
+    x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # (t, h/2, w/2, 2, 2, 3, 2 frames, 16, 16)
+    return x.reshape(t * h * w, -1), torch.tensor([t, h, w])  # (P, 1536), (3,)
+
+
+def normalise(patches):
+    """Bytes -> floats in [-1, 1]: mean and deviation are 0.5 in all channels. Source: Qwen3-VL."""
+    return (patches.float() - 127.5) / 127.5
+
+
+def resize_and_patchify(frames, min_pixels, max_pixels):
+    """frames uint8 (T, H, W, 3) -> (patches float (P, 1536), grid (3,)), equal to HF's Qwen3-VL processors.
+
+    T = 1 is an image; otherwise a video, whose budgets count the pixels of all T frames. Source: Qwen3-VL.
+    """
+    patches, grid = resize_and_cut(frames, min_pixels, max_pixels)
+    return normalise(patches), grid

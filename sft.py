@@ -25,6 +25,7 @@ Axis letters: B rows, L tokens, N latents, D hidden.
 
 import contextlib
 import dataclasses
+import glob
 import json
 import math
 import os
@@ -38,8 +39,9 @@ import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
-from data import DataConfig, Samples, checkpoints, collate, loader, model_inputs, parse_config, read_rows, to_device
+from data import DataConfig, Samples, collate, loader, model_inputs, parse_config, read_rows, to_device
 from model import best_attention, load, target_variance
 
 
@@ -147,6 +149,7 @@ def micro_batches(order, first_step, steps, global_batch, micro_batch, rank, wor
 
 def set_up_ranks():
     """torchrun's environment, or a single process -> rank, world, device. Source: ours."""
+    disable_progress_bar()  # transformers' own, for every load and save
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -167,7 +170,8 @@ def sum_over_ranks(values, device):
 def print_row(batch, tokenizer, latent_id):
     """One training row as a table: token, label, what is fed, text. Runs of equal tokens share a line."""
     print("row 0:   token   label  fed      text")
-    ids, labels, runs = batch["input_ids"][0].tolist(), batch["labels"][0].tolist(), []
+    real = batch["attention_mask"][0].bool() if "attention_mask" in batch else slice(0, batch["seq_lens"][0])
+    ids, labels, runs = batch["input_ids"][0][real].tolist(), batch["labels"][0][real].tolist(), []
     for token, label in zip(ids, labels):
         if runs and runs[-1][:2] == [token, label]:
             runs[-1][2] += 1
@@ -191,6 +195,12 @@ def save_checkpoint(folder, model, tokenizer, trainer):
     torch.save(trainer, os.path.join(partial, "trainer.pt"))
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(partial, folder)
+
+
+def checkpoints(folder):
+    """The complete step_* folders of a run, oldest first. Half-written ones have another name. Source: ours."""
+    found = [f for f in glob.glob(os.path.join(glob.escape(folder), "step_*")) if f.rsplit("_", 1)[1].isdigit()]
+    return sorted(found, key=lambda f: int(f.rsplit("_", 1)[1]))
 
 
 def random_state():

@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLConfig
 
 import evaluate
 import sft
-from data import checkpoints, key_frame_positions, parse_config, read_clip
+from data import key_frame_positions, parse_config, read_clip
 from model import FutureL1, add_latent_tokens
 
 
@@ -113,13 +113,15 @@ def draw(path):
     frames = np.full((FRAMES, SIZE, SIZE, 3), 245, np.uint8)
     frames[:, :, :WALL], frames[:, :, -WALL:] = COLOURS["red"], COLOURS["blue"]
     frames[:, :WALL, WALL:-WALL], frames[:, -WALL:, WALL:-WALL] = COLOURS["yellow"], COLOURS["green"]
-    yy, xx = np.mgrid[:SIZE, :SIZE]
+    yy, xx = np.mgrid[:2 * BALL + 3, :2 * BALL + 3]
     for i, frame in enumerate(frames):
-        k, part = divmod(i + SEGMENT - 4, SEGMENT)
-        x, y = points[k] + (points[k + 1] - points[k]) * part / SEGMENT
+        k, since = divmod(i + SEGMENT - 4, SEGMENT)
+        x, y = points[k] + (points[k + 1] - points[k]) * since / SEGMENT
         x, y = WALL + BALL + x * room - 0.5, SIZE - (WALL + BALL + y * room) - 0.5
-        cover = np.clip(BALL + 0.5 - np.hypot(xx - x, yy - y), 0, 1)[..., None]  # soft edge: places between pixels
-        frame[:] = frame * (1 - cover) + np.array([30, 30, 40]) * cover
+        i0, j0 = int(y) - BALL - 1, int(x) - BALL - 1
+        cover = np.clip(BALL + 0.5 - np.hypot(xx + j0 - x, yy + i0 - y), 0, 1)[..., None]  # soft: places between pixels
+        part = frame[i0:i0 + len(yy), j0:j0 + len(xx)]
+        part[:] = part * (1 - cover) + np.array([30, 30, 40]) * cover
     return frames
 
 
@@ -259,7 +261,7 @@ def make_model(tokenizer, seed, hidden=96, layers=2):
 
 def trained(out, **settings):
     """The checkpoint of a training, run unless it is already complete."""
-    done = checkpoints(out)
+    done = sft.checkpoints(out)
     if done and done[-1].endswith(f"step_{settings['steps']:06d}"):
         return done[-1]
     return sft.train(sft.Config(**{**TINY, **settings, "out": out, "resume": bool(done)}))

@@ -1,0 +1,54 @@
+"""What the tests share: a tiny random model with a real tokenizer, and real mp4 clips."""
+
+import os
+import sys
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import numpy as np
+import pytest
+import torch
+
+import toy
+from data import DataConfig
+
+WORDS = "system user assistant watch the ball which wall does it hit next ? moves right left up down hits red green blue"
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return toy.make_tokenizer([WORDS])
+
+
+@pytest.fixture
+def model(tokenizer):
+    """A fresh FutureL1 of half a million weights (fp32, eval), with an output layer loud enough to sample from."""
+    model = toy.make_model(tokenizer, seed=0).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(4)
+    return model
+
+
+@pytest.fixture(scope="session")
+def data_config():
+    return DataConfig(image_max_tokens=4, l_max=4, system="watch the ball", workers=0)
+
+
+def frames(count, height, width, seed=0):
+    """uint8 (T, H, W, 3): a gradient that moves, each frame recognisable by its brightness."""
+    y, x = np.mgrid[:height, :width]
+    rng = np.random.default_rng(seed)
+    tint = rng.integers(0, 60, 3)
+    return np.stack([np.clip(np.stack([x * 90 / width, y * 90 / height, (x + y) * 45 / (width + height)], -1)
+                             + 100 * k / max(1, count - 1) + tint, 0, 255) for k in range(count)]).astype(np.uint8)
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """clip(name, count, height, width) -> path of a real H.264 mp4."""
+    def make(name="clip.mp4", count=40, height=64, width=96, seed=0):
+        path = str(tmp_path / name)
+        toy.write_mp4(path, frames(count, height, width, seed))
+        return path
+    return make
