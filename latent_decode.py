@@ -19,8 +19,8 @@ does not apply. 2. Placeholder tokens of images and videos are never produced: a
 Where this differs from the official code: 3. A forced stop is in the cache and in the record alike. 4. Inside a span only
 stop or continue can happen, never another word.
 
-How it is fast: vision and prompt run once a prompt, not once a sample; a static key-value cache; on CUDA one step is
-captured as a CUDA graph and replayed; the host looks at the device only every CHUNK tokens, and then drops finished rows.
+How it is fast: vision and prompt run once a prompt, not once a sample; the key-value cache is allocated once; the host
+looks at the device only every CHUNK tokens, and then drops finished rows; on CUDA a step can be captured as one graph.
 
 Axis letters: B prompts, R rows = B * n (row i * n + k is sample k of prompt i), P prompt tokens, T new tokens,
 N latents, D hidden, V vocabulary.
@@ -79,14 +79,15 @@ def choose(logits, in_span, count, u, *, ids, banned, temperature=0.0, top_p=1.0
 
 @torch.no_grad()
 def generate(model, batch, *, max_new_tokens, temperature=0.0, top_p=1.0, max_latents=8, n=1, eos_token_id=None,
-             latent_sigma=0.0, generator=None, replace=None):
+             latent_sigma=0.0, generator=None, replace=None, cuda_graph=False):
     """Continue each prompt n times -> Rollout. Source: sec. 3.1.
 
     batch: dict of HF-named tensors, left-padded (`data.model_inputs`). temperature 0 = greedy; log-probabilities are
     then those of the untempered softmax. max_latents: longest span; paper: 2 * L_max = 8. eos_token_id: int or list,
     default the model's. latent_sigma > 0 adds Gaussian noise to each latent. generator: where random numbers come
-    from. replace (R, K, D): feed these instead of a row's first K latents (ablations). The result does not depend on
-    what else is in the batch (greedy: up to rounding). Raises ValueError for right padding or bad arguments.
+    from. replace (R, K, D): feed these instead of a row's first K latents (ablations). cuda_graph: on CUDA, capture one
+    step and replay it, without Python or kernel launches in between. The result does not depend on what else is in the
+    batch (greedy: up to rounding). Raises ValueError for right padding or bad arguments.
     """
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask  # (B, P)
@@ -110,7 +111,7 @@ def generate(model, batch, *, max_new_tokens, temperature=0.0, top_p=1.0, max_la
             torch.cat([mask.bool(), mask.new_zeros(B, max_new_tokens, dtype=torch.bool)], 1).repeat_interleave(n, 0),
             (mask.sum(-1, keepdim=True) + model.model.rope_deltas).repeat_interleave(n, 0),  # (R, 1) next position
             max_new_tokens=max_new_tokens, eos=torch.tensor(eos, device=device, dtype=torch.long),
-            latent_sigma=latent_sigma, generator=generator, replace=replace,
+            latent_sigma=latent_sigma, generator=generator, replace=replace, graph=cuda_graph and device.type == "cuda",
             choice=dict(temperature=temperature, top_p=top_p, max_latents=max_latents))
     finally:
         text.set_attn_implementation(attention)
@@ -131,7 +132,8 @@ def _static_cache(config, prompt, n, length):
     return cache
 
 
-def _decode(model, text, h, cache, seen, position, *, max_new_tokens, eos, latent_sigma, generator, replace, choice):
+def _decode(model, text, h, cache, seen, position, *, max_new_tokens, eos, latent_sigma, generator, replace, graph,
+            choice):
     """The loop. h (R, D) state after the prompt; seen (R, L) bool cache slots to look at; position (R, 1)."""
     R, device, T = len(h), h.device, max_new_tokens
     config = model.config
@@ -190,7 +192,7 @@ def _decode(model, text, h, cache, seen, position, *, max_new_tokens, eos, laten
             S["u"].copy_(u[S["row"], j])
             if latent_sigma:
                 S["noise"].copy_(noise[S["row"], j])
-            if run is None and device.type == "cuda" and start + j:  # after a first step that warms the kernels up
+            if graph and run is None and start + j:  # the first step is run as it is, to warm the kernels up
                 run = _capture(step)
             (run or step)()
             for name, steps_so_far in record.items():

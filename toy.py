@@ -54,6 +54,7 @@ class Config:
 # What differs from the paper's settings, in one place: the model is 10,000 times smaller and learns from scratch.
 TINY = dict(global_batch=64, micro_batch=64, lr=1e-3, beta2=0.98, weight_decay=0.0, save_every=10**9,
             latent_head="linear", latent_loss="nmse", lam=1.0,  # raw states do not fit visual embeddings at this size
+            stop_term=True,  # without it nothing teaches the model not to stop before its first latent
             image_max_tokens=1, l_max=1, max_length=256, system="watch the ball", cache_frames=10**6)
 VARIANTS = {
     "text": dict(spans=False),
@@ -128,7 +129,7 @@ def draw(path):
 def write_mp4(path, frames, fps=FPS):
     """frames uint8 (T, H, W, 3) -> an H.264 file, written under a temporary name and renamed. Source: ours."""
     with av.open(path + ".part", "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "18", "preset": "veryfast"})
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "18", "preset": "ultrafast"})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         stream.codec_context.thread_count = 1
         for frame in frames:

@@ -52,3 +52,16 @@ def clip(tmp_path):
         toy.write_mp4(path, frames(count, height, width, seed))
         return path
     return make
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Six clips of the paddle box with their 24 rows, and a tiny model folder: dict(model, data, folder)."""
+    folder = tmp_path_factory.mktemp("world")
+    config = toy.Config(out=str(folder), clips=6, eval_clips=2, eval_seed=100)
+    paths = toy.make_world(config)
+    tokenizer = toy.make_tokenizer(open(paths["captions"]).read().replace('"', " ").split()
+                                   + open(paths["train"]).read().replace('"', " ").split())
+    toy.make_model(tokenizer, seed=0).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return dict(model=str(folder / "model"), data=paths["train"], test=paths["test"], folder=str(folder))

@@ -1,0 +1,272 @@
+"""The training loop: schedule, order, exact sums over micro-batches and ranks, resume, skips, self-forcing."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sft
+import toy
+from data import Samples, collate, model_inputs, read_rows
+from model import load
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SMALL = dict(toy.TINY, global_batch=8, micro_batch=4, workers=0, cache_frames=0)
+
+
+def settings(world, out, **more):
+    return sft.Config(**{**SMALL, "model": world["model"], "data": world["data"], "out": str(out), "steps": 4, **more})
+
+
+def weights(checkpoint):
+    return load_file(os.path.join(checkpoint, "model.safetensors"))
+
+
+def read_log(out):
+    with open(os.path.join(out, "log.jsonl")) as f:
+        return [json.loads(line) for line in f]
+
+
+def test_learning_rate_by_hand():
+    """Breaks if warm-up is not linear to the peak, or the cosine does not go through half and to zero."""
+    c = sft.Config(lr=2.0, warmup=0.1)
+    rates = [sft.learning_rate(s, 110, c) for s in range(110)]
+    assert rates[0] == pytest.approx(2 / 11) and rates[10] == pytest.approx(2.0) and max(rates) == pytest.approx(2.0)
+    assert rates[11] == pytest.approx(2.0)  # 99 cosine steps from here
+    assert rates[11 + 33] == pytest.approx(1 + math.cos(math.pi / 3)) and 0 < rates[-1] < 0.001
+
+
+def test_every_epoch_is_a_permutation_and_ranks_share_it():
+    """Breaks if a sample is lost or doubled within an epoch, or if the number of ranks changes what a step sees."""
+    order = sft.sample_order(10, 25, seed=3)
+    assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10)) and order[:10] != order[10:20]
+    assert order == sft.sample_order(10, 25, seed=3) != sft.sample_order(10, 25, seed=4)
+    for world in (1, 2, 3):
+        plans = [list(sft.micro_batches(order, 1, 4, 8, 2, r, world)) for r in range(world)]
+        assert len({len(p) for p in plans}) == 1  # the same number of forwards on each rank
+        count = len(plans[0]) // 3
+        for step in range(1, 4):
+            seen = [i for p in plans for batch in p[(step - 1) * count:step * count] for i in batch]
+            assert sorted(seen) == sorted(order[step * 8:step * 8 + 8])
+
+
+def test_a_straight_run_equals_a_resumed_one_bit_for_bit(world, tmp_path):
+    """Breaks if anything that decides the weights is missing from the checkpoint: order, Adam state, step, draws."""
+    c = settings(world, tmp_path / "a", save_every=2, self_forcing=0.5, self_forcing_from=0.0)
+    straight = sft.train(c)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "step_000004")
+    resumed = sft.train(settings(world, tmp_path / "b", save_every=2, self_forcing=0.5, self_forcing_from=0.0, resume=True))
+    a, b = weights(straight), weights(resumed)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    drop = {"seconds"}
+    assert [{k: v for k, v in line.items() if k not in drop} for line in read_log(tmp_path / "a")] \
+        == [{k: v for k, v in line.items() if k not in drop} for line in read_log(tmp_path / "b")]
+    half = weights(str(tmp_path / "a" / "step_000002"))
+    assert not all(torch.equal(a[k], half[k]) for k in a)
+
+
+def test_killed_while_saving_leaves_the_older_checkpoint(world, tmp_path, monkeypatch):
+    """Breaks if a half-written checkpoint can be taken for a whole one."""
+    real = torch.save
+
+    def dies(what, path, *rest):
+        if what.get("step") == 4:
+            with open(path, "wb") as f:
+                f.write(b"half")
+            raise KeyboardInterrupt
+        return real(what, path, *rest)
+    monkeypatch.setattr(torch, "save", dies)
+    with pytest.raises(KeyboardInterrupt):
+        sft.train(settings(world, tmp_path / "a", save_every=2))
+    monkeypatch.undo()
+    assert [os.path.basename(p) for p in sft.checkpoints(str(tmp_path / "a"))] == ["step_000002"]
+    done = sft.train(settings(world, tmp_path / "a", save_every=2, resume=True))
+    straight = sft.train(settings(world, tmp_path / "b", save_every=2))
+    a, b = weights(done), weights(straight)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_resume_of_a_finished_run_does_nothing_and_a_used_folder_is_refused(world, tmp_path):
+    """Breaks if a second run in the same folder overwrites the first, or other settings are resumed silently."""
+    done = sft.train(settings(world, tmp_path, steps=1))
+    before = os.stat(os.path.join(done, "model.safetensors")).st_mtime_ns
+    assert sft.train(settings(world, tmp_path, steps=1, resume=True)) == done
+    assert os.stat(os.path.join(done, "model.safetensors")).st_mtime_ns == before
+    with pytest.raises(SystemExit, match="already holds step_000001"):
+        sft.train(settings(world, tmp_path, steps=1))
+    with pytest.raises(SystemExit, match="other values of lam"):
+        sft.train(settings(world, tmp_path, steps=1, lam=0.7, resume=True))
+    with pytest.raises(SystemExit, match="--data is missing"):
+        sft.train(settings(world, tmp_path / "new", data=""))
+
+
+# A run whose optimizer is plain gradient descent with rate 1: the weights then show the gradient itself.
+DESCENT = """
+import sys, json, torch
+sys.path.insert(0, {root!r})
+torch.optim.AdamW = lambda groups, **kw: torch.optim.SGD(groups, lr=1.0)
+import sft
+if __name__ == "__main__":
+    sft.train(sft.Config(**json.loads(sys.argv[1])))
+"""
+
+
+def descend(tmp_path, processes, config):
+    script = tmp_path / "descend.py"
+    script.write_text(DESCENT.format(root=ROOT))
+    launch = [sys.executable] if processes == 1 else \
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    run = subprocess.run([*launch, str(script), json.dumps(vars(config))], capture_output=True, text=True, timeout=240,
+                         env=dict(os.environ, OMP_NUM_THREADS="1"))
+    assert run.returncode == 0, run.stderr[-3000:]
+    return weights(sft.checkpoints(config.out)[-1]), run.stdout + run.stderr
+
+
+def test_micro_batches_and_two_processes_give_the_gradient_of_one_big_batch(world, tmp_path):
+    """Breaks if a mean of means is taken anywhere, if DDP's mean is not undone, or if a rank without samples hangs.
+
+    Five samples, one of them broken, on two ranks in micro-batches of two: the ranks hold three and two samples, the
+    second rank's last micro-batch is empty.
+    """
+    with open(world["data"]) as f:
+        rows = [json.loads(line) for line in f][:5]
+    rows[3]["video"] = "clips/missing.mp4"
+    broken = os.path.join(os.path.dirname(world["data"]), "five.jsonl")
+    with open(broken, "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    base = dict(data=broken, steps=1, global_batch=5, lr=1.0, clip=1e9, latent_loss="mse", lam=0.3, warmup=0.0)
+    big, _ = descend(tmp_path, 1, settings(world, tmp_path / "big", **{**base, "micro_batch": 5}))
+    small, _ = descend(tmp_path, 1, settings(world, tmp_path / "small", **{**base, "micro_batch": 1}))
+    two, said = descend(tmp_path, 2, settings(world, tmp_path / "two", **{**base, "micro_batch": 2}))
+    start = weights(world["model"])
+    moved = max((big[k] - start[k]).abs().max().item() for k in start)
+    assert moved > 1e-2
+    for other in (small, two):
+        assert max((big[k] - other[k]).abs().max().item() for k in big) < 1e-6 * max(1, moved)
+    assert f"skipped {broken}:3" in said and "missing.mp4: no such file" in said
+    lines = [read_log(tmp_path / name)[0] for name in ("big", "small", "two")]
+    assert [line["skipped"] for line in lines] == [1, 1, 1]
+    for key in ("ce", "latent", "grad_norm"):
+        assert np.allclose([line[key] for line in lines], lines[0][key], rtol=1e-5)
+
+
+def test_zero_redundancy_gives_the_same_weights_and_resumes(world, tmp_path):
+    """Breaks if the sharded optimizer state is not gathered before it is saved."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               os.path.join(ROOT, "sft.py")]
+
+    def run(out, *flags):
+        c = vars(settings(world, out, steps=2, save_every=1))
+        flags = [*flags, *(f for k, v in c.items() if k not in ("zero", "resume") for f in
+                           ([f"--{'' if v else 'no-'}{k}"] if isinstance(v, bool) else [f"--{k}", str(v)]))]
+        done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=240,
+                              env=dict(os.environ, OMP_NUM_THREADS="1"))
+        assert done.returncode == 0, done.stderr[-3000:]
+        return weights(os.path.join(out, "step_000002"))
+    plain, zero = run(tmp_path / "plain"), run(tmp_path / "zero", "--zero")
+    shutil.rmtree(tmp_path / "zero" / "step_000002")
+    again = run(tmp_path / "zero", "--zero", "--resume")
+    for k in plain:
+        assert torch.allclose(plain[k], zero[k], atol=1e-6) and torch.equal(zero[k], again[k])
+
+
+@pytest.fixture
+def batch(world):
+    model, tokenizer = load(world["model"])
+    rows = [row for row in read_rows(world["data"]) if row.group in ("3-hop", "1-hop")][:4]
+    samples = Samples(rows, tokenizer, settings(world, "unused"))
+    return model, collate([samples[i] for i in range(4)], 0)
+
+
+def test_self_forcing_feeds_what_decoding_would(batch):
+    """Breaks if the fed latents are not the model's own: after as many passes as spans they are a fixed point."""
+    model, b = batch
+    step = sft.Step(model, sft.Config(self_forcing_passes=3))
+    fed = []
+    original = model.embed
+    model.embed = lambda *args, **kw: fed.append(args[5] if len(args) > 5 else kw["latents"]) or original(*args, **kw)
+    step(b, own=torch.tensor([True, False, True, False]))
+    e, z = fed[0], fed[-1]  # the first pass reads the true latents, the last forward the row's own
+    row = (b["input_ids"] == model.config.latent_id).nonzero()[:, 0]
+    assert torch.equal(z[row % 2 == 1], e[row % 2 == 1]) and not torch.allclose(z[row == 0], e[row == 0])
+    # one word at a time: the latent after LS is to_latent of the state there, with all earlier latents its own
+    with torch.no_grad():
+        latents = e.clone()
+        places = (b["input_ids"] == model.config.latent_id).nonzero().tolist()
+        for k, (r, t) in enumerate(places):
+            if r % 2 == 0:
+                h, _ = model.hidden(**model_inputs(b), latents=latents)
+                latents[k] = model.to_latent(h[r, t - 1])
+    assert torch.allclose(z, latents, atol=1e-5)
+
+
+def test_pause_tokens_learn_their_embedding_and_have_no_latent_loss(batch):
+    """Breaks if the control sees the future frames, or is trained to match them."""
+    model, b = batch
+    model.requires_grad_(True)
+    step = sft.Step(model, sft.Config(pause_tokens=True, lam=1.0))
+    ce, weighted, latent = step(b)
+    b2 = dict(b, future_pixel_values=torch.randn_like(b["future_pixel_values"]))
+    assert weighted.item() == 0 and latent.item() > 0 and torch.equal(step(b2)[0], ce)
+    ce.backward()
+    assert model.get_input_embeddings().weight.grad[model.config.latent_id].abs().sum() > 0
+
+
+def test_text_only_rows_have_no_spans_and_the_vision_tower_stays(world, tmp_path):
+    """Breaks if --no-spans leaves a latent in, or if frozen weights move."""
+    done = sft.train(settings(world, tmp_path, spans=False, steps=2, latent_head=""))
+    assert all(line["latents"] == 0 and line["latent"] == 0 for line in read_log(tmp_path))
+    a, b = weights(world["model"]), weights(done)
+    moved = {k for k in a if not torch.equal(a[k], b[k])}
+    assert moved and not any(".visual." in k for k in moved)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_logged(world, tmp_path, monkeypatch):
+    """Breaks if a NaN reaches the weights."""
+    real = sft.Step.forward
+    monkeypatch.setattr(sft.Step, "forward", lambda self, *a: [x * math.nan for x in real(self, *a)])
+    done = sft.train(settings(world, tmp_path, steps=1))
+    a, b = weights(world["model"]), weights(done)
+    assert all(torch.equal(a[k], b[k]) for k in a) and read_log(tmp_path)[0]["update_skipped"]
+
+
+def test_loss_falls_and_curves_are_drawn(world, tmp_path):
+    """Breaks if the optimizer, the labels or the latents' alignment is wrong: then 24 rows cannot be learnt by heart."""
+    done = sft.train(settings(world, tmp_path, steps=60, global_batch=24, micro_batch=24, cache_frames=1000))
+    log = read_log(tmp_path)
+    assert log[-1]["ce"] < 0.2 * log[0]["ce"] and log[-1]["latent"] < 0.5 * log[5]["latent"]
+    assert os.path.getsize(tmp_path / "loss.png") > 5000 and done.endswith("step_000060")
+
+
+def test_packed_and_padded_batches_give_the_same_loss(world):
+    """Breaks if a packed sample sees its neighbour or takes the wrong positions."""
+    model, tokenizer = load(world["model"])
+    samples = Samples(read_rows(world["data"])[:3], tokenizer, settings(world, "unused"))
+    step = sft.Step(model, sft.Config())
+    padded, packed = (step(collate([samples[i] for i in range(3)], 0, pack=p)) for p in (False, True))
+    for a, b in zip(padded, packed):
+        assert torch.allclose(a, b, rtol=1e-4)
+
+
+def test_the_script_takes_a_full_vocabulary_and_shows_a_row(world, tmp_path):
+    """Breaks if the command line differs from the functions, or a 151,936-word vocabulary needs another path."""
+    model, tokenizer = load(world["model"])
+    model.resize_token_embeddings(151936)
+    model.config.text_config.vocab_size = 151936
+    model.save_pretrained(tmp_path / "big")
+    tokenizer.save_pretrained(tmp_path / "big")
+    run = subprocess.run(
+        [sys.executable, os.path.join(ROOT, "sft.py"), "--model", str(tmp_path / "big"), "--data", world["data"],
+         "--out", str(tmp_path / "out"), "--steps", "1", "--global_batch", "2", "--workers", "1", "--gradient_checkpointing"],
+        capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "last checkpoint:" in run.stdout and "latent   '<|latent|>'" in run.stdout and "visual" in run.stdout
+    assert math.isfinite(read_log(tmp_path / "out")[0]["loss"])
