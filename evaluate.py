@@ -8,7 +8,7 @@ second run skips what is there), then OUT/summary.json and the table: accuracy b
 average), each with a 95% interval.
 
 `--latents` asks whether the answer depends on what is imagined. A span is fed: generated (the model's own states) | zero |
-noise (Gaussian, scale of the true embeddings) | shuffled (another sample's true futures) | true (its own true futures) |
+noise (Gaussian, scale of the true embeddings) | shuffled (the true futures of the next sample) | true (its own true futures) |
 pause (the `<|latent|>` token's embedding). The model still decides how long a span is.
 
 Where this differs from the paper and the official code: 1. A sample that cannot be read or whose answer cannot be
@@ -139,11 +139,9 @@ def replacement(kind, model, rows, config, generator):
         true = torch.cat(futures).float()
         noise = torch.randn(len(rows), max(64, config.max_latents * 8), D, generator=generator).to(device)
         return true.mean(0) + true.std(0, unbiased=False) * noise
-    if kind == "shuffled":  # the next row's with another answer
-        others = [next((j for k in range(1, len(rows)) if rows[j := (i + k) % len(rows)].answer != rows[i].answer), i)
-                  for i in range(len(rows))]
-        futures = [futures[j] for j in others]
     K = max(len(f) for f in futures)
+    if kind == "shuffled":
+        futures = futures[1:] + futures[:1]  # the next row of the batch, which asks the same kind of question
     return torch.stack([torch.cat([f, f[-1:].expand(K - len(f), D)]) for f in futures])  # a short one repeats its last
 
 

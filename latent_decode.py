@@ -148,7 +148,7 @@ def _decode(model, text, h, cache, seen, position, *, max_new_tokens, eos, laten
              count=torch.zeros(R, dtype=torch.long, device=device), fed=torch.zeros(R, dtype=torch.long, device=device),
              u=torch.zeros(R, device=device), noise=torch.zeros(R, h.shape[1] if latent_sigma else 0, device=device),
              token=torch.zeros(R, dtype=torch.long, device=device), logprob=torch.zeros(R, device=device),
-             sampled=torch.zeros(R, dtype=torch.bool, device=device), z=model.to_latent(h))
+             sampled=torch.zeros(R, dtype=torch.bool, device=device), z=model.to_latent(h).clone())
 
     def step():
         token, logprob, sampled = choose(model.lm_head(S["h"]), S["in_span"], S["count"], S["u"], ids=ids,

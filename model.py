@@ -53,7 +53,7 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         """A linear map from states to latents, starting as the identity, i.e. as the paper's method. Source: ours."""
         D = self.config.text_config.hidden_size
         self.config.latent_head = "linear"
-        self.latent_head = nn.Linear(D, D)
+        self.latent_head = nn.Linear(D, D, dtype=self.lm_head.weight.dtype, device=self.lm_head.weight.device)
         nn.init.eye_(self.latent_head.weight)
         nn.init.zeros_(self.latent_head.bias)
 
@@ -112,10 +112,11 @@ class FutureL1(Qwen3VLForConditionalGeneration):
             ("image", self.config.image_token_id, pixel_values, image_grid_thw),
             ("video", self.config.video_token_id, pixel_values_videos, video_grid_thw),
         ):
+            where = input_ids == token_id  # (B, T)
             if pixels is None:
+                _check_count(f"<|{name}_pad|>", where, f"{name} features", None)
                 continue
             out = self.model.visual(pixels.to(self.model.visual.dtype), grid_thw=grid)
-            where = input_ids == token_id  # (B, T)
             _check_count(f"<|{name}_pad|>", where, f"{name} features", out.pooler_output)
             x = x.masked_scatter(where[..., None], out.pooler_output.to(x.dtype))
             visual = where if visual is None else visual | where
@@ -222,7 +223,9 @@ class FutureL1(Qwen3VLForConditionalGeneration):
             distance = 1 - F.cosine_similarity(z, e, dim=-1)  # (N,)
         else:
             distance = (z - e).pow(2).mean(-1)  # (N,) Eq. (3), mean over D (deviation 2)
-        if latent_loss == "nmse":
+        if latent_loss == "nmse" and len(e):
+            if latent_var is None and len(e) < 2:
+                raise ValueError("nmse over one latent has no variance to divide by: pass latent_var")
             distance = distance / (target_variance(e) if latent_var is None else latent_var)
         latent_sum, n_latent = distance.sum(), len(distance)
 
