@@ -41,10 +41,11 @@ class Config:
     out: str = "runs/toy"  # everything lands here
     seeds: int = 1  # trainings, each with its own pretraining
     fresh: bool = False  # delete `out` first
-    clips: int = 4000  # training clips, four questions each
+    clips: int = 3000  # training clips: their frames are captioned for the pretraining
+    annotated: int = 500  # of these, clips that also have the four questions with their chains of future frames
     eval_clips: int = 1000  # held-out clips, four questions each
     eval_seed: int = 2_000_000  # where held-out clips start; tuning used 1_000_000
-    bend: float = -1.3  # rebound angle at the end of a wall, radians; 1.05 is harder
+    bend: float = 1.05  # rebound angle at the end of a wall, radians; -1.3 is easier
     pretrain_steps: int = 1500  # x 64 captions
     sft_steps: int = 600  # x 64 rows
     variants: str = "text,pause,latent,latent+self"  # which trainings to compare
@@ -52,7 +53,7 @@ class Config:
 
 
 # What differs from the paper's settings, in one place: the model is 10,000 times smaller and learns from scratch.
-TINY = dict(global_batch=64, micro_batch=64, lr=1e-3, beta2=0.98, weight_decay=0.0, save_every=10**9,
+TINY = dict(global_batch=64, micro_batch=64, lr=2e-3, beta2=0.98, weight_decay=0.0, save_every=10**9,
             latent_head="linear", latent_loss="nmse", lam=1.0,  # raw states do not fit visual embeddings at this size
             stop_term=True,  # without it nothing teaches the model not to stop before its first latent
             image_max_tokens=1, l_max=1, max_length=256, system="watch the ball", cache_frames=10**6)
@@ -60,10 +61,11 @@ VARIANTS = {
     "text": dict(spans=False),
     "pause": dict(pause_tokens=True),
     "latent": dict(),
-    "latent+self": dict(self_forcing=1.0, self_forcing_passes=3),
+    "latent+self": dict(self_forcing=0.5, self_forcing_passes=3),
+    "latent-stop": dict(stop_term=False),
 }
-NAMES = {"base": "base (captions only)", "text": "text-only SFT", "pause": "pause tokens (control)",
-         "latent": "latent SFT (paper)", "latent+self": "latent SFT + self-forcing (ours)"}
+NAMES = {"base": "base (captions only)", "text": "text-only SFT", "pause": "pause tokens (control)", "latent": "latent SFT",
+         "latent+self": "latent SFT, self-forcing", "latent-stop": "latent SFT, no stop term"}
 ABLATIONS = ("zero", "noise", "shuffled", "true")
 GROUPS = ("1-hop", "2-hop", "3-hop", "interp")
 
@@ -199,8 +201,9 @@ def make_world(config):
     """Clips and rows on disk -> dict(captions, train, test: paths of jsonl files). What is there is kept."""
     folder = os.path.join(config.out, "data")
     os.makedirs(os.path.join(folder, "clips"), exist_ok=True)
-    seeds = dict(train=range(config.clips), test=range(config.eval_seed, config.eval_seed + config.eval_clips))
-    jobs = [(os.path.join(folder, "clips", f"{s}.mp4"), s, config.bend) for part in seeds.values() for s in part]
+    seeds = dict(captions=range(config.clips), train=range(min(config.annotated, config.clips)),
+                 test=range(config.eval_seed, config.eval_seed + config.eval_clips))
+    jobs = [(os.path.join(folder, "clips", f"{s}.mp4"), s, config.bend) for s in (*seeds["captions"], *seeds["test"])]
     missing = [job for job in jobs if not os.path.exists(job[0])]
     if missing:
         began = time.time()
@@ -208,10 +211,9 @@ def make_world(config):
             for _ in sft.tqdm(pool.map(make_clip, missing, chunksize=16), total=len(missing), desc="clips"):
                 pass
         print(f"{len(missing)} clips written in {time.time() - began:.0f} s")
-    paths = {name: os.path.join(folder, f"{name}.jsonl") for name in ("captions", "train", "test")}
-    for name, make, part in (("captions", captions, "train"), ("train", questions, "train"),
-                             ("test", questions, "test")):
-        write_rows(paths[name], [row for s in seeds[part] for row in make(s, config.bend, f"clips/{s}.mp4")])
+    paths = {name: os.path.join(folder, f"{name}.jsonl") for name in seeds}
+    for name, make in (("captions", captions), ("train", questions), ("test", questions)):
+        write_rows(paths[name], [row for s in seeds[name] for row in make(s, config.bend, f"clips/{s}.mp4")])
     return paths
 
 
