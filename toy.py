@@ -221,16 +221,16 @@ def make_world(config):
 
 def make_tokenizer(texts):
     """Words split at white space -> a tokenizer with Qwen's chat markup, which AutoTokenizer loads."""
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
-                "<|video_pad|>", "<unk>"]
-    tags = ["<reason>", "</reason>", "<answer>", "</answer>"]
     words = sorted({word for text in texts for word in text.split()})
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(specials + tags + words)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", *words])}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in tags])
+    tokenizer.add_tokens([AddedToken(tag, normalized=False)
+                          for tag in ("<reason>", "</reason>", "<answer>", "</answer>")])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
                                         unk_token="<unk>", clean_up_tokenization_spaces=False)
-    tokenizer.add_special_tokens({"additional_special_tokens": specials[1:7]})
+    # not among the words: text that looks like a control token stays unknown text
+    tokenizer.add_tokens([f"<|{name}|>" for name in ("im_start", "vision_start", "vision_end", "image_pad", "video_pad")],
+                         special_tokens=True)
     add_latent_tokens(tokenizer)
     return tokenizer
 
