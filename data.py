@@ -19,18 +19,22 @@ The chat layout (ours; special tokens in angle bars):
 Where this differs from the paper and the official code:
  1. Frames are taken at midpoints in training, RL and evaluation alike (official: midpoints in SFT, linspace in RL).
     Only a clip that enters as a *video* is sampled as Qwen3-VL's own processor does, linspace over the whole clip.
- 2. A clip that decord refuses is read by PyAV; one that both refuse is skipped, counted and named. Official drops it
-    silently and can leave an empty batch; here an empty batch still steps, with weight 0.
+ 2. A clip that decord refuses is read by PyAV; one that both refuse is skipped, counted and named, as is a sample longer
+    than `max_length`. Official drops it silently and can leave an empty batch; here an empty batch steps with weight 0.
  3. Text from data can never become a special token: "<|latent|>" in a question is read as plain characters. The
     system message names no special token for the same reason.
  4. The blocks of a response are tokenised one by one, so that removing the spans (text-only SFT) leaves every other
     token as it was: in Qwen's vocabulary ">" and what follows it would merge.
+
+ 5. Pixel budgets of observed images and of whole videos are ours (`DataConfig`): the paper gives none. A picture may be as
+    small as one token; Hugging Face's released settings would enlarge it to 64.
 
 Axis letters: T frames, H and W pixels, P patches (before the 2x2 merge), B rows, L tokens.
 """
 
 import argparse
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -43,7 +47,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from model import CELL, LATENT, LATENT_END, LATENT_START, MERGE, TEMPORAL, normalise, resize_and_cut
-from model import resize_and_patchify  # noqa: F401  the whole path from pixels, for users of this file
+from model import resize_and_patchify  # noqa: F401  pixels to patches in one call, under this name too
 
 SYSTEM = ("You answer questions about what happens next in a video. Work in two modes and switch between them freely. "
           "In words: put each step of your reasoning between <reason> and </reason>. In images: where picturing a "
@@ -73,6 +77,13 @@ class DataConfig:
     system: str = SYSTEM  # the system message  # ours
     cache_frames: int = 0  # resized frames kept in memory by each process; for small worlds seen often  # ours
 
+    def __post_init__(self):
+        at_least_1 = ("num_frames", "l_max", "image_max_tokens", "video_max_tokens", "max_length", "global_batch",
+                      "micro_batch", "save_every", "batch", "max_new_tokens")
+        for name in at_least_1:
+            if getattr(self, name, 1) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+
     @property
     def budgets(self):
         """Pixel budgets (min, max) of an observed image, a future frame, and a whole video."""
@@ -83,7 +94,7 @@ class DataConfig:
 
 def parse_config(cls, argv=None):
     """Command line -> a config dataclass: one flag a field, `--no-x` for bools, unknown flags are errors. Ours."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in dataclasses.fields(cls):
         if f.type is bool:
             parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=f.default, help=" ")
@@ -139,7 +150,10 @@ def _read_records(path):
             raise RecordError(f"{path}: reading parquet needs pyarrow (pip install pyarrow)") from e
         return pyarrow.parquet.read_table(path).to_pylist()
     with open(path, encoding="utf-8") as f:
-        texts = f.read().split("\n") if path.endswith(".jsonl") else [f.read()]
+        try:
+            texts = f.read().split("\n") if path.endswith(".jsonl") else [f.read()]
+        except UnicodeDecodeError as e:
+            raise RecordError(f"{path}: not UTF-8 text ({e})") from e
     records = []
     for i, text in enumerate(texts):
         try:
@@ -170,6 +184,8 @@ def read_record(record, where, media_root="."):
         return of[key]
 
     def media(name):
+        if not isinstance(name, str):
+            raise RecordError(f"{where}: 'videos' should hold paths, found {name!r:.60}")
         return name if os.path.isabs(name) else os.path.join(media_root, name)
 
     def indices(key):
@@ -179,7 +195,7 @@ def read_record(record, where, media_root="."):
         return found
 
     row = Row(where, str(record.get("id", where)), [], [], "", group=str(record.get("group", "all")))
-    if "options" in record:
+    if record.get("options") is not None:
         row.options = _options(record["options"], where)
     if "conversations" in record:  # future-l1
         clip = media(need("video", str))
@@ -206,6 +222,8 @@ def read_record(record, where, media_root="."):
             question = "<image>" * len(seen) + question
         row.prompt = _interleave(question, "<image>", seen, where, "question_images_index")
         if said is None:  # no chain: the answer alone
+            if "<rimage>" in chain or "<ans>" in chain:
+                raise RecordError(f"{where}: 'answer' holds a chain without a closed <ans>...</ans>")
             row.answer = chain
         else:
             row.answer = said
@@ -221,12 +239,14 @@ def read_record(record, where, media_root="."):
         row.prompt = [Clip(media(name)), _with_options(need("Question", str, qa), row.options)]
     elif "problem" in record:  # rl
         row.answer = need("answer", (str, int, float))
-        images = [Frame(_image_source(x, where, "images", media)) for x in record.get("images") or []]
+        images, videos = (need(key, list) if record.get(key) is not None else [] for key in ("images", "videos"))
+        images = [Frame(_image_source(x, where, "images", media)) for x in images]
         text = need("problem", str).replace("<video>", "")
         text = "<image>" * len(images) + text if "<image>" not in text else text
-        row.prompt = [Clip(media(x)) for x in record.get("videos") or []]
+        row.prompt = [Clip(media(x)) for x in videos]
         row.prompt += _interleave(text, "<image>", images, where, "images")
     elif "options" in record:  # mcq
+        need("options", (list, dict))
         row.answer = need("answer", (str, int))
         row.prompt = [Clip(media(need("video", str))), _with_options(need("question", str), row.options)]
     else:
@@ -237,6 +257,10 @@ def read_record(record, where, media_root="."):
     for name in ("question", "answer"):
         if not getattr(row, name):
             raise RecordError(f"{where}: the {name} is empty")
+    try:
+        "".join(p for p in (*row.prompt, *row.response, row.answer) if isinstance(p, str)).encode()
+    except UnicodeEncodeError as e:
+        raise RecordError(f"{where}: the text is not valid Unicode ({e})") from e
     return row
 
 
@@ -263,7 +287,7 @@ def _split_answer(text, tag):
 
 def _options(options, where):
     if isinstance(options, dict):
-        options = [options[k] for k in sorted(options)]
+        options = [options[k] for k in sorted(options, key=lambda k: (len(str(k)), str(k)))]  # A, B, ... or 1, 2, ... 10
     if options is not None and (not isinstance(options, list) or not 2 <= len(options) <= 26):
         raise RecordError(f"{where}: options should be 2 to 26 texts, found {options!r:.60}")
     return options and [str(o) for o in options]
@@ -329,45 +353,49 @@ def _decord(path, choose):
     import decord
     try:
         clip = decord.VideoReader(path, num_threads=1)
+        clock = clip.get_frame_timestamp(np.arange(len(clip)))[:, 0]  # (frames,) seconds
+        if clock[:1] < 0 or (np.diff(clock) <= 0).any() or 0 not in clip.get_key_indices():
+            raise ClipError("decord: cut by stream copy")  # it would count hidden frames, or mix the order up
         numbers = choose(len(clip)) if len(clip) else None
         frames = clip.get_batch(numbers).asnumpy() if numbers else None
         fps = float(clip.get_avg_fps())
-    except (decord.DECORDError, RuntimeError) as e:
-        raise ClipError(f"decord: {str(e).strip().splitlines()[-1]:.100}") from e
+    except Exception as e:  # whatever a damaged file provokes: the other reader decides
+        raise ClipError(f"decord: {type(e).__name__} {(str(e).strip().splitlines() or [''])[-1]:.100}") from e
     if frames is None:
         raise ClipError("decord: no frames")
     return frames, numbers, fps
+
+
+def _shown(frame):
+    """Not one of the frames that a cut by stream copy keeps for the decoder alone, before the clip's time 0."""
+    return frame.time is None or frame.time >= 0
 
 
 def _pyav(path, choose):
     import av
     try:
         with av.open(path) as container:
-            if not container.streams.video:
-                raise ClipError("PyAV: no video stream")
             stream = container.streams.video[0]
-            total = sum(1 for _ in container.decode(stream))  # the header's count cannot be trusted here
+            total = sum(_shown(frame) for frame in container.decode(stream))  # the header's count cannot be trusted
             fps = float(stream.average_rate or 0)
-        if not total:
-            raise ClipError("PyAV: no frames")
         numbers = choose(total)
         wanted, found = set(numbers), {}
         with av.open(path) as container:
-            for i, frame in enumerate(container.decode(container.streams.video[0])):
+            for i, frame in enumerate(filter(_shown, container.decode(container.streams.video[0]))):
                 if i in wanted:
                     found[i] = frame.to_ndarray(format="rgb24")
-    except (av.error.FFmpegError, av.error.InvalidDataError) as e:
-        raise ClipError(f"PyAV: {e}") from e
-    return np.stack([found[i] for i in numbers]), numbers, fps
+        return np.stack([found[i] for i in numbers]), numbers, fps
+    except Exception as e:  # no video stream, no frames, fewer frames than counted, any decoder error
+        raise ClipError(f"PyAV: {type(e).__name__} {e}") from e
 
 
 def read_image(source):
     """An image file's path or bytes -> uint8 (1, H, W, 3). Raises ClipError."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
     try:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         return np.asarray(image.convert("RGB"))[None]
-    except (OSError, UnidentifiedImageError) as e:
+    except Exception as e:  # a damaged picture raises almost anything
         name = f"image of {len(source)} bytes" if isinstance(source, bytes) else source
         raise ClipError(f"{name}: cannot be read as an image ({e})") from e
 
@@ -426,15 +454,14 @@ def encode(row, tokenizer, config, train=True, spans=True):
             pieces += _visual("<|image_pad|>", images[-1][1])
         else:
             frames, numbers, fps = read_clip(part.path, lambda n: uniform_positions(n, config.num_frames))
-            if len(frames) % TEMPORAL:
-                frames, numbers = np.concatenate([frames, frames[-1:]]), [*numbers, numbers[-1]]
+            numbers = [*numbers, numbers[-1]]  # an odd last frame is doubled, its time too
             videos.append(_cut(frames, video_budget, part.path))
             t, h, w = videos[-1][1].tolist()
             for k in range(t):  # each temporal patch of two frames is announced by its mean time
-                pieces += [f"<{(numbers[2 * k] + numbers[2 * k + 1]) / 2 / fps:.1f} seconds>",
+                pieces += [f"<{(numbers[2 * k] / fps + numbers[2 * k + 1] / fps) / 2:.1f} seconds>",
                            *_visual("<|video_pad|>", torch.tensor([1, h, w]))]
     pieces += [Special("<|im_end|>"), "\n", Special("<|im_start|>"), "assistant\n"]
-    ids, labels, futures = _tokenize(pieces, tokenizer), [], []
+    ids, futures = _tokenize(pieces, tokenizer), []
     labels = [-100] * len(ids)
     if train:
         to_come = [p for p in row.response if isinstance(p, Frame)] if spans else []
@@ -504,7 +531,7 @@ def collate(samples, pad_id, side="right", pack=False):
 
     input_ids, attention_mask, labels (B, L); pixel_values / image_grid_thw, pixel_values_videos / video_grid_thw,
     future_pixel_values / future_grid_thw where there are any. side: "left" to generate, "right" to train. pack: all
-    samples one after another in a single row, with seq_lens. If every sample was skipped, a one-token row without a
+    samples one after another in a single row, with seq_lens. `kept`: which of the samples are in the batch. If every sample was skipped, a one-token row without a
     label stands in, so that each rank still takes its step.
     """
     skipped = [s for s in samples if isinstance(s, Skipped)]
@@ -527,6 +554,7 @@ def collate(samples, pad_id, side="right", pack=False):
             batch[pixels] = normalise(torch.cat([patches for patches, _ in found]))  # (P, 1536)
             batch[grid] = torch.stack([g for _, g in found])  # (images, 3)
     batch["rows"], batch["skipped"] = [s["row"] for s in good], skipped
+    batch["kept"] = [i for i, s in enumerate(samples) if not isinstance(s, Skipped)]
     return batch
 
 
@@ -544,7 +572,7 @@ def model_inputs(batch):
     return {k: batch[k] for k in MODEL_KEYS if k in batch}
 
 
-def loader(samples, batches, collate_fn, workers):
+def loader(samples, batches, workers, **collate_arguments):
     """A DataLoader over explicit lists of indices (one list a batch), decoding ahead in `workers` processes."""
-    return DataLoader(samples, batch_sampler=batches, collate_fn=collate_fn, num_workers=workers,
-                      prefetch_factor=4 if workers else None, persistent_workers=False)
+    return DataLoader(samples, batch_sampler=batches, collate_fn=functools.partial(collate, **collate_arguments),
+                      num_workers=workers, prefetch_factor=4 if workers else None)

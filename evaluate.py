@@ -8,16 +8,18 @@ second run skips what is there), then OUT/summary.json and the table: accuracy b
 average), each with a 95% interval.
 
 `--latents` asks whether the answer depends on what is imagined. A span is fed: generated (the model's own states) | zero |
-noise (Gaussian, scale of the true embeddings) | shuffled (the true futures of the next sample) | true (its own true futures) |
-pause (the `<|latent|>` token's embedding). The model still decides how long a span is.
+noise (Gaussian, scale of the true embeddings) | shuffled (the true futures of the next sample in the batch) | true (its own
+true futures) | pause (the `<|latent|>` token's embedding). The model still decides how long a span is; the vectors are dealt
+out one after another, so where a frame has several latents a span that is closed early shifts what the next one gets.
 
 Where this differs from the paper and the official code: 1. A sample that cannot be read or whose answer cannot be
-parsed is named and counted in the summary, never dropped in silence. 2. Wilson intervals are given.
+parsed is named and counted in the summary, never dropped in silence; what could not be read is tried again by the next
+run. 2. An answer counts if the first closed <answer> holds an option's text, or its letter and nothing but that option's
+text after it; official takes the first of A-D anywhere in it. 3. Wilson intervals are given.
 
 Axis letters: B rows, K imagined vectors a row, D hidden.
 """
 
-import contextlib
 import dataclasses
 import glob
 import json
@@ -30,11 +32,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import (DataConfig, Samples, collate, load_frames, loader, model_inputs, normalise,
-                  parse_config, read_rows, to_device)
+from data import DataConfig, Samples, load_frames, loader, model_inputs, parse_config, read_rows, to_device
 from latent_decode import generate
-from model import LATENT, best_attention, load
-from sft import checkpoints, set_up_ranks
+from model import LATENT, best_attention, load, normalise
+from sft import newest, set_up_ranks
 
 
 @dataclasses.dataclass
@@ -50,6 +51,7 @@ class Config(DataConfig):
     latents: str = "generated"  # generated | zero | noise | shuffled | true | pause  # ours
     seed: int = 0  # noise and shuffling  # ours
     bf16: bool = True  # weights on CUDA  # paper Table 8
+    cuda_graph: bool = False  # replay a captured decoding step; not yet measured on a GPU  # ours
 
 
 LATENTS = ("generated", "zero", "noise", "shuffled", "true", "pause")
@@ -125,9 +127,10 @@ def replacement(kind, model, rows, config, generator):
         return None
     D, device = model.config.text_config.hidden_size, model.device
     if kind == "pause":
-        return model.get_input_embeddings().weight[model.config.latent_id].detach().expand(len(rows), 10_000, D)
+        return model.get_input_embeddings().weight[model.config.latent_id].detach().expand(
+            len(rows), config.max_new_tokens, D)
     if kind == "zero":
-        return torch.zeros(1, 1, D, device=device).expand(len(rows), 10_000, D)
+        return torch.zeros(1, 1, D, device=device).expand(len(rows), config.max_new_tokens, D)
     futures = []  # true embeddings, one (K_i, D) a row
     for row in rows:
         frames = [p for p in row.response if not isinstance(p, str)]
@@ -141,6 +144,8 @@ def replacement(kind, model, rows, config, generator):
         return true.mean(0) + true.std(0, unbiased=False) * noise
     K = max(len(f) for f in futures)
     if kind == "shuffled":
+        if len(rows) < 2:
+            raise ValueError(f"{rows[0].where}: alone in its batch, so there is no other sample to take the futures of")
         futures = futures[1:] + futures[:1]  # the next row of the batch, which asks the same kind of question
     return torch.stack([torch.cat([f, f[-1:].expand(K - len(f), D)]) for f in futures])  # a short one repeats its last
 
@@ -152,7 +157,9 @@ def evaluate(config, rows=None):
     if config.latents not in LATENTS:
         raise ValueError(f"latents is {config.latents!r}, expected one of {', '.join(LATENTS)}")
     rank, world, device = set_up_ranks()
-    folder = (checkpoints(config.model) or [config.model])[-1]
+    folder = newest(config.model)
+    if not config.data and rows is None:
+        raise SystemExit("--data is missing: a .json, .jsonl or .parquet file of records with options (see data.py)")
     rows = read_rows(config.data, config.media_root or None) if rows is None else rows
     rows = rows[:config.limit or None]
     for row in rows:
@@ -163,12 +170,14 @@ def evaluate(config, rows=None):
     if len({row.id for row in rows}) < len(rows):
         raise ValueError(f"{config.data}: ids are not unique, so a resumed run could not tell its samples apart")
     os.makedirs(config.out, exist_ok=True)
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "batch", "workers", "limit")}
-    settings["model"] = folder
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "workers", "limit", "cuda_graph")
+                and (k != "batch" or config.latents in ("noise", "shuffled"))}
+    written = os.path.join(folder, "config.json")  # a model trained anew in the same folder is another model
+    settings.update(model=folder, written=os.path.getmtime(written) if os.path.exists(written) else None)
     settings_path = os.path.join(config.out, "settings.json")
     done = {}
     for path in glob.glob(os.path.join(glob.escape(config.out), "samples*.jsonl")):
-        done.update({line["id"]: line for line in read_lines(path)})
+        done.update({line["id"]: line for line in read_lines(path) if "skipped" not in line})
     if done and (not os.path.exists(settings_path) or json.load(open(settings_path)) != settings):
         raise SystemExit(f"{config.out} holds results of other settings (settings.json): choose another --out")
     if world > 1:
@@ -183,12 +192,11 @@ def evaluate(config, rows=None):
     dtype = torch.bfloat16 if config.bf16 and device.type == "cuda" else torch.float32
     lines = []
     if todo:
-        model, tokenizer = load(folder, dtype=dtype, attn_implementation=best_attention())
+        model, tokenizer = load(folder, dtype=dtype, attn_implementation=best_attention() if dtype == torch.bfloat16 else "sdpa")
         model.to(device).eval()
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         plan = [list(range(i, min(i + config.batch, len(todo)))) for i in range(0, len(todo), config.batch)]
-        batches = loader(Samples(todo, tokenizer, config, train=False), plan, lambda s: collate(s, pad, "left"),
-                         config.workers)
+        batches = loader(Samples(todo, tokenizer, config, train=False), plan, config.workers, pad_id=pad, side="left")
         generator = torch.Generator().manual_seed(config.seed + rank)
         path = os.path.join(config.out, f"samples_{rank}.jsonl")
         bar = tqdm(total=len(todo), desc=f"evaluate {config.latents}", disable=rank > 0, mininterval=2)
@@ -203,7 +211,8 @@ def evaluate(config, rows=None):
                 if batch["rows"]:
                     replace = replacement(config.latents, model, batch["rows"], config, generator)
                     rollout = generate(model, model_inputs(to_device(batch, device)), replace=replace,
-                                       max_new_tokens=config.max_new_tokens, max_latents=config.max_latents)
+                                       max_new_tokens=config.max_new_tokens, max_latents=config.max_latents,
+                                       cuda_graph=config.cuda_graph)
                     seconds = (time.time() - began) / len(batch["rows"])
                     texts = tokenizer.batch_decode([t[:n] for t, n in zip(rollout.tokens.cpu(), rollout.lengths)])
                     spans = (rollout.tokens == model.config.latent_start_id).sum(1).tolist()
@@ -238,10 +247,9 @@ def read_lines(path):
         text = f.read()
     whole = text[:text.rfind(b"\n") + 1]
     if whole != text:
-        with contextlib.suppress(FileNotFoundError):
-            os.truncate(path, len(whole))
+        os.truncate(path, len(whole))
     try:
-        return [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+        return [json.loads(line) for line in whole.decode("utf-8").split("\n")[:-1]]
     except json.JSONDecodeError as e:
         raise ValueError(f"{path}: not a results file ({e})") from e
 

@@ -31,6 +31,8 @@ from dataclasses import dataclass
 import torch
 from transformers import StaticCache
 
+from model import log_continue
+
 CHUNK = 16  # steps between two looks at which rows are done
 
 
@@ -48,7 +50,8 @@ class Rollout:
 def choose(logits, in_span, count, u, *, ids, banned, temperature=0.0, top_p=1.0, max_latents=8):
     """One decision a row -> (token (R,), log-probability (R,), sampled (R,) bool). Source: sec. 3.1; ours in a span.
 
-    logits (R, V); in_span (R,) bool; count (R,) latents of the open span so far; u (R,) uniform in [0, 1); ids =
+    logits (R, V); in_span (R,) bool; count (R,) latents of the open span so far; u (R,) uniform in [0, 1), the one
+    random number a row's decision takes, be it a word or stop; ids =
     (latent_start, latent, latent_end); banned (V,) = -inf for what cannot be produced among words, else 0.
     Log-probabilities are those of the full softmax, whatever top_p and banned leave out.
     """
@@ -67,7 +70,7 @@ def choose(logits, in_span, count, u, *, ids, banned, temperature=0.0, top_p=1.0
         word = order.gather(1, k.clamp(max=(p > 0).sum(-1, keepdim=True) - 1))[:, 0]
 
     log_stop = logp[:, latent_end]
-    log_go = torch.log(-torch.expm1(log_stop))  # log(1 - p)
+    log_go = log_continue(log_stop)
     forced = count >= max_latents
     stop = forced | (log_stop.exp() > (0.5 if temperature == 0 else u))
 
@@ -85,9 +88,11 @@ def generate(model, batch, *, max_new_tokens, temperature=0.0, top_p=1.0, max_la
     batch: dict of HF-named tensors, left-padded (`data.model_inputs`). temperature 0 = greedy; log-probabilities are
     then those of the untempered softmax. max_latents: longest span; paper: 2 * L_max = 8. eos_token_id: int or list,
     default the model's. latent_sigma > 0 adds Gaussian noise to each latent. generator: where random numbers come
-    from. replace (R, K, D): feed these instead of a row's first K latents (ablations). cuda_graph: on CUDA, capture one
-    step and replay it, without Python or kernel launches in between. The result does not depend on what else is in the
-    batch (greedy: up to rounding). Raises ValueError for right padding or bad arguments.
+    from. replace (R, K, D): feed these instead of a row's first K latents, counted over its spans; later ones are the
+    model's own (ablations). cuda_graph: on CUDA, capture one
+    step and replay it, without Python or kernel launches in between. A greedy result does not depend on what else is in
+    the batch (up to rounding); a sampled one does not depend on when other rows finish. Raises ValueError for right
+    padding or bad arguments.
     """
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask  # (B, P)
@@ -180,7 +185,7 @@ def _decode(model, text, h, cache, seen, position, *, max_new_tokens, eos, laten
 
     tokens, sampled = pad.expand(R, T).clone(), torch.zeros(R, T, dtype=torch.bool, device=device)
     logprobs, latents = torch.zeros(R, T, device=device), [[] for _ in range(R)]
-    run = None
+    run, warm = None, False
     for start in range(0, T, CHUNK):
         steps = min(CHUNK, T - start)
         # drawn for all rows, live or not: a row's random numbers do not depend on when others finish
@@ -192,9 +197,10 @@ def _decode(model, text, h, cache, seen, position, *, max_new_tokens, eos, laten
             S["u"].copy_(u[S["row"], j])
             if latent_sigma:
                 S["noise"].copy_(noise[S["row"], j])
-            if graph and run is None and start + j:  # the first step is run as it is, to warm the kernels up
+            if graph and run is None and warm:
                 run = _capture(step)
             (run or step)()
+            warm = True  # one plain step at each number of rows, before it is captured
             for name, steps_so_far in record.items():
                 steps_so_far.append(S[name].clone())
         token, logprob, chosen, z = (torch.stack(x, 1) for x in record.values())  # (live, steps), z (live, steps, D)
@@ -211,7 +217,7 @@ def _decode(model, text, h, cache, seen, position, *, max_new_tokens, eos, laten
             S = {name: value[live] for name, value in S.items()}
             for layer in cache.layers:
                 layer.keys, layer.values = layer.keys[live], layer.values[live]
-            run = None
+            run, warm = None, False
     ended = torch.isin(tokens, eos) & sampled
     lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, T)
     return Rollout(tokens, sampled, [torch.cat(x) for x in latents], logprobs,

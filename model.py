@@ -64,11 +64,11 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         Embeddings are resized only if the ids do not fit: stock Qwen3-VL has spare rows, and those are left as they
         are, so that a stock folder gives stock logits. Raises OSError if the folder is not a model.  Source: ours.
         """
-        model = super().from_pretrained(folder, *args, **kwargs)
-        model = model[0] if isinstance(model, tuple) else model  # output_loading_info=True
+        loaded = super().from_pretrained(folder, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
         if any(getattr(model.config, key, None) is None for key in LATENT_IDS):
             model.set_latent_tokens(add_latent_tokens(AutoTokenizer.from_pretrained(folder)))
-        return model
+        return loaded
 
     def set_latent_tokens(self, ids):
         """ids {config key: id} -> stored in the config; grows the embeddings if an id does not fit. Source: ours."""
@@ -230,8 +230,8 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         latent_sum, n_latent = distance.sum(), len(distance)
 
         if stop_term:
-            p_stop = self.lm_head(h_before).float().softmax(-1)[:, self.config.latent_end_id]  # (N,)
-            ce_sum, n_text = ce_sum - torch.log1p(-p_stop.clamp(max=1 - 1e-6)).sum(), n_text + n_latent
+            log_stop = self.lm_head(h_before).float().log_softmax(-1)[:, self.config.latent_end_id]  # (N,)
+            ce_sum, n_text = ce_sum - log_continue(log_stop).sum(), n_text + n_latent
         ce, latent = ce_sum / max(n_text, 1), latent_sum / max(n_latent, 1)
         return dict(loss=ce + lam * latent, ce=ce, latent=latent,  # Eq. (1)
                     ce_sum=ce_sum, n_text=n_text, latent_sum=latent_sum, n_latent=n_latent)
@@ -249,6 +249,11 @@ def _check_count(token, where, name, rows):
         raise ValueError(f"{found} {token} tokens in input_ids but {given} {name}")
 
 
+def log_continue(log_stop):
+    """log p(stop) -> log(1 - p(stop)): the other outcome of a step inside a span. Source: ours."""
+    return torch.log(-torch.expm1(log_stop.clamp(max=-1e-7)))  # finite where p rounds to 1
+
+
 def target_variance(e):
     """(N, D) -> the mean over D of the variance over N: the error of always guessing the mean embedding. Ours."""
     return (e.float() - e.float().mean(0)).pow(2).mean()
@@ -264,11 +269,14 @@ def load(folder, latent_head=None, **kwargs):
     """A model folder or hub id -> (FutureL1, tokenizer), stock or ours. Source: ours.
 
     latent_head: None keeps what the folder has; "linear" adds one, starting as the identity. kwargs go to
-    transformers (dtype=, attn_implementation=). Raises ValueError if config and tokenizer disagree on a token's id.
+    transformers (dtype=, attn_implementation=). Raises ValueError if weights are missing, or if config and tokenizer
+    disagree on a token's id.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = add_latent_tokens(tokenizer)
-    model = FutureL1.from_pretrained(folder, **kwargs)
+    model, info = FutureL1.from_pretrained(folder, output_loading_info=True, **kwargs)
+    if info["missing_keys"]:
+        raise ValueError(f"{folder} lacks {len(info['missing_keys'])} weights, e.g. {min(info['missing_keys'])}")
     for key, token in LATENT_IDS.items():
         if getattr(model.config, key) != ids[key]:
             raise ValueError(f"{folder}: config.json says {key} = {getattr(model.config, key)}, "

@@ -14,18 +14,23 @@ Where this differs from the paper:
  1. Optional, off by default: `latent_loss`, `latent_head`, `stop_term` (see model.py); `self_forcing`, which from a point
     of the training on feeds a row its own predicted latents instead of the true ones, as decoding will;
     `pause_tokens`, a control in which a span has its length but no visual content and no target.
+ 2. Weights and optimizer are kept in fp32, the arithmetic is bf16 (Table 8 says bf16): at lr 1e-5 most updates of a
+    bf16 weight would round to nothing.
 Where this differs from the official code:
- 2. lam = 0.1 and L_max = 4 as in the paper; the shipped script says 0.2 and 32, left over from another project.
- 3. Every token of the optimizer step weighs the same: counts are summed over ranks and micro-batches before the first
+ 3. lam = 0.1 and L_max = 4 as in the paper; the shipped script says 0.2 and 32, left over from another project.
+ 4. Every token of the optimizer step weighs the same: counts are summed over ranks and micro-batches before the first
     backward. A mean of means would favour short samples.
- 4. A sample that cannot be read is counted and named in the log; its rank takes the step without it.
+ 5. A sample that cannot be read is named in log.jsonl; its rank takes the step without it.
 
 Axis letters: B rows, L tokens, N latents, D hidden.
 """
 
 import contextlib
 import dataclasses
+import datetime
+import functools
 import glob
+import hashlib
 import json
 import math
 import os
@@ -47,7 +52,7 @@ from model import best_attention, load, target_variance
 
 @dataclasses.dataclass
 class Config(DataConfig):
-    model: str = "Qwen/Qwen3-VL-8B-Instruct"  # folder or hub id, stock or Future-L1  # paper sec. 4
+    model: str = "Qwen/Qwen3-VL-8B-Instruct"  # folder, run's folder or hub id; stock or Future-L1  # paper sec. 4
     data: str = ""  # training records, see data.py
     media_root: str = ""  # where relative clip paths start; "" = the folder of the data file
     out: str = "runs/sft"  # the run's folder
@@ -73,14 +78,14 @@ class Config(DataConfig):
     stop_term: bool = False  # also train "do not stop yet" inside spans  # ours
     self_forcing: float = 0.0  # share of the rows fed their own latents, 0 = paper  # ours
     self_forcing_from: float = 0.3  # from this share of the steps on  # ours
-    self_forcing_passes: int = 1  # forward passes without gradient that make those latents  # ours
+    self_forcing_passes: int = 1  # forward passes without gradient that make them; each fixes one more latent  # ours
     pause_tokens: bool = False  # control: spans hold a learned token, no latents, no latent loss  # ours
     freeze_vision: bool = True  # vision tower and merger  # paper Table 8
     # machine
     bf16: bool = True  # on CUDA; the CPU computes in fp32  # paper Table 8
     gradient_checkpointing: bool = False  # recompute activations: less memory, about a third slower  # ours
     zero: bool = False  # optimizer state spread over the ranks  # ours
-    save_every: int = 500  # steps between checkpoints; the last two are kept  # ours
+    save_every: int = 50  # steps between checkpoints; the last two are kept  # ours
     wandb: bool = False  # also log to Weights & Biases  # ours
 
     @property
@@ -112,7 +117,7 @@ class Step(torch.nn.Module):
         elif own is not None and e is not None:
             row_of = is_latent.nonzero()[:, 0]  # (N,)
             with torch.no_grad():
-                for _ in range(c.self_forcing_passes):  # each pass carries the row's own latents one span further
+                for _ in range(c.self_forcing_passes):  # after pass k a row's first k latents are what decoding gives
                     h, _ = m.hidden(**inputs, latents=fed.to(e.dtype))
                     z = m.to_latent(h[:, :-1][is_latent[:, 1:]])
                     fed = torch.where(own[row_of, None], z.to(e.dtype), e)
@@ -151,7 +156,8 @@ def set_up_ranks():
     """torchrun's environment, or a single process -> rank, world, device. Source: ours."""
     disable_progress_bar()  # transformers' own, for every load and save
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo",
+                                timeout=datetime.timedelta(hours=3))  # the others wait while rank 0 writes a checkpoint
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if not torch.cuda.is_available():
         return rank, world, torch.device("cpu")
@@ -186,21 +192,41 @@ def print_row(batch, tokenizer, latent_id):
 
 # ----------------------------------------------------------------------------------------------------- checkpoints
 
-def save_checkpoint(folder, model, tokenizer, trainer):
-    """Write folder + trainer.pt under a temporary name, then rename: a killed save leaves no half checkpoint."""
+def save_checkpoint(folder, model, tokenizer, trainer, rank_state, rank, world):
+    """All ranks: write a Hugging Face folder, trainer.pt and each rank's rank_R.pt under a temporary name, then rename.
+
+    A killed save leaves no half checkpoint. rank_state holds what differs by rank: random state, with ZeRO the shard of
+    the optimizer. Source: ours.
+    """
     partial = os.path.join(os.path.dirname(folder), ".partial_" + os.path.basename(folder))
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    torch.save(trainer, os.path.join(partial, "trainer.pt"))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.rename(partial, folder)
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        torch.save(trainer, os.path.join(partial, "trainer.pt"))
+    if world > 1:
+        dist.barrier()
+    torch.save(rank_state, os.path.join(partial, f"rank_{rank}.pt"))
+    if world > 1:
+        dist.barrier()
+    if rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(partial, folder)
+        for old in checkpoints(os.path.dirname(folder))[:-2]:
+            shutil.rmtree(old)
 
 
 def checkpoints(folder):
     """The complete step_* folders of a run, oldest first. Half-written ones have another name. Source: ours."""
     found = [f for f in glob.glob(os.path.join(glob.escape(folder), "step_*")) if f.rsplit("_", 1)[1].isdigit()]
     return sorted(found, key=lambda f: int(f.rsplit("_", 1)[1]))
+
+
+def newest(folder):
+    """A model's folder or hub id as it is; a run's folder -> its newest checkpoint. Raises SystemExit if it is empty."""
+    if not folder:
+        raise SystemExit("--model is missing: a model's folder, a run's folder or a hub id")
+    return (checkpoints(folder) or [folder])[-1]
 
 
 def random_state():
@@ -216,16 +242,22 @@ def set_random_state(state):
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+def read_log(path):
+    """log.jsonl -> its lines as dicts; a half-written last line (a killed run) is left out."""
+    with open(path) as f:
+        return [json.loads(line) for line in f if line.endswith("\n")]
+
+
 def draw_curves(log, png):
     """log.jsonl -> the losses over the steps as a picture."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    with open(log) as f:
-        lines = [json.loads(line) for line in f]
+    lines = read_log(log)
     keys = [k for k in ("ce", "latent") if any(line[k] for line in lines)]
-    fig, axes = plt.subplots(1, len(keys) + 1, figsize=(4 * len(keys) + 4, 3), constrained_layout=True)
-    for ax, key in zip(axes, [*keys, "grad_norm"]):
+    fig, axes = plt.subplots(1, len(keys) + 1, figsize=(4 * len(keys) + 4, 3), squeeze=False,
+                             constrained_layout=True)
+    for ax, key in zip(axes[0], [*keys, "grad_norm"]):
         ax.plot([line["step"] for line in lines], [line[key] for line in lines], lw=0.8)
         ax.set(title={"ce": "L_CE a token, Eq. (2)", "latent": "L_latent, Eq. (3)"}.get(key, "gradient norm"),
                xlabel="step", yscale="log")
@@ -251,16 +283,26 @@ def train(config, rows=None):
     if not config.data and rows is None:
         raise SystemExit("--data is missing: a .json, .jsonl or .parquet file of training records (see data.py)")
     rows = read_rows(config.data, config.media_root or None) if rows is None else rows
-    resumed = checkpoint and torch.load(os.path.join(checkpoint, "trainer.pt"), map_location="cpu", weights_only=False)
+    fingerprint = hashlib.sha256("\n".join(row.id for row in rows).encode()).hexdigest()
+    resumed = checkpoint and torch.load(os.path.join(checkpoint, "trainer.pt"), map_location="cpu", mmap=True,
+                                        weights_only=False)
+    if config.resume and not checkpoint and master:
+        print(f"nothing to resume in {config.out}: starting at step 0")
     if resumed:
+        if resumed["rows"] != fingerprint:
+            raise SystemExit(f"{checkpoint} was trained on other rows than those of {config.data}")
+        if config.zero and resumed["world"] != world:
+            raise SystemExit(f"{checkpoint} holds optimizer shards of {resumed['world']} ranks, this run has {world}")
         changed = {k for k, v in dataclasses.asdict(config).items() if resumed["config"].get(k) != v} - HARMLESS
         if changed:
             raise SystemExit(f"{checkpoint} was made with other values of {', '.join(sorted(changed))}")
     os.makedirs(config.out, exist_ok=True)
 
     torch.manual_seed(config.seed)
-    model, tokenizer = load(checkpoint or config.model, latent_head=config.latent_head or None, dtype=torch.float32,
-                            attn_implementation=best_attention())
+    bf16 = config.bf16 and device.type == "cuda"
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+    model, tokenizer = load(checkpoint or newest(config.model), latent_head=config.latent_head or None,
+                            dtype=torch.float32, attn_implementation=best_attention() if bf16 else "sdpa")
     model.to(device).train()
     model.model.visual.requires_grad_(not config.freeze_vision)
     if config.gradient_checkpointing:
@@ -274,41 +316,46 @@ def train(config, rows=None):
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     plan = list(micro_batches(order, first, steps, config.global_batch, config.micro_batch, rank, world))
     accumulate = len(plan) // max(1, steps - first)
-    batches = iter(loader(samples, plan, lambda s: collate(s, pad, "right", config.pack), config.workers))
+    batches = iter(loader(samples, plan, config.workers, pad_id=pad, pack=config.pack))
 
     latent_var = resumed["latent_var"] if resumed else None
     if config.latent_loss == "nmse" and not resumed:  # one number for the whole run, from its first 64 readable samples
-        some = collate([s for s in map(samples.__getitem__, order[:64])], pad)
-        if "future_pixel_values" in some:
-            latent_var = float(target_variance(model.encode_frames(some["future_pixel_values"].to(device),
-                                                                   some["future_grid_thw"].to(device))))
+        some = to_device(collate([samples[i] for i in order[:64]], pad), device)
+        if config.spans and "future_pixel_values" in some:
+            with autocast():
+                e = model.encode_frames(some["future_pixel_values"], some["future_grid_thw"])
+            latent_var = sum_over_ranks([target_variance(e)], device)[0] / world  # the same number on every rank
+        elif config.spans and any(not isinstance(part, str) for row in rows for part in row.response):
+            raise SystemExit("none of the first 64 samples has a readable future frame to measure the variance of")
 
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=others, weight_decay=0.0)]
     adam = dict(lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
-    optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **adam) if config.zero and world > 1 \
-        else torch.optim.AdamW(groups, **adam)
+    sharded = config.zero and world > 1
+    optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **adam) if sharded else torch.optim.AdamW(groups, **adam)
     step_module = Step(model, config, latent_var)
     ddp = DistributedDataParallel(step_module, device_ids=[device] if device.type == "cuda" else None,
                                   gradient_as_bucket_view=True, find_unused_parameters=not config.freeze_vision) \
         if world > 1 else step_module
     if resumed:
-        optimizer.load_state_dict(resumed["optimizer"])
-        set_random_state(resumed["random"][min(rank, len(resumed["random"]) - 1)])
+        mine = os.path.join(checkpoint, f"rank_{min(rank, resumed['world'] - 1)}.pt")
+        mine = torch.load(mine, map_location="cpu", weights_only=False)
+        (optimizer.optim if sharded else optimizer).load_state_dict(mine["shard"] if sharded else resumed["optimizer"])
+        set_random_state(mine["random"])
+        resumed["optimizer"] = mine = None
 
     log_path = os.path.join(config.out, "log.jsonl")
     if master:
         print(f"{config.label} SFT: {len(rows)} rows, {steps} steps x {config.global_batch} samples = {world} ranks x "
               f"{accumulate} micro-batches x {config.micro_batch}, {device.type}, seed {config.seed}, "
               f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters trained of "
-              f"{sum(p.numel() for p in model.parameters()):,}")
-        kept = []
-        if resumed and os.path.exists(log_path):  # drop what was logged after the checkpoint: it is about to be redone
-            with open(log_path) as f:
-                kept = [line for line in f if json.loads(line)["step"] < first]
-        with open(log_path, "w") as f:
-            f.writelines(kept)
+              f"{sum(p.numel() for p in model.parameters()):,}, a checkpoint every {config.save_every} steps")
+        # what was logged after the checkpoint is about to be redone
+        kept = [line for line in read_log(log_path) if line["step"] < first] if resumed and os.path.exists(log_path) else []
+        with open(log_path + ".part", "w") as f:
+            f.writelines(json.dumps(line) + "\n" for line in kept)
+        os.replace(log_path + ".part", log_path)
     run = None
     if config.wandb and master:
         import wandb
@@ -328,6 +375,13 @@ def train(config, rows=None):
         n_text = sum(int((b["labels"][:, 1:] != -100).sum()) for b in micro) + n_latent * config.stop_term
         n_text, n_latent, n_tokens, n_skipped = sum_over_ranks(
             (n_text, n_latent, sum(b["input_ids"].numel() for b in micro), len(skipped)), device)
+        if n_skipped and world > 1:
+            everyones = [None] * world
+            dist.all_gather_object(everyones, skipped)
+            skipped = sum(everyones, [])
+        if n_text == 0:  # a wrong media_root, most likely
+            raise SystemExit(f"no sample of step {step} could be used, e.g. {skipped[0].why}" if skipped else
+                             f"no sample of step {step} has a word to learn")
 
         own = None
         if config.self_forcing and step >= config.self_forcing_from * steps:
@@ -337,11 +391,11 @@ def train(config, rows=None):
         sums = torch.zeros(2, dtype=torch.float64)
         for k, batch in enumerate(micro):
             last = k == accumulate - 1
-            with contextlib.nullcontext() if last or world == 1 else ddp.no_sync(), \
-                    torch.autocast(device.type, torch.bfloat16, enabled=config.bf16 and device.type == "cuda"):
-                mine = None if own is None else own[k].to(device)
-                ce_sum, weighted, latent_sum = ddp(to_device(batch, device), mine)
-                loss = ce_sum / max(n_text, 1) + weighted / max(n_latent, 1)  # Eq. (1)
+            with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():  # set before the forward
+                with autocast():
+                    mine = None if own is None else own[k][batch["kept"]].to(device)
+                    ce_sum, weighted, latent_sum = ddp(to_device(batch, device), mine)
+                loss = ce_sum / n_text + weighted / max(n_latent, 1)  # Eq. (1)
                 (loss * world).backward()  # DDP takes the mean over ranks; the sum is wanted
             sums += torch.stack([ce_sum.detach(), latent_sum]).double().cpu()
         norm = torch.nn.utils.clip_grad_norm_(matrices + others, config.clip).item()
@@ -353,8 +407,8 @@ def train(config, rows=None):
         optimizer.zero_grad(set_to_none=True)
 
         ce, latent = sum_over_ranks(sums, device)
-        line = dict(step=step, ce=ce / max(n_text, 1), latent=latent / max(n_latent, 1), lr=lr, grad_norm=norm,
-                    tokens=int(n_tokens), latents=int(n_latent), skipped=int(n_skipped),
+        line = dict(step=step, ce=ce / n_text, latent=latent / max(n_latent, 1), lr=lr, grad_norm=norm,
+                    tokens=int(n_tokens), latents=int(n_latent), skipped=[list(s) for s in skipped],
                     update_skipped=not math.isfinite(norm), seconds=round(time.time() - began, 4))
         line["loss"] = line["ce"] + (0 if config.pause_tokens else config.lam) * line["latent"]
         if master:
@@ -365,21 +419,13 @@ def train(config, rows=None):
                 run.log(line)
         if (step + 1) % config.save_every == 0 or step + 1 == steps:
             checkpoint = os.path.join(config.out, f"step_{step + 1:06d}")
-            states = [random_state()]
-            if world > 1:
-                states = [None] * world
-                dist.all_gather_object(states, random_state())
-                if config.zero:
-                    optimizer.consolidate_state_dict(to=0)
+            save_checkpoint(
+                checkpoint, model, tokenizer,
+                dict(step=step + 1, config=dataclasses.asdict(config), world=world, rows=fingerprint,
+                     latent_var=latent_var, optimizer=None if sharded else optimizer.state_dict()),
+                dict(random=random_state(), shard=optimizer.optim.state_dict() if sharded else None), rank, world)
             if master:
-                save_checkpoint(checkpoint, model, tokenizer, dict(
-                    step=step + 1, config=dataclasses.asdict(config), optimizer=optimizer.state_dict(), random=states,
-                    latent_var=latent_var))
-                for old in checkpoints(config.out)[:-2]:
-                    shutil.rmtree(old)
                 draw_curves(log_path, os.path.join(config.out, "loss.png"))
-            if world > 1:
-                dist.barrier()
     return checkpoint
 
 

@@ -28,11 +28,12 @@ import av
 import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig
 
 import evaluate
 import sft
-from data import key_frame_positions, parse_config, read_clip
+from data import DataConfig, key_frame_positions, parse_config, read_clip
 from model import FutureL1, add_latent_tokens
 
 
@@ -208,7 +209,7 @@ def make_world(config):
     if missing:
         began = time.time()
         with ProcessPoolExecutor(os.cpu_count()) as pool:
-            for _ in sft.tqdm(pool.map(make_clip, missing, chunksize=16), total=len(missing), desc="clips"):
+            for _ in tqdm(pool.map(make_clip, missing, chunksize=16), total=len(missing), desc="clips"):
                 pass
         print(f"{len(missing)} clips written in {time.time() - began:.0f} s")
     paths = {name: os.path.join(folder, f"{name}.jsonl") for name in seeds}
@@ -271,7 +272,7 @@ def trained(out, **settings):
 
 
 def scored(model, data, out, config, latents="generated"):
-    shared = {f.name for f in dataclasses.fields(evaluate.DataConfig)} & set(TINY)
+    shared = {f.name for f in dataclasses.fields(DataConfig)} & set(TINY)
     return evaluate.evaluate(evaluate.Config(
         model=model, data=data, out=out, latents=latents, batch=250, max_new_tokens=48, max_latents=2,
         workers=config.workers, **{k: TINY[k] for k in shared}))
@@ -355,12 +356,17 @@ def draw_strip(clip, png):
 
 
 def main(config):
-    if config.fresh:
-        shutil.rmtree(config.out, ignore_errors=True)
+    unknown = set(config.variants.split(",")) - set(VARIANTS)
+    if unknown or config.seeds < 1:
+        raise SystemExit(f"--variants takes some of {', '.join(VARIANTS)}, and --seeds at least 1")
+    path = os.path.join(config.out, "toy.json")
+    if config.fresh and os.path.isdir(config.out):
+        if os.listdir(config.out) and not os.path.exists(path):
+            raise SystemExit(f"{config.out} was not made by this script (it has no toy.json): not deleting it")
+        shutil.rmtree(config.out)
     os.makedirs(config.out, exist_ok=True)
     free = {"seeds", "fresh", "workers", "variants"}
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
-    path = os.path.join(config.out, "toy.json")
+    settings = dict({k: v for k, v in dataclasses.asdict(config).items() if k not in free}, tiny=TINY, trainings=VARIANTS)
     if os.path.exists(path):
         with open(path) as f:
             if json.load(f) != settings:

@@ -13,7 +13,7 @@ from test_model import IMAGE, VIDEO, WIDE, log_softmax, make_batch
 
 ROWS = [["watch", IMAGE, "the ball"], [WIDE, "red"], ["which wall does it hit next ?"], ["up", VIDEO, IMAGE],
         ["left"], ["moves", WIDE, WIDE, "right down ?"]]
-EOS = "<|im_end|> red blue green"  # four of them, so that rows finish at many different lengths
+EOS = "<|im_end|> red blue green"  # several, so that rows finish at many different lengths
 
 
 @pytest.fixture
@@ -156,11 +156,13 @@ def test_limits_and_ends(model, tokenizer, eos):
     for i, row in enumerate(ROWS):
         check_row(r, i, reference(model, make_batch(tokenizer, [row]), 40, 0, eos))
     assert (r.tokens == c.latent_start_id).any() and all(z.shape == (0, 96) for z in r.latents)
-    model.generation_config.eos_token_id = eos
+    first = generate(model, batch, max_new_tokens=1, eos_token_id=[]).tokens[0, 0].item()
+    assert first not in (c.latent_start_id, eos[0])
+    model.generation_config.eos_token_id = eos = [eos[0], first]  # now row 0 ends at once
     default, given = (generate(model, batch, max_new_tokens=20, **more) for more in ({}, dict(eos_token_id=eos)))
     assert torch.equal(default.tokens, given.tokens) and default.lengths.tolist() == given.lengths.tolist()
     one = generate(model, batch, max_new_tokens=20, eos_token_id=eos[0])
-    assert one.lengths.sum() > given.lengths.sum()
+    assert given.lengths[0] == 1 and one.lengths[0] > 1
     prompt = make_batch(tokenizer, [ROWS[0]])
     del prompt["attention_mask"]  # optional
     assert torch.equal(generate(model, prompt, max_new_tokens=20, eos_token_id=eos).tokens[0], given.tokens[0])
@@ -169,7 +171,7 @@ def test_limits_and_ends(model, tokenizer, eos):
 def test_replace_feeds_other_vectors(model, tokenizer, eos, monkeypatch):
     """Breaks if given vectors are not what is fed and recorded, or reach another row or a later latent."""
     monkeypatch.setattr(latent_decode, "CHUNK", 4)  # rows leave early, and vectors are still given after that
-    batch, other, sizes = make_batch(tokenizer, ROWS, "left"), torch.randn(24, 9, 96), rows_fed(shuffle(model, 1))
+    batch, other, sizes = make_batch(tokenizer, ROWS, "left"), torch.randn(24, 9, 96), rows_fed(shuffle(model, 4))
     args = dict(max_new_tokens=30, max_latents=3, eos_token_id=eos, n=4, temperature=1.0)
     rollout = generate(model, batch, **args, replace=other, generator=torch.Generator().manual_seed(0))
     assert min(sizes[1:]) < 24 and max(map(len, rollout.latents)) > 9  # sizes[0] is the prompts'
@@ -186,7 +188,7 @@ def test_replace_feeds_other_vectors(model, tokenizer, eos, monkeypatch):
 def test_sampled_record_replays(model, tokenizer, eos, temperature, top_p, sigma):
     """Breaks if tokens and latents of the record, fed at once, do not give the record's log-probabilities."""
     batch, n = make_batch(tokenizer, ROWS, "left"), 6
-    shuffle(model, 1)
+    shuffle(model, 4)
     rollout = generate(model, batch, max_new_tokens=40, max_latents=3, eos_token_id=eos, temperature=temperature,
                        top_p=top_p, n=n, latent_sigma=sigma, generator=torch.Generator().manual_seed(0))
     counts, noise = [], []
@@ -196,14 +198,15 @@ def test_sampled_record_replays(model, tokenizer, eos, temperature, top_p, sigma
         counts.append(spans(expected[0], model.config))
         noise.append(rollout.latents[r] - predicted)
     noise = torch.cat(noise)
-    assert {k for row in counts for k in row} == {0, 1, 2, 3} and max(map(len, counts)) > 2
+    seen = {k for row in counts for k in row}  # empty spans, forced ones, and some in between
+    assert {0, 3} <= seen and seen & {1, 2} and max(map(len, counts)) > 2
     assert set(rollout.finish) == {"eos", "length"}
     assert len(noise) > 50 and abs(noise.std().item() - sigma) < 0.02 and abs(noise.mean().item()) < 0.02
 
 
 def test_seeds_and_independence(model, tokenizer, eos):
     """Breaks if a seed does not fix the result, or a row's draws shift when other rows finish and leave."""
-    batch, sizes = make_batch(tokenizer, ROWS, "left"), rows_fed(shuffle(model, 1))
+    batch, sizes = make_batch(tokenizer, ROWS, "left"), rows_fed(shuffle(model, 4))
 
     def sample(seed, eos):
         return generate(model, batch, max_new_tokens=60, temperature=1.2, n=3, eos_token_id=eos, max_latents=3,

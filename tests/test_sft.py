@@ -78,7 +78,7 @@ def test_killed_while_saving_leaves_the_older_checkpoint(world, tmp_path, monkey
     real = torch.save
 
     def dies(what, path, *rest):
-        if what.get("step") == 4:
+        if what.get("step") == 4 and "optimizer" in what:
             with open(path, "wb") as f:
                 f.write(b"half")
             raise KeyboardInterrupt
@@ -153,7 +153,7 @@ def test_micro_batches_and_two_processes_give_the_gradient_of_one_big_batch(worl
         assert max((big[k] - other[k]).abs().max().item() for k in big) < 1e-6 * max(1, moved)
     assert f"skipped {broken}:3" in said and "missing.mp4: no such file" in said
     lines = [read_log(tmp_path / name)[0] for name in ("big", "small", "two")]
-    assert [line["skipped"] for line in lines] == [1, 1, 1]
+    assert [[where for where, _ in line["skipped"]] for line in lines] == [[f"{broken}:3"]] * 3
     for key in ("ce", "latent", "grad_norm"):
         assert np.allclose([line[key] for line in lines], lines[0][key], rtol=1e-5)
 
