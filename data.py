@@ -394,7 +394,7 @@ def read_image(source):
     from PIL import Image
     try:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        return np.asarray(image.convert("RGB"))[None]
+        return np.array(image.convert("RGB"))[None]
     except Exception as e:  # a damaged picture raises almost anything
         name = f"image of {len(source)} bytes" if isinstance(source, bytes) else source
         raise ClipError(f"{name}: cannot be read as an image ({e})") from e

@@ -49,7 +49,7 @@ class Config:
     bend: float = 1.05  # rebound angle at the end of a wall, radians; -1.3 is easier
     pretrain_steps: int = 1500  # x 64 captions
     sft_steps: int = 600  # x 64 rows
-    variants: str = "text,pause,latent,latent+self"  # which trainings to compare
+    variants: str = "text,pause,latent,latent-stop"  # which trainings to compare
     workers: int = 0  # decoding processes; the clips fit in memory, so one pass and a cache do
 
 
@@ -293,7 +293,7 @@ def run_seed(seed, config, world):
         tokenizer.save_pretrained(start + ".part")
         os.rename(start + ".part", start)
     base = trained(os.path.join(home, "base"), model=start, data=world["captions"], steps=config.pretrain_steps,
-                   freeze_vision=False, spans=False, latent_head="", seed=seed, workers=config.workers)
+                   freeze_vision=False, spans=False, latent_head="", lr=1e-3, seed=seed, workers=config.workers)
     scores, ablations = {"base": scored(base, world["test"], os.path.join(home, "eval_base"), config)}, {}
     for name in config.variants.split(","):
         model = trained(os.path.join(home, name), model=base, data=world["train"], steps=config.sft_steps, seed=seed,

@@ -1,7 +1,6 @@
 """data.py and the patches of model.py, against hand numbers, plain loops and other libraries."""
 
 import dataclasses
-import functools
 import io
 import json
 import re
@@ -333,7 +332,8 @@ def test_parquet(tmp_path, monkeypatch):
     ("rl", "images", [3], "'images' should hold paths"), ("rl", "images", "i", "'images' should"),
     ("rl", "videos", "v.mp4", "'videos' should"), ("rl", "videos", [3], "'videos' should"),
     ("mcq", "question", ..., "'question' is missing"), ("mcq", "options", {"A": "one"}, "2 to 26"),
-    ("mcq", "options", None, "should be list or dict"), ("mcq", "options", ..., "unknown format .keys answer, id, question, video")],
+    ("mcq", "options", None, "'options' should be list or dict"),
+    ("mcq", "options", ..., "unknown format .keys answer, id, question, video")],
     ids=lambda x: str(x)[:20])
 def test_malformed_records(name, key, value, message):
     """Each must be a RecordError with file, index and fault: a TypeError, or a row read askew, costs a night."""
@@ -447,7 +447,7 @@ def test_padding(side, ids, labels, mask):
     """Padding on the wrong side, attended to or learned; patches out of order; a skipped sample that takes others."""
     batch = data.collate([sample([1, 9, 3], [-100, 9, 3], 255), Skipped("f:5", "why"), sample([4], [4], 0)], 9, side)
     assert batch["input_ids"].tolist() == ids and batch["labels"].tolist() == labels
-    assert batch["attention_mask"].tolist() == mask and batch["rows"] == ["row 1", "row 4"]
+    assert batch["attention_mask"].tolist() == mask and batch["rows"] == ["row 1", "row 4"] and batch["kept"] == [0, 2]
     assert batch["skipped"] == [("f:5", "why")] and not any("video" in key or key == "seq_lens" for key in batch)
     for pixels, grid in (("pixel_values", "image_grid_thw"), ("future_pixel_values", "future_grid_thw")):
         assert batch[grid].tolist() == [[1, 2, 2]] * 2 and batch[pixels].shape == (8, 1536)
