@@ -155,11 +155,11 @@ def _read_records(path):
         except UnicodeDecodeError as e:
             raise RecordError(f"{path}: not UTF-8 text ({e})") from e
     records = []
-    for i, text in enumerate(texts):
+    for text in texts:
         try:
             records += [json.loads(text)] if text.strip() else []
         except json.JSONDecodeError as e:
-            raise RecordError(f"{path}:{i}: not JSON ({e})") from e
+            raise RecordError(f"{path}:{len(records)}: not JSON ({e})") from e
     if path.endswith(".jsonl"):
         return records
     records = records[0] if records else []
@@ -295,7 +295,7 @@ def _options(options, where):
 
 def _with_options(question, options):
     """Append "A) ..." lines unless the question already has them (some FutureBench questions do)."""
-    if re.search(r"(^|\s)A\s*[).:]", question) and re.search(r"(^|\s)B\s*[).:]", question):
+    if all(re.search(rf"\b{chr(65 + i)}\s*[).:]\s*{re.escape(o)}", question) for i, o in enumerate(options)):
         return question
     return question + "\n" + "\n".join(f"{chr(65 + i)}) {o}" for i, o in enumerate(options))
 

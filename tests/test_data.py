@@ -291,7 +291,8 @@ def test_formats(name, layout, tmp_path):
 
 
 @pytest.mark.parametrize("question, missing", [("Who? A) one B) two", False), ("Who?\nA. one\nB. two", False),
-                                               ("A dog or B?", True), ("Who?", True)])
+                                               ("A dog or B?", True), ("Who?", True),
+                                               ("Who? (A) one (B) two", False), ("Team A: red, team B: blue?", True)])
 def test_options_are_given_once(question, missing):
     """Options missing from the prompt make a question unanswerable; options given twice change the benchmark."""
     record = RECORDS["futurebench"][0]
