@@ -94,6 +94,7 @@ def generate(model, batch, *, max_new_tokens, temperature=0.0, top_p=1.0, max_la
     the batch (up to rounding); a sampled one does not depend on when other rows finish. Raises ValueError for right
     padding or bad arguments.
     """
+    batch = {k: v for k, v in batch.items() if k != "mm_token_type_ids"}  # HF's processors return it: recomputed
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask  # (B, P)
     if not bool(mask[:, -1].all()):
