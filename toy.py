@@ -356,6 +356,7 @@ def draw_strip(clip, png):
 
 
 def main(config):
+    torch.set_num_threads(1)  # so small a model gains little from a second one, and loses much on a busy machine
     unknown = set(config.variants.split(",")) - set(VARIANTS)
     if unknown or config.seeds < 1:
         raise SystemExit(f"--variants takes some of {', '.join(VARIANTS)}, and --seeds at least 1")
