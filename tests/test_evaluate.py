@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -73,6 +75,20 @@ def test_a_killed_run_resumes_to_the_same_result(world, tmp_path):
     assert summary["found"] == summary["total"] == 8 and summary["scores"] == whole
     with pytest.raises(SystemExit, match="other settings"):
         evaluate.evaluate(config(world, tmp_path / "b", max_new_tokens=13))
+
+
+def test_two_processes_score_like_one(world, tmp_path):
+    """Breaks if a sample is left out or done twice when ranks share the work, or the command line differs."""
+    whole = evaluate.evaluate(config(world, tmp_path / "one"))
+    flags = [f for k, v in vars(config(world, tmp_path / "two")).items()
+             for f in ([f"--{'' if v else 'no-'}{k}"] if isinstance(v, bool) else [f"--{k}", str(v)])]
+    script = os.path.join(os.path.dirname(evaluate.__file__), "evaluate.py")
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *flags],
+                         capture_output=True, text=True, timeout=240, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert json.load(open(tmp_path / "two" / "summary.json"))["scores"] == whole
+    lines = [line["id"] for r in (0, 1) for line in evaluate.read_lines(str(tmp_path / "two" / f"samples_{r}.jsonl"))]
+    assert len(lines) == len(set(lines)) == 8 and evaluate.format_table(whole) in run.stdout
 
 
 def test_a_missing_clip_is_named_and_not_scored(world, tmp_path, capsys):
