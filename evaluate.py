@@ -192,7 +192,8 @@ def evaluate(config, rows=None):
     dtype = torch.bfloat16 if config.bf16 and device.type == "cuda" else torch.float32
     lines = []
     if todo:
-        model, tokenizer = load(folder, dtype=dtype, attn_implementation=best_attention() if dtype == torch.bfloat16 else "sdpa")
+        attention = best_attention() if dtype == torch.bfloat16 else "sdpa"
+        model, tokenizer = load(folder, dtype=dtype, attn_implementation=attention)
         model.to(device).eval()
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         plan = [list(range(i, min(i + config.batch, len(todo)))) for i in range(0, len(todo), config.batch)]

@@ -388,7 +388,7 @@ def main(config):
     with open(os.path.join(config.out, "table.json"), "w") as f:
         json.dump(dict(settings=settings, results=results, ablations=ablations), f, indent=1)
     draw_results(results, config, os.path.join(config.out, "accuracy.png"))
-    print(f"\n{text}\n\n{time.time() - began:.0f} s; table.md, accuracy.png, clip.png and seed_*/*/loss.png are in {config.out}")
+    print(f"\n{text}\n\n{time.time() - began:.0f} s; table.md, accuracy.png, clip.png, seed_*/*/loss.png: in {config.out}")
 
 
 if __name__ == "__main__":
