@@ -194,6 +194,11 @@ class FutureL1(Qwen3VLForConditionalGeneration):
             loss = F.cross_entropy(self.lm_head(h[:, :-1][where]).float(), words)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache, hidden_states=(h,))
 
+    def generate(self, *args, **kwargs):
+        """Not here: transformers' own loop knows no latents. Raises TypeError that says where to go. Source: ours."""
+        raise TypeError("latent_decode.generate decodes words and latents; for words alone, load the folder as "
+                        "transformers' Qwen3VLForConditionalGeneration")
+
     # ------------------------------------------------------------------------------------------------- Eq. (1)-(3)
 
     def sft_loss(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None,

@@ -54,7 +54,7 @@ class Config:
 
 
 # What differs from the paper's settings, in one place: the model is 10,000 times smaller and learns from scratch.
-TINY = dict(global_batch=64, micro_batch=64, lr=2e-3, beta2=0.98, weight_decay=0.0, save_every=10**9,
+TINY = dict(global_batch=64, micro_batch=64, lr=2e-3, beta2=0.98, weight_decay=0.0, save_every=500,
             latent_head="linear", latent_loss="nmse", lam=1.0,  # raw states do not fit visual embeddings at this size
             stop_term=True,  # without it nothing teaches the model not to stop before its first latent
             image_max_tokens=1, l_max=1, max_length=256, system="watch the ball", cache_frames=10**6)
@@ -268,10 +268,12 @@ def trained(out, **settings):
     done = sft.checkpoints(out)
     if done and done[-1].endswith(f"step_{settings['steps']:06d}"):
         return done[-1]
+    print(f"\n== training {out}")
     return sft.train(sft.Config(**{**TINY, **settings, "out": out, "resume": bool(done)}))
 
 
 def scored(model, data, out, config, latents="generated"):
+    print(f"\n== evaluating {out}")
     shared = {f.name for f in dataclasses.fields(DataConfig)} & set(TINY)
     return evaluate.evaluate(evaluate.Config(
         model=model, data=data, out=out, latents=latents, batch=250, max_new_tokens=48, max_latents=2,

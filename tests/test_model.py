@@ -328,3 +328,9 @@ def test_packing_equals_separate_rows(model, tokenizer):
     assert (a["n_text"], a["n_latent"]) == (b["n_text"], b["n_latent"])
     for key in ("ce_sum", "latent_sum"):
         torch.testing.assert_close(a[key], b[key], rtol=1e-5, atol=0)
+
+
+def test_transformers_own_generate_is_refused(model):
+    """Breaks if a rollout without latents can be had by mistake."""
+    with pytest.raises(TypeError, match="latent_decode.generate"):
+        model.generate(torch.tensor([[1]]), max_new_tokens=1)
