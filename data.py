@@ -35,6 +35,7 @@ Axis letters: T frames, H and W pixels, P patches (before the 2x2 merge), B rows
 import argparse
 import dataclasses
 import functools
+import inspect
 import io
 import json
 import math
@@ -78,8 +79,8 @@ class DataConfig:
     cache_frames: int = 0  # resized frames kept in memory by each process; for small worlds seen often  # ours
 
     def __post_init__(self):
-        at_least_1 = ("num_frames", "l_max", "image_max_tokens", "video_max_tokens", "max_length", "global_batch",
-                      "micro_batch", "save_every", "batch", "max_new_tokens")
+        at_least_1 = ("num_frames", "l_max", "image_max_tokens", "video_max_tokens", "max_length",
+                      "global_batch", "micro_batch", "save_every", "batch", "max_new_tokens")  # these: of the scripts
         for name in at_least_1:
             if getattr(self, name, 1) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
@@ -93,13 +94,16 @@ class DataConfig:
 
 
 def parse_config(cls, argv=None):
-    """Command line -> a config dataclass: one flag a field, `--no-x` for bools, unknown flags are errors. Ours."""
+    """Command line -> a config dataclass: one flag a field, `--no-x` for bools, unknown flags are errors. Ours.
+
+    The comment behind a field is its help.
+    """
+    source = "".join(inspect.getsource(c) for c in cls.__mro__ if dataclasses.is_dataclass(c))
+    comment = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.M))
     parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in dataclasses.fields(cls):
-        if f.type is bool:
-            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, default=f.default, help=" ")
-        else:
-            parser.add_argument(f"--{f.name}", type=f.type, default=f.default, help=" ")
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
+        parser.add_argument(f"--{f.name}", default=f.default, help=comment.get(f.name, " ").replace("%", "%%"), **kind)
     return cls(**vars(parser.parse_args(argv)))
 
 

@@ -183,8 +183,9 @@ def evaluate(config, rows=None):
     if world > 1:
         dist.barrier()  # nobody writes before everybody has read
     if rank == 0:
-        with open(settings_path, "w") as f:
+        with open(settings_path + ".part", "w") as f:
             json.dump(settings, f, indent=1)
+        os.replace(settings_path + ".part", settings_path)
 
     todo = [row for row in rows if row.id not in done]
     # prompts of like length together: less padding, and rows that finish together

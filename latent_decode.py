@@ -104,7 +104,7 @@ def generate(model, batch, *, max_new_tokens, temperature=0.0, top_p=1.0, max_la
     if eos_token_id is None:
         eos_token_id = model.generation_config.eos_token_id
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
-    device, (B, P), R = ids.device, ids.shape, len(ids) * n
+    device, (B, P) = ids.device, ids.shape
     training, text = model.training, model.model.language_model
     attention = text.config._attn_implementation
     model.eval()

@@ -106,7 +106,10 @@ class Step(torch.nn.Module):
         self.model, self.config, self.latent_var = model, config, latent_var
 
     def forward(self, batch, own=None):
-        """batch from `data.collate`; own (B,) bool: rows that are fed their own latents (self-forcing)."""
+        """batch from `data.collate`; own (B,) bool: rows that are fed their own latents (self-forcing).
+
+        -> the sum of Eq. (2) over the batch, lam times that of Eq. (3), and the latter alone without gradient.
+        """
         m, c, inputs = self.model, self.config, model_inputs(batch)
         is_latent = batch["input_ids"] == m.config.latent_id  # (B, L)
         e = m.encode_frames(batch["future_pixel_values"], batch["future_grid_thw"]) \
@@ -118,8 +121,8 @@ class Step(torch.nn.Module):
             row_of = is_latent.nonzero()[:, 0]  # (N,)
             with torch.no_grad():
                 for _ in range(c.self_forcing_passes):  # after pass k a row's first k latents are what decoding gives
-                    h, _ = m.hidden(**inputs, latents=fed.to(e.dtype))
-                    z = m.to_latent(h[:, :-1][is_latent[:, 1:]])
+                    h, _ = m.hidden(**inputs, latents=fed.to(e.dtype))  # (B, L, D)
+                    z = m.to_latent(h[:, :-1][is_latent[:, 1:]])  # (N, D): the state before each latent predicts it
                     fed = torch.where(own[row_of, None], z.to(e.dtype), e)
         out = m.sft_loss(**inputs, latents=fed, targets=e, labels=batch["labels"], lam=lam, latent_loss=c.latent_loss,
                          latent_var=self.latent_var, stop_term=c.stop_term)
@@ -310,6 +313,8 @@ def train(config, rows=None):
 
     # data: the order is fixed by the seed, the place in it by the step
     total = config.steps * config.global_batch or round(len(rows) * config.epochs)
+    if total < 1:
+        raise SystemExit(f"nothing to train on: {config.steps} steps, {config.epochs} epochs of {len(rows)} rows")
     steps, first = -(-total // config.global_batch), resumed["step"] if resumed else 0
     order = sample_order(len(rows), total, config.seed)
     samples = Samples(rows, tokenizer, config, train=True, spans=config.spans)

@@ -14,6 +14,7 @@ import transformers
 from PIL import Image
 
 import data
+import sft
 import toy
 from conftest import WORDS
 from data import Clip, ClipError, Frame, RecordError, Row, Samples, Skipped
@@ -501,6 +502,15 @@ def test_parse_config():
     for wrong in ("--step_count 3", "--steps 1.5", "--spans False", "--lr fast", "steps"):
         with pytest.raises(SystemExit):
             data.parse_config(Flags, wrong.split())
+
+
+def test_help_shows_the_comments(capsys):
+    """Breaks if --help no longer says what a field is and where its value comes from."""
+    with pytest.raises(SystemExit):
+        data.parse_config(sft.Config, ["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "weight of the latent term, Eq. (1) # paper Table 8 (default: 0.1)" in said
+    assert "frames sampled from a clip" in said and "share of the steps, linear" in said
 
 
 def test_budgets():

@@ -155,7 +155,7 @@ def test_wrong_counts_name_both_numbers(model, tokenizer, given):
     batch = make_batch(tokenizer, [["watch", SPAN]])
     with pytest.raises(ValueError, match=rf"^2 <\|latent\|> tokens .* {given or 0} latents"):
         model(**batch, latents=None if given is None else torch.zeros(given, 96))
-    with pytest.raises(ValueError, match=rf"^0 <\|latent\|> tokens .* 1 latents"):
+    with pytest.raises(ValueError, match=r"^0 <\|latent\|> tokens .* 1 latents"):
         model(**make_batch(tokenizer, ROWS["text"]), latents=torch.zeros(1, 96))
     for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         batch = make_batch(tokenizer, [["the", (kind, 1, 2, 4), "ball"]])

@@ -106,6 +106,18 @@ def test_resume_of_a_finished_run_does_nothing_and_a_used_folder_is_refused(worl
         sft.train(settings(world, tmp_path, steps=1, lam=0.7, resume=True))
     with pytest.raises(SystemExit, match="--data is missing"):
         sft.train(settings(world, tmp_path / "new", data=""))
+    with pytest.raises(SystemExit, match="nothing to train on: 0 steps, 0.0 epochs of 24 rows"):
+        sft.train(settings(world, tmp_path / "new", steps=0, epochs=0.0))
+    with pytest.raises(ValueError, match="micro_batch is 0, expected at least 1"):
+        settings(world, tmp_path / "new", micro_batch=0)
+
+
+def test_a_step_without_a_readable_sample_ends_the_run(world, tmp_path):
+    """Breaks if a wrong media_root trains for hours on nothing."""
+    with pytest.raises(SystemExit, match="no sample of step 0 could be used, e.g. .*no such file"):
+        sft.train(settings(world, tmp_path / "a", media_root=str(tmp_path), latent_loss="mse"))
+    with pytest.raises(SystemExit, match="none of the first 64 samples"):
+        sft.train(settings(world, tmp_path / "b", media_root=str(tmp_path)))
 
 
 # A run whose optimizer is plain gradient descent with rate 1: the weights then show the gradient itself.
