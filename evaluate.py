@@ -35,6 +35,7 @@ from tqdm import tqdm
 from data import DataConfig, Samples, load_frames, loader, model_inputs, parse_config, read_rows, to_device
 from latent_decode import generate
 from model import LATENT, best_attention, load, normalise
+from rewards import answer_of, pick
 from sft import newest, set_up_ranks
 
 
@@ -58,31 +59,6 @@ LATENTS = ("generated", "zero", "noise", "shuffled", "true", "pause")
 
 
 # ---------------------------------------------------------------------------------------------------------- scoring
-
-def answer_of(response):
-    """The text of the first closed <answer>, or None. Source: paper sec. 4."""
-    found = re.search(r"<answer>(.*?)</answer>", response, re.S)
-    return found and found.group(1).strip()
-
-
-def pick(answer, options):
-    """An answer's text -> index of the option it means, or None. Source: ours.
-
-    The option's text (any case, outer punctuation ignored), else its letter: "B", "(b)", "B) red", "B. red".
-    """
-    if answer is None:
-        return None
-    texts = [_plain(o) for o in options]
-    if _plain(answer) in texts:
-        return texts.index(_plain(answer))
-    found = re.match(r"\(?([A-Za-z])(?:[).:]|\s*$)", answer)
-    index = ord(found.group(1).upper()) - 65 if found else -1
-    return index if 0 <= index < len(options) else None
-
-
-def _plain(text):
-    return " ".join(text.lower().split()).strip(" .,:;!?\"'()")
-
 
 def wilson(right, n, z=1.96):
     """95% interval of a share: Wilson's score interval (low, high). n = 0: (0, 1). Source: Wilson 1927."""
