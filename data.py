@@ -530,12 +530,12 @@ class Samples(Dataset):
             return Skipped(self.rows[i].where, str(e))
 
 
-def collate(samples, pad_id, side="right", pack=False):
+def collate(samples, pad_id, side="right", pack=False, keep=False):
     """Encoded samples -> a batch of HF-named tensors, plus `rows` and `skipped`. Source: ours.
 
     input_ids, attention_mask, labels (B, L); pixel_values / image_grid_thw, pixel_values_videos / video_grid_thw,
     future_pixel_values / future_grid_thw where there are any. side: "left" to generate, "right" to train. pack: all
-    samples one after another in a single row, with seq_lens. `kept`: which of the samples are in the batch. If every
+    samples one after another in a single row, with seq_lens. keep: also hand on the encoded `samples`. `kept`: which of the samples are in the batch. If every
     sample was skipped, a one-token row without a label stands in, so that each rank still takes its step.
     """
     skipped = [s for s in samples if isinstance(s, Skipped)]
@@ -558,6 +558,8 @@ def collate(samples, pad_id, side="right", pack=False):
             batch[pixels] = normalise(torch.cat([patches for patches, _ in found]))  # (P, 1536)
             batch[grid] = torch.stack([g for _, g in found])  # (images, 3)
     batch["rows"], batch["skipped"] = [s["row"] for s in good], skipped
+    if keep:
+        batch["samples"] = good
     batch["kept"] = [i for i, s in enumerate(samples) if not isinstance(s, Skipped)]
     return batch
 

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import torch
 from transformers import StaticCache
 
-from model import log_continue
+from model import log_continue, log_density
 
 CHUNK = 16  # steps between two looks at which rows are done
 
@@ -45,6 +45,7 @@ class Rollout:
     logprobs: torch.Tensor  # (R, T) of what was chosen under the full softmax at the temperature; 0 where not chosen
     finish: list  # R of "eos" | "length"
     lengths: torch.Tensor  # (R,) generated tokens incl. the end of turn
+    latent_sigma: float = 0.0  # noise on the latents; where > 0, a latent's log-density is part of its logprob
 
 
 def choose(logits, in_span, count, u, *, ids, banned, temperature=0.0, top_p=1.0, max_latents=8):
@@ -82,14 +83,16 @@ def choose(logits, in_span, count, u, *, ids, banned, temperature=0.0, top_p=1.0
 
 @torch.no_grad()
 def generate(model, batch, *, max_new_tokens, temperature=0.0, top_p=1.0, max_latents=8, n=1, eos_token_id=None,
-             latent_sigma=0.0, generator=None, replace=None, cuda_graph=False):
+             latent_sigma=0.0, generator=None, replace=None, share=False, cuda_graph=False):
     """Continue each prompt n times -> Rollout. Source: sec. 3.1.
 
     batch: dict of HF-named tensors, left-padded (`data.model_inputs`). temperature 0 = greedy; log-probabilities are
     then those of the untempered softmax. max_latents: longest span; paper: 2 * L_max = 8. eos_token_id: int or list,
-    default the model's. latent_sigma > 0 adds Gaussian noise to each latent. generator: where random numbers come
+    default the model's. latent_sigma > 0 adds Gaussian noise to each latent, and the latent's log-density (see
+    `log_density`) to the log-probability of its step. generator: where random numbers come
     from. replace (R, K, D): feed these instead of a row's first K latents, counted over its spans; later ones are the
-    model's own (ablations). cuda_graph: on CUDA, capture one
+    model's own (ablations). share: decode what the samples of a prompt have in common once, until they part; pays where
+    they part late (a sure policy, short answers), looks at the device every step. cuda_graph: on CUDA, capture one
     step and replay it, without Python or kernel launches in between. A greedy result does not depend on what else is in
     the batch (up to rounding); a sampled one does not depend on when other rows finish. Raises ValueError for right
     padding or bad arguments.
@@ -101,6 +104,8 @@ def generate(model, batch, *, max_new_tokens, temperature=0.0, top_p=1.0, max_la
         raise ValueError("generate needs left-padded prompts: the last column of attention_mask must be 1")
     if max_new_tokens < 1 or n < 1 or max_latents < 0 or temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"bad arguments: {max_new_tokens=} {n=} {max_latents=} {temperature=} {top_p=}")
+    if share and (latent_sigma or replace is not None or cuda_graph):
+        raise ValueError("share: noise or replaced latents make equal samples differ, and a captured step cannot change size")
     if eos_token_id is None:
         eos_token_id = model.generation_config.eos_token_id
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
@@ -113,11 +118,13 @@ def generate(model, batch, *, max_new_tokens, temperature=0.0, top_p=1.0, max_la
         h, prompt = model.hidden(**{**batch, "attention_mask": mask}, use_cache=True)
         text.set_attn_implementation("sdpa")  # a step needs a mask over a half-filled cache: sdpa takes one
         return _decode(
-            model, text, h[:, -1].repeat_interleave(n, 0), _static_cache(text.config, prompt, n, P + max_new_tokens),
+            model, text, h[:, -1].repeat_interleave(n, 0),
+            _static_cache(text.config, prompt, 1 if share else n, P + max_new_tokens),
             torch.cat([mask.bool(), mask.new_zeros(B, max_new_tokens, dtype=torch.bool)], 1).repeat_interleave(n, 0),
             (mask.sum(-1, keepdim=True) + model.model.rope_deltas).repeat_interleave(n, 0),  # (R, 1) next position
             max_new_tokens=max_new_tokens, eos=torch.tensor(eos, device=device, dtype=torch.long),
             latent_sigma=latent_sigma, generator=generator, replace=replace, graph=cuda_graph and device.type == "cuda",
+            shared=torch.arange(B, device=device).repeat_interleave(n) if share else None,
             choice=dict(temperature=temperature, top_p=top_p, max_latents=max_latents))
     finally:
         text.set_attn_implementation(attention)
@@ -139,8 +146,11 @@ def _static_cache(config, prompt, n, length):
 
 
 def _decode(model, text, h, cache, seen, position, *, max_new_tokens, eos, latent_sigma, generator, replace, graph,
-            choice):
-    """The loop. h (R, D) state after the prompt; seen (R, L) bool cache slots to look at; position (R, 1)."""
+            shared, choice):
+    """The loop. h (R, D) state after the prompt; seen (R, L) bool cache slots to look at; position (R, 1).
+
+    shared (R,): which row of the cache a row of the state reads, while samples are still equal; None: each its own.
+    """
     R, device, T = len(h), h.device, max_new_tokens
     config = model.config
     ids = config.latent_start_id, config.latent_id, config.latent_end_id
@@ -156,6 +166,17 @@ def _decode(model, text, h, cache, seen, position, *, max_new_tokens, eos, laten
              token=torch.zeros(R, dtype=torch.long, device=device), logprob=torch.zeros(R, device=device),
              sampled=torch.zeros(R, dtype=torch.bool, device=device), z=model.to_latent(h).clone())
 
+    def split_up(token):
+        """Rows that shared a row of the cache and now differ get one each -> the first row (U,) of each that is left."""
+        nonlocal shared
+        _, now = torch.unique(shared * model.lm_head.out_features + token, return_inverse=True)  # sorted by `shared`
+        first = torch.full((int(now.max()) + 1,), len(now), device=device)
+        first.scatter_reduce_(0, now, torch.arange(len(now), device=device), "amin")
+        if len(first) > len(cache.layers[0].keys):
+            _select(cache, shared[first])
+        shared = now
+        return first
+
     def step():
         token, logprob, sampled = choose(model.lm_head(S["h"]), S["in_span"], S["count"], S["u"], ids=ids,
                                          banned=banned, **choice)
@@ -165,7 +186,8 @@ def _decode(model, text, h, cache, seen, position, *, max_new_tokens, eos, laten
         is_latent = (S["token"] == config.latent_id) & S["in_span"]
         z = model.to_latent(S["h"])
         if latent_sigma:
-            z = z + latent_sigma * S["noise"].to(z.dtype)
+            mean, z = z, z + latent_sigma * S["noise"].to(z.dtype)
+            S["logprob"].add_(log_density(z, mean, latent_sigma).masked_fill(~is_latent, 0))
         if replace is not None:
             k = S["fed"].clamp(max=replace.shape[1] - 1)
             z = torch.where((S["fed"] < replace.shape[1])[:, None], replace[S["row"], k].to(z.dtype), z)
@@ -178,9 +200,10 @@ def _decode(model, text, h, cache, seen, position, *, max_new_tokens, eos, laten
         x = model.get_input_embeddings()(S["token"])
         x = torch.where(is_latent[:, None], S["z"].to(x.dtype), x)[:, None]  # (R, 1, D)
         S["seen"].index_fill_(3, slot, True)
-        out = text(inputs_embeds=x, attention_mask=S["seen"], position_ids=S["position"].expand(3, -1, -1),
-                   past_key_values=cache, use_cache=True)
-        S["h"].copy_(out.last_hidden_state[:, 0])
+        some = slice(None) if shared is None else split_up(S["token"])
+        out = text(inputs_embeds=x[some], attention_mask=S["seen"][some],
+                   position_ids=S["position"][some].expand(3, -1, -1), past_key_values=cache, use_cache=True)
+        S["h"].copy_(out.last_hidden_state[slice(None) if shared is None else shared, 0])
         S["position"].add_(1)
         slot.add_(1)
 
@@ -216,13 +239,22 @@ def _decode(model, text, h, cache, seen, position, *, max_new_tokens, eos, laten
             break
         if len(live) <= len(row) // 2:  # finished rows leave
             S = {name: value[live] for name, value in S.items()}
-            for layer in cache.layers:
-                layer.keys, layer.values = layer.keys[live], layer.values[live]
+            if shared is None:
+                _select(cache, live)
+            else:
+                left, shared = torch.unique(shared[live], return_inverse=True)
+                _select(cache, left)
             run, warm = None, False
     ended = torch.isin(tokens, eos) & sampled
     lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, T)
     return Rollout(tokens, sampled, [torch.cat(x) for x in latents], logprobs,
-                   ["eos" if e else "length" for e in ended.any(1).tolist()], lengths)
+                   ["eos" if e else "length" for e in ended.any(1).tolist()], lengths, latent_sigma)
+
+
+def _select(cache, rows):
+    """Keep these rows of a cache, in this order; a row may be kept more than once."""
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
 
 def _capture(step):

@@ -259,6 +259,15 @@ def log_continue(log_stop):
     return torch.log(-torch.expm1(log_stop.clamp(max=-1e-7)))  # finite where p rounds to 1
 
 
+def log_density(z, mean, sigma):
+    """log N(z; mean, sigma^2) of noisy latents (N, D) -> (N,), the mean over D and without the constant. Source: ours.
+
+    The mean keeps it on the scale of a word's log-probability; the sum over thousands of dimensions would drown that.
+    """
+    wide = torch.promote_types(z.dtype, torch.float32)
+    return -((z.to(wide) - mean.to(wide)) / sigma).square().mean(-1) / 2
+
+
 def target_variance(e):
     """(N, D) -> the mean over D of the variance over N: the error of always guessing the mean embedding. Ours."""
     return (e.float() - e.float().mean(0)).pow(2).mean()

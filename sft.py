@@ -195,12 +195,26 @@ def print_row(batch, tokenizer, latent_id):
 
 # ----------------------------------------------------------------------------------------------------- checkpoints
 
-def save_checkpoint(folder, model, tokenizer, trainer, rank_state, rank, world):
+def make_optimizer(model, config, world):
+    """AdamW over what is trained, weight decay on matrices only -> optimizer, its parameters. Source: paper Table 8."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in trained if p.ndim >= 2], weight_decay=config.weight_decay),
+              dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.0)]
+    adam = dict(lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+    if config.zero and world > 1:
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **adam), trained
+    return torch.optim.AdamW(groups, **adam), trained
+
+
+def save_checkpoint(folder, model, tokenizer, trainer, optimizer, rank, world):
     """All ranks: write a Hugging Face folder, trainer.pt and each rank's rank_R.pt under a temporary name, then rename.
 
-    A killed save leaves no half checkpoint. rank_state holds what differs by rank: random state, with ZeRO the shard of
+    A killed save leaves no half checkpoint. rank_R.pt holds what differs by rank: random state, with ZeRO the shard of
     the optimizer. Source: ours.
     """
+    sharded = isinstance(optimizer, ZeroRedundancyOptimizer)
+    trainer = dict(trainer, optimizer=None if sharded else optimizer.state_dict())
+    rank_state = dict(random=random_state(), shard=optimizer.optim.state_dict() if sharded else None)
     partial = os.path.join(os.path.dirname(folder), ".partial_" + os.path.basename(folder))
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
@@ -217,6 +231,46 @@ def save_checkpoint(folder, model, tokenizer, trainer, rank_state, rank, world):
         os.rename(partial, folder)
         for old in checkpoints(os.path.dirname(folder))[:-2]:
             shutil.rmtree(old)
+
+
+def restore(optimizer, checkpoint, trainer, rank):
+    """Optimizer and random state of a checkpoint, back in place on each rank. Source: ours."""
+    mine = torch.load(os.path.join(checkpoint, f"rank_{min(rank, trainer['world'] - 1)}.pt"), map_location="cpu",
+                      weights_only=False)
+    sharded = isinstance(optimizer, ZeroRedundancyOptimizer)
+    (optimizer.optim if sharded else optimizer).load_state_dict(mine["shard"] if sharded else trainer["optimizer"])
+    set_random_state(mine["random"])
+    trainer["optimizer"] = None
+
+
+def rows_of(config):
+    """The rows of config.data. Raises SystemExit if none is named, RecordError on a broken one. Source: ours."""
+    if not config.data:
+        raise SystemExit("--data is missing: a .json, .jsonl or .parquet file of training records (see data.py)")
+    return read_rows(config.data, config.media_root or None)
+
+
+def resume_point(config, rows, world):
+    """-> newest checkpoint of config.out or None, its trainer.pt, the rows' fingerprint. Source: ours.
+
+    Raises SystemExit if there is one and `resume` is off, or if it was made with other rows, values or, with ZeRO, ranks.
+    """
+    fingerprint = hashlib.sha256("\n".join(row.id for row in rows).encode()).hexdigest()
+    checkpoint = (checkpoints(config.out) or [None])[-1]
+    if checkpoint is None:
+        return None, None, fingerprint
+    if not config.resume:
+        raise SystemExit(f"{config.out} already holds {os.path.basename(checkpoint)}: pass --resume to continue it, "
+                         "or another --out")
+    trainer = torch.load(os.path.join(checkpoint, "trainer.pt"), map_location="cpu", mmap=True, weights_only=False)
+    if trainer["rows"] != fingerprint:
+        raise SystemExit(f"{checkpoint} was trained on other rows than those of {config.data}")
+    if config.zero and trainer["world"] != world:
+        raise SystemExit(f"{checkpoint} holds optimizer shards of {trainer['world']} ranks, this run has {world}")
+    changed = {k for k, v in dataclasses.asdict(config).items() if trainer["config"].get(k) != v} - HARMLESS
+    if changed:
+        raise SystemExit(f"{checkpoint} was made with other values of {', '.join(sorted(changed))}")
+    return checkpoint, trainer, fingerprint
 
 
 def checkpoints(folder):
@@ -251,6 +305,14 @@ def read_log(path):
         return [json.loads(line) for line in f if line.endswith("\n")]
 
 
+def trim_log(path, first):
+    """Drop what was logged from step `first` on: it is about to be done again. Source: ours."""
+    kept = [line for line in read_log(path) if line["step"] < first] if os.path.exists(path) else []
+    with open(path + ".part", "w") as f:
+        f.writelines(json.dumps(line) + "\n" for line in kept)
+    os.replace(path + ".part", path)
+
+
 def draw_curves(log, png):
     """log.jsonl -> the losses over the steps as a picture."""
     import matplotlib
@@ -279,26 +341,10 @@ def train(config, rows=None):
     master = rank == 0
     if config.pack and config.self_forcing:
         raise ValueError("self_forcing picks rows, and a packed batch has only one: use one of the two")
-    checkpoint = (checkpoints(config.out) or [None])[-1]
-    if checkpoint and not config.resume:
-        raise SystemExit(f"{config.out} already holds {os.path.basename(checkpoint)}: pass --resume to continue it, "
-                         "or another --out")
-    if not config.data and rows is None:
-        raise SystemExit("--data is missing: a .json, .jsonl or .parquet file of training records (see data.py)")
-    rows = read_rows(config.data, config.media_root or None) if rows is None else rows
-    fingerprint = hashlib.sha256("\n".join(row.id for row in rows).encode()).hexdigest()
-    resumed = checkpoint and torch.load(os.path.join(checkpoint, "trainer.pt"), map_location="cpu", mmap=True,
-                                        weights_only=False)
+    rows = rows_of(config) if rows is None else rows
+    checkpoint, resumed, fingerprint = resume_point(config, rows, world)
     if config.resume and not checkpoint and master:
         print(f"nothing to resume in {config.out}: starting at step 0")
-    if resumed:
-        if resumed["rows"] != fingerprint:
-            raise SystemExit(f"{checkpoint} was trained on other rows than those of {config.data}")
-        if config.zero and resumed["world"] != world:
-            raise SystemExit(f"{checkpoint} holds optimizer shards of {resumed['world']} ranks, this run has {world}")
-        changed = {k for k, v in dataclasses.asdict(config).items() if resumed["config"].get(k) != v} - HARMLESS
-        if changed:
-            raise SystemExit(f"{checkpoint} was made with other values of {', '.join(sorted(changed))}")
     os.makedirs(config.out, exist_ok=True)
 
     torch.manual_seed(config.seed)
@@ -333,22 +379,13 @@ def train(config, rows=None):
         elif config.spans and any(not isinstance(part, str) for row in rows for part in row.response):
             raise SystemExit("none of the first 64 samples has a readable future frame to measure the variance of")
 
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=others, weight_decay=0.0)]
-    adam = dict(lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
-    sharded = config.zero and world > 1
-    optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **adam) if sharded else torch.optim.AdamW(groups, **adam)
+    optimizer, trained = make_optimizer(model, config, world)
     step_module = Step(model, config, latent_var)
     ddp = DistributedDataParallel(step_module, device_ids=[device] if device.type == "cuda" else None,
                                   gradient_as_bucket_view=True, find_unused_parameters=not config.freeze_vision) \
         if world > 1 else step_module
     if resumed:
-        mine = os.path.join(checkpoint, f"rank_{min(rank, resumed['world'] - 1)}.pt")
-        mine = torch.load(mine, map_location="cpu", weights_only=False)
-        (optimizer.optim if sharded else optimizer).load_state_dict(mine["shard"] if sharded else resumed["optimizer"])
-        set_random_state(mine["random"])
-        resumed["optimizer"] = mine = None
+        restore(optimizer, checkpoint, resumed, rank)
 
     log_path = os.path.join(config.out, "log.jsonl")
     if master:
@@ -356,11 +393,7 @@ def train(config, rows=None):
               f"{accumulate} micro-batches x {config.micro_batch}, {device.type}, seed {config.seed}, "
               f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters trained of "
               f"{sum(p.numel() for p in model.parameters()):,}, a checkpoint every {config.save_every} steps")
-        # what was logged after the checkpoint is about to be redone
-        kept = [line for line in read_log(log_path) if line["step"] < first] if resumed and os.path.exists(log_path) else []
-        with open(log_path + ".part", "w") as f:
-            f.writelines(json.dumps(line) + "\n" for line in kept)
-        os.replace(log_path + ".part", log_path)
+        trim_log(log_path, first)
     run = None
     if config.wandb and master:
         import wandb
@@ -403,7 +436,7 @@ def train(config, rows=None):
                 loss = ce_sum / n_text + weighted / max(n_latent, 1)  # Eq. (1)
                 (loss * world).backward()  # DDP takes the mean over ranks; the sum is wanted
             sums += torch.stack([ce_sum.detach(), latent_sum]).double().cpu()
-        norm = torch.nn.utils.clip_grad_norm_(matrices + others, config.clip).item()
+        norm = torch.nn.utils.clip_grad_norm_(trained, config.clip).item()
         lr = learning_rate(step, steps, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -427,8 +460,7 @@ def train(config, rows=None):
             save_checkpoint(
                 checkpoint, model, tokenizer,
                 dict(step=step + 1, config=dataclasses.asdict(config), world=world, rows=fingerprint,
-                     latent_var=latent_var, optimizer=None if sharded else optimizer.state_dict()),
-                dict(random=random_state(), shard=optimizer.optim.state_dict() if sharded else None), rank, world)
+                     latent_var=latent_var), optimizer, rank, world)
             if master:
                 draw_curves(log_path, os.path.join(config.out, "loss.png"))
     return checkpoint

@@ -194,6 +194,10 @@ def test_sampled_record_replays(model, tokenizer, eos, temperature, top_p, sigma
     counts, noise = [], []
     for r in range(n * len(ROWS)):
         expected, predicted = replay(model, make_batch(tokenizer, [ROWS[r // n]]), rollout, r, 3, temperature)
+        if sigma:  # a noisy latent's log-density, by hand: the mean over dimensions, without the constant
+            density = iter((-(expected[1] - predicted).double().pow(2).mean(-1) / (2 * sigma**2)).tolist())
+            expected[2][:] = [p + next(density) if t == model.config.latent_id else p
+                              for t, p in zip(expected[0], expected[2])]
         check_row(rollout, r, expected)
         counts.append(spans(expected[0], model.config))
         noise.append(rollout.latents[r] - predicted)
@@ -202,6 +206,26 @@ def test_sampled_record_replays(model, tokenizer, eos, temperature, top_p, sigma
     assert {0, 3} <= seen and seen & {1, 2} and max(map(len, counts)) > 2
     assert set(rollout.finish) == {"eos", "length"}
     assert len(noise) > 50 and abs(noise.std().item() - sigma) < 0.02 and abs(noise.mean().item()) < 0.02
+
+
+def test_sharing_what_is_equal_changes_nothing(model, tokenizer, eos):
+    """Breaks if samples that part get a wrong row of the cache, or if nothing is shared."""
+    batch, sizes = make_batch(tokenizer, ROWS, "left"), rows_fed(shuffle(model, 4))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)  # surer, so that samples stay together for a while
+    common = dict(max_new_tokens=40, max_latents=3, eos_token_id=eos, temperature=1.0, top_p=0.95, n=6)
+    runs = []
+    for share in (False, True):
+        sizes.clear()
+        runs.append((generate(model, batch, **common, share=share, generator=torch.Generator().manual_seed(0)), sizes[:]))
+    (plain, all_rows), (shared, fewer) = runs
+    assert torch.equal(plain.tokens, shared.tokens) and torch.equal(plain.sampled, shared.sampled)
+    torch.testing.assert_close(plain.logprobs, shared.logprobs, atol=1e-4, rtol=0)
+    for a, b in zip(plain.latents, shared.latents):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    assert fewer[1] < all_rows[1] == 6 * len(ROWS) and sum(fewer) < 0.9 * sum(all_rows) and fewer[1] < max(fewer)
+    with pytest.raises(ValueError, match="share"):
+        generate(model, batch, **common, share=True, latent_sigma=0.1)
 
 
 def test_seeds_and_independence(model, tokenizer, eos):

@@ -1,0 +1,654 @@
+"""LA-DAPO: reinforcement learning on trajectories of words and latents (paper sec. 3.3).
+
+    rollouts -> rewards -> group filter and refill -> advantages -> token-level clipped loss -> step
+
+    A_i  = (R_i - mean R) / (std R + 1e-6)                            advantage in the group of a prompt
+    r_t  = exp(log pi(a_t) - log pi_old(a_t))                         a_t: a word, or stop / continue in a span
+    L    = 1/n sum_t max(-r_t A, -clip(r_t, 1 - eps_low, 1 + eps_high) A) + beta KL(pi, pi_SFT)     n: tokens of the step
+
+    python la_dapo.py --model runs/sft --data train.json --out runs/rl              # one process: CPU or one GPU
+    torchrun --nproc_per_node 8 la_dapo.py --model runs/sft --data train.json --out runs/rl --zero
+    ablations, one flag each: --no-filter (GRPO)  --lambda_c 0  --lambda_d 0  --no-replay  --adjoint_terms -1
+                              --latent_sigma 0.1  --kl 0
+
+Which path carries which gradient. The log-probability of an answer depends on the weights twice: at each chosen token, and
+through the latents, which are a function of the weights themselves and are read by everything after them.
+  adjoint_terms = 0    recorded latents are constants (the paper and its kin): the second path is dropped.
+  adjoint_terms = k    k vector-Jacobian products bring the second path back; as many as a response has latents are exact
+                       (-1). Each costs about half a backward pass over the response, not over the prompt, and no memory
+                       beyond the graph that is kept until the last of them.
+  latent_sigma > 0     latents are sampled, z = h + sigma noise, and their log-density carries a score-function gradient.
+                       Costs nothing; the noise it brings is the price.
+With one update a step (the default) the ratio is 1 and the clip cannot act; `minibatches` and `inner_epochs` change that.
+
+Where this differs from the paper:
+ 1. A latent step's log-probability is that of its one decision, log(1 - p(LE)) or log p(LE); forced tokens have none.
+ 2. Optional, off by default: `adjoint_terms`, `latent_sigma`.
+ 3. The KL term holds latents constant, on both sides.
+Where this differs from the official code:
+ 4. Recorded latents are fed again when log-probabilities are taken (`--no-replay` for what official does).
+ 5. Every chosen token of the step weighs the same, over all ranks and micro-batches.
+ 6. A prompt is encoded once for its whole group, in the rollout and in the update; rollouts of a group that came out
+    equal are replayed once and counted, where latents are deterministic.
+ 7. Ranks add up gradients once a step, by hand: they may hold different numbers of groups, and none waits for another.
+ 8. What is sampled depends on the seed and the place in the data, not on the number of ranks.
+
+Axis letters: B prompts, G rollouts of a prompt, R rows (rollouts of all prompts), P prompt tokens, T new tokens, S chosen
+tokens, N latents of all rows, D hidden, V vocabulary.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import time
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data import DataConfig, Samples, collate, loader, model_inputs, parse_config, to_device
+from latent_decode import Rollout, generate
+from model import LATENT, best_attention, load, log_continue, log_density
+from rewards import Judge, answer_of, needs_judge, pick, score_group
+from sft import (make_optimizer, newest, read_log, restore, resume_point, rows_of, save_checkpoint, set_up_ranks,
+                 sum_over_ranks, trim_log)
+
+
+@dataclasses.dataclass
+class Config(DataConfig):
+    model: str = "runs/sft"  # where to start: a model's folder or a run's folder; also the KL's reference
+    data: str = ""  # records with answers, see data.py; chains and future frames are not needed
+    media_root: str = ""  # where relative clip paths start; "" = the folder of the data file
+    out: str = "runs/rl"  # the run's folder
+    resume: bool = False  # continue from the newest checkpoint in `out`
+    seed: int = 0  # order of the prompts and all sampling  # ours
+    # rollouts
+    groups: int = 64  # prompts a step learns from, over all ranks  # paper Table 9
+    group_size: int = 8  # G, rollouts of a prompt  # paper Table 9
+    prompts: int = 0  # prompts rolled out at a time, over all ranks; 0 = groups  # ours
+    max_tries: int = 10  # so many times; then the step takes what was kept  # ours
+    rollout_batch: int = 8  # prompts decoded together on one rank  # ours
+    temperature: float = 0.9  # paper Table 9
+    top_p: float = 0.99  # on words; log-probabilities are of the full softmax  # paper Table 9
+    max_new_tokens: int = 2048  # as in evaluation  # ours
+    max_latents: int = 8  # longest span: 2 * l_max  # official
+    share: bool = False  # decode what rollouts of a prompt have in common once; for sure policies, short answers  # ours
+    # rewards
+    lambda_c: float = 0.2  # weight of R_ctr, Eq. (7)  # paper Table 9
+    lambda_d: float = 0.1  # weight of R_div, Eq. (7)  # paper Table 9
+    tau: float = 0.5  # temperature of Eq. (5)  # paper Table 9
+    judge_url: str = ""  # OpenAI-compatible server that judges open answers; key: JUDGE_API_KEY  # paper sec. 3.3
+    judge_model: str = ""  # its model's name; "" = no judge
+    # objective
+    filter: bool = True  # DAPO: only groups whose mean accuracy lies between low and high; --no-filter: GRPO  # paper
+    low: float = 0.1  # paper Table 9
+    high: float = 0.9  # paper Table 9
+    eps_low: float = 0.2  # paper Table 9
+    eps_high: float = 0.28  # paper Table 9
+    dual_clip: float = 3.0  # c, bounds the loss where A < 0  # official
+    kl: float = 0.01  # beta, weight of the KL to the starting model  # paper Table 9
+    adjoint_terms: int = 0  # gradient through the latents: 0 none (paper), k truncated, -1 exact  # ours
+    latent_sigma: float = 0.0  # Gaussian exploration on latents; 0 = paper  # ours
+    replay: bool = True  # --no-replay: feed the token's embedding instead of the latents, as official does
+    # optimisation
+    steps: int = 0  # 0 = from epochs  # ours
+    epochs: float = 1.0  # passes over the prompts  # paper Table 9
+    minibatches: int = 1  # updates a pass over the kept groups  # ours
+    inner_epochs: int = 1  # passes over them  # ours
+    micro_batch: int = 1  # groups a forward on one rank  # ours
+    lr: float = 1e-6  # paper Table 9
+    warmup_steps: int = 0  # linear  # ours
+    final_lr: float = 1.0  # share of lr at the last of `steps`, reached linearly; 1 = constant  # ours
+    beta1: float = 0.9  # AdamW's default
+    beta2: float = 0.999  # AdamW's default
+    weight_decay: float = 0.0  # ours
+    clip: float = 1.0  # gradient norm  # paper Table 9
+    freeze_vision: bool = True  # vision tower and merger  # as in SFT
+    # machine
+    bf16: bool = True  # on CUDA; the CPU computes in fp32  # paper Table 8
+    zero: bool = False  # optimizer state spread over the ranks  # ours
+    save_every: int = 10  # steps between checkpoints; the last two are kept  # ours
+    sample_every: int = 10  # steps between whole rollouts written to rollouts_*.jsonl  # ours
+    wandb: bool = False  # also log to Weights & Biases  # ours
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("groups", "max_tries", "rollout_batch", "minibatches", "inner_epochs", "sample_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.group_size < 2:
+            raise ValueError(f"group_size is {self.group_size}: an advantage compares at least 2 rollouts")
+        if self.temperature <= 0:
+            raise ValueError("temperature is 0: a greedy group has nothing to compare")
+        if self.adjoint_terms < -1 or self.latent_sigma < 0:
+            raise ValueError(f"adjoint_terms {self.adjoint_terms} or latent_sigma {self.latent_sigma} is out of range")
+        if self.adjoint_terms and (self.latent_sigma or not self.replay):
+            raise ValueError("adjoint_terms is the gradient through deterministic, replayed latents: with latent_sigma the "
+                             "log-density already carries it, and with --no-replay there are none")
+
+    @property
+    def prompts_a_try(self):
+        return self.prompts or self.groups
+
+
+# -------------------------------------------------------------------------------------------------------- equations
+
+def group_advantages(rewards):
+    """A_i = (R_i - mean) / (std + 1e-6), unbiased std -> (G,). Source: sec. 3.3 (GRPO).
+
+    rewards: G floats, None = unjudged: no part in mean and std, and advantage 0. All 0 with fewer than two rewards.
+    """
+    judged = torch.tensor([r is not None for r in rewards])
+    known = torch.tensor([r for r in rewards if r is not None], dtype=torch.float64)
+    A = torch.zeros(len(rewards), dtype=torch.float64)
+    if len(known) > 1:
+        A[judged] = (known - known.mean()) / (known.std() + 1e-6)
+    return A.float()
+
+
+def keep_group(correct, unjudged, low=0.1, high=0.9):
+    """DAPO's filter on one group -> "kept", "too hard", "too easy" or "unjudged" (fewer than two verdicts). Sec. 3.3.
+
+    Kept iff low < mean accuracy < high. A repetitive rollout counts as wrong.
+    """
+    known = [c for c, u in zip(correct, unjudged) if not u]
+    if len(known) < 2:
+        return "unjudged"
+    mean = sum(known) / len(known)
+    return "too hard" if mean <= low else "too easy" if mean >= high else "kept"
+
+
+def clipped_surrogate(logp, old, A, eps_low=0.2, eps_high=0.28, dual_clip=3.0):
+    """max(-r A, -clip(r, 1 - eps_low, 1 + eps_high) A), where A < 0 at most -dual_clip A. Source: sec. 3.3 (DAPO).
+
+    logp, old, A: same shape or broadcast -> loss a token, ratio r.
+    """
+    r = (logp - old).exp()
+    loss = torch.maximum(-r * A, -r.clamp(1 - eps_low, 1 + eps_high) * A)
+    return torch.where(A < 0, torch.minimum(loss, -dual_clip * A), loss), r
+
+
+def kl_k3(logp, ref):
+    """KL(pi, ref) a token, estimated by exp(d) - d - 1 with d = ref - logp: never negative. Source: sec. 3.3 (GRPO)."""
+    d = ref - logp
+    return d.exp() - d - 1
+
+
+def adjoint_loss(loss, predicted, latents, terms):
+    """A term of value 0 whose gradient is the part of dloss/dweights that flows through the latents. Source: ours.
+
+    With f(z, w) the latents predicted while z are fed, decoding makes z = f(z, w), so dz/dw = (1 - J)^-1 df/dw with
+    J = df/dz, and
+
+        dloss/dw = (partial, z held constant) + g (1 - J)^-1 df/dw,    g = dloss/dz.
+
+    A latent depends on earlier ones only: J is strictly lower triangular, and lam = g (1 - J)^-1 = g + gJ + gJJ + ... ends
+    after as many terms as the longest response has latents. No Jacobian is formed: each term is a vector-Jacobian product.
+    loss: scalar; predicted (N, D) = f; latents (N, D), the leaf z; terms: how many of the series. Keeps the graph.
+    """
+    lam = term = torch.autograd.grad(loss, latents, retain_graph=True)[0]  # (N, D) g
+    for _ in range(terms - 1):
+        term = torch.autograd.grad(predicted, latents, term, retain_graph=True)[0]  # (N, D) gJ^k
+        lam = lam + term
+    return (lam.detach() * (predicted - predicted.detach())).sum()
+
+
+def learning_rate(step, config):
+    """Linear warm-up, then linear to final_lr * lr at the last of `steps`; constant by default. Source: ours."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if not config.steps:
+        return config.lr
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.lr * (1 + (config.final_lr - 1) * min(1.0, done))
+
+
+# ----------------------------------------------------------------------------------------------------------- replay
+
+@dataclasses.dataclass
+class Replay:
+    """What a forward over recorded rollouts gives; as many rows as the Rollout."""
+    logprobs: torch.Tensor  # (R, T) of what was chosen, 0 where nothing was
+    entropy: torch.Tensor  # (R, T) of the choice there was, no gradient
+    predicted: torch.Tensor  # (N, D) what the model would feed
+    latents: torch.Tensor  # (N, D) what was fed: a leaf
+
+
+def replay(model, batch, rollout, temperature, prompt_of=None, recorded=True):
+    """Feed rollouts again, latents included -> Replay, differentiable in weights and latents. Source: sec. 3.3, DESIGN 4.1-2.
+
+    batch: left-padded prompts (`data.model_inputs`), encoded once each. prompt_of (R,): each row's prompt, default R / B
+    rows of each in turn. recorded=False feeds the `<|latent|>` token's embedding instead (official).
+    """
+    ids, mask = rollout.tokens, batch["attention_mask"]  # (R, T), (B, P)
+    R, T = ids.shape
+    if prompt_of is None:
+        prompt_of = torch.arange(R, device=ids.device) // (R // len(mask))
+    h, cache = model.hidden(**batch, use_cache=True)  # (B, P, D)
+    start = (mask.sum(-1, keepdim=True) + model.model.rope_deltas)[prompt_of]  # (R, 1) first new position
+    cache.batch_select_indices(prompt_of)  # a copy inside the graph: gradients of a group add up in its prompt
+    wide = torch.promote_types(h.dtype, torch.float32)
+    is_latent = ids == model.config.latent_id  # (R, T)
+    z = torch.cat(rollout.latents) if recorded else model.get_input_embeddings()(ids[is_latent])
+    z = z.detach().to(wide).requires_grad_() if recorded else z  # (N, D)
+    count = torch.arange(T, device=ids.device)
+    new, _ = model.hidden(ids, torch.cat([mask[prompt_of], (count < rollout.lengths[:, None]).to(mask.dtype)], 1),
+                          latents=z, past_key_values=cache, position_ids=(start + count).expand(3, -1, -1), use_cache=True)
+    h = torch.cat([h[prompt_of, -1:], new[:, :-1]], 1)  # (R, T, D): the state that chooses each token
+
+    chosen = ids[rollout.sampled]  # (S,)
+    logp = (model.lm_head(h[rollout.sampled]).to(wide) / temperature).log_softmax(-1)  # (S, V)
+    log_stop = logp[:, model.config.latent_end_id]
+    continued = chosen == model.config.latent_id
+    in_span = continued | (chosen == model.config.latent_end_id)
+    picked = torch.where(continued, log_continue(log_stop), logp.gather(1, chosen[:, None])[:, 0])  # (S,)
+    with torch.no_grad():
+        stop, go = log_stop, log_continue(log_stop)
+        entropy = torch.where(in_span, -stop.exp() * stop - go.exp() * go, -(logp.exp() * logp).sum(-1))
+    predicted = model.to_latent(h[is_latent]).to(wide)  # (N, D)
+    logprobs = torch.zeros_like(ids, dtype=wide).masked_scatter(rollout.sampled, picked)  # (R, T)
+    if rollout.latent_sigma and recorded:
+        density = log_density(z.detach(), predicted, rollout.latent_sigma)  # (N,)
+        logprobs = logprobs + torch.zeros_like(logprobs).masked_scatter(is_latent, density)
+    return Replay(logprobs, torch.zeros_like(logprobs).masked_scatter(rollout.sampled, entropy), predicted, z)
+
+
+def token_logprobs(model, batch, rollout, temperature, prompt_of=None, recorded=True):
+    """Log-probabilities (R, T) of what a rollout chose, as `generate` recorded them. Source: sec. 3.3, Eq. (7)'s policy.
+
+    The one function for the policy, the reference model and the tests; arguments as `replay`.
+    """
+    return replay(model, batch, rollout, temperature, prompt_of, recorded).logprobs
+
+
+def take(rollout, rows):
+    """Some rows of a Rollout, cut to the longest of them. Source: ours."""
+    rows = torch.as_tensor(rows, device=rollout.tokens.device)
+    T = int(rollout.lengths[rows].max())
+    return Rollout(rollout.tokens[rows, :T], rollout.sampled[rows, :T], [rollout.latents[r] for r in rows.tolist()],
+                   rollout.logprobs[rows, :T], [rollout.finish[r] for r in rows.tolist()], rollout.lengths[rows],
+                   rollout.latent_sigma)
+
+
+def join(rollouts):
+    """Rollouts one below the other, padded to the longest. Source: ours."""
+    def stack(name):
+        return torch.nn.utils.rnn.pad_sequence([row for r in rollouts for row in getattr(r, name)], True)
+    return Rollout(stack("tokens"), stack("sampled"), [z for r in rollouts for z in r.latents], stack("logprobs"),
+                   [f for r in rollouts for f in r.finish], torch.cat([r.lengths for r in rollouts]),
+                   rollouts[0].latent_sigma)
+
+
+# --------------------------------------------------------------------------------------------------------- rollouts
+
+@dataclasses.dataclass
+class Group:
+    """One prompt and what its G rollouts came to, on the rank that made them."""
+    place: int  # of the prompt in the order of the data
+    sample: dict  # the encoded prompt
+    rollout: Rollout  # G rows
+    texts: list
+    parts: dict  # of `score_group`
+    verdict: str  # of `keep_group`
+    slot: int = 0  # its number among the groups of the step, over all ranks
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(n, seed, epoch):
+    """The order of n rows in an epoch. Source: ours."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+
+
+def prompt_batches(n, size, first, last, total, seed, rank, world):
+    """Indices of the prompts that one rank decodes together, from batch `first` on. Batch b is rank b % world's.
+
+    Batch b holds places b * size ... of the endless order of epochs, whatever the number of ranks; places end at total.
+    """
+    b = first
+    while b < last:
+        if b % world == rank:
+            yield [permutation(n, seed, p // n)[p % n] for p in range(b * size, min((b + 1) * size, total))]
+        b += 1
+
+
+def span_lengths(tokens, latent_start, latent):
+    """Generated ids (a list) -> latents in each span, empty ones too. Source: ours."""
+    out = []
+    for token in tokens:
+        if token == latent_start:
+            out.append(0)
+        elif token == latent:
+            out[-1] += 1
+    return out
+
+
+def score(rollout, rows, texts, model_config, config, judge):
+    """Rewards of a batch: R rows, R / G a prompt -> [dict of `score_group`, one a prompt]. Source: Eq. (7)."""
+    G, verdicts = config.group_size, [{} for _ in rows]
+    if judge:
+        asked = [(k, i) for k, row in enumerate(rows) for i in range(G)
+                 if needs_judge(texts[k * G + i], row.answer, row.options)]
+        found = judge([(rows[k].question, rows[k].answer, answer_of(texts[k * G + i])) for k, i in asked])
+        for (k, i), verdict in zip(asked, found):
+            verdicts[k][i] = verdict
+    ids = model_config.latent_start_id, model_config.latent_id
+    spans = [span_lengths(t[:n], *ids) for t, n in zip(rollout.tokens.tolist(), rollout.lengths.tolist())]
+    return [score_group(texts[k * G:(k + 1) * G], rollout.latents[k * G:(k + 1) * G], spans[k * G:(k + 1) * G], row.answer,
+                        row.options, verdicts[k], lambda_c=config.lambda_c, lambda_d=config.lambda_d, tau=config.tau)
+            for k, row in enumerate(rows)]
+
+
+PARTS = ("total", "accuracy", "format", "contrastive", "diversity", "repetition")
+COUNTS = ("rollouts", "tokens", "spans", "latents", "forced", "cut_off", "unjudged", "kept", "too easy", "too hard",
+          "unjudged groups", "surplus", "skipped")
+
+
+def count(stats, rollout, groups, latent_start_id):
+    """Add a batch's figures to stats, a dict of sums."""
+    steps = torch.arange(rollout.tokens.shape[1], device=rollout.tokens.device) < rollout.lengths[:, None]
+    for key, value in (("rollouts", len(rollout.tokens)), ("tokens", int(rollout.lengths.sum())),
+                       ("spans", int((rollout.tokens == latent_start_id).sum())),
+                       ("latents", sum(len(z) for z in rollout.latents)),
+                       ("forced", int((steps & ~rollout.sampled).sum())), ("cut_off", rollout.finish.count("length"))):
+        stats[key] += value
+    for group in groups:
+        stats["unjudged groups" if group.verdict == "unjudged" else group.verdict] += 1
+        stats["unjudged"] += sum(group.parts["unjudged"])
+        for part in PARTS:
+            known = [v for v in group.parts[part] if v is not None]
+            stats[part] += sum(known)
+            stats[part + "^2"] += sum(v * v for v in known)
+
+
+def distinct(group, config):
+    """Rows of a group that differ, and how often each occurs. Equal words have equal latents unless noise was added."""
+    rows = {}
+    for i, (tokens, n) in enumerate(zip(group.rollout.tokens.tolist(), group.rollout.lengths.tolist())):
+        if not group.parts["unjudged"][i]:
+            rows.setdefault(i if config.latent_sigma else tuple(tokens[:n]), []).append(i)
+    return [same[0] for same in rows.values()], [len(same) for same in rows.values()]
+
+
+# ----------------------------------------------------------------------------------------------------------- update
+
+def micro_batches(groups, size):
+    return [groups[i:i + size] for i in range(0, len(groups), size)]
+
+
+def prepare(groups, pad, device, config):
+    """Groups -> (prompts, rollout, prompt_of (R,), advantages (R, 1), times (R, 1)): what one forward takes. Ours."""
+    batch = to_device(model_inputs(collate([g.sample for g in groups], pad, side="left")), device)
+    picked = [distinct(g, config) for g in groups]
+    prompt_of = torch.tensor([k for k, (rows, _) in enumerate(picked) for _ in rows], device=device)
+    A = torch.cat([group_advantages(g.parts["total"])[rows] for g, (rows, _) in zip(groups, picked)]).to(device)
+    times = torch.tensor([t for _, counts in picked for t in counts], device=device)
+    return batch, join([take(g.rollout, rows) for g, (rows, _) in zip(groups, picked)]), prompt_of, A[:, None], times[:, None]
+
+
+def policy_loss(model, prepared, ref, n_tokens, config, stats):
+    """One micro-batch's share of the step's loss; adds its figures to stats. Source: the docstring's L.
+
+    ref: (R, T) log-probabilities of the reference, or None; n_tokens: chosen tokens of the step, over all ranks.
+    """
+    batch, rollout, prompt_of, A, times = prepared
+    new = replay(model, batch, rollout, config.temperature, prompt_of, config.replay)
+    weight = rollout.sampled * times / n_tokens  # (R, T)
+    # official's mistake is on both sides of its ratio
+    old = rollout.logprobs if config.replay else new.logprobs.detach()
+    surrogate, r = clipped_surrogate(new.logprobs, old, A, config.eps_low, config.eps_high, config.dual_clip)
+    loss = (surrogate * weight).sum()
+    kl = kl_k3(new.logprobs, ref) if ref is not None else torch.zeros_like(surrogate)
+    total = loss + config.kl * (kl * weight).sum()
+    longest = max(len(z) for z in rollout.latents)
+    terms = longest if config.adjoint_terms < 0 else min(config.adjoint_terms, longest)
+    if terms:
+        total = total + adjoint_loss(loss, new.predicted, new.latents, terms)
+    with torch.no_grad():
+        clipped = ((r > 1 + config.eps_high) & (A > 0)) | ((r < 1 - config.eps_low) & (A < 0))
+        for key, value in (("loss", surrogate), ("ratio", r), ("clipped", clipped), ("kl", kl), ("entropy", new.entropy)):
+            stats[key] += (value * weight).sum().item()
+        stats["ratio_max"] = max(stats["ratio_max"], r.masked_fill(~rollout.sampled, 0).max().item())
+    return total
+
+
+def update(model, optimizer, trained, groups, ref_model, lr, config, pad, device, autocast, world):
+    """All updates of a step from this rank's kept groups (may be none) -> dict of figures, the same on all ranks."""
+    stats = dict.fromkeys(("loss", "ratio", "clipped", "kl", "entropy", "ratio_max"), 0.0)
+    norms, skipped = [], 0
+    todo = []  # one entry a minibatch: its prepared micro-batches with the reference's log-probabilities
+    for k in range(config.minibatches):
+        mine = [g for g in groups if g.slot % config.minibatches == k]
+        prepared = [prepare(part, pad, device, config) for part in micro_batches(mine, config.micro_batch)]
+        refs = [None] * len(prepared)
+        if ref_model is not None:
+            with torch.no_grad(), autocast():
+                refs = [token_logprobs(ref_model, p[0], p[1], config.temperature, p[2], config.replay) for p in prepared]
+        n_tokens = sum(int((p[1].sampled * p[4]).sum()) for p in prepared)
+        todo.append((prepared, refs, sum_over_ranks([n_tokens], device)[0]))
+    updates = 0
+    for _ in range(config.inner_epochs):
+        for prepared, refs, n_tokens in todo:
+            if n_tokens == 0:  # fewer groups than minibatches
+                continue
+            for p, ref in zip(prepared, refs):
+                with autocast():
+                    loss = policy_loss(model, p, ref, n_tokens, config, stats)
+                loss.backward()
+            if world > 1:  # sums: the loss was divided by the tokens of all ranks
+                for p in trained:
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                    dist.all_reduce(p.grad)
+            norm = torch.nn.utils.clip_grad_norm_(trained, config.clip).item()
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            if math.isfinite(norm):  # the norm is that of the summed gradient: all ranks decide alike
+                optimizer.step()
+            skipped += not math.isfinite(norm)
+            optimizer.zero_grad(set_to_none=True)
+            norms.append(norm)
+            updates += 1
+    *means, = sum_over_ranks([stats[k] / max(1, updates) for k in ("loss", "ratio", "clipped", "kl", "entropy")], device)
+    ratio_max = torch.tensor(stats["ratio_max"], dtype=torch.float64, device=device)
+    if world > 1:
+        dist.all_reduce(ratio_max, dist.ReduceOp.MAX)
+    return dict(zip(("loss", "ratio", "clip_fraction", "kl", "entropy"), means), ratio_max=ratio_max.item(),
+                grad_norm=norms[-1] if norms else 0.0, updates=updates, updates_skipped=skipped)
+
+
+# ------------------------------------------------------------------------------------------------------------- loop
+
+def collect(model, tokenizer, batches, first, last, config, judge, pad, device, autocast, rank, world, seconds):
+    """Roll out prompts until `groups` groups are kept, or max_tries times, or the data ends. All ranks walk in step.
+
+    -> this rank's kept groups, all its groups, stats of this rank, skipped samples, the next batch of the data.
+    """
+    stats = dict.fromkeys((*COUNTS, *PARTS, *(part + "^2" for part in PARTS)), 0.0)
+    every, skipped, b = [], [], first
+    per_try = -(-config.prompts_a_try // config.rollout_batch)
+    for _ in range(config.max_tries):
+        stop = min(b + per_try, last)
+        for k in range(b, stop):
+            if k % world != rank:
+                continue
+            began, batch = time.time(), next(batches)
+            skipped += batch["skipped"]
+            if not batch["rows"]:
+                continue
+            with autocast():
+                rollout = generate(
+                    model, model_inputs(to_device(batch, device)), n=config.group_size, temperature=config.temperature,
+                    top_p=config.top_p, max_new_tokens=config.max_new_tokens, max_latents=config.max_latents,
+                    latent_sigma=config.latent_sigma, share=config.share,
+                    generator=torch.Generator().manual_seed(config.seed * 1_000_003 + k))
+            texts = tokenizer.batch_decode([t[:n] for t, n in zip(rollout.tokens.cpu(), rollout.lengths)])
+            seconds["rollout"] += time.time() - began
+            began = time.time()
+            new = []
+            for j, parts in enumerate(score(rollout, batch["rows"], texts, model.config, config, judge)):
+                rows = list(range(j * config.group_size, (j + 1) * config.group_size))
+                new.append(Group(k * config.rollout_batch + batch["kept"][j], batch["samples"][j], take(rollout, rows),
+                                 [texts[i] for i in rows], parts,
+                                 keep_group(parts["correct"], parts["unjudged"], config.low, config.high)))
+            count(stats, rollout, new, model.config.latent_start_id)
+            every += new
+            seconds["reward"] += time.time() - began
+        b = stop
+        kept = [g for g in every if g.verdict == "kept" or (not config.filter and g.verdict != "unjudged")]
+        places = [g.place for g in kept]
+        if world > 1:
+            gathered = [None] * world
+            dist.all_gather_object(gathered, places)
+            places = sum(gathered, [])
+        places = sorted(places)
+        if len(places) >= config.groups or b >= last:
+            break
+    slots = {place: slot for slot, place in enumerate(places[:config.groups])}  # the first in the order of the data
+    stats["surplus"] += sum(g.place not in slots for g in kept)
+    stats["skipped"] += len(skipped)
+    kept = [dataclasses.replace(g, slot=slots[g.place]) for g in kept if g.place in slots]
+    return kept, every, stats, skipped, b
+
+
+def train(config, rows=None):
+    """Run LA-DAPO -> path of the last checkpoint. Raises SystemExit on a folder in use, ValueError on bad input.
+
+    rows: list of data.Row, default those of config.data.
+    """
+    rank, world, device = set_up_ranks()
+    master = rank == 0
+    rows = rows_of(config) if rows is None else rows
+    for row in rows:
+        if row.options and pick(row.answer, row.options) is None:
+            raise ValueError(f"{row.where}: the answer {row.answer!r} is none of {row.options}")
+    checkpoint, resumed, fingerprint = resume_point(config, rows, world)
+    if config.resume and not checkpoint and master:
+        print(f"nothing to resume in {config.out}: starting at step 0")
+    os.makedirs(config.out, exist_ok=True)
+
+    torch.manual_seed(config.seed)
+    bf16 = config.bf16 and device.type == "cuda"
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+    kind = dict(attn_implementation=best_attention() if bf16 else "sdpa")
+    model, tokenizer = load(checkpoint or newest(config.model), dtype=torch.float32, **kind)
+    model.to(device).train()
+    model.model.visual.requires_grad_(not config.freeze_vision)
+    ref_model = None
+    if config.kl:
+        ref_model, _ = load(newest(config.model), dtype=torch.bfloat16 if bf16 else torch.float32, **kind)
+        ref_model.to(device).eval().requires_grad_(False)
+    optimizer, trained = make_optimizer(model, config, world)
+    if resumed:
+        restore(optimizer, checkpoint, resumed, rank)
+    first, at = (resumed["step"], resumed["batch"]) if resumed else (0, 0)
+    judge = Judge(config.judge_url, config.judge_model) if config.judge_model else None
+
+    # prompts: the order is fixed by the seed, the place in it is part of the checkpoint
+    total = 10**15 if config.steps else round(len(rows) * config.epochs)
+    last = -(-total // config.rollout_batch)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    plan = prompt_batches(len(rows), config.rollout_batch, at, last, total, config.seed, rank, world)
+    batches = iter(loader(Samples(rows, tokenizer, config, train=False), plan, config.workers, pad_id=pad, side="left",
+                          keep=True))
+
+    log_path, rollouts_path = (os.path.join(config.out, name) for name in ("log.jsonl", f"rollouts_{rank}.jsonl"))
+    trim_log(rollouts_path, first)
+    run = None
+    if master:
+        trim_log(log_path, first)
+        print(f"LA-DAPO: {len(rows)} prompts, {config.groups} groups x {config.group_size} rollouts a step, "
+              f"{config.prompts_a_try} prompts a try, {world} ranks, {device.type}, seed {config.seed}, "
+              f"{sum(p.numel() for p in trained):,} parameters trained, "
+              f"{config.minibatches * config.inner_epochs} update(s) a step"
+              + (": the ratio is 1 and the clip cannot act" if config.minibatches * config.inner_epochs == 1 else ""))
+        if config.wandb:
+            import wandb
+            run = wandb.init(project="future-l1", config=dataclasses.asdict(config))
+
+    bar = tqdm(total=config.steps or None, initial=first, desc="la_dapo", disable=not master, mininterval=2)
+    step = first
+    while step < config.steps or (not config.steps and at < last):
+        seconds, lr, began_at = dict(rollout=0.0, reward=0.0, update=0.0), learning_rate(step, config), at
+        kept, every, stats, skipped, at = collect(model, tokenizer, batches, at, last, config, judge, pad, device, autocast,
+                                                  rank, world, seconds)
+        for where, why in skipped:
+            tqdm.write(f"skipped {where}: {why}")
+        stats = dict(zip(stats, sum_over_ranks(stats.values(), device)))
+        if not stats["rollouts"]:  # a wrong media_root, most likely
+            raise SystemExit(f"no prompt of step {step} could be used" + (f", e.g. {skipped[0].why}" if skipped else ""))
+        if stats["skipped"] and world > 1:
+            everyones = [None] * world
+            dist.all_gather_object(everyones, skipped)
+            skipped = sum(everyones, [])
+        began = time.time()
+        figures = update(model, optimizer, trained, kept, ref_model, lr, config, pad, device, autocast, world)
+        seconds["update"] = time.time() - began
+
+        judged, n = max(1.0, stats["rollouts"] - stats["unjudged"]), stats["rollouts"]
+        line = dict(step=step, lr=lr, prompts=[began_at * config.rollout_batch, at * config.rollout_batch])
+        for part in PARTS:
+            over = judged if part in ("total", "accuracy") else n
+            mean = stats[part] / over
+            line[part], line[part + "_std"] = mean, math.sqrt(max(0.0, stats[part + "^2"] / over - mean * mean))
+        line.update(figures, length=stats["tokens"] / n, spans=stats["spans"] / n, latents=stats["latents"] / n,
+                    forced_stops=stats["forced"] / max(1.0, stats["spans"]), cut_off=stats["cut_off"] / n,
+                    **{key.replace(" ", "_"): int(stats[key]) for key in COUNTS[6:]}, rollouts=int(n),
+                    groups=int(sum_over_ranks([len(kept)], device)[0]), skipped_names=[list(s) for s in skipped],
+                    judge_failures=dict(judge.failures) if judge else {},
+                    **{f"seconds_{key}": round(value, 4) for key, value in seconds.items()})
+        if step % config.sample_every == 0:
+            with open(rollouts_path, "a", encoding="utf-8") as f:
+                for g in every:
+                    i = step % config.group_size
+                    f.write(json.dumps(dict(
+                        step=step, id=g.sample["row"].id, verdict=g.verdict, answer=g.sample["row"].answer, question=g.sample["row"].question,
+                        response=re.sub(f"(?:{re.escape(LATENT)}\\s*)+", LATENT, g.texts[i]), group_accuracy=g.parts["accuracy"],
+                        **{part: g.parts[part][i] for part in PARTS}), ensure_ascii=False) + "\n")
+        if master:
+            with open(log_path, "a") as f:
+                f.write(json.dumps(line) + "\n")
+            bar.set_postfix(reward=f"{line['total']:.3f}", accuracy=f"{line['accuracy']:.3f}", groups=line["groups"])
+            if not line["groups"]:
+                tqdm.write(f"step {step}: no group kept after {config.max_tries} tries, no update")
+            if line["updates_skipped"]:
+                tqdm.write(f"step {step}: gradient is not finite, update skipped")
+            if run:
+                run.log(line)
+        step += 1
+        bar.update()
+        if step % config.save_every == 0 or step == config.steps or (not config.steps and at >= last):
+            checkpoint = os.path.join(config.out, f"step_{step:06d}")
+            save_checkpoint(checkpoint, model, tokenizer, dict(step=step, batch=at, config=dataclasses.asdict(config),
+                                                               world=world, rows=fingerprint), optimizer, rank, world)
+            if master:
+                draw_curves(log_path, os.path.join(config.out, "rewards.png"))
+    bar.close()
+    return checkpoint
+
+
+def draw_curves(log, png):
+    """log.jsonl -> rewards, policy and gradient over the steps as a picture. Thin: a step; thick: mean of ten."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    lines = read_log(log)
+    fig, axes = plt.subplots(1, 4, figsize=(15, 3), constrained_layout=True)
+    for ax, keys in zip(axes, (("total", "accuracy"), ("contrastive", "diversity"), ("entropy", "kl"), ("grad_norm",))):
+        for key in keys:
+            values = torch.tensor([line[key] for line in lines], dtype=torch.float64)
+            thin, = ax.plot([line["step"] for line in lines], values, lw=0.5, alpha=0.5)
+            if len(values) >= 10:
+                ax.plot([line["step"] for line in lines][9:], values.unfold(0, 10, 1).mean(1), color=thin.get_color(),
+                        label=key)
+            else:
+                thin.set_label(key)
+        ax.set(xlabel="step")
+        ax.legend(frameon=False, fontsize=8)
+    fig.savefig(png, dpi=110)
+    plt.close(fig)
+
+
+if __name__ == "__main__":
+    print("last checkpoint:", train(parse_config(Config)))
