@@ -34,10 +34,9 @@ from model import LATENT, LATENT_END, LATENT_START
 
 _TAG = rf"</?(?:reason|answer)>|{re.escape(LATENT_START)}|{re.escape(LATENT)}|{re.escape(LATENT_END)}"
 _TEXT = rf"(?:(?!{_TAG}).)*"  # anything that holds no tag and no span marker
-_R, _A = rf"<reason>{_TEXT}</reason>\s*", rf"<answer>{_TEXT}</answer>\s*"
+_R, _A = rf"<reason>{_TEXT}</reason>\s*", rf"<answer>{_TEXT}</answer>(?:\s|<\|im_end\|>|<\|endoftext\|>)*"
 _L = rf"{re.escape(LATENT_START)}(?:\s*{re.escape(LATENT)})+\s*{re.escape(LATENT_END)}\s*"
 _FORMAT = re.compile(rf"\s*(?:{_R})?(?:{_L}{_R})+{_A}", re.S)
-_TERMINATORS = re.compile(r"(?:\s|<\|im_end\|>|<\|endoftext\|>)*\Z")
 
 
 # ------------------------------------------------------------------------------------------------ format and answer
@@ -48,7 +47,7 @@ def format_reward(response):
     R a <reason> block, L a span with its latents, A an <answer> block; white space between blocks and chat terminators
     at the end are allowed, anything else outside a block, or a tag inside one, is not.
     """
-    return float(_FORMAT.fullmatch(_TERMINATORS.sub("", response, count=1)) is not None)
+    return float(_FORMAT.fullmatch(response) is not None)
 
 
 def repetition_score(text):
@@ -182,8 +181,8 @@ def score_group(responses, latents, span_lengths, gold, options=None, verdicts=N
     unjudged = [i in verdicts and verdicts[i] is None for i in range(len(responses))]
     repetition = [repetition_score(r) for r in responses]
     repetitive = [score > 0.5 for score in repetition]
-    correct = [not rep and bool(accuracy_reward(r, gold, options) or verdicts.get(i))
-               for i, (r, rep) in enumerate(zip(responses, repetitive))]
+    correct = [not u and not rep and bool(accuracy_reward(r, gold, options) or verdicts.get(i))
+               for i, (r, rep, u) in enumerate(zip(responses, repetitive, unjudged))]
     accuracy = [None if u else -1.0 if rep else float(c) for u, rep, c in zip(unjudged, repetitive, correct)]
     fmt = [format_reward(r) for r in responses]
     ctr = contrastive_reward([None if u else z for u, z in zip(unjudged, latents)], correct, tau).tolist()
@@ -203,7 +202,7 @@ JUDGE_PROMPT = ("You check answers to questions about videos. You are given, as 
 
 def read_verdict(reply):
     """A judge's reply -> True (yes), False (no), None (neither or both). What it thinks aloud is left out. Ours."""
-    said = set(re.findall(r"\b(?:yes|no)\b", re.sub(r"<think>.*?</think>", "", reply or "", flags=re.S).lower()))
+    said = set(re.findall(r"\b(?:yes|no)\b", re.sub(r"\A.*</think>|<think>.*", "", reply or "", flags=re.S).lower()))
     return "yes" in said if len(said) == 1 else None
 
 
@@ -247,6 +246,6 @@ class Judge:
                 why = f"{type(e).__name__}{f' {code}' if code else ''}"  # never its text: servers echo keys in it
                 if code and 400 <= code < 500 and code not in (408, 409, 429):
                     break
-            except (AttributeError, IndexError, TypeError, ValueError) as e:  # a reply that is not a chat completion
+            except (AttributeError, LookupError, TypeError, ValueError) as e:  # a reply that is not a chat completion
                 why = f"malformed reply ({type(e).__name__})"
         return None, why

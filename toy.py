@@ -32,6 +32,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig
 
 import evaluate
+import la_dapo
 import sft
 from data import DataConfig, key_frame_positions, parse_config, read_clip
 from model import FutureL1, add_latent_tokens
@@ -49,8 +50,20 @@ class Config:
     bend: float = 1.05  # rebound angle at the end of a wall, radians; -1.3 is easier
     pretrain_steps: int = 1500  # x 64 captions
     sft_steps: int = 600  # x 64 rows
-    variants: str = "text,pause,latent,latent-stop"  # which trainings to compare
+    rl_steps: int = 80  # of LA-DAPO, on the answers of all training clips
+    variants: str = "text,latent"  # which SFT trainings to compare; the README's table: "all"
+    rl: str = "la-dapo"  # which RL trainings to compare; the README's table: "all"
     workers: int = 0  # decoding processes; the clips fit in memory, so one pass and a cache do
+
+    @property
+    def rl_names(self):
+        return list(RL_VARIANTS) if self.rl == "all" else [name for name in self.rl.split(",") if name]
+
+    @property
+    def sft_names(self):
+        """The trainings asked for, and those that RL starts from."""
+        names = list(VARIANTS) if self.variants == "all" else [name for name in self.variants.split(",") if name]
+        return names + sorted({RL_VARIANTS[name][0] for name in self.rl_names if name in RL_VARIANTS} - set(names))
 
 
 # What differs from the paper's settings, in one place: the model is 10,000 times smaller and learns from scratch.
@@ -64,9 +77,29 @@ VARIANTS = {
     "latent": dict(),
     "latent+self": dict(self_forcing=0.5, self_forcing_passes=3),
     "latent-stop": dict(stop_term=False),
+    "latent-long": dict(longer=True),  # what SFT makes of the time that RL takes
+    "latent-long-all": dict(longer=True, all=True),
+}
+# Its policy is sure of itself, so many samples are needed to see two outcomes: they are decoded together while equal.
+LONGER = 2.0  # steps of "latent-long" over those of "latent": what the time of the RL run buys
+TINY_RL = dict({k: TINY[k] for k in ("image_max_tokens", "l_max", "max_length", "system", "cache_frames")},
+               groups=10**6, prompts=256, max_tries=1, rollout_batch=128, share=True, group_size=16, low=0.0, high=1.0,
+               temperature=1.0, top_p=1.0, max_new_tokens=48, max_latents=2, micro_batch=64, kl=0.0, lr=1e-4, beta2=0.99,
+               warmup_steps=10, final_lr=0.1, adjoint_terms=-1, save_every=10**6)
+RL_VARIANTS = {  # name: (the SFT it starts from, settings)
+    "dapo": ("latent", dict(lambda_c=0.0, lambda_d=0.0)),
+    "dapo+ctr": ("latent", dict(lambda_d=0.0)),
+    "dapo+div": ("latent", dict(lambda_c=0.0)),
+    "la-dapo": ("latent", dict()),
+    "constants": ("latent", dict(adjoint_terms=0)),
+    "noise": ("latent", dict(adjoint_terms=0, latent_sigma=0.1, share=False, prompts=64)),
+    "text-rl": ("text", dict()),
 }
 NAMES = {"base": "base (captions only)", "text": "text-only SFT", "pause": "pause tokens (control)", "latent": "latent SFT",
-         "latent+self": "latent SFT, self-forcing", "latent-stop": "latent SFT, no stop term"}
+         "latent+self": "latent SFT, self-forcing", "latent-stop": "latent SFT, no stop term", "latent-long": "latent SFT, longer",
+         "latent-long-all": "latent SFT, longer, all clips annotated", "dapo": "RL: DAPO", "dapo+ctr": "RL: DAPO + R_ctr",
+         "dapo+div": "RL: DAPO + R_div", "la-dapo": "RL: LA-DAPO (both)", "constants": "RL: LA-DAPO, latents as constants",
+         "noise": "RL: LA-DAPO, noisy latents", "text-rl": "RL from text-only SFT"}
 ABLATIONS = ("zero", "noise", "shuffled", "true")
 GROUPS = ("1-hop", "2-hop", "3-hop", "interp")
 
@@ -174,6 +207,12 @@ def questions(seed, bend, video):
     return rows
 
 
+def prompts(seed, bend, video):
+    """The same questions with their answers alone: neither chain nor future frames. What RL sees."""
+    return [dict(row, reasoning_image=[], conversations=[row["conversations"][0], {"from": "gpt", "value": ""}])
+            for row in questions(seed, bend, video)]
+
+
 BINS = 24  # a caption names the ball's place in words x0..x23, y0..y23
 
 
@@ -199,11 +238,11 @@ def write_rows(path, rows):
 
 
 def make_world(config):
-    """Clips and rows on disk -> dict(captions, train, test: paths of jsonl files). What is there is kept."""
+    """Clips and rows on disk -> dict(captions, train, all, prompts, test: jsonl files). What is there is kept."""
     folder = os.path.join(config.out, "data")
     os.makedirs(os.path.join(folder, "clips"), exist_ok=True)
     seeds = dict(captions=range(config.clips), train=range(min(config.annotated, config.clips)),
-                 test=range(config.eval_seed, config.eval_seed + config.eval_clips))
+                 all=range(config.clips), prompts=range(config.clips), test=range(config.eval_seed, config.eval_seed + config.eval_clips))
     jobs = [(os.path.join(folder, "clips", f"{s}.mp4"), s, config.bend) for s in (*seeds["captions"], *seeds["test"])]
     missing = [job for job in jobs if not os.path.exists(job[0])]
     if missing:
@@ -213,7 +252,8 @@ def make_world(config):
                 pass
         print(f"{len(missing)} clips written in {time.time() - began:.0f} s")
     paths = {name: os.path.join(folder, f"{name}.jsonl") for name in seeds}
-    for name, make in (("captions", captions), ("train", questions), ("test", questions)):
+    for name, make in (("captions", captions), ("train", questions), ("all", questions), ("prompts", prompts),
+                       ("test", questions)):
         write_rows(paths[name], [row for s in seeds[name] for row in make(s, config.bend, f"clips/{s}.mp4")])
     return paths
 
@@ -263,13 +303,13 @@ def make_model(tokenizer, seed, hidden=96, layers=2):
 
 # --------------------------------------------------------------------------------------------------------- pipeline
 
-def trained(out, **settings):
-    """The checkpoint of a training, run unless it is already complete."""
+def trained(script, out, **settings):
+    """The checkpoint of a training (script: sft or la_dapo), run unless it is already complete."""
     done = sft.checkpoints(out)
     if done and done[-1].endswith(f"step_{settings['steps']:06d}"):
         return done[-1]
     print(f"\n== training {out}")
-    return sft.train(sft.Config(**{**TINY, **settings, "out": out, "resume": bool(done)}))
+    return script.train(script.Config(**{**settings, "out": out, "resume": bool(done)}))
 
 
 def scored(model, data, out, config, latents="generated"):
@@ -294,18 +334,28 @@ def run_seed(seed, config, world):
         make_model(tokenizer, seed).save_pretrained(start + ".part")
         tokenizer.save_pretrained(start + ".part")
         os.rename(start + ".part", start)
-    base = trained(os.path.join(home, "base"), model=start, data=world["captions"], steps=config.pretrain_steps,
-                   freeze_vision=False, spans=False, latent_head="", lr=1e-3, seed=seed, workers=config.workers)
-    scores, ablations = {"base": scored(base, world["test"], os.path.join(home, "eval_base"), config)}, {}
-    for name in config.variants.split(","):
-        model = trained(os.path.join(home, name), model=base, data=world["train"], steps=config.sft_steps, seed=seed,
-                        workers=config.workers, **VARIANTS[name])
+    common = dict(seed=seed, workers=config.workers)
+    base = trained(sft, os.path.join(home, "base"), **{**TINY, **common, **dict(
+        model=start, data=world["captions"], steps=config.pretrain_steps, freeze_vision=False, spans=False,
+        latent_head="", lr=1e-3)})
+    models, scores, ablations = {}, {"base": scored(base, world["test"], os.path.join(home, "eval_base"), config)}, {}
+    for name in config.sft_names:
+        variant = dict(VARIANTS[name])
+        steps = round(config.sft_steps * LONGER) if variant.pop("longer", False) else config.sft_steps
+        data = world["all" if variant.pop("all", False) else "train"]
+        models[name] = trained(sft, os.path.join(home, name), **{**TINY, **common, **variant, **dict(
+            model=base, data=data, steps=steps)})
+    for name in config.rl_names:
+        start, variant = RL_VARIANTS[name]
+        models[name] = trained(la_dapo, os.path.join(home, name), **{**TINY_RL, **common, **variant, **dict(
+            model=models[start], data=world["prompts"], steps=config.rl_steps)})
+    for name, model in models.items():
         scores[name] = scored(model, world["test"], os.path.join(home, f"eval_{name}"), config,
                               "pause" if name == "pause" else "generated")
-        if name == "latent":
-            ablations = {kind: scored(model, world["test"], os.path.join(home, f"eval_{name}_{kind}"), config, kind)
-                         for kind in ABLATIONS}
-            ablations = {"generated": scores[name], **ablations}
+    for kind in ABLATIONS if "latent" in models else ():
+        ablations[kind] = scored(models["latent"], world["test"], os.path.join(home, f"eval_latent_{kind}"), config, kind)
+    if ablations:
+        ablations = {"generated": scores["latent"], **ablations}
     return scores, ablations
 
 
@@ -359,17 +409,18 @@ def draw_strip(clip, png):
 
 def main(config):
     torch.set_num_threads(1)  # so small a model gains little from a second one, and loses much on a busy machine
-    unknown = set(config.variants.split(",")) - set(VARIANTS)
-    if unknown or config.seeds < 1:
-        raise SystemExit(f"--variants takes some of {', '.join(VARIANTS)}, and --seeds at least 1")
+    if set(config.sft_names) - set(VARIANTS) or set(config.rl_names) - set(RL_VARIANTS) or config.seeds < 1:
+        raise SystemExit(f"--variants takes some of {', '.join(VARIANTS)}, --rl of {', '.join(RL_VARIANTS)}, and --seeds "
+                         "at least 1")
     path = os.path.join(config.out, "toy.json")
     if config.fresh and os.path.isdir(config.out):
         if os.listdir(config.out) and not os.path.exists(path):
             raise SystemExit(f"{config.out} was not made by this script (it has no toy.json): not deleting it")
         shutil.rmtree(config.out)
     os.makedirs(config.out, exist_ok=True)
-    free = {"seeds", "fresh", "workers", "variants"}
-    settings = dict({k: v for k, v in dataclasses.asdict(config).items() if k not in free}, tiny=TINY, trainings=VARIANTS)
+    free = {"seeds", "fresh", "workers", "variants", "rl"}
+    settings = dict({k: v for k, v in dataclasses.asdict(config).items() if k not in free}, tiny=TINY, tiny_rl=TINY_RL,
+                    trainings=VARIANTS, rl_trainings={name: list(v) for name, v in RL_VARIANTS.items()}, longer=LONGER)
     if os.path.exists(path):
         with open(path) as f:
             if json.load(f) != settings:
