@@ -50,8 +50,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import DataConfig, Samples, collate, loader, model_inputs, parse_config, to_device
-from latent_decode import Rollout, generate
-from model import LATENT, best_attention, load, log_continue, log_density
+from latent_decode import Rollout, generate, join, replay, take, token_logprobs
+from model import LATENT, best_attention, load
 from rewards import Judge, answer_of, needs_judge, pick, score_group
 from sft import (make_optimizer, newest, read_log, restore, resume_point, rows_of, save_checkpoint, set_up_ranks,
                  sum_over_ranks, trim_log)
@@ -206,82 +206,6 @@ def learning_rate(step, config):
     return config.lr * (1 + (config.final_lr - 1) * min(1.0, done))
 
 
-# ----------------------------------------------------------------------------------------------------------- replay
-
-@dataclasses.dataclass
-class Replay:
-    """What a forward over recorded rollouts gives; as many rows as the Rollout."""
-    logprobs: torch.Tensor  # (R, T) of what was chosen, 0 where nothing was
-    entropy: torch.Tensor  # (R, T) of the choice there was, no gradient
-    predicted: torch.Tensor  # (N, D) what the model would feed
-    latents: torch.Tensor  # (N, D) what was fed: a leaf
-
-
-def replay(model, batch, rollout, temperature, prompt_of=None, recorded=True):
-    """Feed rollouts again, latents included -> Replay, differentiable in weights and latents. Source: sec. 3.3, DESIGN 4.1-2.
-
-    batch: left-padded prompts (`data.model_inputs`), encoded once each. prompt_of (R,): each row's prompt, default R / B
-    rows of each in turn. recorded=False feeds the `<|latent|>` token's embedding instead (official).
-    """
-    ids, mask = rollout.tokens, batch["attention_mask"]  # (R, T), (B, P)
-    R, T = ids.shape
-    if prompt_of is None:
-        prompt_of = torch.arange(R, device=ids.device) // (R // len(mask))
-    h, cache = model.hidden(**batch, use_cache=True)  # (B, P, D)
-    start = (mask.sum(-1, keepdim=True) + model.model.rope_deltas)[prompt_of]  # (R, 1) first new position
-    cache.batch_select_indices(prompt_of)  # a copy inside the graph: gradients of a group add up in its prompt
-    wide = torch.promote_types(h.dtype, torch.float32)
-    is_latent = ids == model.config.latent_id  # (R, T)
-    z = torch.cat(rollout.latents) if recorded else model.get_input_embeddings()(ids[is_latent])
-    z = z.detach().to(wide).requires_grad_() if recorded else z  # (N, D)
-    count = torch.arange(T, device=ids.device)
-    new, _ = model.hidden(ids, torch.cat([mask[prompt_of], (count < rollout.lengths[:, None]).to(mask.dtype)], 1),
-                          latents=z, past_key_values=cache, position_ids=(start + count).expand(3, -1, -1), use_cache=True)
-    h = torch.cat([h[prompt_of, -1:], new[:, :-1]], 1)  # (R, T, D): the state that chooses each token
-
-    chosen = ids[rollout.sampled]  # (S,)
-    logp = (model.lm_head(h[rollout.sampled]).to(wide) / temperature).log_softmax(-1)  # (S, V)
-    log_stop = logp[:, model.config.latent_end_id]
-    continued = chosen == model.config.latent_id
-    in_span = continued | (chosen == model.config.latent_end_id)
-    picked = torch.where(continued, log_continue(log_stop), logp.gather(1, chosen[:, None])[:, 0])  # (S,)
-    with torch.no_grad():
-        stop, go = log_stop, log_continue(log_stop)
-        entropy = torch.where(in_span, -stop.exp() * stop - go.exp() * go, -(logp.exp() * logp).sum(-1))
-    predicted = model.to_latent(h[is_latent]).to(wide)  # (N, D)
-    logprobs = torch.zeros_like(ids, dtype=wide).masked_scatter(rollout.sampled, picked)  # (R, T)
-    if rollout.latent_sigma and recorded:
-        density = log_density(z.detach(), predicted, rollout.latent_sigma)  # (N,)
-        logprobs = logprobs + torch.zeros_like(logprobs).masked_scatter(is_latent, density)
-    return Replay(logprobs, torch.zeros_like(logprobs).masked_scatter(rollout.sampled, entropy), predicted, z)
-
-
-def token_logprobs(model, batch, rollout, temperature, prompt_of=None, recorded=True):
-    """Log-probabilities (R, T) of what a rollout chose, as `generate` recorded them. Source: sec. 3.3, Eq. (7)'s policy.
-
-    The one function for the policy, the reference model and the tests; arguments as `replay`.
-    """
-    return replay(model, batch, rollout, temperature, prompt_of, recorded).logprobs
-
-
-def take(rollout, rows):
-    """Some rows of a Rollout, cut to the longest of them. Source: ours."""
-    rows = torch.as_tensor(rows, device=rollout.tokens.device)
-    T = int(rollout.lengths[rows].max())
-    return Rollout(rollout.tokens[rows, :T], rollout.sampled[rows, :T], [rollout.latents[r] for r in rows.tolist()],
-                   rollout.logprobs[rows, :T], [rollout.finish[r] for r in rows.tolist()], rollout.lengths[rows],
-                   rollout.latent_sigma)
-
-
-def join(rollouts):
-    """Rollouts one below the other, padded to the longest. Source: ours."""
-    def stack(name):
-        return torch.nn.utils.rnn.pad_sequence([row for r in rollouts for row in getattr(r, name)], True)
-    return Rollout(stack("tokens"), stack("sampled"), [z for r in rollouts for z in r.latents], stack("logprobs"),
-                   [f for r in rollouts for f in r.finish], torch.cat([r.lengths for r in rollouts]),
-                   rollouts[0].latent_sigma)
-
-
 # --------------------------------------------------------------------------------------------------------- rollouts
 
 @dataclasses.dataclass
@@ -374,10 +298,6 @@ def distinct(group, config):
 
 # ----------------------------------------------------------------------------------------------------------- update
 
-def micro_batches(groups, size):
-    return [groups[i:i + size] for i in range(0, len(groups), size)]
-
-
 def prepare(groups, pad, device, config):
     """Groups -> (prompts, rollout, prompt_of (R,), advantages (R, 1), times (R, 1)): what one forward takes. Ours."""
     batch = to_device(model_inputs(collate([g.sample for g in groups], pad, side="left")), device)
@@ -421,7 +341,8 @@ def update(model, optimizer, trained, groups, ref_model, lr, config, pad, device
     todo = []  # one entry a minibatch: its prepared micro-batches with the reference's log-probabilities
     for k in range(config.minibatches):
         mine = [g for g in groups if g.slot % config.minibatches == k]
-        prepared = [prepare(part, pad, device, config) for part in micro_batches(mine, config.micro_batch)]
+        prepared = [prepare(mine[i:i + config.micro_batch], pad, device, config)
+                    for i in range(0, len(mine), config.micro_batch)]
         refs = [None] * len(prepared)
         if ref_model is not None:
             with torch.no_grad(), autocast():

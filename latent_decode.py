@@ -13,17 +13,18 @@ what is in its cache, so that training can replay it.
 
     rollout = generate(model, batch, max_new_tokens=2048)            # greedy
     rollout = generate(model, batch, max_new_tokens=2048, temperature=0.9, top_p=0.99, n=8)
+    token_logprobs(model, batch, rollout, temperature=0.9)           # = rollout.logprobs, with a gradient
 
 Where this differs from the paper: 1. in a span the event is binary, so greedy decoding stops when p(LE) > 1/2, and top-p
 does not apply. 2. Placeholder tokens of images and videos are never produced: a replay could not tell them from input.
 Where this differs from the official code: 3. A forced stop is in the cache and in the record alike. 4. Inside a span only
-stop or continue can happen, never another word.
+stop or continue can happen, never another word. 5. A replay feeds the recorded latents; official feeds the `<|latent|>` token.
 
 How it is fast: vision and prompt run once a prompt, not once a sample; the key-value cache is allocated once; the host
 looks at the device only every CHUNK tokens, and then drops finished rows; on CUDA a step can be captured as one graph.
 
 Axis letters: B prompts, R rows = B * n (row i * n + k is sample k of prompt i), P prompt tokens, T new tokens,
-N latents, D hidden, V vocabulary.
+S chosen tokens, N latents, D hidden, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -250,6 +251,84 @@ def _decode(model, text, h, cache, seen, position, *, max_new_tokens, eos, laten
     return Rollout(tokens, sampled, [torch.cat(x) for x in latents], logprobs,
                    ["eos" if e else "length" for e in ended.any(1).tolist()], lengths, latent_sigma)
 
+
+# ----------------------------------------------------------------------------------------------------------- replay
+
+@dataclass
+class Replay:
+    """What a forward over recorded rollouts gives; as many rows as the Rollout."""
+    logprobs: torch.Tensor  # (R, T) of what was chosen, 0 where nothing was
+    entropy: torch.Tensor  # (R, T) of the choice there was, no gradient
+    predicted: torch.Tensor  # (N, D) what the model would feed
+    latents: torch.Tensor  # (N, D) what was fed: a leaf
+
+
+def replay(model, batch, rollout, temperature, prompt_of=None, recorded=True):
+    """Feed rollouts again, latents included -> Replay, differentiable in weights and latents. Source: sec. 3.3.
+
+    batch: left-padded prompts (`data.model_inputs`), encoded once each. prompt_of (R,): each row's prompt, default R / B
+    rows of each in turn. recorded=False feeds the `<|latent|>` token's embedding instead (official).
+    """
+    ids, mask = rollout.tokens, batch["attention_mask"]  # (R, T), (B, P)
+    R, T = ids.shape
+    if prompt_of is None:
+        prompt_of = torch.arange(R, device=ids.device) // (R // len(mask))
+    h, cache = model.hidden(**batch, use_cache=True)  # (B, P, D)
+    start = (mask.sum(-1, keepdim=True) + model.model.rope_deltas)[prompt_of]  # (R, 1) first new position
+    cache.batch_select_indices(prompt_of)  # a copy inside the graph: gradients of a group add up in its prompt
+    wide = torch.promote_types(h.dtype, torch.float32)
+    is_latent = ids == model.config.latent_id  # (R, T)
+    z = torch.cat(rollout.latents) if recorded else model.get_input_embeddings()(ids[is_latent])
+    z = z.detach().to(wide).requires_grad_() if recorded else z  # (N, D)
+    count = torch.arange(T, device=ids.device)
+    new, _ = model.hidden(ids, torch.cat([mask[prompt_of], (count < rollout.lengths[:, None]).to(mask.dtype)], 1),
+                          latents=z, past_key_values=cache, position_ids=(start + count).expand(3, -1, -1), use_cache=True)
+    h = torch.cat([h[prompt_of, -1:], new[:, :-1]], 1)  # (R, T, D): the state that chooses each token
+
+    chosen = ids[rollout.sampled]  # (S,)
+    logp = (model.lm_head(h[rollout.sampled]).to(wide) / temperature).log_softmax(-1)  # (S, V)
+    log_stop = logp[:, model.config.latent_end_id]
+    continued = chosen == model.config.latent_id
+    in_span = continued | (chosen == model.config.latent_end_id)
+    picked = torch.where(continued, log_continue(log_stop), logp.gather(1, chosen[:, None])[:, 0])  # (S,)
+    with torch.no_grad():
+        stop, go = log_stop, log_continue(log_stop)
+        entropy = torch.where(in_span, -stop.exp() * stop - go.exp() * go, -(logp.exp() * logp).sum(-1))
+    predicted = model.to_latent(h[is_latent]).to(wide)  # (N, D)
+    logprobs = torch.zeros_like(ids, dtype=wide).masked_scatter(rollout.sampled, picked)  # (R, T)
+    if rollout.latent_sigma and recorded:
+        density = log_density(z.detach(), predicted, rollout.latent_sigma)  # (N,)
+        logprobs = logprobs + torch.zeros_like(logprobs).masked_scatter(is_latent, density)
+    return Replay(logprobs, torch.zeros_like(logprobs).masked_scatter(rollout.sampled, entropy), predicted, z)
+
+
+def token_logprobs(model, batch, rollout, temperature, prompt_of=None, recorded=True):
+    """Log-probabilities (R, T) of what a rollout chose, as `generate` recorded them. Source: sec. 3.3, Eq. (7)'s policy.
+
+    The one function for the policy, the reference model and the tests; arguments as `replay`.
+    """
+    return replay(model, batch, rollout, temperature, prompt_of, recorded).logprobs
+
+
+def take(rollout, rows):
+    """Some rows of a Rollout, cut to the longest of them. Source: ours."""
+    rows = torch.as_tensor(rows, device=rollout.tokens.device)
+    T = int(rollout.lengths[rows].max())
+    return Rollout(rollout.tokens[rows, :T], rollout.sampled[rows, :T], [rollout.latents[r] for r in rows.tolist()],
+                   rollout.logprobs[rows, :T], [rollout.finish[r] for r in rows.tolist()], rollout.lengths[rows],
+                   rollout.latent_sigma)
+
+
+def join(rollouts):
+    """Rollouts one below the other, padded to the longest. Source: ours."""
+    def stack(name):
+        return torch.nn.utils.rnn.pad_sequence([row for r in rollouts for row in getattr(r, name)], True)
+    return Rollout(stack("tokens"), stack("sampled"), [z for r in rollouts for z in r.latents], stack("logprobs"),
+                   [f for r in rollouts for f in r.finish], torch.cat([r.lengths for r in rollouts]),
+                   rollouts[0].latent_sigma)
+
+
+# ---------------------------------------------------------------------------------------------------------- helpers
 
 def _select(cache, rows):
     """Keep these rows of a cache, in this order; a row may be kept more than once."""

@@ -17,10 +17,9 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
 import la_dapo
 import toy
-from la_dapo import (adjoint_loss, clipped_surrogate, group_advantages, join, keep_group, kl_k3, replay, take,
-                     token_logprobs)
-from latent_decode import generate
-from model import load
+from la_dapo import adjoint_loss, clipped_surrogate, group_advantages, keep_group, kl_k3, token_logprobs
+from latent_decode import generate, join, replay, take
+from model import load, log_density
 from test_decode import EOS, ROWS, shuffle, spans
 from test_model import make_batch, save
 
@@ -163,7 +162,7 @@ def test_noisy_latents_have_a_gradient_and_exact_ones_none(model, tokenizer):
     for sigma in (0.0, 0.2):
         batch, rollout = sampled(model, tokenizer, head=True, sigma=sigma)
         out = replay(model, batch, rollout, 0.9)
-        density = la_dapo.log_density(out.latents.detach(), out.predicted, sigma or 1.0).sum()
+        density = log_density(out.latents.detach(), out.predicted, sigma or 1.0).sum()
         grad, = torch.autograd.grad(density, model.latent_head.weight, retain_graph=True)
         assert (grad.norm() > 1) if sigma else (grad.norm() < 1e-3)
         # by hand: d/dm of -(z - m)^2 / (2 sigma^2 D) at m, through the head's bias: (z - m) / (sigma^2 D)
