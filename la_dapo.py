@@ -52,8 +52,8 @@ from tqdm import tqdm
 from data import DataConfig, Samples, collate, loader, model_inputs, parse_config, to_device
 from latent_decode import Rollout, generate, join, replay, take, token_logprobs
 from model import LATENT, best_attention, load
-from rewards import Judge, answer_of, needs_judge, pick, score_group
-from sft import (make_optimizer, newest, read_log, restore, resume_point, rows_of, save_checkpoint, set_up_ranks,
+from rewards import Judge, pick, score
+from sft import (draw_curves, make_optimizer, newest, restore, resume_point, rows_of, save_checkpoint, set_up_ranks,
                  sum_over_ranks, trim_log)
 
 
@@ -238,33 +238,7 @@ def prompt_batches(n, size, first, last, total, seed, rank, world):
         b += 1
 
 
-def span_lengths(tokens, latent_start, latent):
-    """Generated ids (a list) -> latents in each span, empty ones too. Source: ours."""
-    out = []
-    for token in tokens:
-        if token == latent_start:
-            out.append(0)
-        elif token == latent:
-            out[-1] += 1
-    return out
-
-
-def score(rollout, rows, texts, model_config, config, judge):
-    """Rewards of a batch: R rows, R / G a prompt -> [dict of `score_group`, one a prompt]. Source: Eq. (7)."""
-    G, verdicts = config.group_size, [{} for _ in rows]
-    if judge:
-        asked = [(k, i) for k, row in enumerate(rows) for i in range(G)
-                 if needs_judge(texts[k * G + i], row.answer, row.options)]
-        found = judge([(rows[k].question, rows[k].answer, answer_of(texts[k * G + i])) for k, i in asked])
-        for (k, i), verdict in zip(asked, found):
-            verdicts[k][i] = verdict
-    ids = model_config.latent_start_id, model_config.latent_id
-    spans = [span_lengths(t[:n], *ids) for t, n in zip(rollout.tokens.tolist(), rollout.lengths.tolist())]
-    return [score_group(texts[k * G:(k + 1) * G], rollout.latents[k * G:(k + 1) * G], spans[k * G:(k + 1) * G], row.answer,
-                        row.options, verdicts[k], lambda_c=config.lambda_c, lambda_d=config.lambda_d, tau=config.tau)
-            for k, row in enumerate(rows)]
-
-
+CURVES = (("total", "accuracy"), ("contrastive", "diversity"), ("entropy", "kl"), ("grad_norm",))
 PARTS = ("total", "accuracy", "format", "contrastive", "diversity", "repetition")
 COUNTS = ("rollouts", "tokens", "spans", "latents", "forced", "cut_off", "unjudged", "kept", "too easy", "too hard",
           "unjudged groups", "surplus", "skipped")
@@ -288,11 +262,14 @@ def count(stats, rollout, groups, latent_start_id):
 
 
 def distinct(group, config):
-    """Rows of a group that differ, and how often each occurs. Equal words have equal latents unless noise was added."""
+    """Rows of a group that differ, and how often each occurs. Equal words have equal latents unless noise was added.
+
+    Equal words with different rewards (a judge may waver) stay apart; unjudged rows are left out.
+    """
     rows = {}
     for i, (tokens, n) in enumerate(zip(group.rollout.tokens.tolist(), group.rollout.lengths.tolist())):
         if not group.parts["unjudged"][i]:
-            rows.setdefault(i if config.latent_sigma else tuple(tokens[:n]), []).append(i)
+            rows.setdefault(i if config.latent_sigma else (*tokens[:n], round(group.parts["total"][i], 4)), []).append(i)
     return [same[0] for same in rows.values()], [len(same) for same in rows.values()]
 
 
@@ -388,6 +365,7 @@ def collect(model, tokenizer, batches, first, last, config, judge, pad, device, 
     """
     stats = dict.fromkeys((*COUNTS, *PARTS, *(part + "^2" for part in PARTS)), 0.0)
     every, skipped, b = [], [], first
+    weights = dict(lambda_c=config.lambda_c, lambda_d=config.lambda_d, tau=config.tau)
     per_try = -(-config.prompts_a_try // config.rollout_batch)
     for _ in range(config.max_tries):
         stop = min(b + per_try, last)
@@ -408,7 +386,7 @@ def collect(model, tokenizer, batches, first, last, config, judge, pad, device, 
             seconds["rollout"] += time.time() - began
             began = time.time()
             new = []
-            for j, parts in enumerate(score(rollout, batch["rows"], texts, model.config, config, judge)):
+            for j, parts in enumerate(score(texts, rollout, batch["rows"], model.config, judge, **weights)):
                 rows = list(range(j * config.group_size, (j + 1) * config.group_size))
                 new.append(Group(k * config.rollout_batch + batch["kept"][j], batch["samples"][j], take(rollout, rows),
                                  [texts[i] for i in rows], parts,
@@ -544,31 +522,9 @@ def train(config, rows=None):
             save_checkpoint(checkpoint, model, tokenizer, dict(step=step, batch=at, config=dataclasses.asdict(config),
                                                                world=world, rows=fingerprint), optimizer, rank, world)
             if master:
-                draw_curves(log_path, os.path.join(config.out, "rewards.png"))
+                draw_curves(log_path, os.path.join(config.out, "rewards.png"), CURVES)
     bar.close()
     return checkpoint
-
-
-def draw_curves(log, png):
-    """log.jsonl -> rewards, policy and gradient over the steps as a picture. Thin: a step; thick: mean of ten."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    lines = read_log(log)
-    fig, axes = plt.subplots(1, 4, figsize=(15, 3), constrained_layout=True)
-    for ax, keys in zip(axes, (("total", "accuracy"), ("contrastive", "diversity"), ("entropy", "kl"), ("grad_norm",))):
-        for key in keys:
-            values = torch.tensor([line[key] for line in lines], dtype=torch.float64)
-            thin, = ax.plot([line["step"] for line in lines], values, lw=0.5, alpha=0.5)
-            if len(values) >= 10:
-                ax.plot([line["step"] for line in lines][9:], values.unfold(0, 10, 1).mean(1), color=thin.get_color(),
-                        label=key)
-            else:
-                thin.set_label(key)
-        ax.set(xlabel="step")
-        ax.legend(frameon=False, fontsize=8)
-    fig.savefig(png, dpi=110)
-    plt.close(fig)
 
 
 if __name__ == "__main__":

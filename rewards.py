@@ -193,6 +193,36 @@ def score_group(responses, latents, span_lengths, gold, options=None, verdicts=N
                 total=total, unjudged=unjudged)
 
 
+def span_lengths(tokens, latent_start, latent):
+    """Generated ids (a list) -> latents in each span, empty ones too. Source: ours."""
+    out = []
+    for token in tokens:
+        if token == latent_start:
+            out.append(0)
+        elif token == latent:
+            out[-1] += 1
+    return out
+
+
+def score(texts, rollout, rows, config, judge=None, **weights):
+    """Rewards of a batch of rollouts, the same number for each row of data -> [dict of `score_group`, one a row]. Eq. (7).
+
+    texts: the responses; rollout: latent_decode's; config: the model's, for its span tokens; judge: a `Judge`, asked once
+    for all that it is needed for; weights: of `score_group`.
+    """
+    G, verdicts = len(texts) // len(rows), [{} for _ in rows]
+    if judge:
+        asked = [(k, i) for k, row in enumerate(rows) for i in range(G)
+                 if needs_judge(texts[k * G + i], row.answer, row.options)]
+        found = judge([(rows[k].question, rows[k].answer, answer_of(texts[k * G + i])) for k, i in asked])
+        for (k, i), verdict in zip(asked, found):
+            verdicts[k][i] = verdict
+    ids = config.latent_start_id, config.latent_id
+    spans = [span_lengths(t[:n], *ids) for t, n in zip(rollout.tokens.tolist(), rollout.lengths.tolist())]
+    return [score_group(texts[k * G:(k + 1) * G], rollout.latents[k * G:(k + 1) * G], spans[k * G:(k + 1) * G], row.answer,
+                        row.options, verdicts[k], **weights) for k, row in enumerate(rows)]
+
+
 # ------------------------------------------------------------------------------------------------------------ judge
 
 JUDGE_PROMPT = ("You check answers to questions about videos. You are given, as JSON, a question, its reference answer and a "

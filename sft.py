@@ -313,19 +313,23 @@ def trim_log(path, first):
     os.replace(path + ".part", path)
 
 
-def draw_curves(log, png):
-    """log.jsonl -> the losses over the steps as a picture."""
+def draw_curves(log, png, panels=(("ce",), ("latent",), ("grad_norm",))):
+    """log.jsonl -> its keys over the steps, a panel a tuple, as a picture: each step thin, the mean of ten thick. Ours."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     lines = read_log(log)
-    keys = [k for k in ("ce", "latent") if any(line[k] for line in lines)]
-    fig, axes = plt.subplots(1, len(keys) + 1, figsize=(4 * len(keys) + 4, 3), squeeze=False,
-                             constrained_layout=True)
-    for ax, key in zip(axes[0], [*keys, "grad_norm"]):
-        ax.plot([line["step"] for line in lines], [line[key] for line in lines], lw=0.8)
-        ax.set(title={"ce": "L_CE a token, Eq. (2)", "latent": "L_latent, Eq. (3)"}.get(key, "gradient norm"),
-               xlabel="step", yscale="log")
+    panels = [keys for keys in panels if any(line[key] for line in lines for key in keys)] or panels[:1]
+    fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False, constrained_layout=True)
+    for ax, keys in zip(axes[0], panels):
+        for key in keys:
+            steps, values = [line["step"] for line in lines], np.array([line[key] for line in lines])
+            thin, = ax.plot(steps, values, lw=0.6, alpha=0.5)
+            mean = np.convolve(values, np.ones(10) / 10, "valid") if len(values) >= 10 else values
+            ax.plot(steps[-len(mean):], mean, color=thin.get_color(),
+                    label={"ce": "L_CE a token, Eq. (2)", "latent": "L_latent, Eq. (3)"}.get(key, key.replace("_", " ")))
+        ax.set(xlabel="step", yscale="log" if keys[0] in ("ce", "latent", "grad_norm") else "linear")
+        ax.legend(frameon=False, fontsize=8)
     fig.savefig(png, dpi=110)
     plt.close(fig)
 

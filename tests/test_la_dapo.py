@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
 import la_dapo
+import rewards
 import toy
 from la_dapo import adjoint_loss, clipped_surrogate, group_advantages, keep_group, kl_k3, token_logprobs
 from latent_decode import generate, join, replay, take
@@ -384,8 +385,8 @@ class FakeJudge:
 
 def test_unjudged_rollouts_leave_the_group(world, loud, tmp_path, monkeypatch):
     """Breaks if a judge's silence counts as wrong, reaches the loss, or stops the run when it is all there is."""
-    monkeypatch.setattr(la_dapo, "needs_judge", lambda *a: True)
-    monkeypatch.setattr(la_dapo, "answer_of", lambda text: text)
+    monkeypatch.setattr(rewards, "needs_judge", lambda *a: True)
+    monkeypatch.setattr(rewards, "answer_of", lambda text: text)
     monkeypatch.setattr(la_dapo, "Judge", lambda url, model: FakeJudge(lambda answer: None))
     done = la_dapo.train(settings(world, loud, tmp_path / "a", judge_model="m", steps=2, max_tries=2))
     assert apart(weights(done), weights(loud)) == 0
