@@ -17,7 +17,8 @@ import transformers
 from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from data import parse_config
-from latent_decode import generate
+from la_dapo import adjoint_loss
+from latent_decode import Rollout, generate, replay
 from model import FutureL1, add_latent_tokens, best_attention
 from sft import Config as SFTConfig
 from sft import Step
@@ -167,8 +168,34 @@ def main(config):
     forward_backward()
     seconds, memory = timed(lambda: [forward_backward() for _ in range(3)])
     result.update({"sft tokens/s": round(3 * batch["input_ids"].numel() / seconds), "sft GiB": round(memory, 1)})
+
+    # 4. the RL update of one group: its prompt once against once a rollout, and what the gradient through latents costs
+    model.gradient_checkpointing_disable()
+    span = [IDS["latent_start_id"], *[IDS["latent_id"]] * 2, IDS["latent_end_id"]]
+    row = torch.randint(1000, 9000, (config.new_tokens,))
+    for k in range(4):
+        row[k * config.new_tokens // 4:][:4] = torch.tensor(span)  # 4 spans, 8 latents
+    tokens = row.to(device).repeat(config.n, 1)
+    D = model.config.text_config.hidden_size
+    rollout = Rollout(tokens, torch.ones_like(tokens, dtype=torch.bool), [torch.randn(8, D, device=device)] * config.n,
+                      torch.zeros(tokens.shape, device=device), ["length"] * config.n,
+                      torch.full((config.n,), config.new_tokens, device=device))
+    A = torch.randn(config.n, 1, device=device)
+    for name, rows, terms in (("", 1, 0), (", 1 adjoint term", 1, 1), (", exact (8 terms)", 1, 8),
+                              (", a prompt a rollout", config.n, 0)):
+        batch = prompt(config, rows, device)
+
+        def policy_gradient():
+            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                out = replay(model, batch, rollout, 0.9)
+                loss = (A * out.logprobs).mean()
+                loss = loss + (adjoint_loss(loss, out.predicted, out.latents, terms) if terms else 0)
+            loss.backward()
+        policy_gradient()
+        seconds, memory = timed(lambda: [policy_gradient() for _ in range(2)])
+        result.update({f"rl update s{name}": round(seconds / 2, 3), f"rl update GiB{name}": round(memory, 1)})
     for key, value in result.items():
-        print(f"{key:<32}{value}")
+        print(f"{key:<40}{value}")
     if config.out:
         with open(config.out, "w") as f:
             json.dump(result, f, indent=1)
