@@ -18,10 +18,10 @@ true futures) | pause (the `<|latent|>` token's embedding) | none (no span can b
 span is; the vectors are dealt out one after another, so where a frame has several latents a span that is closed early shifts
 what the next one gets.
 
-Where this differs from the paper and the official code: 1. A sample that cannot be read (--strict: ends the run), whose answer
-cannot be parsed, or that the judge fails on is named and counted in the summary, never dropped in silence; what could
-not be read is tried again by the next run. 2. Not read and not judged samples are outside the scores: see `found` and `total`.
-3. Intervals are given: `bootstrap` (1,000 draws, seeded, printed), and Wilson's for shares (`low`, `high`).
+Where this differs from the paper and the official code: 1. A sample that cannot be read (--strict: it ends the run), whose
+answer cannot be parsed, or that the judge fails on is named and counted in the summary, never dropped in silence; what
+could not be read is tried again by the next run. 2. Samples that were not read or not judged are outside the scores: see
+`found` and `total`. 3. Intervals are given: `bootstrap` (1,000 draws, seeded; printed); Wilson's for shares (`low`, `high`).
 
 Axis letters: B rows, K imagined vectors a row, D hidden.
 """
@@ -35,6 +35,7 @@ import os
 import re
 import subprocess
 import time
+from collections import Counter
 
 import numpy as np
 import torch
@@ -226,7 +227,7 @@ def evaluate(config, rows=None):
     if not config.data and rows is None:
         raise SystemExit("--data is missing: a .json, .jsonl or .parquet file of records with options (see data.py)")
     if twiff and (config.judge or config.judge_only) and not config.judge_model:
-        raise SystemExit("TwiFF-Bench is scored by a judge: name it with --judge_model (and --judge_url), or pass --no-judge")
+        raise SystemExit("TwiFF-Bench is scored by a judge: give --judge_model (and --judge_url), or pass --no-judge")
     average = "micro"
     if rows is None:
         rows, average = read_benchmark(config.benchmark, config.data, config.media_root or None)
@@ -273,7 +274,7 @@ def evaluate(config, rows=None):
         write_json(os.path.join(config.out, "summary.json"), summary)
         write_report(os.path.join(config.out, "report.html"), summary, lines, rows)
         print(format_table(table))
-        print(f"{summary['found']} of {summary['total']} samples found; {summary['seconds']['all']:.2f} s and "
+        print(f"{summary['found']} of {summary['total']} samples found; {summary['seconds']['all']:.3g} s and "
               f"{table['all']['tokens']:.1f} tokens an answer; all = {average} average; {config.out}/report.html")
         if paper := paper_table(config.benchmark):
             print(paper)
@@ -370,9 +371,12 @@ def respond(config, folder, rows, done, rank, world, device):
 
 def chosen(rows, n):
     """Ids of n rows, the groups taking turns. Source: ours."""
-    turns = {}
-    order = sorted((turns.setdefault(row.group, []).append(row.id) or len(turns[row.group]), i) for i, row in enumerate(rows))
-    return {rows[i].id for _, i in order[:n]}
+    turn = Counter()
+    order = []
+    for row in rows:
+        turn[row.group] += 1
+        order.append((turn[row.group], row.id))
+    return {id for _, id in sorted(order, key=lambda pair: pair[0])[:n]}
 
 
 def span_lengths(tokens, config):

@@ -258,7 +258,7 @@ class Config(DataConfig):
 
 
 def streamer(tokenizer, config, write):
-    """-> a function for generate's `stream`: writes one row's words as they come, and [span 1: 4 latents] for a span. Ours."""
+    """-> a function for generate's `stream` that writes a row's words as they come, [span 1: 4 latents] for a span. Ours."""
     words, shown, spans, latents, ended = [], "", 0, 0, False
 
     def feed(tokens):

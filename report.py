@@ -2,10 +2,10 @@
 
     python report.py runs/eval_text runs/eval_latent ...      # the groups of several summary.json side by side
 
-`evaluate.py` calls `imagined` for the samples it was told to show, while their latents are at hand, and `write_report` at its
-end. A span is drawn as a strip of the frames it is nearest to: the cosine between a latent and the vision embedding of a frame
-(the best over the frame's tokens), mean over the span's latents. Raw embeddings share much of their direction, so compare the
-values of a row with each other, not with 1. No script, no link to elsewhere; everything that comes from data is escaped.
+`evaluate.py` calls `imagined` for the samples it was told to show, while their latents are at hand, and `write_report` at
+its end. A span is drawn as a strip of the frames it is nearest to: the cosine between a latent and the vision embedding of
+a frame (the best over the frame's tokens), mean over the span's latents. Embeddings may share much of their direction, so
+compare the values of a row with each other, not with 1. No script, no link to elsewhere; all that comes from data is escaped.
 
 Axis letters: N latents, F frames, K tokens of a frame, M spans, D hidden.
 """
@@ -93,11 +93,13 @@ h1{font-size:1.4rem}h2{font-size:1.1rem;margin:1.4rem 0 .4rem}.wide{overflow-x:a
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.85rem;white-space:nowrap}
 td,th{padding:.15rem .45rem;text-align:right;border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}
 details{border:1px solid #ccc;border-radius:.4rem;margin:.4rem 0;padding:.3rem .6rem}summary{cursor:pointer}
-.strip{display:flex;flex-wrap:wrap;gap:.3rem;margin:.3rem 0}.strip figure{margin:0;width:4.6rem;font-size:.7rem;text-align:center}
+.strip{display:flex;flex-wrap:wrap;gap:.3rem;margin:.3rem 0}
+.strip figure{margin:0;width:4.6rem;font-size:.7rem;text-align:center}
 .strip i{display:block;height:3.4rem;background:#eee center/contain no-repeat;border:3px solid #bbb;border-radius:.2rem}
 .strip .seen i{border-color:#3778bf}.strip .future i{border-color:#2a9d4a}.strip .none i{border-style:dashed}
 .span{border-left:4px solid #c77d1a;padding-left:.5rem;margin:.4rem 0;background:#fdf6ec}
 .text{white-space:pre-wrap;margin:.3rem 0}.key{font-size:.8rem;color:#555}
+.about table{white-space:normal}.about td{text-align:left;vertical-align:top}.about td:first-child{white-space:nowrap}
 .right{color:#1c7a35}.wrong{color:#b3261e}.bar{fill:#c77d1a}svg{max-width:100%;height:auto}
 """
 
@@ -144,15 +146,17 @@ def _figure(name, role, label, value=None):
 
 def _span(k, at, info, frames, name):
     """One span: the five frames nearest to its latents, and every value behind them."""
-    n = info["spans"][k] if k < len(info["spans"]) else 0
+    n = info["spans"][k]
     if not n or not info["cosine"]:
         return f'<div class="span">span {k + 1}: {n} latents</div>'
     cosine = torch.tensor(info["cosine"][at:at + n])  # (n, F)
     mean = cosine.mean(0)
     strip = "".join(_figure(f"{name}{f}", frames[f][1], frames[f][0], mean[f].item())
                     for f in mean.argsort(descending=True)[:5].tolist())
-    values = _table(["latent", *info["frames"]], [[i, *(f"{v:.3f}" for v in line)] for i, line in enumerate(cosine.tolist(), 1)])
-    return (f'<div class="span">span {k + 1}: {n} latent{"s" * (n > 1)}, nearest frames first<div class="strip">{strip}</div>'
+    values = [[i, *(f"{v:.3f}" for v in line)] for i, line in enumerate(cosine.tolist(), 1)]
+    values = _table(["latent", *info["frames"]], values)
+    return (f'<div class="span">span {k + 1}: {n} latent{"s" * (n > 1)}, nearest frames first'
+            f'<div class="strip">{strip}</div>'
             f"<details><summary>cosine of each latent and frame</summary>{values}</details></div>")
 
 
@@ -164,23 +168,25 @@ def _sample(number, row, line, css):
     except ClipError as e:
         frames, info = [], dict(error=str(e))
     for f, (_, _, pixels) in enumerate(frames):
-        css.append(f".{name}{f}{{background-image:url(data:image/jpeg;base64,{base64.b64encode(jpeg(pixels, 112)).decode()})}}")
+        data = base64.b64encode(jpeg(pixels, 112)).decode()
+        css.append(f"i.{name}{f}{{background-image:url(data:image/jpeg;base64,{data})}}")
     seen, future = ("".join(_figure(f"{name}{f}", r, label) for f, (label, r, _) in enumerate(frames) if r == role)
                     for role in ("seen", "future"))
     body, at = [], 0
     if "error" in info:
         body.append(f'<p class="text">{escape(info["error"])}</p>')
-    for k, part in enumerate(line["response"].split(LATENT_START)):
+    for k, part in enumerate(line["response"].replace("<|im_end|>", "").split(LATENT_START)):
         if k:
             inside, end, part = part.partition(LATENT_END)
             body.append(_span(k - 1, at, info, frames, name) if "error" not in info else '<div class="span">a span</div>')
-            at += info["spans"][k - 1] if k <= len(info.get("spans", [])) else 0
+            at += 0 if "error" in info else info["spans"][k - 1]
         body.append(f'<p class="text">{escape(part)}</p>' if part.strip() else "")
     rewards = (f"R_fmt {format_reward(line['response']):.0f}, repetition {repetition_score(line['response']):.2f}, "
                f"R_div {info.get('diversity', 0):.3f}")
     if "right" in line:
         good, verdict = line["right"], "right" if line["right"] else "unparsed" if line["picked"] is None else "wrong"
-        rewards = f"R_acc {float(good):.0f}, {rewards}; letters: strict {line['strict'] or '-'}, official {line['official'] or '-'}"
+        rewards = f"R_acc {float(good):.0f}, {rewards}; letters: " + ", ".join(
+            f"{name} {line[name] or '-'}" for name in ("strict", "official"))
     else:
         good = bool(judged) and judged["average"] >= 3
         verdict = "not judged" if not judged else f"chain {judged['chain']:g}, answer {judged['answer']:g}"
@@ -200,7 +206,7 @@ def _sample(number, row, line, css):
 
 
 def write_report(path, summary, lines, rows):
-    """summary.json's content, result lines and their rows -> report.html at `path`. Shows the lines with `imagined`. Ours."""
+    """summary.json's content, result lines, their rows -> report.html at `path`. Shows the lines with `imagined`. Ours."""
     by_id, css, samples = {row.id: row for row in rows}, [], []
     for line in lines:
         if "imagined" in line and line["id"] in by_id:
@@ -209,14 +215,16 @@ def write_report(path, summary, lines, rows):
     paper = ""
     if summary["benchmark"] in PAPER:
         columns, published = PAPER[summary["benchmark"]]
-        paper = "<h2>Published by the paper (not run here)</h2>" + _table(["", *columns], [[n, *v] for n, v in published.items()])
+        paper = "<h2>Published by the paper, not run here</h2>" + _table(
+            ["", *columns], [[name, *values] for name, values in published.items()])
     about = [(k, json.dumps(summary[k], ensure_ascii=False)) for k in summary if k != "scores"]
     page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>evaluation</title><style>{STYLE}{''.join(css)}</style><h1>{escape(summary['benchmark'] or 'evaluation')}: "
-            f"{escape(summary['model'])}</h1><p>{summary['found']} of {summary['total']} samples found, latents: "
-            f"{escape(summary['latents'])}</p>{_table(head, table)}<h2>Spans per answer</h2>{_chart(summary['scores'])}{paper}"
-            f'<details><summary>settings</summary>{_table(["", ""], about)}</details>'
-            f'<h2>{len(samples)} samples</h2><p class="key">Frame borders: blue = seen, green = what really follows, grey = other '
+            f"<title>evaluation</title><style>{STYLE}{''.join(css)}</style>"
+            f"<h1>{escape(summary['benchmark'] or 'evaluation')}: {escape(summary['model'])}</h1>"
+            f"<p>{summary['found']} of {summary['total']} samples found, latents: {escape(summary['latents'])}</p>{_table(head, table)}"
+            f"<h2>Spans per answer</h2>{_chart(summary['scores'])}{paper}"
+            f'<details class="about"><summary>settings</summary>{_table(["", ""], about)}</details>'
+            f'<h2>{len(samples)} samples</h2><p class="key">Borders: blue = seen, green = what really follows, grey = other '
             f"frames of the clip. Values: cosine.</p>{''.join(samples)}</html>")
     with open(path + ".part", "w", encoding="utf-8") as f:
         f.write(page)
