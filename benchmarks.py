@@ -144,6 +144,8 @@ def read_benchmark(name, data, media_root=None):
             row = read_record(record, where, root)
             if reader and record.get("end"):  # MVBench: the question is about a part of the clip, in seconds
                 row.prompt[0] = Clip(row.prompt[0].path, float(record.get("start") or 0), float(record["end"]))
+            if row.id == where:  # the file names no id: short, and the same wherever the file lies
+                row.id = f"{os.path.basename(path)}:{n}"
             if name == "futurebench":
                 row.group = HOPS.get(row.group, row.group)
             seen[row.id] = seen.get(row.id, 0) + 1

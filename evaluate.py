@@ -276,6 +276,8 @@ def evaluate(config, rows=None):
         print(format_table(table))
         print(f"{summary['found']} of {summary['total']} samples found; {summary['seconds']['all']:.3g} s and "
               f"{table['all']['tokens']:.1f} tokens an answer; all = {average} average; {config.out}/report.html")
+        if waiting := table["all"].get("waiting"):
+            print(f"{waiting} responses wait for a judge: --judge-only --judge_model NAME")
         if paper := paper_table(config.benchmark):
             print(paper)
     return table

@@ -89,7 +89,7 @@ def compare(folders):
 
 STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;max-width:62rem;padding:.6rem;color:#222;overflow-wrap:anywhere}
-h1{font-size:1.4rem}h2{font-size:1.1rem;margin:1.4rem 0 .4rem}.wide{overflow-x:auto}
+h1{font-size:1.4rem}h2{font-size:1.1rem;margin:1.4rem 0 .4rem}.wide{overflow-x:auto;margin-bottom:.6rem}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.85rem;white-space:nowrap}
 td,th{padding:.15rem .45rem;text-align:right;border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}
 details{border:1px solid #ccc;border-radius:.4rem;margin:.4rem 0;padding:.3rem .6rem}summary{cursor:pointer}
@@ -118,9 +118,10 @@ def score_rows(scores):
             "spans", "latents", "tokens"]
     rows = []
     for group, s in scores.items():
-        main = [f"{s[k]:.3f}" for k in (("chain", "answer", "average") if judged else ("accuracy",))]
+        main = [f"{s[k]:.3f}" if s["n"] else "-" for k in (("chain", "answer", "average") if judged else ("accuracy",))]
         other = [] if judged else [f"{s[k]:.3f}" if k in s else "" for k in ("strict", "official")]
-        rows.append([group, s["n"], *main, "{:.3f} - {:.3f}".format(*s["bootstrap"]), *other, s["unparsed"],
+        interval = "{:.3f} - {:.3f}".format(*s["bootstrap"]) if s["n"] else "-"
+        rows.append([group, s["n"], *main, interval, *other, s["unparsed"],
                      s["failed"] if judged else s.get("official_unparsed", ""), s["skipped"],
                      f"{s['spans']:.2f}", f"{s['latents']:.2f}", f"{s['tokens']:.1f}"])
     return head, rows

@@ -372,6 +372,7 @@ def test_twiffbench_judged_later(scripted, tmp_path, monkeypatch, server, capsys
     with pytest.raises(SystemExit, match="--judge_model"):
         evaluate.evaluate(settings(folder, tmp_path, **dict(config, judge_model="")))
     table = evaluate.evaluate(settings(folder, tmp_path, **config, judge=False))
+    assert "6 responses wait for a judge" in capsys.readouterr().out
     assert not server["requests"] and [table["all"][k] for k in ("waiting", "n", "skipped", "unparsed")] == [6, 0, 1, 0]
     server["replies"].update(truth0='{"chain": 4, "answer": 5}', truth1='{"chain": 3.5, "answer": "2"}', truth2=500,
                              truth3="[[9, -1]]", truth4=2.5, truth6=["well", 'x ```{"chain": [2], "answer": 1}```'])
@@ -424,7 +425,8 @@ def test_parquet_bytes_and_classes(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "t.parquet")
     (row,), _ = read_benchmark("twiffbench", str(tmp_path / "t.parquet"))
     assert row.prompt == [Frame(png(0)), "what ?"] and row.response == ["a", Frame(png(1)), "b"]
-    assert row.group == "sport" and [(label, role) for label, role, _ in benchmarks.film(row)] == [("picture 1", "seen"),
+    assert row.group == "sport" and row.id == "t.parquet:0"
+    assert [(label, role) for label, role, _ in benchmarks.film(row)] == [("picture 1", "seen"),
                                                                                                   ("picture 2", "future")]
 
 
