@@ -262,14 +262,35 @@ def test_video_mme_macro_of_parquet(scripted, tmp_path, monkeypatch):
         assert table["all"]["accuracy"] == pytest.approx(wanted) and table["short"]["accuracy"] == pytest.approx(2 / 3)
 
 
-def test_noise_repeats_after_a_kill(world, tmp_path):
-    """Breaks if what is drawn for a sample depends on what was already done: here 4 of 8 lines are lost."""
+def test_noise_repeats_after_a_kill(world, tmp_path, monkeypatch):
+    """Breaks if what is drawn for a sample depends on what was already done: here 4 of 8 lines are lost, amid a batch."""
     from tests.test_evaluate import config, lines_of
+    fed, generate = [], evaluate.generate
+
+    def listen(model, batch, *, replace, **kwargs):
+        fed.append({tuple(ids.tolist()): r.clone() for ids, r in zip(batch["pixel_values"].view(len(replace), -1), replace)})
+        return generate(model, batch, replace=replace, **kwargs)
+    monkeypatch.setattr(evaluate, "generate", listen)
     whole = evaluate.evaluate(config(world, tmp_path, latents="noise", limit=8))
-    before, path = lines_of(tmp_path), tmp_path / "samples_0.jsonl"
+    before, path, drawn = lines_of(tmp_path), tmp_path / "samples_0.jsonl", fed[:]
     kept = path.read_bytes().split(b"\n")[:4]
     path.write_bytes(b"\n".join(kept) + b"\n{\"id\": \"half")
     assert evaluate.evaluate(config(world, tmp_path, latents="noise", limit=8)) == whole and lines_of(tmp_path) == before
+    assert len(path.read_text().splitlines()) == 8 and len(drawn) == 3 and len(fed) == 5
+    for old, new in zip(drawn[1:], fed[3:]):  # the second batch, half done, and the third
+        assert list(old) == list(new) and all(torch.equal(old[key], new[key]) for key in old)
+    assert not torch.equal(*[next(iter(d.values())) for d in drawn[:2]])
+
+
+def test_none_opens_no_span(world, tmp_path, monkeypatch):
+    """Breaks if --latents none lets a span be opened, or another ablation does not."""
+    from tests.test_evaluate import config
+    asked, generate = [], evaluate.generate
+    monkeypatch.setattr(evaluate, "generate", lambda model, batch, **k: (
+        asked.append([model.config.latent_start_id] == k["banned"]) or generate(model, batch, **k)))
+    for latents in ("none", "zero"):
+        evaluate.evaluate(config(world, tmp_path / latents, latents=latents, limit=1))
+    assert asked == [True, False]
 
 
 def test_banned_tokens(model, tokenizer):
