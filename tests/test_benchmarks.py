@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import threading
 import time
 
@@ -493,6 +494,25 @@ def test_report_escapes_and_shows(scripted, tmp_path, monkeypatch):
     lines[0]["response"], lines[0]["imagined"] = f"{evil}{LATENT_START}{LATENT}{LATENT_END}", dict(error=evil)
     report.write_report(str(tmp_path / "r.html"), json.load(open(tmp_path / "summary.json")), lines, rows)
     assert evil not in (tmp_path / "r.html").read_text()
+
+
+def test_a_span_is_drawn_as_its_nearest_frames(scripted):
+    """Breaks if a span takes another's latents, or its strip is not the mean cosine from the nearest on, by hand."""
+    folder, _ = scripted
+    path = str(folder / "0.mp4")
+    row = Row("f:0", "0", [Frame(path, 1), "?"], [Frame(path, 4)], "A", "?", ["one", "two"])
+    up = [i / 10 for i in range(1, 9)]  # the cosines with frames 1..8
+    info = dict(spans=[1, 0, 2], frames=list("12345678"), cosine=[up, up[::-1], [v + 0.1 for v in up[::-1]]],
+                similarity=[[1, 0.25], [0.25, 1]], diversity=0)
+    span = f"{LATENT_START}{LATENT}{LATENT_END}"
+    answer = dict(evaluate.read_answer(row, "<answer>B</answer>"), imagined=info, id="0", group="all")
+    css = []
+    page = report._sample(0, row, dict(answer, response=f"{span}x{LATENT_START}{LATENT_END}{span}<answer>B</answer>"), css)
+    strips = [re.findall(r"</i>(\d)<br>([\d.]+)", part) for part in page.split('<div class="span">')[1:]]
+    assert strips[0] == [("8", "0.800"), ("7", "0.700"), ("6", "0.600"), ("5", "0.500"), ("4", "0.400")]
+    assert strips[1] == [] and strips[2][:2] == [("1", "0.850"), ("2", "0.750")]  # means of .8 and .9, .7 and .8
+    assert "<td>0.250</td>" in page and ">wrong</b>" in page and "span 2: 0 latents" in page and len(css) == 8
+    assert page.count('<figure class="future"><i class="p0_3">') == 1 + 2 and '<figure class="seen"><i class="p0_0">' in page
 
 
 def test_compare(scripted, tmp_path, monkeypatch):
