@@ -42,11 +42,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from benchmarks import ScoreJudge, read_benchmark
+from benchmarks import PAPER, ScoreJudge, read_benchmark
 from data import DataConfig, Samples, load_frames, loader, model_inputs, parse_config, read_lines, to_device
 from latent_decode import generate
 from model import LATENT, best_attention, load, normalise
-from report import imagined, paper_table, score_rows, write_report
+from report import as_text, imagined, paper_rows, score_rows, write_report
 from rewards import answer_of, pick
 from sft import newest, set_up_ranks
 
@@ -181,10 +181,7 @@ def summarise(lines, average="micro", seed=0):
 
 def format_table(table):
     """The summary as text."""
-    head, rows = score_rows(table)
-    wide = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
-    return "\n".join("  ".join(f"{str(cell):<{w}}" if i == 0 else f"{str(cell):>{w}}" for i, (cell, w) in
-                               enumerate(zip(row, wide))) for row in [head, *rows])
+    return as_text(*score_rows(table))
 
 
 # --------------------------------------------------------------------------------------------------------- ablation
@@ -228,6 +225,8 @@ def evaluate(config, rows=None):
         raise SystemExit("--data is missing: a .json, .jsonl or .parquet file of records with options (see data.py)")
     if twiff and (config.judge or config.judge_only) and not config.judge_model:
         raise SystemExit("TwiFF-Bench is scored by a judge: give --judge_model (and --judge_url), or pass --no-judge")
+    if config.judge_only and not twiff:
+        raise SystemExit("--judge_only is for --benchmark twiffbench: nothing else is judged")
     average = "micro"
     if rows is None:
         rows, average = read_benchmark(config.benchmark, config.data, config.media_root or None)
@@ -278,8 +277,8 @@ def evaluate(config, rows=None):
               f"{table['all']['tokens']:.1f} tokens an answer; all = {average} average; {config.out}/report.html")
         if waiting := table["all"].get("waiting"):
             print(f"{waiting} responses wait for a judge: --judge-only --judge_model NAME")
-        if paper := paper_table(config.benchmark):
-            print(paper)
+        if config.benchmark in PAPER:
+            print(f"\nbeside what the paper published (not run here)\n{as_text(*paper_rows(summary))}")
     return table
 
 
@@ -293,7 +292,10 @@ def settings_of(config, folder):
 
 
 def about(rows, lines, settings):
-    """What one needs to know of a result besides its scores, as a dict. Source: ours."""
+    """What one needs to know of a result besides its scores, as a dict. Source: ours; seconds and tokens: paper's Table 7.
+
+    seconds: a batch's wall time over its rows (--batch 1 for the time one answer takes); tokens count latents, too.
+    """
     prompts = [[settings["system"], *(p if isinstance(p, str) else type(p).__name__ for p in row.prompt)] for row in rows]
     here = os.path.dirname(os.path.abspath(__file__))
     try:

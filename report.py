@@ -5,7 +5,7 @@
 `evaluate.py` calls `imagined` for the samples it was told to show, while their latents are at hand, and `write_report` at
 its end. A span is drawn as a strip of the frames it is nearest to: the cosine between a latent and the vision embedding of
 a frame (the best over the frame's tokens), mean over the span's latents. Embeddings may share much of their direction, so
-compare the values of a row with each other, not with 1. No script, no link to elsewhere; all that comes from data is escaped.
+compare the values of a row with each other, not with 1. No script, no link to elsewhere; what comes from data is escaped.
 
 Axis letters: N latents, F frames, K tokens of a frame, M spans, D hidden.
 """
@@ -52,15 +52,29 @@ def imagined(model, row, latents, lengths, budget):
 
 # ------------------------------------------------------------------------------------------------------------- tables
 
-def paper_table(benchmark):
-    """The published rows of a benchmark as text, labelled as the paper's; "" if there are none. Source: the paper."""
+def paper_rows(summary):
+    """summary.json's content -> (columns, rows of text): ours, then what the paper published; ([], []) if nothing is. Ours.
+
+    FutureBench in percent, ours by official letters: the paper's way to count.
+    """
+    benchmark, scores = summary["benchmark"], summary["scores"]
     if benchmark not in PAPER:
-        return ""
-    columns, rows = PAPER[benchmark]
-    lines = [f"{'published by the paper, not run here':<38}" + "".join(f"{c:>9}" for c in columns)]
-    for name, values in rows.items():
-        lines.append(f"{name:<38}" + "".join(f"{v:>9}" for v in values))
-    return "\n".join(lines)
+        return [], []
+    columns, published = PAPER[benchmark]
+    if benchmark == "twiffbench":
+        mine = [f"{scores['all'][c]:.2f}" if scores["all"]["n"] else "-" for c in columns]
+    else:
+        mine = [f"{100 * scores[c]['official']:.1f}" if scores.get(c, {}).get("n") else "-" for c in columns[:-2]]
+        mine += [f"{scores['all']['tokens']:.1f}", f"{summary['seconds']['all']:.2f}"]
+    return ["", *columns], [[f"ours, {summary['found']} of {summary['total']} found", *mine],
+                            *([f"paper's: {name}", *values] for name, values in published.items())]
+
+
+def as_text(head, rows):
+    """A table as text: the first column to the left, the others to the right. Source: ours."""
+    rows = [[str(cell) for cell in row] for row in [head, *rows]]
+    wide = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(head))]
+    return "\n".join("  ".join(f"{cell:{'>' if i else '<'}{wide[i]}}" for i, cell in enumerate(row)) for row in rows)
 
 
 def compare(folders):
@@ -213,16 +227,14 @@ def write_report(path, summary, lines, rows):
         if "imagined" in line and line["id"] in by_id:
             samples.append(_sample(len(samples), by_id[line["id"]], line, css))
     head, table = score_rows(summary["scores"])
-    paper = ""
-    if summary["benchmark"] in PAPER:
-        columns, published = PAPER[summary["benchmark"]]
-        paper = "<h2>Published by the paper, not run here</h2>" + _table(
-            ["", *columns], [[name, *values] for name, values in published.items()])
+    columns, beside = paper_rows(summary)
+    paper = f"<h2>Beside what the paper published (not run here)</h2>{_table(columns, beside)}" if beside else ""
     about = [(k, json.dumps(summary[k], ensure_ascii=False)) for k in summary if k != "scores"]
     page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
             f"<title>evaluation</title><style>{STYLE}{''.join(css)}</style>"
             f"<h1>{escape(summary['benchmark'] or 'evaluation')}: {escape(summary['model'])}</h1>"
-            f"<p>{summary['found']} of {summary['total']} samples found, latents: {escape(summary['latents'])}</p>{_table(head, table)}"
+            f"<p>{summary['found']} of {summary['total']} samples found, latents: {escape(summary['latents'])}</p>"
+            f"{_table(head, table)}"
             f"<h2>Spans per answer</h2>{_chart(summary['scores'])}{paper}"
             f'<details class="about"><summary>settings</summary>{_table(["", ""], about)}</details>'
             f'<h2>{len(samples)} samples</h2><p class="key">Borders: blue = seen, green = what really follows, grey = other '

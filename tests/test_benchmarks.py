@@ -230,7 +230,12 @@ def test_futurebench_to_the_letter(scripted, tmp_path, monkeypatch, capsys):
     assert summary["generation"] == dict(greedy=True, max_new_tokens=40, max_latents=8)
     assert set(summary["seconds"]) == set(table) and summary["average"] == "micro" and summary["latents"] == "generated"
     out = capsys.readouterr().out
-    assert "5 of 7 samples found" in out and "published by the paper, not run here" in out and "85.4" in out
+    assert "5 of 7 samples found" in out and "beside what the paper published (not run here)" in out
+    rows = [line.split("  ") for line in out.splitlines()]
+    ours, theirs = (next([c.strip() for c in row if c.strip()] for row in rows if row[0].startswith(name))
+                    for name in ("ours", "paper's: Future-L1-RL"))
+    assert ours[:7] == ["ours, 5 of 7 found", "50.0", "100.0", "0.0", "0.0", "40.0", "7.6"]  # by official letters
+    assert theirs == ["paper's: Future-L1-RL", "83.2", "86.5", "86.6", "85.1", "85.4", "195.3", "0.91"]
     assert "api_key" not in json.dumps(summary) and os.path.exists(tmp_path / "report.html")
     with pytest.raises(SystemExit, match="broken.mp4|gone.mp4"):
         evaluate.evaluate(settings(folder, tmp_path / "strict", benchmark="futurebench", data=config.data, strict=True))
@@ -412,10 +417,13 @@ def test_twiffbench_judged_later(scripted, tmp_path, monkeypatch, server, capsys
     assert summary["judge_failures"] == 2 and summary["found"] == 6 and summary["total"] == 7
     judged = {j["id"][-1]: j for j in evaluate.read_lines(str(tmp_path / "judged.jsonl"))}
     assert judged["2"]["why"] == "InternalServerError 500" and judged["4"]["why"] == "APITimeoutError" and len(judged) == 6
-    assert "judge: 1 x APITimeoutError" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "judge: 1 x APITimeoutError" in out and re.search(r"ours, 6 of 7 found +3.62 +2.00 +2.81\n", out)
 
     server["requests"].clear()
     server["replies"].update(truth2='{"chain": 1, "answer": 1}', truth4='{"chain": 1, "answer": 1}')
+    with pytest.raises(SystemExit, match="--judge_only is for"):
+        evaluate.evaluate(settings(folder, tmp_path, data=config["data"], judge_only=True))
     table = evaluate.evaluate(settings(folder, tmp_path, **config, judge_only=True))
     assert len(server["requests"]) == 2 and table["all"]["n"] == 6 and table["all"]["failed"] == 0  # the rest is cached
     for file in os.listdir(tmp_path):
