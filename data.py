@@ -41,6 +41,7 @@ import json
 import math
 import os
 import re
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -98,13 +99,19 @@ def parse_config(cls, argv=None):
 
     The comment behind a field is its help.
     """
-    source = "".join(inspect.getsource(c) for c in cls.__mro__ if dataclasses.is_dataclass(c))
+    source = "".join(inspect.getsource(c) for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c))
     comment = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", source, re.M))
     parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in dataclasses.fields(cls):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
         parser.add_argument(f"--{f.name}", default=f.default, help=comment.get(f.name, " ").replace("%", "%%"), **kind)
-    return cls(**vars(parser.parse_args(argv)))
+    argv = sys.argv[1:] if argv is None else argv
+    return cls(**vars(parser.parse_args([re.sub("^--(no-)?[^=]+", _underscores, a) for a in argv])))
+
+
+def _underscores(flag):  # --judge-only is --judge_only
+    no = flag.group(1) or ""
+    return f"--{no}" + flag.group()[2 + len(no):].replace("-", "_")
 
 
 # ------------------------------------------------------------------------------------------------------------- rows
@@ -116,8 +123,10 @@ class Frame(NamedTuple):
 
 
 class Clip(NamedTuple):
-    """A clip that enters as a video: uniformly sampled frames with time stamps."""
+    """A clip that enters as a video: uniformly sampled frames with time stamps, of all of it or of a part."""
     path: str
+    start: float = 0.0  # seconds
+    end: float = math.inf
 
 
 @dataclasses.dataclass
@@ -140,13 +149,14 @@ def read_rows(path, media_root=None):
     the index and the missing key, FileNotFoundError if there is no file.
     """
     media_root = os.path.dirname(os.path.abspath(path)) if media_root is None else media_root
-    rows = [read_record(record, f"{path}:{i}", media_root) for i, record in enumerate(_read_records(path))]
+    rows = [read_record(record, f"{path}:{i}", media_root) for i, record in enumerate(read_records(path))]
     if not rows:
         raise RecordError(f"{path}: no records")
     return rows
 
 
-def _read_records(path):
+def read_records(path):
+    """A .json, .jsonl or .parquet file -> its records as they stand. Raises RecordError, FileNotFoundError. Ours."""
     if path.endswith(".parquet"):
         try:
             import pyarrow.parquet
@@ -172,6 +182,19 @@ def _read_records(path):
     if not isinstance(records, list):
         raise RecordError(f"{path}: expected a list of records, found {type(records).__name__}")
     return records
+
+
+def read_lines(path):
+    """A results file -> its lines as dicts. A half-written last line (a killed run) is cut off the file and redone."""
+    with open(path, "rb") as f:
+        text = f.read()
+    whole = text[:text.rfind(b"\n") + 1]
+    if whole != text:
+        os.truncate(path, len(whole))
+    try:
+        return [json.loads(line) for line in whole.decode("utf-8").split("\n")[:-1]]
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}: not a results file ({e})") from e
 
 
 def read_record(record, where, media_root="."):
@@ -233,6 +256,11 @@ def read_record(record, where, media_root="."):
             row.answer = said
             row.response = _steps(_interleave(chain, "<rimage>", future, where, "reasoning_images_index"))
         meta = record.get("meta_data")
+        if isinstance(meta, str) and meta.lstrip().startswith("{"):
+            try:
+                meta = json.loads(meta)
+            except json.JSONDecodeError as e:
+                raise RecordError(f"{where}: 'meta_data' is not JSON ({e})") from e
         if isinstance(meta, dict):
             row.group = str(next((meta[k] for k in ("class", "category", "type") if k in meta), "all"))
     elif "qa" in record:  # futurebench
@@ -353,6 +381,21 @@ def read_clip(path, choose):
     raise ClipError(f"{path}: cannot be read as a video ({'; '.join(said)})")
 
 
+def read_uniform(clip, n):
+    """A Clip -> n frames spread over it, as `read_clip` returns them. Raises ClipError. Source: ours."""
+    first, last = 0, None
+    if clip.start or clip.end < math.inf:
+        fps = read_clip(clip.path, lambda total: [0] if total else [])[2]
+        first, last = int(clip.start * fps), int(min(clip.end * fps, 2**31))
+
+    def choose(total):
+        if not total:
+            return []
+        a, b = (min(x, total - 1) for x in (first, total if last is None else last))
+        return [a + i for i in uniform_positions(max(b - a, 0) + 1, n)]
+    return read_clip(clip.path, choose)
+
+
 def _decord(path, choose):
     import decord
     try:
@@ -457,7 +500,7 @@ def encode(row, tokenizer, config, train=True, spans=True):
             images.append(next(stills)[1])
             pieces += _visual("<|image_pad|>", images[-1][1])
         else:
-            frames, numbers, fps = read_clip(part.path, lambda n: uniform_positions(n, config.num_frames))
+            frames, numbers, fps = read_uniform(part, config.num_frames)
             numbers = [*numbers, numbers[-1]]  # an odd last frame is doubled, its time too
             videos.append(_cut(frames, video_budget, part.path))
             t, h, w = videos[-1][1].tolist()

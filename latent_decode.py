@@ -11,6 +11,7 @@ Each row of the batch is in one of three states, and every step gives it one tok
 record (tokens, latents, which of them were chosen, their log-probabilities) is exactly what was fed to the model and
 what is in its cache, so that training can replay it.
 
+    python latent_decode.py --model DIR --video clip.mp4 --question "What happens next?"      # streams one response
     rollout = generate(model, batch, max_new_tokens=2048)            # greedy
     rollout = generate(model, batch, max_new_tokens=2048, temperature=0.9, top_p=0.99, n=8)
     token_logprobs(model, batch, rollout, temperature=0.9)           # = rollout.logprobs, with a gradient
@@ -32,7 +33,11 @@ from dataclasses import dataclass
 import torch
 from transformers import StaticCache
 
-from model import log_continue, log_density
+from data import (Clip, ClipError, DataConfig, Frame, Row, collate, encode, key_frame_positions, model_inputs, parse_config,
+                  read_clip, to_device)
+from model import best_attention, load, log_continue, log_density
+from rewards import answer_of
+from sft import newest
 
 CHUNK = 16  # steps between two looks at which rows are done
 
@@ -84,7 +89,7 @@ def choose(logits, in_span, count, u, *, ids, banned, temperature=0.0, top_p=1.0
 
 @torch.no_grad()
 def generate(model, batch, *, max_new_tokens, temperature=0.0, top_p=1.0, max_latents=8, n=1, eos_token_id=None,
-             latent_sigma=0.0, generator=None, replace=None, share=False, cuda_graph=False):
+             latent_sigma=0.0, generator=None, replace=None, banned=(), stream=None, share=False, cuda_graph=False):
     """Continue each prompt n times -> Rollout. Source: sec. 3.1.
 
     batch: dict of HF-named tensors, left-padded (`data.model_inputs`). temperature 0 = greedy; log-probabilities are
@@ -92,11 +97,12 @@ def generate(model, batch, *, max_new_tokens, temperature=0.0, top_p=1.0, max_la
     default the model's. latent_sigma > 0 adds Gaussian noise to each latent, and the latent's log-density (see
     `log_density`) to the log-probability of its step. generator: where random numbers come
     from. replace (R, K, D): feed these instead of a row's first K latents, counted over its spans; later ones are the
-    model's own (ablations). share: decode what the samples of a prompt have in common once, until they part; pays where
-    they part late (a sure policy, short answers), looks at the device every step. cuda_graph: on CUDA, capture one
-    step and replay it, without Python or kernel launches in between. A greedy result does not depend on what else is in
-    the batch (up to rounding); a sampled one does not depend on when other rows finish. Raises ValueError for right
-    padding or bad arguments.
+    model's own (ablations). banned: token ids that are never produced among words. stream: called with each new piece
+    of the tokens, (live rows, up to CHUNK), as it is known. share: decode what the samples of a prompt have in common
+    once, until they part; pays where they part late (a sure policy, short answers), looks at the device every step.
+    cuda_graph: on CUDA, capture one step and replay it, without Python or kernel launches in between. A greedy
+    result does not depend on what else is in the batch (up to rounding); a sampled one does not depend on when other rows
+    finish. Raises ValueError for right padding or bad arguments.
     """
     batch = {k: v for k, v in batch.items() if k != "mm_token_type_ids"}  # HF's processors return it: recomputed
     ids, mask = batch["input_ids"], batch.get("attention_mask")
@@ -124,7 +130,8 @@ def generate(model, batch, *, max_new_tokens, temperature=0.0, top_p=1.0, max_la
             torch.cat([mask.bool(), mask.new_zeros(B, max_new_tokens, dtype=torch.bool)], 1).repeat_interleave(n, 0),
             (mask.sum(-1, keepdim=True) + model.model.rope_deltas).repeat_interleave(n, 0),  # (R, 1) next position
             max_new_tokens=max_new_tokens, eos=torch.tensor(eos, device=device, dtype=torch.long),
-            latent_sigma=latent_sigma, generator=generator, replace=replace, graph=cuda_graph and device.type == "cuda",
+            latent_sigma=latent_sigma, generator=generator, replace=replace, never=list(banned), stream=stream,
+            graph=cuda_graph and device.type == "cuda",
             shared=torch.arange(B, device=device).repeat_interleave(n) if share else None,
             choice=dict(temperature=temperature, top_p=top_p, max_latents=max_latents))
     finally:
@@ -146,8 +153,8 @@ def _static_cache(config, prompt, n, length):
     return cache
 
 
-def _decode(model, text, h, cache, seen, position, *, max_new_tokens, eos, latent_sigma, generator, replace, graph,
-            shared, choice):
+def _decode(model, text, h, cache, seen, position, *, max_new_tokens, eos, latent_sigma, generator, replace, never,
+            stream, graph, shared, choice):
     """The loop. h (R, D) state after the prompt; seen (R, L) bool cache slots to look at; position (R, 1).
 
     shared (R,): which row of the cache a row of the state reads, while samples are still equal; None: each its own.
@@ -156,7 +163,7 @@ def _decode(model, text, h, cache, seen, position, *, max_new_tokens, eos, laten
     config = model.config
     ids = config.latent_start_id, config.latent_id, config.latent_end_id
     banned = torch.zeros(model.lm_head.out_features, device=device)
-    banned[[config.latent_id, config.latent_end_id, config.image_token_id, config.video_token_id]] = -torch.inf
+    banned[[config.latent_id, config.latent_end_id, config.image_token_id, config.video_token_id, *never]] = -torch.inf
     pad = eos[0] if len(eos) else torch.zeros((), dtype=torch.long, device=device)
     slot = torch.full((1,), seen.shape[1] - T, device=device)  # where the next token goes in the cache
     # one entry a live row; all are updated in place, so that a captured step keeps working on them
@@ -229,6 +236,8 @@ def _decode(model, text, h, cache, seen, position, *, max_new_tokens, eos, laten
             for name, steps_so_far in record.items():
                 steps_so_far.append(S[name].clone())
         token, logprob, chosen, z = (torch.stack(x, 1) for x in record.values())  # (live, steps), z (live, steps, D)
+        if stream:
+            stream(token)
         row = S["row"]
         tokens[row, start:start + steps], logprobs[row, start:start + steps] = token, logprob
         sampled[row, start:start + steps] = chosen
@@ -342,3 +351,76 @@ def _capture(step):
     with torch.cuda.graph(graph):
         step()
     return graph.replay
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+@dataclass
+class Config(DataConfig):
+    model: str = ""  # a model folder, or a run's folder (its newest checkpoint)
+    video: str = ""  # the clip
+    question: str = ""  # what to ask about it
+    key_frames: str = ""  # show these key frames (1..8) as pictures, as in training, e.g. 3,4; "" = the clip as a video
+    max_new_tokens: int = 2048  # paper sec. 4
+    max_latents: int = 8  # longest span: 2 * l_max  # official
+    temperature: float = 0.0  # 0 = greedy
+    top_p: float = 1.0  # with a temperature: the smallest set of words that has this probability
+    seed: int = 0  # of the sampling
+
+
+def streamer(tokenizer, config, write):
+    """-> a function for generate's `stream` that writes a row's words as they come, [span 1: 4 latents] for a span. Ours."""
+    words, shown, spans, latents, ended = [], "", 0, 0, False
+
+    def feed(tokens):
+        nonlocal shown, spans, latents, ended
+        for token in tokens[0].tolist() if not ended else []:
+            if token == config.latent_id:
+                latents += 1
+            elif token == config.latent_end_id:
+                write(f"{latents} latents]\n")
+            elif token == config.latent_start_id:
+                spans, latents, words[:], shown = spans + 1, 0, [], ""
+                write(f"\n[span {spans}: ")
+            else:
+                ended = ended or tokenizer.convert_ids_to_tokens(token) == "<|im_end|>"
+                words.append(token)
+                text = tokenizer.decode(words, skip_special_tokens=True).rstrip("\ufffd")  # half a character waits
+                write(text[len(shown):])
+                shown = text
+            if ended:
+                break
+    return feed
+
+
+def main(config, write=lambda text: print(text, end="", flush=True)):
+    """Answer one question about one clip, streaming -> the answer or None. Raises SystemExit for what cannot be used."""
+    for name in ("model", "video", "question"):
+        if not getattr(config, name):
+            raise SystemExit(f"--{name} is missing")
+    numbers = [n.strip() for n in config.key_frames.split(",") if n.strip()]
+    if not all(n in "12345678" and len(n) == 1 for n in numbers):
+        raise SystemExit(f"--key_frames takes numbers from 1 to 8, e.g. 3,4; found {config.key_frames!r}")
+    try:
+        read_clip(config.video, key_frame_positions)  # before the weights are loaded
+    except ClipError as e:
+        raise SystemExit(f"--video: {e}") from e
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    seen = [Frame(config.video, int(n)) for n in numbers] or [Clip(config.video)]
+    row = Row("the question", "", [*seen, config.question], [], "")
+    model, tokenizer = load(newest(config.model), dtype=dtype,
+                            attn_implementation=best_attention() if device.type == "cuda" else "sdpa")
+    model.to(device).eval()
+    batch = collate([encode(row, tokenizer, config, train=False)], tokenizer.pad_token_id or 0, side="left")
+    rollout = generate(model, model_inputs(to_device(batch, device)), max_new_tokens=config.max_new_tokens,
+                       max_latents=config.max_latents, temperature=config.temperature, top_p=config.top_p,
+                       generator=torch.Generator().manual_seed(config.seed), stream=streamer(tokenizer, model.config, write))
+    answer = answer_of(tokenizer.decode(rollout.tokens[0, :rollout.lengths[0]]))
+    write(f"\n\nanswer: {answer}\n" if answer is not None else
+          f"\n\nno answer: the response ended by {rollout.finish[0]} without a closed <answer>\n")
+    return answer
+
+
+if __name__ == "__main__":
+    main(parse_config(Config))

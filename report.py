@@ -1,0 +1,250 @@
+"""What an evaluation looks like: report.html, one file that opens without a server, and tables over several runs.
+
+    python report.py runs/eval_text runs/eval_latent ...      # the groups of several summary.json side by side
+
+`evaluate.py` calls `imagined` for the samples it was told to show, while their latents are at hand, and `write_report` at
+its end. A span is drawn as a strip of the frames it is nearest to: the cosine between a latent and the vision embedding of
+a frame (the best over the frame's tokens), mean over the span's latents. Embeddings may share much of their direction, so
+compare the values of a row with each other, not with 1. No script, no link to elsewhere; what comes from data is escaped.
+
+Axis letters: N latents, F frames, K tokens of a frame, M spans, D hidden.
+"""
+
+import base64
+import json
+import os
+import sys
+from html import escape
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import PAPER, film, jpeg
+from data import ClipError
+from model import LATENT_END, LATENT_START, normalise, resize_and_cut
+from rewards import diversity_reward, format_reward, repetition_score
+
+
+def imagined(model, row, latents, lengths, budget):
+    """What a row's spans are near to -> a JSON-able dict. Source: ours; `similarity` is Eq. (6)'s b_m compared.
+
+    latents (N, D), lengths: latents of each span, budget: pixels (min, max) of a frame. {"spans": lengths, "frames": labels,
+    "cosine": (N, F), "similarity": (M, M) of the non-empty spans' means, "diversity": R_div}, or {"error": why}.
+    """
+    try:
+        frames = film(row)
+    except ClipError as e:
+        return dict(error=str(e))
+    out = dict(spans=lengths, frames=[label for label, _, _ in frames], cosine=[], similarity=[],
+               diversity=round(diversity_reward(latents, lengths), 4))
+    if frames and len(latents):
+        z = F.normalize(latents.float(), dim=-1)  # (N, D)
+        columns = []
+        for _, _, pixels in frames:
+            patches, grid = resize_and_cut(pixels[None], *budget)
+            e = model.encode_frames(normalise(patches).to(model.device), grid[None].to(model.device))  # (K, D)
+            columns.append((z @ F.normalize(e.float(), dim=-1).T).amax(1))  # (N,)
+        out["cosine"] = [[round(v, 3) for v in line] for line in torch.stack(columns, 1).tolist()]
+        b = F.normalize(torch.stack([s.mean(0) for s in latents.float().split([n for n in lengths if n])]), dim=-1)  # (M, D)
+        out["similarity"] = [[round(v, 3) for v in line] for line in (b @ b.T).tolist()]
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+def paper_rows(summary):
+    """summary.json's content -> (columns, rows of text): ours, then what the paper published; ([], []) if nothing is. Ours.
+
+    FutureBench in percent, ours by official letters: the paper's way to count.
+    """
+    benchmark, scores = summary["benchmark"], summary["scores"]
+    if benchmark not in PAPER:
+        return [], []
+    columns, published = PAPER[benchmark]
+    if benchmark == "twiffbench":
+        mine = [f"{scores['all'][c]:.2f}" if scores["all"]["n"] else "-" for c in columns]
+    else:
+        mine = [f"{100 * scores[c]['official']:.1f}" if scores.get(c, {}).get("n") else "-" for c in columns[:-2]]
+        mine += [f"{scores['all']['tokens']:.1f}", f"{summary['seconds']['all']:.2f}"]
+    return ["", *columns], [[f"ours, {summary['found']} of {summary['total']} found", *mine],
+                            *([f"paper's: {name}", *values] for name, values in published.items())]
+
+
+def as_text(head, rows):
+    """A table as text: the first column to the left, the others to the right. Source: ours."""
+    rows = [[str(cell) for cell in row] for row in [head, *rows]]
+    wide = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(head))]
+    return "\n".join("  ".join(f"{cell:{'>' if i else '<'}{wide[i]}}" for i, cell in enumerate(row)) for row in rows)
+
+
+def compare(folders):
+    """Several evaluations -> their scores by group with intervals, as a markdown table. Raises SystemExit. Ours."""
+    lines, groups = [], None
+    for folder in folders:
+        path = os.path.join(folder, "summary.json")
+        if not os.path.exists(path):
+            raise SystemExit(f"{path}: no such file (evaluate.py writes it at its end)")
+        with open(path) as f:
+            summary = json.load(f)
+        if groups is None:
+            groups = list(summary["scores"])
+            lines = ["| | latents | " + " | ".join(groups) + " | found |", "|---" * (len(groups) + 3) + "|"]
+        cells = []
+        for group in groups:
+            s = summary["scores"].get(group, {})
+            value, (low, high) = s.get("accuracy", s.get("average")), s.get("bootstrap", (None, None))
+            cells.append("" if value is None else f"{value:.3f} ({low:.3f} - {high:.3f})")
+        lines.append(f"| {folder} | {summary['latents']} | " + " | ".join(cells)
+                     + f" | {summary['found']}/{summary['total']} |")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------------------- html
+
+STYLE = """
+body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;max-width:62rem;padding:.6rem;color:#222;overflow-wrap:anywhere}
+h1{font-size:1.4rem}h2{font-size:1.1rem;margin:1.4rem 0 .4rem}.wide{overflow-x:auto;margin-bottom:.6rem}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.85rem;white-space:nowrap}
+td,th{padding:.15rem .45rem;text-align:right;border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}
+details{border:1px solid #ccc;border-radius:.4rem;margin:.4rem 0;padding:.3rem .6rem}summary{cursor:pointer}
+.strip{display:flex;flex-wrap:wrap;gap:.3rem;margin:.3rem 0}
+.strip figure{margin:0;width:4.6rem;font-size:.7rem;text-align:center}
+.strip i{display:block;height:3.4rem;background:#eee center/contain no-repeat;border:3px solid #bbb;border-radius:.2rem}
+.strip .seen i{border-color:#3778bf}.strip .future i{border-color:#2a9d4a}.strip .none i{border-style:dashed}
+.span{border-left:4px solid #c77d1a;padding-left:.5rem;margin:.4rem 0;background:#fdf6ec}
+.text{white-space:pre-wrap;margin:.3rem 0}.key{font-size:.8rem;color:#555}
+.about table{white-space:normal}.about td{text-align:left;vertical-align:top}.about td:first-child{white-space:nowrap}
+.right{color:#1c7a35}.wrong{color:#b3261e}.bar{fill:#c77d1a}svg{max-width:100%;height:auto}
+"""
+
+
+def _table(head, rows):
+    cells = "".join(f"<th>{escape(str(h))}</th>" for h in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><tr>{cells}</tr>{body}</table></div>'
+
+
+def score_rows(scores):
+    """{group: scores} -> (head, rows of text) with every column the table and the report show. Source: ours."""
+    judged = "chain" in next(iter(scores.values()))
+    head = ["group", "n", *(["chain", "answer", "average"] if judged else ["accuracy"]), "95% interval",
+            *([] if judged else ["strict", "official"]), "unparsed", "failed" if judged else "official unparsed", "skipped",
+            "spans", "latents", "tokens"]
+    rows = []
+    for group, s in scores.items():
+        main = [f"{s[k]:.3f}" if s["n"] else "-" for k in (("chain", "answer", "average") if judged else ("accuracy",))]
+        other = [] if judged else [f"{s[k]:.3f}" if k in s else "" for k in ("strict", "official")]
+        interval = "{:.3f} - {:.3f}".format(*s["bootstrap"]) if s["n"] else "-"
+        rows.append([group, s["n"], *main, interval, *other, s["unparsed"],
+                     s["failed"] if judged else s.get("official_unparsed", ""), s["skipped"],
+                     f"{s['spans']:.2f}", f"{s['latents']:.2f}", f"{s['tokens']:.1f}"])
+    return head, rows
+
+
+def _chart(scores):
+    """Spans per answer by group, as bars."""
+    groups, top = [g for g in scores if g != "all"] or ["all"], max([s["spans"] for s in scores.values()] + [1e-9])
+    parts, height = [], 26 * len(groups)
+    for i, g in enumerate(groups):
+        y, width = 26 * i, 150 * scores[g]["spans"] / top
+        parts.append(f'<text x="0" y="{y + 17}">{escape(g if len(g) < 14 else g[:13] + "…")}</text>'
+                     f'<rect class="bar" x="100" y="{y + 4}" width="{width:.1f}" height="18"/>'
+                     f'<text x="{104 + width:.1f}" y="{y + 17}">{scores[g]["spans"]:.2f}</text>')
+    return (f'<svg viewBox="0 0 300 {height}" width="300" height="{height}" font-size="13" role="img" '
+            f'aria-label="spans per answer by group">{"".join(parts)}</svg>')
+
+
+def _figure(name, role, label, value=None):
+    text = escape(label) + (f"<br>{value:.3f}" if value is not None else "")
+    return f'<figure class="{role}"><i class="{name}"></i>{text}</figure>'
+
+
+def _span(k, at, info, frames, name):
+    """One span: the five frames nearest to its latents, and every value behind them."""
+    n = info["spans"][k]
+    if not n or not info["cosine"]:
+        return f'<div class="span">span {k + 1}: {n} latents</div>'
+    cosine = torch.tensor(info["cosine"][at:at + n])  # (n, F)
+    mean = cosine.mean(0)
+    strip = "".join(_figure(f"{name}{f}", frames[f][1], frames[f][0], mean[f].item())
+                    for f in mean.argsort(descending=True)[:5].tolist())
+    values = [[i, *(f"{v:.3f}" for v in line)] for i, line in enumerate(cosine.tolist(), 1)]
+    values = _table(["latent", *info["frames"]], values)
+    return (f'<div class="span">span {k + 1}: {n} latent{"s" * (n > 1)}, nearest frames first'
+            f'<div class="strip">{strip}</div>'
+            f"<details><summary>cosine of each latent and frame</summary>{values}</details></div>")
+
+
+def _sample(number, row, line, css):
+    """One sample as a <details>; its pictures go to `css` once, however often they are shown."""
+    name, info, judged = f"p{number}_", line["imagined"], line.get("judged")
+    try:
+        frames = film(row) if "error" not in info else []
+    except ClipError as e:
+        frames, info = [], dict(error=str(e))
+    for f, (_, _, pixels) in enumerate(frames):
+        data = base64.b64encode(jpeg(pixels, 112)).decode()
+        css.append(f"i.{name}{f}{{background-image:url(data:image/jpeg;base64,{data})}}")
+    seen, future = ("".join(_figure(f"{name}{f}", r, label) for f, (label, r, _) in enumerate(frames) if r == role)
+                    for role in ("seen", "future"))
+    body, at = [], 0
+    if "error" in info:
+        body.append(f'<p class="text">{escape(info["error"])}</p>')
+    for k, part in enumerate(line["response"].replace("<|im_end|>", "").split(LATENT_START)):
+        if k:
+            inside, end, part = part.partition(LATENT_END)
+            body.append(_span(k - 1, at, info, frames, name) if "error" not in info else '<div class="span">a span</div>')
+            at += 0 if "error" in info else info["spans"][k - 1]
+        body.append(f'<p class="text">{escape(part)}</p>' if part.strip() else "")
+    rewards = (f"R_fmt {format_reward(line['response']):.0f}, repetition {repetition_score(line['response']):.2f}, "
+               f"R_div {info.get('diversity', 0):.3f}")
+    if "right" in line:
+        good, verdict = line["right"], "right" if line["right"] else "unparsed" if line["picked"] is None else "wrong"
+        rewards = f"R_acc {float(good):.0f}, {rewards}; letters: " + ", ".join(
+            f"{name} {line[name] or '-'}" for name in ("strict", "official"))
+    else:
+        good = bool(judged) and judged["average"] >= 3
+        verdict = "not judged" if not judged else f"chain {judged['chain']:g}, answer {judged['answer']:g}"
+        verdict += f" ({line['why']})" if line.get("why") else ""
+    similarity = ""
+    if len(info.get("similarity", [])) > 1:
+        filled = [str(i) for i, n in enumerate(info["spans"], 1) if n]
+        similarity = '<p class="key">similarity of spans (cosine of their means)</p>' + _table(
+            ["span", *filled], [[i, *(f"{v:.3f}" for v in values)] for i, values in zip(filled, info["similarity"])])
+    options = "".join(f"\n{chr(65 + i)}) {o}" for i, o in enumerate(row.options or []) if o not in row.question)
+    return (f'<details><summary><b class="{"right" if good else "wrong"}">{escape(verdict)}</b> · {escape(row.group)} · '
+            f'{escape(row.id)}</summary><p class="text"><b>{escape(row.question + options)}</b></p>'
+            f'<p class="key">seen</p><div class="strip">{seen}</div>'
+            + (f'<p class="key">what really follows</p><div class="strip">{future}</div>' if future else "")
+            + f'<p class="key">response</p>{"".join(body)}<p>true answer: <b>{escape(row.answer)}</b></p>'
+            f'<p class="key">{escape(rewards)}</p>{similarity}</details>')
+
+
+def write_report(path, summary, lines, rows):
+    """summary.json's content, result lines, their rows -> report.html at `path`. Shows the lines with `imagined`. Ours."""
+    by_id, css, samples = {row.id: row for row in rows}, [], []
+    for line in lines:
+        if "imagined" in line and line["id"] in by_id:
+            samples.append(_sample(len(samples), by_id[line["id"]], line, css))
+    head, table = score_rows(summary["scores"])
+    columns, beside = paper_rows(summary)
+    paper = f"<h2>Beside what the paper published (not run here)</h2>{_table(columns, beside)}" if beside else ""
+    about = [(k, json.dumps(summary[k], ensure_ascii=False)) for k in summary if k != "scores"]
+    page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+            f"<title>evaluation</title><style>{STYLE}{''.join(css)}</style>"
+            f"<h1>{escape(summary['benchmark'] or 'evaluation')}: {escape(summary['model'])}</h1>"
+            f"<p>{summary['found']} of {summary['total']} samples found, latents: {escape(summary['latents'])}</p>"
+            f"{_table(head, table)}"
+            f"<h2>Spans per answer</h2>{_chart(summary['scores'])}{paper}"
+            f'<details class="about"><summary>settings</summary>{_table(["", ""], about)}</details>'
+            f'<h2>{len(samples)} samples</h2><p class="key">Borders: blue = seen, green = what really follows, grey = other '
+            f"frames of the clip. Values: cosine.</p>{''.join(samples)}</html>")
+    with open(path + ".part", "w", encoding="utf-8") as f:
+        f.write(page)
+    os.replace(path + ".part", path)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        raise SystemExit("usage: python report.py FOLDER [FOLDER ...]   (folders that evaluate.py wrote)")
+    print(compare(sys.argv[1:]))
