@@ -21,7 +21,6 @@ import math
 import os
 import re
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -288,7 +287,7 @@ class ScoreJudge(Judge):
 
     def __init__(self, base_url, model, *, cache, images=True, **kwargs):
         super().__init__(base_url, model, **kwargs)
-        self.images, self.cache, self.lock, self.requests = images, cache, threading.Lock(), 0
+        self.images, self.cache, self.lock = images, cache, threading.Lock()
         self.known = {}
         if os.path.exists(cache):
             self.known = {line["key"]: line["reply"] for line in read_lines(cache)}
@@ -309,23 +308,11 @@ class ScoreJudge(Judge):
         key = hashlib.sha256(json.dumps([self.model, messages], sort_keys=True).encode()).hexdigest()
         if key in self.known:
             return read_scores(self.known[key]), None
-        for attempt in range(self.retries + 1):
-            if attempt:
-                time.sleep(self.backoff * 2 ** (attempt - 1))
-            try:
-                self.requests += 1
-                reply = self.client.chat.completions.create(model=self.model, messages=messages, temperature=0)
-                reply = reply.choices[0].message.content
-                scores, why = read_scores(reply), "no two scores in the reply"
-                if scores is not None:
-                    with self.lock, open(self.cache, "a", encoding="utf-8") as f:
-                        f.write(json.dumps(dict(key=key, reply=reply)) + "\n")
-                    return scores, None
-            except self._error as e:
-                code = getattr(e, "status_code", None)
-                why = f"{type(e).__name__}{f' {code}' if code else ''}"  # never its text: servers echo keys in it
-                if code and 400 <= code < 500 and code not in (408, 409, 429):
-                    break
-            except (AttributeError, IndexError, TypeError, ValueError) as e:  # a reply that is not a chat completion
-                why = f"malformed reply ({type(e).__name__})"
-        return None, why
+
+        def read(reply):
+            scores = read_scores(reply)
+            if scores is not None:
+                with self.lock, open(self.cache, "a", encoding="utf-8") as f:
+                    f.write(json.dumps(dict(key=key, reply=reply)) + "\n")
+            return scores
+        return self.request(messages, read)

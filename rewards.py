@@ -262,15 +262,18 @@ class Judge:
     def ask(self, item):
         """One (question, gold, answer) -> (verdict, None), or (None, why there is none). Source: ours."""
         content = json.dumps(dict(zip(("question", "reference", "candidate"), item)), ensure_ascii=False)
-        messages = [dict(role="system", content=JUDGE_PROMPT), dict(role="user", content=content)]
+        return self.request([dict(role="system", content=JUDGE_PROMPT), dict(role="user", content=content)], read_verdict)
+
+    def request(self, messages, read):
+        """Chat messages -> (read(reply), None), asked again while that is None; or (None, why). Source: ours."""
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(self.backoff * 2 ** (attempt - 1))
             try:
                 reply = self.client.chat.completions.create(model=self.model, messages=messages, temperature=0)
-                verdict, why = read_verdict(reply.choices[0].message.content), "ambiguous reply"
-                if verdict is not None:
-                    return verdict, None
+                value, why = read(reply.choices[0].message.content), "ambiguous reply"
+                if value is not None:
+                    return value, None
             except self._error as e:
                 code = getattr(e, "status_code", None)
                 why = f"{type(e).__name__}{f' {code}' if code else ''}"  # never its text: servers echo keys in it
