@@ -140,13 +140,14 @@ def read_rows(path, media_root=None):
     the index and the missing key, FileNotFoundError if there is no file.
     """
     media_root = os.path.dirname(os.path.abspath(path)) if media_root is None else media_root
-    rows = [read_record(record, f"{path}:{i}", media_root) for i, record in enumerate(_read_records(path))]
+    rows = [read_record(record, f"{path}:{i}", media_root) for i, record in enumerate(read_records(path))]
     if not rows:
         raise RecordError(f"{path}: no records")
     return rows
 
 
-def _read_records(path):
+def read_records(path):
+    """A .json, .jsonl or .parquet file -> its records as they stand, no format asked for. Raises RecordError. Ours."""
     if path.endswith(".parquet"):
         try:
             import pyarrow.parquet
