@@ -18,9 +18,8 @@ How an answer is read: the first closed <answer>; a model that has never learnt 
 line that is not empty, provided the response came to its end. What is right: rewards.py's rule, then its judge if there
 is one. A candidate of which any rollout is unjudged counts as unjudged, never as wrong.
 
-The random numbers of a candidate are those of its block (`batch` neighbours in the pool, generated together): they follow
-from the seed and the block's ids, not from ranks, order or what was done before. So does its rounding, which a seed for
-each candidate could not promise.
+A candidate is generated with its block (`batch` neighbours in the pool), whose random numbers follow from the seed and its
+ids: neither ranks, order nor what was done before change them, or the rounding, which seeds for single rows would not fix.
 
 Where this differs from the paper (the authors released no code for this part):
  1. Ties, which the paper leaves open, go to the lower p_t, then to the smaller sha256 of the id.
@@ -36,7 +35,6 @@ Axis letters: B prompts (t and v of each candidate), L tokens, D hidden, V vocab
 import dataclasses
 import glob
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -90,8 +88,8 @@ class Config(DataConfig):
         super().__post_init__()
         if self.step not in ("probe", "select", "both") or self.score not in ("counts", "logprob"):
             raise ValueError(f"step is {self.step!r} (probe | select | both), score {self.score!r} (counts | logprob)")
-        if self.rollouts < 1 or self.k < 0:
-            raise ValueError(f"rollouts is {self.rollouts}, expected at least 1; k is {self.k}, expected at least 0")
+        if min(self.rollouts, self.k + 1) < 1:
+            raise ValueError(f"rollouts is {self.rollouts}, expected at least 1; k {self.k}, at least 0")
 
     @property
     def name(self):
@@ -130,6 +128,13 @@ def thresholds(n):
     return 6 * n // 8, -(-2 * n // 8)
 
 
+def limits(config, n):
+    """(max_p_t, min_gain) of this run: flags, else the paper's shares of n; log-probabilities only need gain >= 0. Ours."""
+    if config.score == "logprob":
+        return math.inf, 0
+    return tuple(flag if flag >= 0 else share for flag, share in zip((config.max_p_t, config.min_gain), thresholds(n)))
+
+
 def false_keep_rate(n, p, max_p_t=6, min_gain=2):
     """P(keep) if the future does not help: p_t and p_v independent Binomial(n, p). Exact. Source: ours."""
     pmf = [math.comb(n, i) * p**i * (1 - p)**(n - i) for i in range(n + 1)]
@@ -158,7 +163,7 @@ def read_answer(response):
     answer = answer_of(response)
     if answer is not None or not response.rstrip().endswith(("<|im_end|>", "<|endoftext|>")):
         return answer
-    lines = [line.strip() for line in re.sub(r"<[^<>]*>", "\n", response).split("\n")]
+    lines = [line.strip() for line in re.sub(r"<[/|\w][^<>\s]*>", "\n", response).split("\n")]
     return next((line for line in reversed(lines) if line), None)
 
 
@@ -226,14 +231,11 @@ def read_pool(config):
 def prompt_hash(row):
     """What is asked, as 16 hex digits: texts, key frames by file name, gold answer, options. Source: ours."""
     def plain(part):
-        if isinstance(part, str):
-            return part
-        source = part[0]
-        name = hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else os.path.basename(source)
-        return [name, *part[1:]]
-    future = [plain(part) for part in row.response if isinstance(part, Frame)]
-    told = [[plain(part) for part in row.prompt], future, row.answer, row.options]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+        return part if isinstance(part, str) else [hashlib.sha256(part[0]).hexdigest() if isinstance(part[0], bytes) else
+                                                   os.path.basename(part[0]), *part[1:]]
+    future = [part for part in row.response if isinstance(part, Frame)]
+    told = json.dumps([[plain(part) for part in (*row.prompt, "future", *future)], row.answer, row.options])
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def read_probe(config, ids, rows):
@@ -255,6 +257,7 @@ def read_probe(config, ids, rows):
 
 
 def write(path, text):
+    """A file as a whole or not at all."""
     with open(path + ".part", "w", encoding="utf-8") as f:
         f.write(text)
     os.replace(path + ".part", path)
@@ -270,9 +273,8 @@ def results(rows, responses, judge, config):
     marks = mark([row for row in rows for _ in "tv"], [r for both in responses for r in both], judge)
     found = []
     for row, both, t, v in zip(rows, responses, marks[::2], marks[1::2]):
-        unjudged = (t + v).count(None)
-        line = dict(unjudged=unjudged) if unjudged else dict(p_t=sum(t), p_v=sum(v))
-        line["no_answer"] = sum(not read_answer(r) for r in both[0] + both[1])
+        unjudged, empty = (t + v).count(None), sum(not read_answer(r) for r in both[0] + both[1])
+        line = dict(unjudged=unjudged, no_answer=empty) if unjudged else dict(p_t=sum(t), p_v=sum(v), no_answer=empty)
         if unjudged:
             tqdm.write(f"unjudged {row.where}: {unjudged} of {len(t + v)} rollouts")
         if unjudged or config.answers:
@@ -284,7 +286,8 @@ def results(rows, responses, judge, config):
 def probe(config, judge=None):
     """Score the candidates of the pool that have no score yet -> {id: line}. sec. 3.2.
 
-    judge: default a rewards.Judge if judge_url is set. Raises SystemExit if OUT holds other settings, ValueError on bad input.
+    judge: default a rewards.Judge if judge_url is set. Raises SystemExit if OUT holds other settings, ValueError on bad
+    input.
     """
     rank, world, device = set_up_ranks()
     folder, counts = newest(config.model), config.score == "counts"
@@ -309,8 +312,8 @@ def probe(config, judge=None):
         write(path + ".settings.json", json.dumps(settings, indent=1))
         if counts:
             print(noise_table(config.rollouts, *limits(config, config.rollouts)))
-            if judge is None and any(isinstance(row, Row) and not row.options for row in rows):
-                print("open answers are judged by exact match alone: no --judge_url")
+        if counts and judge is None and any(isinstance(row, Row) and not row.options for row in rows):
+            print("open answers are judged by exact match alone: no --judge_url")
     decode = {k: settings[k] for k in ("temperature", "top_p", "max_new_tokens", "max_latents", "batch")}
     common = dict(n=config.rollouts, seed=config.seed, decode=decode, model=folder, judge=config.judge_model)
 
@@ -327,16 +330,17 @@ def probe(config, judge=None):
     blocks = [ids[i:i + config.batch] for i in range(0, len(ids), config.batch)]
     missing = {id for id in ids if id not in done or "skipped" in done[id]}
     mine = [block for block in blocks if missing.intersection(block)][rank::world]
-    usable = [[id for id in block if isinstance(rows[place[id]], Row)] for block in mine]
-    prompts = [p for block in usable for id in block for row in [rows[place[id]]]
-               for p in (dataclasses.replace(row, response=[]), with_future(row, config.later))]  # t, v, t, v, ...
-    ends = [2 * n for n in itertools.accumulate(map(len, usable))]
-    plan = [list(range(start, end)) for start, end in zip([0, *ends], ends)]
-    model, batches = None, []
+    usable, prompts, plan = [[id for id in block if isinstance(rows[place[id]], Row)] for block in mine], [], []
+    for good in usable:
+        before = len(prompts)
+        for row in (rows[place[id]] for id in good):
+            prompts += [dataclasses.replace(row, response=[]), with_future(row, config.later)]  # t, v, t, v, ...
+        plan.append(list(range(before, len(prompts))))
+    batches = []
     if mine:
         dtype = torch.bfloat16 if config.bf16 and device.type == "cuda" else torch.float32
-        model, tokenizer = load(folder, dtype=dtype,
-                                attn_implementation=best_attention() if dtype == torch.bfloat16 else "sdpa")
+        attention = best_attention() if dtype == torch.bfloat16 else "sdpa"
+        model, tokenizer = load(folder, dtype=dtype, attn_implementation=attention)
         model.to(device).eval()
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         empty = [x for x in encode(Row("", "", [], [], ""), tokenizer, config)["labels"] if x != -100]
@@ -351,13 +355,14 @@ def probe(config, judge=None):
             began = time.time()
             new = {id: dict(skipped=rows[place[id]].why) for id in block if id not in good}
             lost = iter(batch["skipped"])
-            new.update({good[k // 2]: dict(skipped=next(lost).why) for k in range(2 * len(good)) if k not in batch["kept"]})
-            todo = [id for id in good if id not in new]
-            if missing.intersection(todo):
+            for k in sorted({*range(2 * len(good))} - {*batch["kept"]}):
+                new[good[k // 2]] = dict(skipped=next(lost).why)
+            todo = [id for id in good if id in missing and id not in new]
+            if todo:
                 values = dict(zip(batch["kept"], measure(model, tokenizer, to_device(batch, device), config, block, empty)))
-                pairs = {id: (values[2 * good.index(id)], values[2 * good.index(id) + 1]) for id in todo if id in missing}
-                new.update({id: dict(logp_t=t, logp_v=v) for id, (t, v) in pairs.items()} if not counts else
-                           dict(zip(pairs, results([rows[place[id]] for id in pairs], list(pairs.values()), judge, config))))
+                pairs = [(values[2 * good.index(id)], values[2 * good.index(id) + 1]) for id in todo]
+                new.update(zip(todo, results([rows[place[id]] for id in todo], pairs, judge, config) if counts else
+                               [dict(logp_t=t, logp_v=v) for t, v in pairs]))
             append(f, {id: new[id] for id in block if id in missing})
             clock.write(json.dumps(dict(ids=block, seconds=round(time.time() - began, 4))) + "\n")
             bar.update(len(block))
@@ -369,11 +374,13 @@ def probe(config, judge=None):
         write(path + ".jsonl", "".join(json.dumps(done[id], ensure_ascii=False) + "\n" for id in order))
         for part in glob.glob(glob.escape(path) + "_*.jsonl"):
             os.remove(part)
-        seconds = sum(line["seconds"] for part in glob.glob(glob.escape(path) + ".seconds_*.jsonl")
-                      for line in read_lines(part))
+        seconds = sum(line["seconds"] for clock in glob.glob(glob.escape(path) + ".seconds_*.jsonl")
+                      for line in read_lines(clock))
         count = Counter(next((why for why in ("skipped", "unjudged") if why in done[id]), "done") for id in ids)
-        print(f"{path}.jsonl: {len(ids)} candidates, " + ", ".join(f"{v} {k}" for k, v in sorted(count.items()))
-              + f", {seconds:.0f} s over all runs and ranks")
+        print(f"{path}.jsonl: {len(ids)} candidates, {', '.join(f'{n} {what}' for what, n in sorted(count.items()))}, "
+              f"{seconds:.0f} s over all runs and ranks")
+        if judge is not None and judge.failures:
+            print("no verdict from the judge: " + ", ".join(f"{n} x {why}" for why, n in judge.failures.most_common()))
     return done
 
 
@@ -384,7 +391,7 @@ def measure(model, tokenizer, batch, config, block, empty):
     seed = hashlib.sha256(json.dumps([config.seed, *block]).encode()).digest()[:7]  # 56 bits
     out = generate(model, model_inputs(batch), n=config.rollouts, temperature=config.temperature, top_p=config.top_p,
                    max_new_tokens=config.max_new_tokens, max_latents=config.max_latents, cuda_graph=config.cuda_graph,
-                   generator=torch.Generator().manual_seed(int.from_bytes(seed)))
+                   generator=torch.Generator().manual_seed(int.from_bytes(seed, "big")))
     texts = tokenizer.batch_decode([t[:length] for t, length in zip(out.tokens.cpu(), out.lengths)])
     texts = [re.sub(f"(?:{re.escape(LATENT)}\\s*)+", LATENT, text) for text in texts]
     return [texts[i:i + config.rollouts] for i in range(0, len(texts), config.rollouts)]
@@ -392,25 +399,15 @@ def measure(model, tokenizer, batch, config, block, empty):
 
 # -------------------------------------------------------------------------------------------------------------- select
 
-def limits(config, n):
-    """(max_p_t, min_gain) of this run: flags, else the paper's shares of n; log-probabilities only need gain >= 0. Ours."""
-    if config.score == "logprob":
-        return math.inf, 0
-    return tuple(flag if flag >= 0 else share for flag, share in zip((config.max_p_t, config.min_gain), thresholds(n)))
-
-
-def fates(lines, ids, chosen, max_p_t, min_gain):
-    """What became of each candidate -> {id: one of FATES}. sec. 3.2. lines {id: line}; chosen: ids."""
-    def fate(id):
-        line = lines.get(id, dict(missing=True))
-        if id in chosen or not {"p_t", "p_v"} <= line.keys():
-            return "chosen" if id in chosen else next(f for f in ("unjudged", "skipped", "missing") if f in line)
-        return "beyond K" if keep(line["p_t"], line["p_v"], max_p_t, min_gain) else \
-            "p_t too high" if line["p_t"] > max_p_t else "gain too low"
-    return {id: fate(id) for id in ids}
-
-
 FATES = ("chosen", "beyond K", "p_t too high", "gain too low", "unjudged", "skipped", "missing")
+
+
+def fate(line, chosen, max_p_t, min_gain):
+    """A probe's line (or None), and whether it was chosen -> which of FATES became of the candidate. sec. 3.2."""
+    if chosen or line is None or "p_t" not in line:
+        return "chosen" if chosen else "missing" if line is None else "unjudged" if "unjudged" in line else "skipped"
+    return "beyond K" if keep(line["p_t"], line["p_v"], max_p_t, min_gain) else \
+        "p_t too high" if line["p_t"] > max_p_t else "gain too low"
 
 
 def cut(config):
@@ -419,73 +416,74 @@ def cut(config):
     The records are those of the pool, untouched: their relative clip paths still start at the pool's folder.
     """
     records, ids, rows = read_pool(config)
-    lines = read_probe(config, ids, rows)
+    lines, counts = read_probe(config, ids, rows), config.score == "counts"
     if not lines:
         raise SystemExit(f"{config.out} holds no {config.name}.jsonl: run --step probe first")
-    n, place = next(iter(lines.values()))["n"], {id: i for i, id in enumerate(ids)}
+    n = next(iter(lines.values()))["n"]
     max_p_t, min_gain = limits(config, n)
     for line in lines.values():
         if "logp_t" in line:
             line.update(p_t=line["logp_t"], p_v=line["logp_v"])
     scored = [lines[id] for id in ids if "p_t" in lines.get(id, {})]
-    chosen = [line["id"] for line in select(scored, config.k, max_p_t, min_gain)]
-    at, fate = [place[id] for id in chosen], fates(lines, ids, set(chosen), max_p_t, min_gain)
+    chosen = {line["id"]: line for line in select(scored, config.k, max_p_t, min_gain)}  # in their order
+    fates = {id: fate(lines.get(id), id in chosen, max_p_t, min_gain) for id in ids}
 
-    out = os.path.join(config.out, "selected" + os.path.splitext(config.data)[1])
-    if out.endswith(".parquet"):
+    suffix, kind = "" if counts else "_logprob", os.path.splitext(config.data)[1]
+    out, summary = (os.path.join(config.out, name + suffix) for name in ("selected", "select"))
+    place = {id: i for i, id in enumerate(ids)}
+    picked = [records[place[id]] for id in chosen]
+    if kind == ".parquet":
         import pyarrow.parquet
-        pyarrow.parquet.write_table(pyarrow.parquet.read_table(config.data).take(at), out + ".part")
-        os.replace(out + ".part", out)
+        table = pyarrow.parquet.read_table(config.data)
+        pyarrow.parquet.write_table(table.take([place[id] for id in chosen]), out + ".part")
+        os.replace(out + ".part", out + kind)
     else:
-        texts = [json.dumps(records[i], ensure_ascii=False) for i in at]
-        write(out, "".join(text + "\n" for text in texts) if out.endswith(".jsonl") else
-              "[" + ",\n ".join(texts) + "]\n")
+        texts = [json.dumps(record, ensure_ascii=False) for record in picked]
+        write(out + kind, "".join(text + "\n" for text in texts) if kind == ".jsonl" else "[" + ",\n ".join(texts) + "]\n")
 
-    def frames(row):
-        return sum(isinstance(part, Frame) for part in row.response) if isinstance(row, Row) else "?"
-    keys = {"all": ["all"] * len(ids), "category": [getattr(row, "group", "?") for row in rows],
-            "future frames": [frames(row) for row in rows]}
-    if config.score == "counts":  # Fig. 6
+    about = [("?", "?") if isinstance(row, Skipped) else (row.group, sum(isinstance(x, Frame) for x in row.response))
+             for row in rows]
+    keys = {"all": ["all"] * len(ids), "category": [group for group, _ in about], "future frames": [m for _, m in about]}
+    if counts:  # Fig. 6
         keys["gain"] = [visual_gain(lines[id]["p_t"], lines[id]["p_v"]) if "p_t" in lines.get(id, {}) else "?" for id in ids]
-    tables = {by: {key: dict(Counter(fate[id] for id, k in zip(ids, of) if k == key))
+    tables = {by: {key: Counter(fates[id] for id, k in zip(ids, of) if k == key)
                    for key in sorted(set(of), key=lambda key: (isinstance(key, str), key))} for by, of in keys.items()}
     named = {id: lines[id].get("skipped") or f"{lines[id]['unjudged']} rollouts unjudged"
-             for id in ids if fate[id] in ("unjudged", "skipped")}
+             for id in ids if fates[id] in ("unjudged", "skipped")}
     text = f"{len(chosen)} of {len(ids)} candidates chosen by {config.score}"
-    if config.score == "counts":
+    if counts:
         empty = sum(line.get("no_answer", 0) for line in lines.values())
-        text += (f": p_t <= {max_p_t}, gain >= {min_gain} of n = {n}; {empty} rollouts without an answer (wrong)\n"
-                 + noise_table(n, max_p_t, min_gain))
+        text += f"; {empty} rollouts without an answer (wrong)\n" + noise_table(n, max_p_t, min_gain)
     for by, table in tables.items():
         text += f"\n\n{by:<16}" + "".join(f"{f:>14}" for f in FATES) + "".join(
-            f"\n{key:<16}" + "".join(f"{count.get(f, 0):>14}" for f in FATES) for key, count in table.items())
+            f"\n{key:<16}" + "".join(f"{count[f]:>14}" for f in FATES) for key, count in table.items())
     text += "\n" + "".join(f"\n{id}: {why}" for id, why in named.items())
-    write(os.path.join(config.out, "select.txt"), text + "\n")
-    write(os.path.join(config.out, "select.json"), json.dumps(dict(
-        score=config.score, k=config.k, n=n, max_p_t=None if max_p_t == math.inf else max_p_t, min_gain=min_gain,
-        chosen=chosen, tables=tables, named=named), indent=1, ensure_ascii=False))
-    draw(scored, fate, tables, os.path.join(config.out, "select.png"))
-    print(f"{text}\n\n{out}; relative clip paths in it start at {config.media_root or os.path.dirname(config.data) or '.'} "
-          "(--media_root of the training)")
-    return [records[i] for i in at]
+    write(summary + ".txt", text + "\n")
+    write(summary + ".json", json.dumps(dict(
+        score=config.score, k=config.k, n=n, max_p_t=max_p_t if counts else None, min_gain=min_gain, chosen=[*chosen],
+        tables=tables, named=named), indent=1, ensure_ascii=False))
+    draw(scored, fates, tables, summary + ".png")
+    root = config.media_root or os.path.dirname(config.data) or "."
+    print(f"{text}\n\n{out}{kind}, whose relative clip paths start at {root}")
+    return picked
 
 
-def draw(scored, fate, tables, png):
+def draw(scored, fates, tables, png):
     """The selection as a picture: how many candidates have which gain (Fig. 6), category and number of future frames."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 3, figsize=(12, 3.4), constrained_layout=True, width_ratios=(2, 1, 1))
-    gains = {f: [visual_gain(x["p_t"], x["p_v"]) for x in scored if fate[x["id"]] == f] for f in FATES[:4]}
+    gains = {f: [visual_gain(x["p_t"], x["p_v"]) for x in scored if fates[x["id"]] == f] for f in FATES[:4]}
     whole = all(isinstance(g, int) for mine in gains.values() for g in mine)
-    low, high = (f([g for mine in gains.values() for g in mine], default=0) for f in (min, max))
-    edges = [low - 0.5 + i for i in range(high - low + 2)] if whole else 40
+    flat = sum(gains.values(), [0])
+    edges = [g - 0.5 for g in range(min(flat), max(flat) + 2)] if whole else 40
     axes[0].hist(list(gains.values()), edges, stacked=True, rwidth=0.9)
     axes[0].set(xlabel="gain, p_v - p_t" if whole else "gain in mean log-probability", ylabel="candidates")
     for ax, by in zip(axes[1:], ("category", "future frames")):
         below = [0] * len(tables[by])
         for f in FATES:
-            counts = [count.get(f, 0) for count in tables[by].values()]
+            counts = [count[f] for count in tables[by].values()]
             ax.bar([str(key) for key in tables[by]], counts, bottom=below, label=f)
             below = [a + b for a, b in zip(below, counts)]
         ax.set_xlabel(by)
