@@ -118,8 +118,7 @@ def select(rows, k, max_p_t=6, min_gain=2):
     Ties (ours): the lower p_t first, then the smaller sha256 of the id. The order of `rows` does not matter.
     """
     kept = [row for row in rows if keep(row["p_t"], row["p_v"], max_p_t, min_gain)]
-    kept.sort(key=lambda row: (-visual_gain(row["p_t"], row["p_v"]), row["p_t"],
-                               hashlib.sha256(row["id"].encode()).hexdigest()))
+    kept.sort(key=lambda r: (-visual_gain(r["p_t"], r["p_v"]), r["p_t"], hashlib.sha256(r["id"].encode()).hexdigest()))
     return kept[:k or None]
 
 
@@ -286,13 +285,14 @@ def results(rows, responses, judge, config):
 def probe(config, judge=None):
     """Score the candidates of the pool that have no score yet -> {id: line}. sec. 3.2.
 
-    judge: default a rewards.Judge if judge_url is set. Raises SystemExit if OUT holds other settings, ValueError on bad
-    input.
+    judge: default a rewards.Judge if judge_url is set. Raises SystemExit if OUT holds other settings or another pool.
     """
     rank, world, device = set_up_ranks()
     folder, counts = newest(config.model), config.score == "counts"
     _, ids, rows = read_pool(config)
     place = {id: i for i, id in enumerate(ids)}
+    if judge is None and bool(config.judge_url) != bool(config.judge_model):
+        raise SystemExit("--judge_url and --judge_model go together")  # else rule and judge would mix in one file
     if judge is None and config.judge_url:
         judge = Judge(config.judge_url, config.judge_model)
     os.makedirs(config.out, exist_ok=True)
@@ -310,8 +310,7 @@ def probe(config, judge=None):
         dist.barrier()  # nobody writes before everybody has read
     if rank == 0:
         write(path + ".settings.json", json.dumps(settings, indent=1))
-        if counts:
-            print(noise_table(config.rollouts, *limits(config, config.rollouts)))
+        print(noise_table(config.rollouts, *limits(config, config.rollouts)) if counts else "one forward a condition")
         if counts and judge is None and any(isinstance(row, Row) and not row.options for row in rows):
             print("open answers are judged by exact match alone: no --judge_url")
     decode = {k: settings[k] for k in ("temperature", "top_p", "max_new_tokens", "max_latents", "batch")}
@@ -459,12 +458,11 @@ def cut(config):
             f"\n{key:<16}" + "".join(f"{count[f]:>14}" for f in FATES) for key, count in table.items())
     text += "\n" + "".join(f"\n{id}: {why}" for id, why in named.items())
     write(summary + ".txt", text + "\n")
-    write(summary + ".json", json.dumps(dict(
-        score=config.score, k=config.k, n=n, max_p_t=max_p_t if counts else None, min_gain=min_gain, chosen=[*chosen],
-        tables=tables, named=named), indent=1, ensure_ascii=False))
+    told = dict(score=config.score, k=config.k, n=n, max_p_t=max_p_t if counts else None, min_gain=min_gain)
+    told.update(chosen=[*chosen], tables=tables, named=named)
+    write(summary + ".json", json.dumps(told, indent=1, ensure_ascii=False))
     draw(scored, fates, tables, summary + ".png")
-    root = config.media_root or os.path.dirname(config.data) or "."
-    print(f"{text}\n\n{out}{kind}, whose relative clip paths start at {root}")
+    print(f"{text}\n\n{out}{kind}, whose clip paths start at {config.media_root or os.path.dirname(config.data) or '.'}")
     return picked
 
 
@@ -479,6 +477,7 @@ def draw(scored, fates, tables, png):
     flat = sum(gains.values(), [0])
     edges = [g - 0.5 for g in range(min(flat), max(flat) + 2)] if whole else 40
     axes[0].hist(list(gains.values()), edges, stacked=True, rwidth=0.9)
+    axes[0].locator_params(axis="x", integer=whole)
     axes[0].set(xlabel="gain, p_v - p_t" if whole else "gain in mean log-probability", ylabel="candidates")
     for ax, by in zip(axes[1:], ("category", "future frames")):
         below = [0] * len(tables[by])

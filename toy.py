@@ -456,8 +456,9 @@ def main(config):
         text += "".join(f"\n- {name}: {spread([f[name] for f in figures])}" for name in figures[0])
     with open(os.path.join(config.out, "table.md"), "w") as f:
         f.write(text + "\n")
+    found = dict(settings=settings, results=results, ablations=ablations, curation=curated, figures=figures)
     with open(os.path.join(config.out, "table.json"), "w") as f:
-        json.dump(dict(settings=settings, results=results, ablations=ablations, curation=curated, figures=figures), f, indent=1)
+        json.dump(found, f, indent=1)
     draw_results(results, config, os.path.join(config.out, "accuracy.png"))
     print(f"\n{text}\n\n{time.time() - began:.0f} s; table.md, accuracy.png, clip.png, seed_*/*/loss.png: in {config.out}")
 

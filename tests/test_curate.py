@@ -201,7 +201,8 @@ def test_killed_and_shared_by_two_ranks_gives_the_same_bytes(world, probed, tmp_
 def test_settings_and_pools_do_not_mix(world, probed, tmp_path):
     """Breaks if another n, seed, model or question joins a probe, or a finished one is not left as it is."""
     before = open(os.path.join(probed, "probe.jsonl"), "rb").read()
-    for change in (dict(rollouts=3), dict(seed=1), dict(temperature=1.0), dict(later="later"), dict(judge_model="x")):
+    for change in (dict(rollouts=3), dict(seed=1), dict(temperature=1.0), dict(later="later"),
+                   dict(judge_model="x", judge_url="http://x/v1")):
         with pytest.raises(SystemExit, match="other values of " + next(iter(change))):
             curate.probe(config(world, probed, **change))
     path = pool(world, "asked.jsonl", lambda records: records[1]["conversations"][0].update(value="<image> <image> what ?"))
@@ -270,7 +271,9 @@ def test_a_judge_outage_is_caught_up_without_generating(world, tmp_path, monkeyp
     summary = json.load(open(tmp_path / "b" / "select.json"))
     assert summary["tables"]["all"]["all"]["unjudged"] == len(waiting) and set(summary["named"]) == set(waiting)
     monkeypatch.setattr(curate, "generate", None)
-    curate.probe(c["b"])  # without a judge they wait
+    with pytest.raises(SystemExit, match="go together"):  # not by the rule alone under the judge's name
+        curate.probe(c["b"])
+    curate.probe(c["b"], judge=Answers(None))
     assert [id for id, line in read(tmp_path / "b").items() if "unjudged" in line] == waiting
     curate.probe(c["b"], judge=everything)
     assert (tmp_path / "b" / "probe.jsonl").read_bytes() == (tmp_path / "a" / "probe.jsonl").read_bytes()
