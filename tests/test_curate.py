@@ -222,7 +222,7 @@ def test_settings_and_pools_do_not_mix(world, probed, tmp_path):
             config(world, tmp_path, **bad)
 
 
-def test_what_cannot_be_probed_is_named_and_tried_again(world, probed, tmp_path, capsys):
+def test_what_cannot_be_probed_is_named_and_tried_again(world, probed, tmp_path, capsys, monkeypatch):
     """Breaks if a corrupt clip, a row without future frames or without an answer stops the run, gets counts, or is lost."""
     clips = os.path.join(os.path.dirname(world["test"]), "clips")
     with open(os.path.join(clips, "bad.mp4"), "wb") as f:
@@ -247,6 +247,9 @@ def test_what_cannot_be_probed_is_named_and_tried_again(world, probed, tmp_path,
     summary, text = json.load(open(tmp_path / "select.json")), (tmp_path / "select.txt").read_text()
     assert len(summary["named"]) == 4 and all(reason in text for reason in why)
     assert summary["tables"]["all"]["all"]["skipped"] == 4 and len(chosen) <= 4
+    with monkeypatch.context() as patch:  # still damaged: tried again, without generating for their neighbours
+        patch.setattr(curate, "generate", None)
+        curate.probe(c)
     # repaired: nothing but the four is done again
     before = (tmp_path / "probe.seconds_0.jsonl").read_text()
     shutil.copy(world["test"], path)
