@@ -346,7 +346,7 @@ def probe(config, judge=None):
         batches = loader(Samples(prompts, tokenizer, config, train=not counts), plan, config.workers, pad_id=pad,
                          side="left" if counts else "right")
     bar = tqdm(total=sum(map(len, mine)), desc=config.name, unit=" candidates", disable=rank > 0, mininterval=2)
-    with open(f"{path}_{rank}.jsonl", "a", encoding="utf-8") as f, open(f"{path}.seconds_{rank}.jsonl", "a") as clock:
+    with open(f"{path}_{rank}.jsonl", "a", encoding="utf-8") as f, open(f"{path}.seconds_{rank}.jsonl", "a", 1) as clock:
         unjudged = [id for id in ids if "unjudged" in done.get(id, {})] if rank == 0 and judge else []
         append(f, dict(zip(unjudged, results([rows[place[id]] for id in unjudged],
                                              [done[id]["responses"] for id in unjudged], judge, config))))

@@ -181,7 +181,7 @@ def test_a_torn_part_file_is_completed_to_the_same_bytes(world, probed, tmp_path
 
 
 def test_killed_and_shared_by_two_ranks_gives_the_same_bytes(world, probed, tmp_path):
-    """Breaks if SIGKILL loses or doubles a line, or the number of ranks changes the output."""
+    """Breaks if SIGKILL loses or doubles a line, the number of ranks changes the output, or ranks do the same work."""
     whole = open(os.path.join(probed, "probe.jsonl"), "rb").read()
     env, c = dict(os.environ, OMP_NUM_THREADS="1"), config(world, tmp_path, step="probe")
     dies = ("import curate, os, signal, sys; made = []; generate = curate.generate\n"
@@ -196,6 +196,8 @@ def test_killed_and_shared_by_two_ranks_gives_the_same_bytes(world, probed, tmp_
     assert again.returncode == 0, again.stderr[-3000:]
     assert (tmp_path / "probe.jsonl").read_bytes() == whole and not part.exists()
     assert "kept by chance" in again.stdout and "8 done" in again.stdout
+    spent = [[id for line in open(tmp_path / f"probe.seconds_{r}.jsonl") for id in json.loads(line)["ids"]] for r in (0, 1)]
+    assert sorted(spent[0] + spent[1]) == sorted(read(tmp_path)) and spent[1]  # each block once, by one of them
 
 
 def test_settings_and_pools_do_not_mix(world, probed, tmp_path):
