@@ -68,13 +68,16 @@ def choose(logits, in_span, count, u, *, ids, banned, temperature=0.0, top_p=1.0
     words = logp + banned
     if temperature == 0:
         word = words.argmax(-1)
-    else:  # inverse of the cumulated probabilities, most probable first
-        p, order = words.softmax(-1).sort(-1, descending=True)
-        before = p.cumsum(-1) - p
-        p = p.masked_fill(before >= top_p, 0)  # the smallest set that reaches top_p
+    else:  # inverse of the cumulated probabilities; most probable first where the tail is to be cut
+        p, order = words.softmax(-1), None
+        if top_p < 1:
+            p, order = p.sort(-1, descending=True)
+            p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # the smallest set that reaches top_p
         cdf = p.cumsum(-1)
         k = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)  # (R, 1)
-        word = order.gather(1, k.clamp(max=(p > 0).sum(-1, keepdim=True) - 1))[:, 0]
+        last = (cdf < cdf[:, -1:]).sum(-1, keepdim=True)  # rounding must not lead past the last one that is possible
+        k = torch.minimum(k, last)
+        word = (k if order is None else order.gather(1, k))[:, 0]
 
     log_stop = logp[:, latent_end]
     log_go = log_continue(log_stop)

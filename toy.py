@@ -31,10 +31,11 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig
 
+import curate
 import evaluate
 import la_dapo
 import sft
-from data import DataConfig, key_frame_positions, parse_config, read_clip
+from data import DataConfig, key_frame_positions, parse_config, read_clip, read_rows
 from model import FutureL1, add_latent_tokens
 
 
@@ -51,8 +52,9 @@ class Config:
     pretrain_steps: int = 1500  # x 64 captions
     sft_steps: int = 600  # x 64 rows
     rl_steps: int = 80  # of LA-DAPO, on the answers of all training clips
-    variants: str = "text,latent"  # which SFT trainings to compare; the README's table: "all"
-    rl: str = "la-dapo"  # which RL trainings to compare; the README's table: "all"
+    variants: str = "text,latent"  # which SFT trainings to compare, or "all"
+    rl: str = "la-dapo"  # which RL trainings to compare, or "all"
+    curation: bool = True  # also choose rows of a mixed pool by visual gain, and train on them
     workers: int = 0  # decoding processes; the clips fit in memory, so one pass and a cache do
 
     @property
@@ -99,7 +101,8 @@ NAMES = {"base": "base (captions only)", "text": "text-only SFT", "pause": "paus
          "latent+self": "latent SFT, self-forcing", "latent-stop": "latent SFT, no stop term", "latent-long": "latent SFT, longer",
          "latent-long-all": "latent SFT, longer, all clips annotated", "dapo": "RL: DAPO", "dapo+ctr": "RL: DAPO + R_ctr",
          "dapo+div": "RL: DAPO + R_div", "la-dapo": "RL: LA-DAPO (both)", "constants": "RL: LA-DAPO, latents as constants",
-         "noise": "RL: LA-DAPO, noisy latents", "text-rl": "RL from text-only SFT"}
+         "noise": "RL: LA-DAPO, noisy latents", "text-rl": "RL from text-only SFT",
+         "able": "before", "selected": "SFT on the selected rows", "random": "SFT on as many random rows"}
 ABLATIONS = ("zero", "noise", "shuffled", "true")
 GROUPS = ("1-hop", "2-hop", "3-hop", "interp")
 
@@ -303,13 +306,13 @@ def make_model(tokenizer, seed, hidden=96, layers=2):
 
 # --------------------------------------------------------------------------------------------------------- pipeline
 
-def trained(script, out, **settings):
+def trained(script, out, rows=None, **settings):
     """The checkpoint of a training (script: sft or la_dapo), run unless it is already complete."""
     done = sft.checkpoints(out)
     if done and done[-1].endswith(f"step_{settings['steps']:06d}"):
         return done[-1]
     print(f"\n== training {out}")
-    return script.train(script.Config(**{**settings, "out": out, "resume": bool(done)}))
+    return script.train(script.Config(**{**settings, "out": out, "resume": bool(done)}), rows)
 
 
 def scored(model, data, out, config, latents="generated"):
@@ -364,11 +367,11 @@ def spread(values):
     return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
 
-def markdown(results, names):
+def markdown(results, names, groups=GROUPS):
     """[{row: {group: scores}} a seed] -> a table as text; avg is the micro average."""
-    lines = ["| | " + " | ".join([*GROUPS, "avg"]) + " |", "|---" * (len(GROUPS) + 2) + "|"]
+    lines = ["| | " + " | ".join([*groups, "avg"]) + " |", "|---" * (len(groups) + 2) + "|"]
     for name in results[0]:
-        cells = [spread([r[name][g]["accuracy"] for r in results]) for g in (*GROUPS, "all")]
+        cells = [spread([r[name][g]["accuracy"] for r in results]) for g in (*groups, "all")]
         lines.append(f"| {names.get(name, name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -407,6 +410,67 @@ def draw_strip(clip, png):
     plt.close(fig)
 
 
+def candidates(seed, bend, video):
+    """Three rows of a clip: two about what is visible, and one of 1-, 2- and 3-hop by turns. Source: ours."""
+    path, hop = contacts(seed, bend), questions(seed, bend, video)[seed % 3]
+    moves, ways = heading(path[2], path[3]), [f"moves {x} {y}" for x in ("right", "left") for y in ("up", "down")]
+    seen = [dict(hop, id=f"{seed}-{group}", group=group, options=options, answer=answer, reasoning_image=[5], conversations=[
+        {"from": "human", "value": f"<image> <image> {text}"}, {"from": "gpt", "value": f"THOUGHT 1: {moves} <image>"}])
+        for group, text, options, answer in (("near", "which wall is near the ball ?", list(WALLS), WALLS[path[3][0]]),
+                                             ("move", "how does the ball move ?", ways, moves))]
+    return [*seen, hop]
+
+
+def spearman(a, b):
+    """Rank correlation of two series; ties share their mean rank. Source: Spearman 1904."""
+    def ranks(values):
+        _, at, count = np.unique(values, return_inverse=True, return_counts=True)
+        return (count.cumsum() - (count - 1) / 2)[at]
+    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
+
+
+def run_curation(seed, config, world):
+    """Curation with one seed -> {training: {group: scores}}, {figure: value}. sec. 3.2; the pool is ours.
+
+    The captions model first learns, on clips of its own, to answer such questions with and without the later frames in
+    sight. That stands in for Qwen3-VL, which can read a frame it is given but hardly foresee it. The result is the model
+    that is probed, and that then learns from the chosen rows, or from as many random ones.
+    """
+    home, folder = os.path.join(config.out, f"seed_{seed}"), os.path.dirname(world["train"])
+    clips = dict(pool=range(min(400, config.clips // 2)), able=range(config.clips // 2, config.clips))
+    files = {name: os.path.join(folder, f"curation_{name}.jsonl") for name in (*clips, "test")}
+    for name, seeds in clips.items():
+        write_rows(files[name], [row for s in seeds for row in candidates(s, config.bend, f"clips/{s}.mp4")])
+    with open(world["test"]) as f:
+        write_rows(files["test"], [row for row in map(json.loads, f) if row["group"] != "interp"])
+    able = [r for row in read_rows(files["able"]) for r in (curate.with_future(row), dataclasses.replace(row, response=[]))]
+    common = dict(TINY, seed=seed, workers=config.workers)
+    base = trained(sft, os.path.join(home, "able"), able, **{**common, **dict(
+        model=sft.newest(os.path.join(home, "base")), spans=False, lr=1e-3, steps=max(1, config.pretrain_steps // 15))})
+    pool, figures, gains = read_rows(files["pool"]), {}, []
+    c = curate.Config(model=base, data=files["pool"], out=os.path.join(home, "curation"), seed=seed, batch=50, max_latents=2,
+                      max_new_tokens=12, k=len(pool) // 6, workers=config.workers,
+                      **{f.name: TINY[f.name] for f in dataclasses.fields(DataConfig) if f.name in TINY})
+    for c.score in ("logprob", "counts"):
+        lines = curate.probe(c).values()
+        t, v = ("p_t", "p_v") if c.score == "counts" else ("logp_t", "logp_v")
+        gains.append([line[v] - line[t] for line in lines])
+        chosen = {record["id"] for record in curate.cut(c)}
+        figures[f"share of hops, chosen by {c.score}"] = np.mean([row.group in GROUPS for row in pool if row.id in chosen])
+        spent = evaluate.read_lines(os.path.join(c.out, f"{c.name}.seconds_0.jsonl"))
+        figures[f"seconds, {c.score}"] = sum(line["seconds"] for line in spent)
+    figures["rank correlation of the two scores"] = spearman(*gains)
+    some = np.random.default_rng(seed).permutation(len(pool))[:len(chosen)]
+    sets = dict(selected=[row for row in pool if row.id in chosen], random=[pool[i] for i in some])
+    figures["rows in each set"] = len(chosen)
+    scores = {"able": scored(base, files["test"], os.path.join(home, "eval_able"), config)}
+    for name, rows in sets.items() if chosen else ():
+        figures[f"share of hops, {name}"] = np.mean([row.group in GROUPS for row in rows])
+        model = trained(sft, os.path.join(home, name), rows, **common, model=base, steps=max(1, config.sft_steps // 3))
+        scores[name] = scored(model, files["test"], os.path.join(home, f"eval_{name}"), config)
+    return scores, figures
+
+
 def main(config):
     torch.set_num_threads(1)  # so small a model gains little from a second one, and loses much on a busy machine
     if set(config.sft_names) - set(VARIANTS) or set(config.rl_names) - set(RL_VARIANTS) or config.seeds < 1:
@@ -418,7 +482,7 @@ def main(config):
             raise SystemExit(f"{config.out} was not made by this script (it has no toy.json): not deleting it")
         shutil.rmtree(config.out)
     os.makedirs(config.out, exist_ok=True)
-    free = {"seeds", "fresh", "workers", "variants", "rl"}
+    free = {"seeds", "fresh", "workers", "variants", "rl", "curation"}
     settings = dict({k: v for k, v in dataclasses.asdict(config).items() if k not in free}, tiny=TINY, tiny_rl=TINY_RL,
                     trainings=VARIANTS, rl_trainings={name: list(v) for name, v in RL_VARIANTS.items()}, longer=LONGER)
     if os.path.exists(path):
@@ -436,10 +500,16 @@ def main(config):
     text = f"Accuracy on {config.eval_clips} held-out clips a group, {config.seeds} seed(s)\n\n" + markdown(results, NAMES)
     if ablations[0]:
         text += "\n\nLatent SFT, with its spans fed other vectors\n\n" + markdown(ablations, {})
+    curated, figures = [], []
+    if config.curation:
+        curated, figures = zip(*(run_curation(seed, config, world) for seed in range(config.seeds)))
+        text += "\n\nCuration: a pool of which a third asks for the future\n\n" + markdown(curated, NAMES, GROUPS[:3]) + "\n"
+        text += "".join(f"\n- {name}: {spread([f[name] for f in figures])}" for name in figures[0])
     with open(os.path.join(config.out, "table.md"), "w") as f:
         f.write(text + "\n")
+    found = dict(settings=settings, results=results, ablations=ablations, curation=curated, figures=figures)
     with open(os.path.join(config.out, "table.json"), "w") as f:
-        json.dump(dict(settings=settings, results=results, ablations=ablations), f, indent=1)
+        json.dump(found, f, indent=1)
     draw_results(results, config, os.path.join(config.out, "accuracy.png"))
     print(f"\n{text}\n\n{time.time() - began:.0f} s; table.md, accuracy.png, clip.png, seed_*/*/loss.png: in {config.out}")
 

@@ -91,6 +91,7 @@ def test_the_whole_demo_in_small_twice(tmp_path):
     assert set(table["results"][0]) == {"base", "text", "pause", "latent", "latent+self"}
     assert set(table["ablations"][0]) == {"generated", "zero", "noise", "shuffled", "true"}
     assert all(r[g]["n"] == 3 for r in table["results"][0].values() for g in toy.GROUPS)
+    assert "able" in table["curation"][0] and table["figures"][0]["seconds, counts"] > 0
     assert "| text-only SFT |" in first.stdout and (out / "table.md").read_text() in first.stdout + "\n"
     for picture in ("accuracy.png", "clip.png", "seed_0/latent/loss.png"):
         assert (out / picture).stat().st_size > 5000
