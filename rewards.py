@@ -20,6 +20,7 @@ The edge cases of R_ctr are official's, also where they look odd: they decide wh
 Axis letters: G rollouts of a group, N latents of a rollout, T latents two rollouts share, D hidden.
 """
 
+import functools
 import json
 import os
 import re
@@ -41,6 +42,7 @@ _FORMAT = re.compile(rf"\s*(?:{_R})?(?:{_L}{_R})+{_A}", re.S)
 
 # ------------------------------------------------------------------------------------------------ format and answer
 
+@functools.lru_cache(maxsize=4096)  # a sure policy repeats itself
 def format_reward(response):
     """R_fmt in {0, 1}: the whole response is `R (L R)+ A` or `(L R)+ A`. Source: sec. 3.3.
 
@@ -50,6 +52,7 @@ def format_reward(response):
     return float(_FORMAT.fullmatch(response) is not None)
 
 
+@functools.lru_cache(maxsize=4096)
 def repetition_score(text):
     """How much of a response repeats itself, in [0, 1]: the largest of three shares. Source: official.
 
