@@ -16,11 +16,12 @@ import os
 import sys
 from html import escape
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from benchmarks import PAPER, film, jpeg
-from data import ClipError
+from data import ClipError, key_frame_positions, read_clip
 from model import LATENT_END, LATENT_START, normalise, resize_and_cut
 from rewards import diversity_reward, format_reward, repetition_score
 
@@ -242,6 +243,51 @@ def write_report(path, summary, lines, rows):
     with open(path + ".part", "w", encoding="utf-8") as f:
         f.write(page)
     os.replace(path + ".part", path)
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+def draw_bars(results, names, groups, png):
+    """[{training: {group: scores}} a seed] -> accuracy by group as bars, a dot a seed; grey: chance. Source: ours."""
+    fig, ax = _axes(1, 9, 3.4)
+    for i, name in enumerate(results[0]):
+        values = np.array([[r[name][g]["accuracy"] for g in (*groups, "all")] for r in results])  # (seeds, groups + 1)
+        at = np.arange(len(groups) + 1) + (i - (len(results[0]) - 1) / 2) * 0.8 / len(results[0])
+        ax.bar(at, values.mean(0), 0.8 / len(results[0]), label=names.get(name, name))
+        ax.plot(np.repeat(at[None], len(values), 0), values, "k.", ms=3)
+    ax.set(xticks=range(len(groups) + 1), xticklabels=[*groups, "avg"], ylabel="accuracy", ylim=(0, 1.02))
+    ax.axhline(0.25, color="grey", lw=0.7, ls=":")
+    ax.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    fig.savefig(png, dpi=120)
+
+
+def draw_key_frames(clip, titles, png):
+    """The eight key frames of a clip in a row, under their titles {index: text}, else their number. Source: ours."""
+    frames, _, _ = read_clip(clip, key_frame_positions)
+    fig, axes = _axes(8, 11, 1.7)
+    for i, (ax, frame) in enumerate(zip(axes, frames), 1):
+        ax.imshow(frame)
+        ax.set(xticks=[], yticks=[], title=titles.get(i, f"{i}"))
+    fig.savefig(png, dpi=120)
+
+
+def draw_rl(runs, png):
+    """{name: [log.jsonl a seed]} -> reward and accuracy of the rollouts over the steps, mean of ten steps and of seeds."""
+    fig, axes = _axes(2, 11, 3.4)
+    for ax, key in zip(axes, ("total", "accuracy")):
+        for name, logs in runs.items():
+            values = np.mean([[json.loads(line)[key] for line in open(log)] for log in logs], 0)  # (steps,)
+            n = min(10, len(values))
+            ax.plot(np.arange(n - 1, len(values)), np.convolve(values, np.ones(n) / n, "valid"), lw=1, label=name)
+        ax.set(xlabel="step", ylabel={"total": "reward R, Eq. (7)", "accuracy": "accuracy of the rollouts"}[key])
+    axes[1].legend(fontsize=7, frameon=False)
+    fig.savefig(png, dpi=120)
+
+
+def _axes(columns, width, height):
+    from matplotlib.figure import Figure  # no pyplot: nothing to close, no display asked for
+    fig = Figure(figsize=(width, height), layout="constrained")
+    return fig, fig.subplots(1, columns)
 
 
 if __name__ == "__main__":

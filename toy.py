@@ -35,8 +35,9 @@ import curate
 import evaluate
 import la_dapo
 import sft
-from data import DataConfig, key_frame_positions, parse_config, read_clip, read_rows
+from data import DataConfig, parse_config, read_rows
 from model import FutureL1, add_latent_tokens
+from report import draw_bars, draw_key_frames, draw_rl
 
 
 @dataclasses.dataclass
@@ -376,40 +377,6 @@ def markdown(results, names, groups=GROUPS):
     return "\n".join(lines)
 
 
-def draw_results(results, config, png):
-    """Accuracy by group and training as bars; a dot is a seed."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(9, 3.4), constrained_layout=True)
-    names = list(results[0])
-    for i, name in enumerate(names):
-        values = np.array([[r[name][g]["accuracy"] for g in (*GROUPS, "all")] for r in results])  # (seeds, 5)
-        at = np.arange(5) + (i - (len(names) - 1) / 2) * 0.8 / len(names)
-        ax.bar(at, values.mean(0), 0.8 / len(names), label=NAMES.get(name, name))
-        ax.plot(np.repeat(at[None], len(values), 0), values, "k.", ms=3)
-    ax.set(xticks=range(5), xticklabels=[*GROUPS, "avg"], ylabel="accuracy", ylim=(0, 1.02))
-    ax.axhline(0.25, color="grey", lw=0.7, ls=":")
-    ax.legend(fontsize=7, ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    fig.savefig(png, dpi=120)
-    plt.close(fig)
-
-
-def draw_strip(clip, png):
-    """The eight key frames of a clip in a row: what is seen, and what has to be imagined."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    frames, _, _ = read_clip(clip, key_frame_positions)
-    fig, axes = plt.subplots(1, 8, figsize=(11, 1.7), constrained_layout=True)
-    for i, (ax, frame) in enumerate(zip(axes, frames), 1):
-        ax.imshow(frame)
-        ax.set(xticks=[], yticks=[], title=f"{i}" + {3: " seen", 4: " seen", 5: " future", 6: " future", 7: " future"}
-               .get(i, ""))
-    fig.savefig(png, dpi=120)
-    plt.close(fig)
-
-
 def candidates(seed, bend, video):
     """Three rows of a clip: two about what is visible, and one of 1-, 2- and 3-hop by turns. Source: ours."""
     path, hop = contacts(seed, bend), questions(seed, bend, video)[seed % 3]
@@ -495,7 +462,8 @@ def main(config):
 
     began = time.time()
     world = make_world(config)
-    draw_strip(os.path.join(config.out, "data", "clips", "0.mp4"), os.path.join(config.out, "clip.png"))
+    titles = {3: "3 seen", 4: "4 seen", 5: "5 future", 6: "6 future", 7: "7 future"}
+    draw_key_frames(os.path.join(config.out, "data", "clips", "0.mp4"), titles, os.path.join(config.out, "clip.png"))
     results, ablations = zip(*(run_seed(seed, config, world) for seed in range(config.seeds)))
     text = f"Accuracy on {config.eval_clips} held-out clips a group, {config.seeds} seed(s)\n\n" + markdown(results, NAMES)
     if ablations[0]:
@@ -510,8 +478,12 @@ def main(config):
     found = dict(settings=settings, results=results, ablations=ablations, curation=curated, figures=figures)
     with open(os.path.join(config.out, "table.json"), "w") as f:
         json.dump(found, f, indent=1)
-    draw_results(results, config, os.path.join(config.out, "accuracy.png"))
-    print(f"\n{text}\n\n{time.time() - began:.0f} s; table.md, accuracy.png, clip.png, seed_*/*/loss.png: in {config.out}")
+    draw_bars(results, NAMES, GROUPS, os.path.join(config.out, "accuracy.png"))
+    if config.rl_names:
+        draw_rl({NAMES[name]: [os.path.join(config.out, f"seed_{seed}", name, "log.jsonl") for seed in range(config.seeds)]
+                 for name in config.rl_names}, os.path.join(config.out, "rl.png"))
+    print(f"\n{text}\n\n{time.time() - began:.0f} s; in {config.out}: table.md, accuracy.png, rl.png, clip.png, and each "
+          "training's loss.png or rewards.png")
 
 
 if __name__ == "__main__":

@@ -84,16 +84,16 @@ def test_the_whole_demo_in_small_twice(tmp_path):
     """Breaks if any stage does, or if a second run does not reuse the first, or if changed settings are mixed in."""
     out = tmp_path / "a toy with a space"
     command = [sys.executable, os.path.join(ROOT, "toy.py"), "--out", str(out), "--clips", "12", "--eval_clips", "3",
-               "--pretrain_steps", "2", "--sft_steps", "2", "--variants", "text,pause,latent,latent+self"]
+               "--pretrain_steps", "2", "--sft_steps", "2", "--rl_steps", "2", "--variants", "text,pause,latent,latent+self"]
     first = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert first.returncode == 0, first.stderr[-3000:]
     table = json.load(open(out / "table.json"))
-    assert set(table["results"][0]) == {"base", "text", "pause", "latent", "latent+self"}
+    assert set(table["results"][0]) == {"base", "text", "pause", "latent", "latent+self", "la-dapo"}
     assert set(table["ablations"][0]) == {"generated", "zero", "noise", "shuffled", "true"}
     assert all(r[g]["n"] == 3 for r in table["results"][0].values() for g in toy.GROUPS)
     assert "able" in table["curation"][0] and table["figures"][0]["seconds, counts"] > 0
     assert "| text-only SFT |" in first.stdout and (out / "table.md").read_text() in first.stdout + "\n"
-    for picture in ("accuracy.png", "clip.png", "seed_0/latent/loss.png"):
+    for picture in ("accuracy.png", "clip.png", "seed_0/latent/loss.png", "rl.png", "seed_0/la-dapo/rewards.png"):
         assert (out / picture).stat().st_size > 5000
     model = out / "seed_0" / "latent" / "step_000002" / "model.safetensors"
     stamp = model.stat().st_mtime_ns
