@@ -47,7 +47,7 @@ from data import DataConfig, Samples, load_frames, loader, model_inputs, parse_c
 from latent_decode import generate
 from model import LATENT, best_attention, load, normalise
 from report import as_text, imagined, paper_rows, score_rows, write_report
-from rewards import answer_of, pick
+from rewards import answer_of, pick, span_lengths
 from sft import newest, set_up_ranks
 
 
@@ -58,6 +58,7 @@ class Config(DataConfig):
     data: str = ""  # a file, a folder of files, or a hub id; with options (see data.py), or TwiFF-Bench
     media_root: str = ""  # where relative clip paths start; "" = the folder of the data file
     out: str = "runs/eval"  # the evaluation's folder
+    resume: bool = True  # skip what is already in `out`; --no-resume refuses a folder that holds results  # ours
     limit: int = 0  # only the first samples; 0 = all  # ours
     strict: bool = False  # a sample that cannot be read ends the run, instead of a line that says so  # ours
     average: str = ""  # over all: micro | macro (mean of the groups); "" = the benchmark's own, MLVU macro, else micro
@@ -243,6 +244,8 @@ def evaluate(config, rows=None):
         for line in read_lines(path):
             if "skipped" not in line or config.judge_only and line["id"] not in done:
                 done[line["id"]] = line
+    if done and not config.resume and not config.judge_only:
+        raise SystemExit(f"{config.out} already holds {len(done)} results: choose another --out, or pass --resume")
     if config.judge_only:
         if not done:
             raise SystemExit(f"{config.out} holds no responses to judge (samples*.jsonl): run with --no-judge first")
@@ -284,7 +287,7 @@ def evaluate(config, rows=None):
 
 def settings_of(config, folder):
     """What two runs must share for their samples to be of one kind, as a dict. Source: ours."""
-    free = {"out", "workers", "cuda_graph", "strict", "average", "report"}
+    free = {"out", "workers", "resume", "cuda_graph", "strict", "average", "report"}
     free |= {"batch", "limit"} if config.latents not in ("noise", "shuffled") else set()
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free and not k.startswith("judge")}
     written = os.path.join(folder, "config.json")  # a model trained anew in the same folder is another model
@@ -359,7 +362,7 @@ def respond(config, folder, rows, done, rank, world, device):
                 for i, (row, text) in enumerate(zip(batch["rows"], tokenizer.batch_decode(kept))):
                     line = dict(id=row.id, group=row.group, **read_answer(row, text), answer=row.answer,
                                 response=re.sub(f"(?:{re.escape(LATENT)}\\s*)+", LATENT, text))
-                    lengths = span_lengths(kept[i].tolist(), model.config)
+                    lengths = span_lengths(kept[i].tolist(), model.config.latent_start_id, model.config.latent_id)
                     line.update(tokens=len(kept[i]), spans=len(lengths), latents=len(rollout.latents[i]),
                                 finish=rollout.finish[i], seconds=round(seconds, 5))
                     if row.id in shown:
@@ -381,17 +384,6 @@ def chosen(rows, n):
         turn[row.group] += 1
         order.append((turn[row.group], row.id))
     return {id for _, id in sorted(order, key=lambda pair: pair[0])[:n]}
-
-
-def span_lengths(tokens, config):
-    """Generated token ids -> the number of latents in each span, empty spans included. Source: ours."""
-    lengths = []
-    for token in tokens:
-        if token == config.latent_start_id:
-            lengths.append(0)
-        elif token == config.latent_id:
-            lengths[-1] += 1
-    return lengths
 
 
 def read_answer(row, text):

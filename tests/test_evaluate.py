@@ -75,6 +75,8 @@ def test_a_killed_run_resumes_to_the_same_result(world, tmp_path):
     assert summary["found"] == summary["total"] == 8 and summary["scores"] == whole
     with pytest.raises(SystemExit, match="other settings"):
         evaluate.evaluate(config(world, tmp_path / "b", max_new_tokens=13))
+    with pytest.raises(SystemExit, match="already holds 8 results"):
+        evaluate.evaluate(config(world, tmp_path / "b", resume=False))
 
 
 def test_two_processes_score_like_one(world, tmp_path):
