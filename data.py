@@ -578,8 +578,9 @@ def collate(samples, pad_id, side="right", pack=False, keep=False):
 
     input_ids, attention_mask, labels (B, L); pixel_values / image_grid_thw, pixel_values_videos / video_grid_thw,
     future_pixel_values / future_grid_thw where there are any. side: "left" to generate, "right" to train. pack: all
-    samples one after another in a single row, with seq_lens. keep: also hand on the encoded `samples`. `kept`: which of the samples are in the batch. If every
-    sample was skipped, a one-token row without a label stands in, so that each rank still takes its step.
+    samples one after another in a single row, with seq_lens. keep: also hand on the encoded `samples`. `kept`: which of
+    the samples are in the batch. If every sample was skipped, a one-token row without a label stands in, so that each rank
+    still takes its step.
     """
     skipped = [s for s in samples if isinstance(s, Skipped)]
     good = [s for s in samples if not isinstance(s, Skipped)]

@@ -19,7 +19,12 @@ through the latents, which are a function of the weights themselves and are read
                        beyond the graph that is kept until the last of them.
   latent_sigma > 0     latents are sampled, z = h + sigma noise, and their log-density carries a score-function gradient.
                        Costs nothing; the noise it brings is the price.
-With one update a step (the default) the ratio is 1 and the clip cannot act; `minibatches` and `inner_epochs` change that.
+With one update a step (the default) the ratio is 1, in bf16 up to rounding, and the clip has nothing to do. `minibatches`
+and `inner_epochs` change that; "exact" is then so for the first update, after it the recorded latents are no longer the
+policy's.
+
+Memory: no gradient checkpointing (it would drop the prompt's cache). One group's graph, the fp32 weights, gradients and
+optimizer have to fit on a GPU: by estimate Qwen3-VL-2B's do, an 8B's with prompts of 4,000 tokens do not.
 
 Where this differs from the paper:
  1. A latent step's log-probability is that of its one decision, log(1 - p(LE)) or log p(LE); forced tokens have none.
@@ -30,7 +35,8 @@ Where this differs from the official code:
  5. Every chosen token of the step weighs the same, over all ranks and micro-batches.
  6. A prompt is encoded once for its whole group, in the rollout and in the update; rollouts of a group that came out
     equal are replayed once and counted, where latents are deterministic.
- 7. Ranks add up gradients once a step, by hand: they may hold different numbers of groups, and none waits for another.
+ 7. Ranks add up gradients once an update, by hand: they may hold different numbers of groups, and wait for each other only
+    after each try and at each update.
  8. What is sampled depends on the seed and the place in the data, not on the number of ranks.
 
 Axis letters: B prompts, G rollouts of a prompt, R rows (rollouts of all prompts), P prompt tokens, T new tokens, S chosen
@@ -42,8 +48,8 @@ import functools
 import json
 import math
 import os
-import re
 import time
+from collections import Counter
 
 import torch
 import torch.distributed as dist
@@ -51,7 +57,7 @@ from tqdm import tqdm
 
 from data import DataConfig, Samples, collate, loader, model_inputs, parse_config, to_device
 from latent_decode import Rollout, generate, join, replay, take, token_logprobs
-from model import LATENT, best_attention, load
+from model import best_attention, load
 from rewards import Judge, pick, score
 from sft import (draw_curves, make_optimizer, newest, restore, resume_point, rows_of, save_checkpoint, set_up_ranks,
                  sum_over_ranks, trim_log)
@@ -70,7 +76,7 @@ class Config(DataConfig):
     group_size: int = 8  # G, rollouts of a prompt  # paper Table 9
     prompts: int = 0  # prompts rolled out at a time, over all ranks; 0 = groups  # ours
     max_tries: int = 10  # so many times; then the step takes what was kept  # ours
-    rollout_batch: int = 8  # prompts decoded together on one rank  # ours
+    rollout_batch: int = 1  # prompts decoded together on one rank, each with its group  # ours
     temperature: float = 0.9  # paper Table 9
     top_p: float = 0.99  # on words; log-probabilities are of the full softmax  # paper Table 9
     max_new_tokens: int = 2048  # as in evaluation  # ours
@@ -116,13 +122,19 @@ class Config(DataConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("groups", "max_tries", "rollout_batch", "minibatches", "inner_epochs", "sample_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        for name, least in dict(groups=1, max_tries=1, rollout_batch=1, minibatches=1, inner_epochs=1, sample_every=1,
+                                prompts=0, steps=0).items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
         if self.group_size < 2:
             raise ValueError(f"group_size is {self.group_size}: an advantage compares at least 2 rollouts")
-        if self.temperature <= 0:
-            raise ValueError("temperature is 0: a greedy group has nothing to compare")
+        if self.temperature <= 0 or self.tau <= 0:
+            raise ValueError(f"temperature {self.temperature} or tau {self.tau} is not positive (a greedy group has nothing "
+                             "to compare)")
+        if self.judge_url and not self.judge_model:
+            raise ValueError("judge_url needs judge_model, the name of a model there")
+        if not self.replay and self.minibatches * self.inner_epochs > 1:
+            raise ValueError("--no-replay takes the old log-probabilities at the update itself: one update a step only")
         if self.adjoint_terms < -1 or self.latent_sigma < 0:
             raise ValueError(f"adjoint_terms {self.adjoint_terms} or latent_sigma {self.latent_sigma} is out of range")
         if self.adjoint_terms and (self.latent_sigma or not self.replay):
@@ -197,12 +209,12 @@ def adjoint_loss(loss, predicted, latents, terms):
 
 
 def learning_rate(step, config):
-    """Linear warm-up, then linear to final_lr * lr at the last of `steps`; constant by default. Source: ours."""
+    """Linear warm-up, then linear to final_lr * lr at the last of `steps`; without `steps` constant. Source: ours."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if not config.steps:
         return config.lr
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps - 1)
     return config.lr * (1 + (config.final_lr - 1) * min(1.0, done))
 
 
@@ -262,7 +274,7 @@ def count(stats, rollout, groups, latent_start_id):
 
 
 def distinct(group, config):
-    """Rows of a group that differ, and how often each occurs. Equal words have equal latents unless noise was added.
+    """A group's judged rows, equal ones together: lists of rows. Equal words have equal latents unless noise was added.
 
     Equal words with different rewards (a judge may waver) stay apart; unjudged rows are left out.
     """
@@ -270,19 +282,23 @@ def distinct(group, config):
     for i, (tokens, n) in enumerate(zip(group.rollout.tokens.tolist(), group.rollout.lengths.tolist())):
         if not group.parts["unjudged"][i]:
             rows.setdefault(i if config.latent_sigma else (*tokens[:n], round(group.parts["total"][i], 4)), []).append(i)
-    return [same[0] for same in rows.values()], [len(same) for same in rows.values()]
+    return list(rows.values())
 
 
 # ----------------------------------------------------------------------------------------------------------- update
 
 def prepare(groups, pad, device, config):
-    """Groups -> (prompts, rollout, prompt_of (R,), advantages (R, 1), times (R, 1)): what one forward takes. Ours."""
-    batch = to_device(model_inputs(collate([g.sample for g in groups], pad, side="left")), device)
+    """Groups -> (prompts, rollout, prompt_of (R,), advantages (R, 1), times (R, 1)): what one forward takes. Ours.
+
+    The prompts, with their pixels, stay in the host's memory until it is their turn.
+    """
+    batch = model_inputs(collate([g.sample for g in groups], pad, side="left"))
     picked = [distinct(g, config) for g in groups]
-    prompt_of = torch.tensor([k for k, (rows, _) in enumerate(picked) for _ in rows], device=device)
-    A = torch.cat([group_advantages(g.parts["total"])[rows] for g, (rows, _) in zip(groups, picked)]).to(device)
-    times = torch.tensor([t for _, counts in picked for t in counts], device=device)
-    return batch, join([take(g.rollout, rows) for g, (rows, _) in zip(groups, picked)]), prompt_of, A[:, None], times[:, None]
+    prompt_of = torch.tensor([k for k, same in enumerate(picked) for _ in same], device=device)
+    A = torch.stack([group_advantages(g.parts["total"])[rows].mean() for g, same in zip(groups, picked) for rows in same])
+    times = torch.tensor([len(rows) for same in picked for rows in same], device=device)
+    rollout = join([take(g.rollout, [rows[0] for rows in same]) for g, same in zip(groups, picked)])
+    return batch, rollout, prompt_of, A[:, None].to(device), times[:, None]
 
 
 def policy_loss(model, prepared, ref, n_tokens, config, stats):
@@ -291,7 +307,7 @@ def policy_loss(model, prepared, ref, n_tokens, config, stats):
     ref: (R, T) log-probabilities of the reference, or None; n_tokens: chosen tokens of the step, over all ranks.
     """
     batch, rollout, prompt_of, A, times = prepared
-    new = replay(model, batch, rollout, config.temperature, prompt_of, config.replay)
+    new = replay(model, to_device(batch, A.device), rollout, config.temperature, prompt_of, config.replay)
     weight = rollout.sampled * times / n_tokens  # (R, T)
     # official's mistake is on both sides of its ratio
     old = rollout.logprobs if config.replay else new.logprobs.detach()
@@ -323,7 +339,8 @@ def update(model, optimizer, trained, groups, ref_model, lr, config, pad, device
         refs = [None] * len(prepared)
         if ref_model is not None:
             with torch.no_grad(), autocast():
-                refs = [token_logprobs(ref_model, p[0], p[1], config.temperature, p[2], config.replay) for p in prepared]
+                refs = [token_logprobs(ref_model, to_device(p[0], device), p[1], config.temperature, p[2], config.replay)
+                        for p in prepared]
         n_tokens = sum(int((p[1].sampled * p[4]).sum()) for p in prepared)
         todo.append((prepared, refs, sum_over_ranks([n_tokens], device)[0]))
     updates = 0
@@ -335,9 +352,9 @@ def update(model, optimizer, trained, groups, ref_model, lr, config, pad, device
                 with autocast():
                     loss = policy_loss(model, p, ref, n_tokens, config, stats)
                 loss.backward()
-            if world > 1:  # sums: the loss was divided by the tokens of all ranks
-                for p in trained:
-                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            for p in trained:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # on every rank alike
+                if world > 1:  # a sum: the loss was divided by the tokens of all ranks
                     dist.all_reduce(p.grad)
             norm = torch.nn.utils.clip_grad_norm_(trained, config.clip).item()
             for group in optimizer.param_groups:
@@ -352,8 +369,10 @@ def update(model, optimizer, trained, groups, ref_model, lr, config, pad, device
     ratio_max = torch.tensor(stats["ratio_max"], dtype=torch.float64, device=device)
     if world > 1:
         dist.all_reduce(ratio_max, dist.ReduceOp.MAX)
+    if not updates:
+        means = [None] * 5
     return dict(zip(("loss", "ratio", "clip_fraction", "kl", "entropy"), means), ratio_max=ratio_max.item(),
-                grad_norm=norms[-1] if norms else 0.0, updates=updates, updates_skipped=skipped)
+                grad_norm=norms[-1] if norms else None, updates=updates, updates_skipped=skipped)
 
 
 # ------------------------------------------------------------------------------------------------------------- loop
@@ -446,6 +465,8 @@ def train(config, rows=None):
 
     # prompts: the order is fixed by the seed, the place in it is part of the checkpoint
     total = 10**15 if config.steps else round(len(rows) * config.epochs)
+    if not rows or total < 1:
+        raise SystemExit(f"nothing to train on: {len(rows)} rows, {config.epochs} epochs")
     last = -(-total // config.rollout_batch)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     plan = prompt_batches(len(rows), config.rollout_batch, at, last, total, config.seed, rank, world)
@@ -461,7 +482,7 @@ def train(config, rows=None):
               f"{config.prompts_a_try} prompts a try, {world} ranks, {device.type}, seed {config.seed}, "
               f"{sum(p.numel() for p in trained):,} parameters trained, "
               f"{config.minibatches * config.inner_epochs} update(s) a step"
-              + (": the ratio is 1 and the clip cannot act" if config.minibatches * config.inner_epochs == 1 else ""))
+              + (": the ratio is 1 up to rounding" if config.minibatches * config.inner_epochs == 1 else ""))
         if config.wandb:
             import wandb
             run = wandb.init(project="future-l1", config=dataclasses.asdict(config))
@@ -470,47 +491,51 @@ def train(config, rows=None):
     step = first
     while step < config.steps or (not config.steps and at < last):
         seconds, lr, began_at = dict(rollout=0.0, reward=0.0, update=0.0), learning_rate(step, config), at
+        if judge:
+            judge.failures.clear()  # those of the step
         kept, every, stats, skipped, at = collect(model, tokenizer, batches, at, last, config, judge, pad, device, autocast,
                                                   rank, world, seconds)
         for where, why in skipped:
             tqdm.write(f"skipped {where}: {why}")
         stats = dict(zip(stats, sum_over_ranks(stats.values(), device)))
-        if not stats["rollouts"]:  # a wrong media_root, most likely
-            raise SystemExit(f"no prompt of step {step} could be used" + (f", e.g. {skipped[0].why}" if skipped else ""))
-        if stats["skipped"] and world > 1:
+        failures = judge.failures if judge else Counter()
+        if world > 1 and (stats["skipped"] or judge):
             everyones = [None] * world
-            dist.all_gather_object(everyones, skipped)
-            skipped = sum(everyones, [])
+            dist.all_gather_object(everyones, (skipped, failures))
+            skipped, failures = sum((s for s, _ in everyones), []), sum((f for _, f in everyones), Counter())
+        if not stats["rollouts"] and began_at == 0:  # a wrong media_root, most likely
+            raise SystemExit("none of the first prompts could be used" + (f", e.g. {skipped[0].why}" if skipped else ""))
         began = time.time()
         figures = update(model, optimizer, trained, kept, ref_model, lr, config, pad, device, autocast, world)
         seconds["update"] = time.time() - began
 
-        judged, n = max(1.0, stats["rollouts"] - stats["unjudged"]), stats["rollouts"]
-        line = dict(step=step, lr=lr, prompts=[began_at * config.rollout_batch, at * config.rollout_batch])
+        judged, n = max(1.0, stats["rollouts"] - stats["unjudged"]), max(1.0, stats["rollouts"])
+        line = dict(step=step, lr=lr, prompts=[min(total, b * config.rollout_batch) for b in (began_at, at)])
         for part in PARTS:
             over = judged if part in ("total", "accuracy") else n
             mean = stats[part] / over
             line[part], line[part + "_std"] = mean, math.sqrt(max(0.0, stats[part + "^2"] / over - mean * mean))
         line.update(figures, length=stats["tokens"] / n, spans=stats["spans"] / n, latents=stats["latents"] / n,
                     forced_stops=stats["forced"] / max(1.0, stats["spans"]), cut_off=stats["cut_off"] / n,
-                    **{key.replace(" ", "_"): int(stats[key]) for key in COUNTS[6:]}, rollouts=int(n),
+                    **{key.replace(" ", "_"): int(stats[key]) for key in COUNTS[6:]}, rollouts=int(stats["rollouts"]),
                     groups=int(sum_over_ranks([len(kept)], device)[0]), skipped_names=[list(s) for s in skipped],
-                    judge_failures=dict(judge.failures) if judge else {},
+                    judge_failures=dict(failures),
                     **{f"seconds_{key}": round(value, 4) for key, value in seconds.items()})
         if step % config.sample_every == 0:
+            i = step // config.sample_every % config.group_size
             with open(rollouts_path, "a", encoding="utf-8") as f:
                 for g in every:
-                    i = step % config.group_size
-                    f.write(json.dumps(dict(
-                        step=step, id=g.sample["row"].id, verdict=g.verdict, answer=g.sample["row"].answer, question=g.sample["row"].question,
-                        response=re.sub(f"(?:{re.escape(LATENT)}\\s*)+", LATENT, g.texts[i]), group_accuracy=g.parts["accuracy"],
-                        **{part: g.parts[part][i] for part in PARTS}), ensure_ascii=False) + "\n")
+                    row = g.sample["row"]
+                    told = dict(step=step, id=row.id, verdict=g.verdict, question=row.question, answer=row.answer,
+                                response=g.texts[i], group_accuracy=g.parts["accuracy"],
+                                **{part: g.parts[part][i] for part in PARTS})
+                    f.write(json.dumps(told, ensure_ascii=False) + "\n")
         if master:
             with open(log_path, "a") as f:
                 f.write(json.dumps(line) + "\n")
             bar.set_postfix(reward=f"{line['total']:.3f}", accuracy=f"{line['accuracy']:.3f}", groups=line["groups"])
             if not line["groups"]:
-                tqdm.write(f"step {step}: no group kept after {config.max_tries} tries, no update")
+                tqdm.write(f"step {step}: no group kept of {line['rollouts'] // config.group_size}, no update")
             if line["updates_skipped"]:
                 tqdm.write(f"step {step}: gradient is not finite, update skipped")
             if run:

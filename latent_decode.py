@@ -19,7 +19,8 @@ what is in its cache, so that training can replay it.
 Where this differs from the paper: 1. in a span the event is binary, so greedy decoding stops when p(LE) > 1/2, and top-p
 does not apply. 2. Placeholder tokens of images and videos are never produced: a replay could not tell them from input.
 Where this differs from the official code: 3. A forced stop is in the cache and in the record alike. 4. Inside a span only
-stop or continue can happen, never another word. 5. A replay feeds the recorded latents; official feeds the `<|latent|>` token.
+stop or continue can happen, never another word. 5. A replay feeds the recorded latents; official feeds the `<|latent|>`
+token.
 
 How it is fast: vision and prompt run once a prompt, not once a sample; the key-value cache is allocated once; the host
 looks at the device only every CHUNK tokens, and then drops finished rows; on CUDA a step can be captured as one graph.
@@ -31,7 +32,9 @@ S chosen tokens, N latents, D hidden, V vocabulary.
 from dataclasses import dataclass
 
 import torch
-from transformers import StaticCache
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache
+from transformers.cache_utils import StaticLayer
 
 from data import (Clip, ClipError, DataConfig, Frame, Row, collate, encode, key_frame_positions, model_inputs, parse_config,
                   read_clip, to_device)
@@ -40,6 +43,7 @@ from rewards import answer_of
 from sft import newest
 
 CHUNK = 16  # steps between two looks at which rows are done
+LOGITS = 1024  # tokens of a replay whose logits are in memory at a time
 
 
 @dataclass
@@ -115,7 +119,7 @@ def generate(model, batch, *, max_new_tokens, temperature=0.0, top_p=1.0, max_la
     if max_new_tokens < 1 or n < 1 or max_latents < 0 or temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"bad arguments: {max_new_tokens=} {n=} {max_latents=} {temperature=} {top_p=}")
     if share and (latent_sigma or replace is not None or cuda_graph):
-        raise ValueError("share: noise or replaced latents make equal samples differ, and a captured step cannot change size")
+        raise ValueError("share: noise or replaced latents make equal samples differ, a captured step cannot change size")
     if eos_token_id is None:
         eos_token_id = model.generation_config.eos_token_id
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
@@ -129,7 +133,7 @@ def generate(model, batch, *, max_new_tokens, temperature=0.0, top_p=1.0, max_la
         text.set_attn_implementation("sdpa")  # a step needs a mask over a half-filled cache: sdpa takes one
         return _decode(
             model, text, h[:, -1].repeat_interleave(n, 0),
-            _static_cache(text.config, prompt, 1 if share else n, P + max_new_tokens),
+            _static_cache(prompt, 1 if share else n, P + max_new_tokens),
             torch.cat([mask.bool(), mask.new_zeros(B, max_new_tokens, dtype=torch.bool)], 1).repeat_interleave(n, 0),
             (mask.sum(-1, keepdim=True) + model.model.rope_deltas).repeat_interleave(n, 0),  # (R, 1) next position
             max_new_tokens=max_new_tokens, eos=torch.tensor(eos, device=device, dtype=torch.long),
@@ -142,12 +146,22 @@ def generate(model, batch, *, max_new_tokens, temperature=0.0, top_p=1.0, max_la
         model.train(training)
 
 
-def _static_cache(config, prompt, n, length):
+class _Slots(StaticLayer):
+    """A fixed-size layer of one dtype: under autocast keys come in fp32, as their norm's weight is, and values in bf16."""
+
+    def update(self, keys, values, *args, **kwargs):
+        return super().update(keys.to(self.dtype), values.to(self.dtype), *args, **kwargs)
+
+
+def _static_cache(prompt, n, length):
     """The prompt's cache, repeated n times, at the front of a fixed-size one. Layer by layer: the old one is freed."""
-    cache = StaticCache(config=config, max_cache_len=length)
+    keys = prompt.layers[0].keys
+    kind = keys.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else keys.dtype
+    cache = Cache(layers=[_Slots(max_cache_len=length) for _ in prompt.layers])
     for new, old in zip(cache.layers, prompt.layers):
         for name in ("keys", "values"):
-            setattr(old, name, getattr(old, name).repeat_interleave(n, 0))  # (R, heads, P, head width)
+            setattr(old, name, getattr(old, name).to(dtype).repeat_interleave(n, 0))  # (R, heads, P, head width)
         new.lazy_initialization(old.keys, old.values)
         new.keys[:, :, :old.keys.shape[2]] = old.keys
         new.values[:, :, :old.keys.shape[2]] = old.values
@@ -297,15 +311,21 @@ def replay(model, batch, rollout, temperature, prompt_of=None, recorded=True):
                           latents=z, past_key_values=cache, position_ids=(start + count).expand(3, -1, -1), use_cache=True)
     h = torch.cat([h[prompt_of, -1:], new[:, :-1]], 1)  # (R, T, D): the state that chooses each token
 
-    chosen = ids[rollout.sampled]  # (S,)
-    logp = (model.lm_head(h[rollout.sampled]).to(wide) / temperature).log_softmax(-1)  # (S, V)
-    log_stop = logp[:, model.config.latent_end_id]
-    continued = chosen == model.config.latent_id
-    in_span = continued | (chosen == model.config.latent_end_id)
-    picked = torch.where(continued, log_continue(log_stop), logp.gather(1, chosen[:, None])[:, 0])  # (S,)
-    with torch.no_grad():
-        stop, go = log_stop, log_continue(log_stop)
-        entropy = torch.where(in_span, -stop.exp() * stop - go.exp() * go, -(logp.exp() * logp).sum(-1))
+    def choice(h, chosen):  # (S', D), (S',) -> log-probability and entropy (S',)
+        logp = (model.lm_head(h).to(wide) / temperature).log_softmax(-1)  # (S', V)
+        log_stop = logp[:, model.config.latent_end_id]
+        continued = chosen == model.config.latent_id
+        in_span = continued | (chosen == model.config.latent_end_id)
+        picked = torch.where(continued, log_continue(log_stop), logp.gather(1, chosen[:, None])[:, 0])
+        with torch.no_grad():
+            stop, go = log_stop, log_continue(log_stop)
+            entropy = torch.where(in_span, -stop.exp() * stop - go.exp() * go, -(logp.exp() * logp).sum(-1))
+        return picked, entropy
+
+    # a piece's (S', V) is made again in the backward: all at once would be 10 GB a copy at 16k tokens of Qwen's vocabulary
+    parts = [checkpoint(choice, *part, use_reentrant=False)
+             for part in zip(h[rollout.sampled].split(LOGITS), ids[rollout.sampled].split(LOGITS))]
+    picked, entropy = (torch.cat(part) for part in zip(*parts))  # (S,)
     predicted = model.to_latent(h[is_latent]).to(wide)  # (N, D)
     logprobs = torch.zeros_like(ids, dtype=wide).masked_scatter(rollout.sampled, picked)  # (R, T)
     if rollout.latent_sigma and recorded:

@@ -93,7 +93,8 @@ class Config(DataConfig):
         return "pause" if self.pause_tokens else "latent" if self.spans else "text"
 
 
-HARMLESS = {"resume", "out", "workers", "save_every", "wandb", "cache_frames"}  # may change between run and resume
+HARMLESS = {"resume", "out", "workers", "save_every", "wandb", "cache_frames",  # may change between run and resume
+            "sample_every", "judge_url"}  # these two: of la_dapo.py
 
 
 # ------------------------------------------------------------------------------------------------------- the pieces
@@ -323,7 +324,10 @@ def draw_curves(log, png, panels=(("ce",), ("latent",), ("grad_norm",))):
     fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False, constrained_layout=True)
     for ax, keys in zip(axes[0], panels):
         for key in keys:
-            steps, values = [line["step"] for line in lines], np.array([line[key] for line in lines])
+            some = [line for line in lines if line[key] is not None]  # a step without an update has no such figure
+            if not some:
+                continue
+            steps, values = [line["step"] for line in some], np.array([line[key] for line in some])
             thin, = ax.plot(steps, values, lw=0.6, alpha=0.5)
             mean = np.convolve(values, np.ones(10) / 10, "valid") if len(values) >= 10 else values
             ax.plot(steps[-len(mean):], mean, color=thin.get_color(),

@@ -99,10 +99,10 @@ RL_VARIANTS = {  # name: (the SFT it starts from, settings)
     "text-rl": ("text", dict()),
 }
 NAMES = {"base": "base (captions only)", "text": "text-only SFT", "pause": "pause tokens (control)", "latent": "latent SFT",
-         "latent+self": "latent SFT, self-forcing", "latent-stop": "latent SFT, no stop term", "latent-long": "latent SFT, longer",
-         "latent-long-all": "latent SFT, longer, all clips annotated", "dapo": "RL: DAPO", "dapo+ctr": "RL: DAPO + R_ctr",
-         "dapo+div": "RL: DAPO + R_div", "la-dapo": "RL: LA-DAPO (both)", "constants": "RL: LA-DAPO, latents as constants",
-         "noise": "RL: LA-DAPO, noisy latents", "text-rl": "RL from text-only SFT",
+         "latent+self": "latent SFT, self-forcing", "latent-stop": "latent SFT, no stop term",
+         "latent-long": "latent SFT, longer", "latent-long-all": "latent SFT, longer, all clips annotated",
+         "dapo": "RL: DAPO", "dapo+ctr": "RL: DAPO + R_ctr", "dapo+div": "RL: DAPO + R_div", "la-dapo": "RL: LA-DAPO (both)",
+         "constants": "RL: LA-DAPO, latents as constants", "noise": "RL: LA-DAPO, noisy latents", "text-rl": "RL from text-only SFT",
          "able": "before", "selected": "SFT on the selected rows", "random": "SFT on as many random rows"}
 ABLATIONS = ("zero", "noise", "shuffled", "true")
 GROUPS = ("1-hop", "2-hop", "3-hop", "interp")
@@ -246,7 +246,8 @@ def make_world(config):
     folder = os.path.join(config.out, "data")
     os.makedirs(os.path.join(folder, "clips"), exist_ok=True)
     seeds = dict(captions=range(config.clips), train=range(min(config.annotated, config.clips)),
-                 all=range(config.clips), prompts=range(config.clips), test=range(config.eval_seed, config.eval_seed + config.eval_clips))
+                 all=range(config.clips), prompts=range(config.clips),
+                 test=range(config.eval_seed, config.eval_seed + config.eval_clips))
     jobs = [(os.path.join(folder, "clips", f"{s}.mp4"), s, config.bend) for s in (*seeds["captions"], *seeds["test"])]
     missing = [job for job in jobs if not os.path.exists(job[0])]
     if missing:
