@@ -1,7 +1,7 @@
 """The embedded world: the whole method on a laptop, in minutes, on real mp4 clips.
 
-    python toy.py                # one seed: clips, pretraining, SFT variants, evaluation, table and pictures
-    python toy.py --seeds 3      # the README's table
+    python toy.py                                            # one seed: clips, pretraining, SFT, LA-DAPO, curation, tables
+    python toy.py --seeds 3 --variants all --rl all          # the README's tables
 
 The paddle box: a ball in a square box with four coloured walls. Where on a wall it hits, u in [0, 1], sets the angle of
 its rebound from the normal: phi = bend * (2u - 1). The picture of a contact is therefore all one needs to know, and
@@ -9,9 +9,10 @@ the words "hits red" are not: who wants to know the third wall has to keep the e
 six contacts, which fall on key frames 2..7; the model sees frames 3 and 4 and is asked which wall comes next (1-hop),
 second (2-hop), third (3-hop), or second when the third contact's frame is shown too (interp).
 
-Everything below the world is the real path: mp4 -> decord -> patches -> `sft.train` -> `evaluate.evaluate`. This file
-makes the clips, the rows, a tokenizer and a tiny random Qwen3-VL; a short training on captions of single frames stands in
-for Qwen3-VL's pretraining. Its settings differ from the paper's where `TINY` says so, and only there.
+Everything below the world is the real path: mp4 -> decord -> patches -> `curate.probe` -> `sft.train` -> `la_dapo.train` ->
+`evaluate.evaluate`. This file makes the clips, the rows, a tokenizer and a tiny random Qwen3-VL; a short training on captions
+of single frames stands in for Qwen3-VL's pretraining. A few clips have chains of future frames, which SFT learns from; all
+have answers, which RL learns from. Settings differ from the paper's where `TINY` and `TINY_RL` say so, and only there.
 
 Source: the world and the settings are ours; the four questions are FutureBench's.
 """
@@ -88,7 +89,7 @@ LONGER = 2.1  # steps of "latent-long" over those of "latent": what the time of 
 TINY_RL = dict({k: TINY[k] for k in ("image_max_tokens", "l_max", "max_length", "system", "cache_frames")},
                groups=10**6, prompts=256, max_tries=1, rollout_batch=128, share=True, group_size=16, low=0.0, high=1.0,
                temperature=1.2, top_p=1.0, max_new_tokens=48, max_latents=2, micro_batch=64, kl=0.0, lr=1e-4, beta2=0.99,
-               warmup_steps=20, final_lr=0.1, adjoint_terms=-1, save_every=10**6)
+               warmup_steps=20, final_lr=0.1, adjoint_terms=-1, save_every=20)
 RL_VARIANTS = {  # name: (the SFT it starts from, settings)
     "dapo": ("latent", dict(lambda_c=0.0, lambda_d=0.0)),
     "dapo+ctr": ("latent", dict(lambda_d=0.0)),
