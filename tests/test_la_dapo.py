@@ -19,6 +19,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 import la_dapo
 import latent_decode
 import rewards
+import sft
 import toy
 from la_dapo import adjoint_loss, clipped_surrogate, group_advantages, keep_group, kl_k3, token_logprobs
 from latent_decode import generate, join, replay, take
@@ -328,16 +329,23 @@ def launch(tmp_path, processes, config, wait=True):
     return run
 
 
+def straight_run(tmp_path, config):
+    """In a process of its own, with one thread: another number of threads adds up in another order."""
+    code, said = launch(tmp_path, 1, config)
+    assert code == 0, said[-3000:]
+    return sft.checkpoints(config.out)[-1]
+
+
 def test_two_processes_give_the_update_of_one(world, loud, tmp_path):
     """Breaks if the ranks sample other rollouts, count tokens apart, or take a mean where the sum is wanted. Seven groups a
     step in batches of one and three minibatches: most hold groups of both ranks, one of them more of one; with a
     reference model."""
-    common = dict(steps=2, groups=7, rollout_batch=1, kl=0.05, minibatches=3, micro_batch=1, lr=2e-5)
-    one = la_dapo.train(settings(world, loud, tmp_path / "one", **common))
+    common = dict(steps=2, groups=7, rollout_batch=1, kl=0.05, minibatches=3, micro_batch=1, lr=1e-5)
+    one = straight_run(tmp_path, settings(world, loud, tmp_path / "one", **common))
     code, said = launch(tmp_path, 2, settings(world, loud, tmp_path / "two", **common))
     assert code == 0, said[-3000:]
     a, b = weights(one), weights(tmp_path / "two" / "step_000002")
-    assert apart(a, weights(loud)) > 5e-5 and apart(a, b) < 1e-6
+    assert apart(a, weights(loud)) > 3e-5 and apart(a, b) < 1e-6
     for x, y in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two")):
         for key in ("total", "accuracy", "ratio", "ratio_max", "kl", "entropy", "grad_norm", "groups", "rollouts", "length"):
             assert x[key] == pytest.approx(y[key], rel=1e-4, abs=1e-6), key
@@ -346,7 +354,7 @@ def test_two_processes_give_the_update_of_one(world, loud, tmp_path):
 
 def test_killed_and_resumed_equals_straight_through(world, loud, tmp_path):
     """Breaks if anything but the checkpoint (optimizer, place in the data, seeds) carries over from step to step."""
-    straight = la_dapo.train(settings(world, loud, tmp_path / "a"))
+    straight = straight_run(tmp_path, settings(world, loud, tmp_path / "a"))
     run = launch(tmp_path, 1, settings(world, loud, tmp_path / "b", steps=4), wait=False)
     deadline = time.time() + 120
     while not (tmp_path / "b" / "step_000002").exists() and time.time() < deadline and run.poll() is None:
@@ -356,7 +364,7 @@ def test_killed_and_resumed_equals_straight_through(world, loud, tmp_path):
     assert (tmp_path / "b" / "step_000002").exists()
     if (tmp_path / "b" / "step_000004").exists():  # it was faster than we are: take the last one away
         os.rename(tmp_path / "b" / "step_000004", tmp_path / "gone")
-    resumed = la_dapo.train(settings(world, loud, tmp_path / "b", resume=True))
+    resumed = straight_run(tmp_path, settings(world, loud, tmp_path / "b", resume=True))
     a, b = weights(straight), weights(resumed)
     assert apart(a, weights(loud)) > 1e-4 and all(torch.equal(a[k], b[k]) for k in a)
     lines = [[{k: v for k, v in line.items() if "seconds" not in k} for line in log_of(tmp_path / x)] for x in "ab"]
