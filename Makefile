@@ -1,12 +1,19 @@
 # make demo: the whole pipeline on the embedded world. make test: the tests. Both set up .venv first.
 PYTHON ?= python3
-.PHONY: demo test
+.PHONY: demo test test-slow lint
 
 demo: .venv/ready
-	.venv/bin/python toy.py
+	.venv/bin/python -m toy
 
 test: .venv/ready
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q -m "not slow"
+
+test-slow: .venv/ready
+	.venv/bin/python -m pytest -q -m slow
+
+lint: .venv/ready
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

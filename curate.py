@@ -46,13 +46,13 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import DataConfig, Frame, RecordError, Row, Samples, Skipped, encode, loader, model_inputs, parse_config
-from data import read_record, read_records, to_device
-from evaluate import read_lines
+from common.formats import Frame, RecordError, Row, Skipped, answer_of, read_record, read_records
+from common.judge import Judge
+from common.runs import newest, parse_config, read_lines, set_up_ranks, write
+from data import DataConfig, Samples, encode, loader, model_inputs, to_device
 from latent_decode import generate
 from model import LATENT, best_attention, load
-from rewards import Judge, accuracy_reward, answer_of, needs_judge, pick
-from sft import newest, set_up_ranks
+from rewards import accuracy_reward, needs_judge, pick
 
 LATER = " Later frames of the same clip: "
 
@@ -64,18 +64,26 @@ class Config(DataConfig):
     data: str = ""  # the pool of candidates: training records, see data.py
     media_root: str = ""  # where relative clip paths start; "" = the folder of the data file
     out: str = "runs/curate"  # the folder of the probe and of the selection
-    score: str = "counts"  # counts (paper) | logprob (of the gold answer, one forward a condition)  # ours
+    score: str = (
+        "counts"  # counts (paper) | logprob (of the gold answer, one forward a condition)  # ours
+    )
     # probe
-    rollouts: int = 8  # n, of each candidate and condition (torchrun takes --n for its own)  # paper sec. 3.2
+    rollouts: int = (
+        8  # n, of each candidate and condition (torchrun takes --n for its own)  # paper sec. 3.2
+    )
     seed: int = 0  # of the rollouts  # ours
     temperature: float = 0.9  # official RL
     top_p: float = 0.99  # official RL
     max_new_tokens: int = 2048  # paper sec. 4 (FutureBench)
     max_latents: int = 8  # longest span: 2 * l_max  # official
-    batch: int = 4  # candidates generated together: 2 * n * batch rows; decides the random numbers  # ours
+    batch: int = (
+        4  # candidates generated together: 2 * n * batch rows; decides the random numbers  # ours
+    )
     later: str = LATER  # the words before the future frames under v  # ours
     answers: bool = False  # keep the responses in the probe file
-    judge_url: str = ""  # OpenAI-compatible server for open answers; "" = exact match alone; needs judge_model
+    judge_url: str = (
+        ""  # OpenAI-compatible server for open answers; "" = exact match alone; needs judge_model
+    )
     judge_model: str = ""  # its model
     bf16: bool = True  # weights on CUDA  # paper Table 8
     cuda_graph: bool = False  # replay a captured decoding step  # ours
@@ -87,20 +95,33 @@ class Config(DataConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.step not in ("probe", "select", "both") or self.score not in ("counts", "logprob"):
-            raise ValueError(f"step is {self.step!r} (probe | select | both), score {self.score!r} (counts | logprob)")
+            raise ValueError(
+                f"step is {self.step!r} (probe | select | both), score {self.score!r} (counts | logprob)"
+            )
         if min(self.rollouts, self.k + 1) < 1:
-            raise ValueError(f"rollouts is {self.rollouts}, expected at least 1; k {self.k}, at least 0")
+            raise ValueError(
+                f"rollouts is {self.rollouts}, expected at least 1; k {self.k}, at least 0"
+            )
 
     @property
     def name(self):
         return "probe" if self.score == "counts" else "logprob"
 
 
-HARMLESS = {"step", "data", "media_root", "out", "k", "max_p_t", "min_gain", "judge_url", "workers", "cache_frames",
-            "cuda_graph"}  # may differ between two runs on one probe file
+HARMLESS = {
+    "step",
+    "data",
+    "media_root",
+    "out",
+    "k",
+    "max_p_t",
+    "min_gain",
+    "judge_url",
+    "workers",
+    "cache_frames",
+    "cuda_graph",
+}  # may differ between two runs on one probe file
 
-
-# ------------------------------------------------------------------------------------------------------ the selection
 
 def visual_gain(p_t, p_v):
     """sec. 3.2: how much the intermediate future frames help, p_v - p_t. Counts of n rollouts, or log-probabilities."""
@@ -118,8 +139,14 @@ def select(rows, k, max_p_t=6, min_gain=2):
     Ties (ours): the lower p_t first, then the smaller sha256 of the id. The order of `rows` does not matter.
     """
     kept = [row for row in rows if keep(row["p_t"], row["p_v"], max_p_t, min_gain)]
-    kept.sort(key=lambda r: (-visual_gain(r["p_t"], r["p_v"]), r["p_t"], hashlib.sha256(r["id"].encode()).hexdigest()))
-    return kept[:k or None]
+    kept.sort(
+        key=lambda r: (
+            -visual_gain(r["p_t"], r["p_v"]),
+            r["p_t"],
+            hashlib.sha256(r["id"].encode()).hexdigest(),
+        )
+    )
+    return kept[: k or None]
 
 
 def thresholds(n):
@@ -131,30 +158,43 @@ def limits(config, n):
     """(max_p_t, min_gain) of this run: flags, else the paper's shares of n; log-probabilities only need gain >= 0. Ours."""
     if config.score == "logprob":
         return math.inf, 0
-    return tuple(flag if flag >= 0 else share for flag, share in zip((config.max_p_t, config.min_gain), thresholds(n)))
+    return tuple(
+        flag if flag >= 0 else share
+        for flag, share in zip((config.max_p_t, config.min_gain), thresholds(n))
+    )
 
 
 def false_keep_rate(n, p, max_p_t=6, min_gain=2):
     """P(keep) if the future does not help: p_t and p_v independent Binomial(n, p). Exact. Source: ours."""
-    pmf = [math.comb(n, i) * p**i * (1 - p)**(n - i) for i in range(n + 1)]
-    return sum(pmf[t] * pmf[v] for t in range(n + 1) for v in range(n + 1) if keep(t, v, max_p_t, min_gain))
+    pmf = [math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(n + 1)]
+    return sum(
+        pmf[t] * pmf[v] for t in range(n + 1) for v in range(n + 1) if keep(t, v, max_p_t, min_gain)
+    )
 
 
 def noise_table(n, max_p_t, min_gain):
     """The expected false-keep rate as text, and what more rollouts would make of it at accuracy 0.5."""
-    rates = ", ".join(f"{p}: {false_keep_rate(n, p, max_p_t, min_gain):.1%}" for p in (0.1, 0.25, 0.5, 0.75, 0.9))
-    more = ", ".join(f"n = {m}: {false_keep_rate(m, 0.5, *thresholds(m)):.1%}" for m in (2 * n, 4 * n))
-    return (f"kept by chance (p_t <= {max_p_t}, gain >= {min_gain} of n = {n}) where the future does not help, by true "
-            f"accuracy: {rates}; at 0.5 with {more}")
+    rates = ", ".join(
+        f"{p}: {false_keep_rate(n, p, max_p_t, min_gain):.1%}" for p in (0.1, 0.25, 0.5, 0.75, 0.9)
+    )
+    more = ", ".join(
+        f"n = {m}: {false_keep_rate(m, 0.5, *thresholds(m)):.1%}" for m in (2 * n, 4 * n)
+    )
+    return (
+        f"kept by chance (p_t <= {max_p_t}, gain >= {min_gain} of n = {n}) where the future does not help, by true "
+        f"accuracy: {rates}; at 0.5 with {more}"
+    )
 
-
-# --------------------------------------------------------------------------------------------------------- the prompts
 
 def with_future(row, later=LATER):
     """Condition v of a Row: its future frames as images behind the last picture of the prompt. sec. 3.2; words ours."""
-    last = max((i for i, part in enumerate(row.prompt) if not isinstance(part, str)), default=-1) + 1
+    last = (
+        max((i for i, part in enumerate(row.prompt) if not isinstance(part, str)), default=-1) + 1
+    )
     future = [part for part in row.response if isinstance(part, Frame)]
-    return dataclasses.replace(row, prompt=[*row.prompt[:last], later, *future, *row.prompt[last:]], response=[])
+    return dataclasses.replace(
+        row, prompt=[*row.prompt[:last], later, *future, *row.prompt[last:]], response=[]
+    )
 
 
 def read_answer(response):
@@ -172,11 +212,27 @@ def mark(rows, responses, judge=None):
     judge: a rewards.Judge or None; asked once for equal answers, and only where the rule says no.
     """
     said = [[f"<answer>{read_answer(r) or ''}</answer>" for r in mine] for mine in responses]
-    asked = {} if judge is None else {(row.question, row.answer, answer_of(a)): None for row, mine in zip(rows, said)
-                                      for a in mine if needs_judge(a, row.answer, row.options)}
+    asked = (
+        {}
+        if judge is None
+        else {
+            (row.question, row.answer, answer_of(a)): None
+            for row, mine in zip(rows, said)
+            for a in mine
+            if needs_judge(a, row.answer, row.options)
+        }
+    )
     asked.update(zip(asked, judge(list(asked))) if asked else ())
-    return [[asked.get((row.question, row.answer, answer_of(a)), bool(accuracy_reward(a, row.answer, row.options)))
-             for a in mine] for row, mine in zip(rows, said)]
+    return [
+        [
+            asked.get(
+                (row.question, row.answer, answer_of(a)),
+                bool(accuracy_reward(a, row.answer, row.options)),
+            )
+            for a in mine
+        ]
+        for row, mine in zip(rows, said)
+    ]
 
 
 @torch.no_grad()
@@ -193,13 +249,11 @@ def mean_logprob(model, batch, empty):
         ids = labels[at].tolist()
         head = min(len(os.path.commonprefix([ids, empty])), len(ids) - 1)
         tail = min(len(os.path.commonprefix([ids[::-1], empty[::-1]])), len(ids) - 1 - head)
-        at = at[head:len(at) - tail]
+        at = at[head : len(at) - tail]
         logp = model.lm_head(h[b, at - 1]).float().log_softmax(-1)  # (answer tokens, V)
         means.append(logp.gather(1, labels[at, None]).mean().item())
     return means
 
-
-# ----------------------------------------------------------------------------------------------------- pool and lines
 
 def read_pool(config):
     """The pool -> records as they stand, ids, and a Row each, or a data.Skipped that says why there is none. Ours.
@@ -207,7 +261,9 @@ def read_pool(config):
     An id is the record's own, else "file name:index". Raises SystemExit without --data, ValueError for ids used twice.
     """
     if not config.data:
-        raise SystemExit("--data is missing: a .json, .jsonl or .parquet file of training records (see data.py)")
+        raise SystemExit(
+            "--data is missing: a .json, .jsonl or .parquet file of training records (see data.py)"
+        )
     records, ids, rows = read_records(config.data), [], []
     root = config.media_root or os.path.dirname(os.path.abspath(config.data))
     for i, record in enumerate(records):
@@ -223,17 +279,31 @@ def read_pool(config):
             row = Skipped(where, str(e).removeprefix(f"{where}: "))
         rows.append(row)
     if len(set(ids)) < len(ids):
-        raise ValueError(f"{config.data}: ids are not unique, e.g. {Counter(ids).most_common(1)[0][0]!r}")
+        raise ValueError(
+            f"{config.data}: ids are not unique, e.g. {Counter(ids).most_common(1)[0][0]!r}"
+        )
     return records, ids, rows
 
 
 def prompt_hash(row):
     """What is asked, as 16 hex digits: texts, key frames by file name, gold answer, options. Source: ours."""
+
     def plain(part):
-        return part if isinstance(part, str) else [hashlib.sha256(part[0]).hexdigest() if isinstance(part[0], bytes) else
-                                                   os.path.basename(part[0]), *part[1:]]
+        return (
+            part
+            if isinstance(part, str)
+            else [
+                hashlib.sha256(part[0]).hexdigest()
+                if isinstance(part[0], bytes)
+                else os.path.basename(part[0]),
+                *part[1:],
+            ]
+        )
+
     future = [part for part in row.response if isinstance(part, Frame)]
-    told = json.dumps([[plain(part) for part in (*row.prompt, "future", *future)], row.answer, row.options])
+    told = json.dumps(
+        [[plain(part) for part in (*row.prompt, "future", *future)], row.answer, row.options]
+    )
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
@@ -244,36 +314,45 @@ def read_probe(config, ids, rows):
         for line in read_lines(path):
             if not {"p_t", "logp_t"} & lines.get(line["id"], {}).keys():  # a result is not replaced
                 lines[line["id"]] = line
-    kinds = sorted({json.dumps([line[k] for k in ("n", "seed", "decode", "model", "judge")]) for line in lines.values()})
+    kinds = sorted(
+        {
+            json.dumps([line[k] for k in ("n", "seed", "decode", "model", "judge")])
+            for line in lines.values()
+        }
+    )
     if len(kinds) > 1:
-        raise SystemExit(f"{config.out}: lines of different settings in one probe: {kinds[0]} and {kinds[1]}")
+        raise SystemExit(
+            f"{config.out}: lines of different settings in one probe: {kinds[0]} and {kinds[1]}"
+        )
     for id, row in zip(ids, rows):
-        if id in lines and "skipped" not in lines[id] and lines[id]["prompt"] != (prompt_hash(row) if isinstance(
-                row, Row) else None):
-            raise SystemExit(f"{row.where}: {config.out} holds {id!r} with another question, answer or frames: this is a "
-                             "probe of another pool, choose another --out")
+        if (
+            id in lines
+            and "skipped" not in lines[id]
+            and lines[id]["prompt"] != (prompt_hash(row) if isinstance(row, Row) else None)
+        ):
+            raise SystemExit(
+                f"{row.where}: {config.out} holds {id!r} with another question, answer or frames: this is a "
+                "probe of another pool, choose another --out"
+            )
     return lines
 
-
-def write(path, text):
-    """A file as a whole or not at all."""
-    with open(path + ".part", "w", encoding="utf-8") as f:
-        f.write(text)
-    os.replace(path + ".part", path)
-
-
-# --------------------------------------------------------------------------------------------------------------- probe
 
 def results(rows, responses, judge, config):
     """Candidates and their responses [under t, under v] -> what their lines say: p_t and p_v, or unjudged. sec. 3.2.
 
     A rollout without an answer is wrong, and counted in no_answer. Responses are kept where they are still to be judged.
     """
-    marks = mark([row for row in rows for _ in "tv"], [r for both in responses for r in both], judge)
+    marks = mark(
+        [row for row in rows for _ in "tv"], [r for both in responses for r in both], judge
+    )
     found = []
     for row, both, t, v in zip(rows, responses, marks[::2], marks[1::2]):
         unjudged, empty = (t + v).count(None), sum(not read_answer(r) for r in both[0] + both[1])
-        line = dict(unjudged=unjudged, no_answer=empty) if unjudged else dict(p_t=sum(t), p_v=sum(v), no_answer=empty)
+        line = (
+            dict(unjudged=unjudged, no_answer=empty)
+            if unjudged
+            else dict(p_t=sum(t), p_v=sum(v), no_answer=empty)
+        )
         if unjudged:
             tqdm.write(f"unjudged {row.where}: {unjudged} of {len(t + v)} rollouts")
         if unjudged or config.answers:
@@ -292,48 +371,89 @@ def probe(config, judge=None):
     _, ids, rows = read_pool(config)
     place = {id: i for i, id in enumerate(ids)}
     if judge is None and bool(config.judge_url) != bool(config.judge_model):
-        raise SystemExit("--judge_url and --judge_model go together")  # else rule and judge would mix in one file
+        raise SystemExit(
+            "--judge_url and --judge_model go together"
+        )  # else rule and judge would mix in one file
     if judge is None and config.judge_url:
         judge = Judge(config.judge_url, config.judge_model)
     os.makedirs(config.out, exist_ok=True)
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in HARMLESS}
-    written = os.path.join(folder, "config.json")  # a model trained anew in the same folder is another model
-    settings.update(model=folder, written=os.path.getmtime(written) if os.path.exists(written) else None)
+    written = os.path.join(
+        folder, "config.json"
+    )  # a model trained anew in the same folder is another model
+    settings.update(
+        model=folder, written=os.path.getmtime(written) if os.path.exists(written) else None
+    )
     path = os.path.join(config.out, config.name)
     done = read_probe(config, ids, rows)
     if done:
-        old = json.load(open(path + ".settings.json")) if os.path.exists(path + ".settings.json") else {}
+        old = (
+            json.load(open(path + ".settings.json"))
+            if os.path.exists(path + ".settings.json")
+            else {}
+        )
         changed = sorted(k for k in {*old, *settings} if old.get(k) != settings.get(k))
         if changed:
-            raise SystemExit(f"{config.out} holds a probe with other values of {', '.join(changed)}: choose another --out")
+            raise SystemExit(
+                f"{config.out} holds a probe with other values of {', '.join(changed)}: choose another --out"
+            )
     if world > 1:
         dist.barrier()  # nobody writes before everybody has read
     if rank == 0:
         write(path + ".settings.json", json.dumps(settings, indent=1))
-        print(noise_table(config.rollouts, *limits(config, config.rollouts)) if counts else "one forward a condition")
-        if counts and judge is None and any(isinstance(row, Row) and not row.options for row in rows):
+        print(
+            noise_table(config.rollouts, *limits(config, config.rollouts))
+            if counts
+            else "one forward a condition"
+        )
+        if (
+            counts
+            and judge is None
+            and any(isinstance(row, Row) and not row.options for row in rows)
+        ):
             print("open answers are judged by exact match alone: no --judge_url")
-    decode = {k: settings[k] for k in ("temperature", "top_p", "max_new_tokens", "max_latents", "batch")}
-    common = dict(n=config.rollouts, seed=config.seed, decode=decode, model=folder, judge=config.judge_model)
+    decode = {
+        k: settings[k] for k in ("temperature", "top_p", "max_new_tokens", "max_latents", "batch")
+    }
+    common = dict(
+        n=config.rollouts, seed=config.seed, decode=decode, model=folder, judge=config.judge_model
+    )
 
     def append(f, new):
         for id, line in new.items():
             row = rows[place[id]]
             if "skipped" in line:
                 tqdm.write(f"skipped {row.where}: {line['skipped']}")
-            f.write(json.dumps(dict(id=id, **line, **common, prompt=prompt_hash(row) if isinstance(row, Row) else None),
-                               ensure_ascii=False) + "\n")
+            f.write(
+                json.dumps(
+                    dict(
+                        id=id,
+                        **line,
+                        **common,
+                        prompt=prompt_hash(row) if isinstance(row, Row) else None,
+                    ),
+                    ensure_ascii=False,
+                )
+                + "\n"
+            )
         f.flush()
 
     # the unit of work is a block of the pool: generated as a whole, also where only a part of it is missing
-    blocks = [ids[i:i + config.batch] for i in range(0, len(ids), config.batch)]
+    blocks = [ids[i : i + config.batch] for i in range(0, len(ids), config.batch)]
     missing = {id for id in ids if id not in done or "skipped" in done[id]}
     mine = [block for block in blocks if missing.intersection(block)][rank::world]
-    usable, prompts, plan = [[id for id in block if isinstance(rows[place[id]], Row)] for block in mine], [], []
+    usable, prompts, plan = (
+        [[id for id in block if isinstance(rows[place[id]], Row)] for block in mine],
+        [],
+        [],
+    )
     for good in usable:
         before = len(prompts)
         for row in (rows[place[id]] for id in good):
-            prompts += [dataclasses.replace(row, response=[]), with_future(row, config.later)]  # t, v, t, v, ...
+            prompts += [
+                dataclasses.replace(row, response=[]),
+                with_future(row, config.later),
+            ]  # t, v, t, v, ...
         plan.append(list(range(before, len(prompts))))
     batches = []
     if mine:
@@ -342,14 +462,44 @@ def probe(config, judge=None):
         model, tokenizer = load(folder, dtype=dtype, attn_implementation=attention)
         model.to(device).eval()
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        empty = [x for x in encode(Row("", "", [], [], ""), tokenizer, config)["labels"] if x != -100]
-        batches = loader(Samples(prompts, tokenizer, config, train=not counts), plan, config.workers, pad_id=pad,
-                         side="left" if counts else "right")
-    bar = tqdm(total=sum(map(len, mine)), desc=config.name, unit=" candidates", disable=rank > 0, mininterval=2)
-    with open(f"{path}_{rank}.jsonl", "a", encoding="utf-8") as f, open(f"{path}.seconds_{rank}.jsonl", "a", 1) as clock:
-        unjudged = [id for id in ids if "unjudged" in done.get(id, {})] if rank == 0 and judge else []
-        append(f, dict(zip(unjudged, results([rows[place[id]] for id in unjudged],
-                                             [done[id]["responses"] for id in unjudged], judge, config))))
+        empty = [
+            x for x in encode(Row("", "", [], [], ""), tokenizer, config)["labels"] if x != -100
+        ]
+        batches = loader(
+            Samples(prompts, tokenizer, config, train=not counts),
+            plan,
+            config.workers,
+            pad_id=pad,
+            side="left" if counts else "right",
+        )
+    bar = tqdm(
+        total=sum(map(len, mine)),
+        desc=config.name,
+        unit=" candidates",
+        disable=rank > 0,
+        mininterval=2,
+    )
+    with (
+        open(f"{path}_{rank}.jsonl", "a", encoding="utf-8") as f,
+        open(f"{path}.seconds_{rank}.jsonl", "a", 1) as clock,
+    ):
+        unjudged = (
+            [id for id in ids if "unjudged" in done.get(id, {})] if rank == 0 and judge else []
+        )
+        append(
+            f,
+            dict(
+                zip(
+                    unjudged,
+                    results(
+                        [rows[place[id]] for id in unjudged],
+                        [done[id]["responses"] for id in unjudged],
+                        judge,
+                        config,
+                    ),
+                )
+            ),
+        )
         for block, good, batch in zip(mine, usable, batches):
             began = time.time()
             new = {id: dict(skipped=rows[place[id]].why) for id in block if id not in good}
@@ -358,10 +508,23 @@ def probe(config, judge=None):
                 new[good[k // 2]] = dict(skipped=next(lost).why)
             todo = [id for id in good if id in missing and id not in new]
             if todo:
-                values = dict(zip(batch["kept"], measure(model, tokenizer, to_device(batch, device), config, block, empty)))
-                pairs = [(values[2 * good.index(id)], values[2 * good.index(id) + 1]) for id in todo]
-                new.update(zip(todo, results([rows[place[id]] for id in todo], pairs, judge, config) if counts else
-                               [dict(logp_t=t, logp_v=v) for t, v in pairs]))
+                values = dict(
+                    zip(
+                        batch["kept"],
+                        measure(model, tokenizer, to_device(batch, device), config, block, empty),
+                    )
+                )
+                pairs = [
+                    (values[2 * good.index(id)], values[2 * good.index(id) + 1]) for id in todo
+                ]
+                new.update(
+                    zip(
+                        todo,
+                        results([rows[place[id]] for id in todo], pairs, judge, config)
+                        if counts
+                        else [dict(logp_t=t, logp_v=v) for t, v in pairs],
+                    )
+                )
             append(f, {id: new[id] for id in block if id in missing})
             clock.write(json.dumps(dict(ids=block, seconds=round(time.time() - began, 4))) + "\n")
             bar.update(len(block))
@@ -370,16 +533,29 @@ def probe(config, judge=None):
     if rank == 0:
         done = read_probe(config, ids, rows)
         order = sorted(done, key=lambda id: place.get(id, len(place)))
-        write(path + ".jsonl", "".join(json.dumps(done[id], ensure_ascii=False) + "\n" for id in order))
+        write(
+            path + ".jsonl",
+            "".join(json.dumps(done[id], ensure_ascii=False) + "\n" for id in order),
+        )
         for part in glob.glob(glob.escape(path) + "_*.jsonl"):
             os.remove(part)
-        seconds = sum(line["seconds"] for clock in glob.glob(glob.escape(path) + ".seconds_*.jsonl")
-                      for line in read_lines(clock))
-        count = Counter(next((why for why in ("skipped", "unjudged") if why in done[id]), "done") for id in ids)
-        print(f"{path}.jsonl: {len(ids)} candidates, {', '.join(f'{n} {what}' for what, n in sorted(count.items()))}, "
-              f"{seconds:.0f} s over all runs and ranks")
+        seconds = sum(
+            line["seconds"]
+            for clock in glob.glob(glob.escape(path) + ".seconds_*.jsonl")
+            for line in read_lines(clock)
+        )
+        count = Counter(
+            next((why for why in ("skipped", "unjudged") if why in done[id]), "done") for id in ids
+        )
+        print(
+            f"{path}.jsonl: {len(ids)} candidates, {', '.join(f'{n} {what}' for what, n in sorted(count.items()))}, "
+            f"{seconds:.0f} s over all runs and ranks"
+        )
         if judge is not None and judge.failures:
-            print("no verdict from the judge: " + ", ".join(f"{n} x {why}" for why, n in judge.failures.most_common()))
+            print(
+                "no verdict from the judge: "
+                + ", ".join(f"{n} x {why}" for why, n in judge.failures.most_common())
+            )
     return done
 
 
@@ -388,15 +564,21 @@ def measure(model, tokenizer, batch, config, block, empty):
     if config.score == "logprob":
         return [round(x, 6) for x in mean_logprob(model, batch, empty)]
     seed = hashlib.sha256(json.dumps([config.seed, *block]).encode()).digest()[:7]  # 56 bits
-    out = generate(model, model_inputs(batch), n=config.rollouts, temperature=config.temperature, top_p=config.top_p,
-                   max_new_tokens=config.max_new_tokens, max_latents=config.max_latents, cuda_graph=config.cuda_graph,
-                   generator=torch.Generator().manual_seed(int.from_bytes(seed, "big")))
+    out = generate(
+        model,
+        model_inputs(batch),
+        n=config.rollouts,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        max_new_tokens=config.max_new_tokens,
+        max_latents=config.max_latents,
+        cuda_graph=config.cuda_graph,
+        generator=torch.Generator().manual_seed(int.from_bytes(seed, "big")),
+    )
     texts = tokenizer.batch_decode([t[:length] for t, length in zip(out.tokens.cpu(), out.lengths)])
     texts = [re.sub(f"(?:{re.escape(LATENT)}\\s*)+", LATENT, text) for text in texts]
-    return [texts[i:i + config.rollouts] for i in range(0, len(texts), config.rollouts)]
+    return [texts[i : i + config.rollouts] for i in range(0, len(texts), config.rollouts)]
 
-
-# -------------------------------------------------------------------------------------------------------------- select
 
 FATES = ("chosen", "beyond K", "p_t too high", "gain too low", "unjudged", "skipped", "missing")
 
@@ -404,9 +586,22 @@ FATES = ("chosen", "beyond K", "p_t too high", "gain too low", "unjudged", "skip
 def fate(line, chosen, max_p_t, min_gain):
     """A probe's line (or None), and whether it was chosen -> which of FATES became of the candidate. sec. 3.2."""
     if chosen or line is None or "p_t" not in line:
-        return "chosen" if chosen else "missing" if line is None else "unjudged" if "unjudged" in line else "skipped"
-    return "beyond K" if keep(line["p_t"], line["p_v"], max_p_t, min_gain) else \
-        "p_t too high" if line["p_t"] > max_p_t else "gain too low"
+        return (
+            "chosen"
+            if chosen
+            else "missing"
+            if line is None
+            else "unjudged"
+            if "unjudged" in line
+            else "skipped"
+        )
+    return (
+        "beyond K"
+        if keep(line["p_t"], line["p_v"], max_p_t, min_gain)
+        else "p_t too high"
+        if line["p_t"] > max_p_t
+        else "gain too low"
+    )
 
 
 def cut(config):
@@ -424,7 +619,9 @@ def cut(config):
         if "logp_t" in line:
             line.update(p_t=line["logp_t"], p_v=line["logp_v"])
     scored = [lines[id] for id in ids if "p_t" in lines.get(id, {})]
-    chosen = {line["id"]: line for line in select(scored, config.k, max_p_t, min_gain)}  # in their order
+    chosen = {
+        line["id"]: line for line in select(scored, config.k, max_p_t, min_gain)
+    }  # in their order
     fates = {id: fate(lines.get(id), id in chosen, max_p_t, min_gain) for id in ids}
 
     suffix, kind = "" if counts else "_logprob", os.path.splitext(config.data)[1]
@@ -433,52 +630,98 @@ def cut(config):
     picked = [records[place[id]] for id in chosen]
     if kind == ".parquet":
         import pyarrow.parquet
+
         table = pyarrow.parquet.read_table(config.data)
         pyarrow.parquet.write_table(table.take([place[id] for id in chosen]), out + ".part")
         os.replace(out + ".part", out + kind)
     else:
         texts = [json.dumps(record, ensure_ascii=False) for record in picked]
-        write(out + kind, "".join(text + "\n" for text in texts) if kind == ".jsonl" else "[" + ",\n ".join(texts) + "]\n")
+        write(
+            out + kind,
+            "".join(text + "\n" for text in texts)
+            if kind == ".jsonl"
+            else "[" + ",\n ".join(texts) + "]\n",
+        )
 
-    about = [("?", "?") if isinstance(row, Skipped) else (row.group, sum(isinstance(x, Frame) for x in row.response))
-             for row in rows]
-    keys = {"all": ["all"] * len(ids), "category": [group for group, _ in about], "future frames": [m for _, m in about]}
+    about = [
+        ("?", "?")
+        if isinstance(row, Skipped)
+        else (row.group, sum(isinstance(x, Frame) for x in row.response))
+        for row in rows
+    ]
+    keys = {
+        "all": ["all"] * len(ids),
+        "category": [group for group, _ in about],
+        "future frames": [m for _, m in about],
+    }
     if counts:  # Fig. 6
-        keys["gain"] = [visual_gain(lines[id]["p_t"], lines[id]["p_v"]) if "p_t" in lines.get(id, {}) else "?" for id in ids]
-    tables = {by: {key: Counter(fates[id] for id, k in zip(ids, of) if k == key)
-                   for key in sorted(set(of), key=lambda key: (isinstance(key, str), key))} for by, of in keys.items()}
-    named = {id: lines[id].get("skipped") or f"{lines[id]['unjudged']} rollouts unjudged"
-             for id in ids if fates[id] in ("unjudged", "skipped")}
+        keys["gain"] = [
+            visual_gain(lines[id]["p_t"], lines[id]["p_v"]) if "p_t" in lines.get(id, {}) else "?"
+            for id in ids
+        ]
+    tables = {
+        by: {
+            key: Counter(fates[id] for id, k in zip(ids, of) if k == key)
+            for key in sorted(set(of), key=lambda key: (isinstance(key, str), key))
+        }
+        for by, of in keys.items()
+    }
+    named = {
+        id: lines[id].get("skipped") or f"{lines[id]['unjudged']} rollouts unjudged"
+        for id in ids
+        if fates[id] in ("unjudged", "skipped")
+    }
     text = f"{len(chosen)} of {len(ids)} candidates chosen by {config.score}"
     if counts:
         empty = sum(line.get("no_answer", 0) for line in lines.values())
-        text += f"; {empty} rollouts without an answer (wrong)\n" + noise_table(n, max_p_t, min_gain)
+        text += f"; {empty} rollouts without an answer (wrong)\n" + noise_table(
+            n, max_p_t, min_gain
+        )
     for by, table in tables.items():
-        text += f"\n\n{by:<16}" + "".join(f"{f:>14}" for f in FATES) + "".join(
-            f"\n{key:<16}" + "".join(f"{count[f]:>14}" for f in FATES) for key, count in table.items())
+        text += (
+            f"\n\n{by:<16}"
+            + "".join(f"{f:>14}" for f in FATES)
+            + "".join(
+                f"\n{key:<16}" + "".join(f"{count[f]:>14}" for f in FATES)
+                for key, count in table.items()
+            )
+        )
     text += "\n" + "".join(f"\n{id}: {why}" for id, why in named.items())
     write(summary + ".txt", text + "\n")
-    told = dict(score=config.score, k=config.k, n=n, max_p_t=max_p_t if counts else None, min_gain=min_gain)
+    told = dict(
+        score=config.score, k=config.k, n=n, max_p_t=max_p_t if counts else None, min_gain=min_gain
+    )
     told.update(chosen=[*chosen], tables=tables, named=named)
     write(summary + ".json", json.dumps(told, indent=1, ensure_ascii=False))
     draw(scored, fates, tables, summary + ".png")
-    print(f"{text}\n\n{out}{kind}, whose clip paths start at {config.media_root or os.path.dirname(config.data) or '.'}")
+    print(
+        f"{text}\n\n{out}{kind}, whose clip paths start at {config.media_root or os.path.dirname(config.data) or '.'}"
+    )
     return picked
 
 
 def draw(scored, fates, tables, png):
     """The selection as a picture: how many candidates have which gain (Fig. 6), category and number of future frames."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 3, figsize=(12, 3.4), constrained_layout=True, width_ratios=(2, 1, 1))
-    gains = {f: [visual_gain(x["p_t"], x["p_v"]) for x in scored if fates[x["id"]] == f] for f in FATES[:4]}
+
+    fig, axes = plt.subplots(
+        1, 3, figsize=(12, 3.4), constrained_layout=True, width_ratios=(2, 1, 1)
+    )
+    gains = {
+        f: [visual_gain(x["p_t"], x["p_v"]) for x in scored if fates[x["id"]] == f]
+        for f in FATES[:4]
+    }
     whole = all(isinstance(g, int) for mine in gains.values() for g in mine)
     flat = sum(gains.values(), [0])
     edges = [g - 0.5 for g in range(min(flat), max(flat) + 2)] if whole else 40
     axes[0].hist(list(gains.values()), edges, stacked=True, rwidth=0.9)
     axes[0].locator_params(axis="x", integer=whole)
-    axes[0].set(xlabel="gain, p_v - p_t" if whole else "gain in mean log-probability", ylabel="candidates")
+    axes[0].set(
+        xlabel="gain, p_v - p_t" if whole else "gain in mean log-probability", ylabel="candidates"
+    )
     for ax, by in zip(axes[1:], ("category", "future frames")):
         below = [0] * len(tables[by])
         for f in FATES:

@@ -55,17 +55,31 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import DataConfig, Samples, collate, loader, model_inputs, parse_config, to_device
+from common.judge import Judge
+from common.report import draw_curves
+from common.runs import (
+    make_optimizer,
+    newest,
+    parse_config,
+    restore,
+    resume_point,
+    rows_of,
+    save_checkpoint,
+    set_up_ranks,
+    sum_over_ranks,
+    trim_log,
+)
+from data import DataConfig, Samples, collate, loader, model_inputs, to_device
 from latent_decode import Rollout, generate, join, replay, take, token_logprobs
 from model import best_attention, load
-from rewards import Judge, pick, score
-from sft import (draw_curves, make_optimizer, newest, restore, resume_point, rows_of, save_checkpoint, set_up_ranks,
-                 sum_over_ranks, trim_log)
+from rewards import pick, score
 
 
 @dataclasses.dataclass
 class Config(DataConfig):
-    model: str = "runs/sft"  # where to start: a model's folder or a run's folder; also the KL's reference
+    model: str = (
+        "runs/sft"  # where to start: a model's folder or a run's folder; also the KL's reference
+    )
     data: str = ""  # records with answers, see data.py; chains and future frames are not needed
     media_root: str = ""  # where relative clip paths start; "" = the folder of the data file
     out: str = "runs/rl"  # the run's folder
@@ -96,9 +110,13 @@ class Config(DataConfig):
     eps_high: float = 0.28  # paper Table 9
     dual_clip: float = 3.0  # c, bounds the loss where A < 0  # official
     kl: float = 0.01  # beta, weight of the KL to the starting model  # paper Table 9
-    adjoint_terms: int = 0  # gradient through the latents: 0 none (paper), k truncated, -1 exact  # ours
+    adjoint_terms: int = (
+        0  # gradient through the latents: 0 none (paper), k truncated, -1 exact  # ours
+    )
     latent_sigma: float = 0.0  # Gaussian exploration on latents; 0 = paper  # ours
-    replay: bool = True  # --no-replay: feed the token's embedding instead of the latents, as official does
+    replay: bool = (
+        True  # --no-replay: feed the token's embedding instead of the latents, as official does
+    )
     # optimisation
     steps: int = 0  # 0 = from epochs  # ours
     epochs: float = 1.0  # passes over the prompts  # paper Table 9
@@ -107,7 +125,9 @@ class Config(DataConfig):
     micro_batch: int = 1  # groups a forward on one rank  # ours
     lr: float = 1e-6  # paper Table 9
     warmup_steps: int = 0  # linear  # ours
-    final_lr: float = 1.0  # share of lr at the last of `steps`, reached linearly; 1 = constant  # ours
+    final_lr: float = (
+        1.0  # share of lr at the last of `steps`, reached linearly; 1 = constant  # ours
+    )
     beta1: float = 0.9  # AdamW's default
     beta2: float = 0.999  # AdamW's default
     weight_decay: float = 0.0  # ours
@@ -122,31 +142,47 @@ class Config(DataConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, least in dict(groups=1, max_tries=1, rollout_batch=1, minibatches=1, inner_epochs=1, sample_every=1,
-                                prompts=0, steps=0).items():
+        for name, least in dict(
+            groups=1,
+            max_tries=1,
+            rollout_batch=1,
+            minibatches=1,
+            inner_epochs=1,
+            sample_every=1,
+            prompts=0,
+            steps=0,
+        ).items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
         if self.group_size < 2:
-            raise ValueError(f"group_size is {self.group_size}: an advantage compares at least 2 rollouts")
+            raise ValueError(
+                f"group_size is {self.group_size}: an advantage compares at least 2 rollouts"
+            )
         if self.temperature <= 0 or self.tau <= 0:
-            raise ValueError(f"temperature {self.temperature} or tau {self.tau} is not positive (a greedy group has nothing "
-                             "to compare)")
+            raise ValueError(
+                f"temperature {self.temperature} or tau {self.tau} is not positive (a greedy group has nothing "
+                "to compare)"
+            )
         if self.judge_url and not self.judge_model:
             raise ValueError("judge_url needs judge_model, the name of a model there")
         if not self.replay and self.minibatches * self.inner_epochs > 1:
-            raise ValueError("--no-replay takes the old log-probabilities at the update itself: one update a step only")
+            raise ValueError(
+                "--no-replay takes the old log-probabilities at the update itself: one update a step only"
+            )
         if self.adjoint_terms < -1 or self.latent_sigma < 0:
-            raise ValueError(f"adjoint_terms {self.adjoint_terms} or latent_sigma {self.latent_sigma} is out of range")
+            raise ValueError(
+                f"adjoint_terms {self.adjoint_terms} or latent_sigma {self.latent_sigma} is out of range"
+            )
         if self.adjoint_terms and (self.latent_sigma or not self.replay):
-            raise ValueError("adjoint_terms is the gradient through deterministic, replayed latents: with latent_sigma the "
-                             "log-density already carries it, and with --no-replay there are none")
+            raise ValueError(
+                "adjoint_terms is the gradient through deterministic, replayed latents: with latent_sigma the "
+                "log-density already carries it, and with --no-replay there are none"
+            )
 
     @property
     def prompts_a_try(self):
         return self.prompts or self.groups
 
-
-# -------------------------------------------------------------------------------------------------------- equations
 
 def group_advantages(rewards):
     """A_i = (R_i - mean) / (std + 1e-6), unbiased std -> (G,). Source: sec. 3.3 (GRPO).
@@ -218,11 +254,10 @@ def learning_rate(step, config):
     return config.lr * (1 + (config.final_lr - 1) * min(1.0, done))
 
 
-# --------------------------------------------------------------------------------------------------------- rollouts
-
 @dataclasses.dataclass
 class Group:
     """One prompt and what its G rollouts came to, on the rank that made them."""
+
     place: int  # of the prompt in the order of the data
     sample: dict  # the encoded prompt
     rollout: Rollout  # G rows
@@ -235,7 +270,9 @@ class Group:
 @functools.lru_cache(maxsize=2)
 def permutation(n, seed, epoch):
     """The order of n rows in an epoch. Source: ours."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+    return torch.randperm(
+        n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    ).tolist()
 
 
 def prompt_batches(n, size, first, last, total, seed, rank, world):
@@ -246,23 +283,50 @@ def prompt_batches(n, size, first, last, total, seed, rank, world):
     b = first
     while b < last:
         if b % world == rank:
-            yield [permutation(n, seed, p // n)[p % n] for p in range(b * size, min((b + 1) * size, total))]
+            yield [
+                permutation(n, seed, p // n)[p % n]
+                for p in range(b * size, min((b + 1) * size, total))
+            ]
         b += 1
 
 
 CURVES = (("total", "accuracy"), ("contrastive", "diversity"), ("entropy", "kl"), ("grad_norm",))
+
+
 PARTS = ("total", "accuracy", "format", "contrastive", "diversity", "repetition")
-COUNTS = ("rollouts", "tokens", "spans", "latents", "forced", "cut_off", "unjudged", "kept", "too easy", "too hard",
-          "unjudged groups", "surplus", "skipped")
+
+
+COUNTS = (
+    "rollouts",
+    "tokens",
+    "spans",
+    "latents",
+    "forced",
+    "cut_off",
+    "unjudged",
+    "kept",
+    "too easy",
+    "too hard",
+    "unjudged groups",
+    "surplus",
+    "skipped",
+)
 
 
 def count(stats, rollout, groups, latent_start_id):
     """Add a batch's figures to stats, a dict of sums."""
-    steps = torch.arange(rollout.tokens.shape[1], device=rollout.tokens.device) < rollout.lengths[:, None]
-    for key, value in (("rollouts", len(rollout.tokens)), ("tokens", int(rollout.lengths.sum())),
-                       ("spans", int((rollout.tokens == latent_start_id).sum())),
-                       ("latents", sum(len(z) for z in rollout.latents)),
-                       ("forced", int((steps & ~rollout.sampled).sum())), ("cut_off", rollout.finish.count("length"))):
+    steps = (
+        torch.arange(rollout.tokens.shape[1], device=rollout.tokens.device)
+        < rollout.lengths[:, None]
+    )
+    for key, value in (
+        ("rollouts", len(rollout.tokens)),
+        ("tokens", int(rollout.lengths.sum())),
+        ("spans", int((rollout.tokens == latent_start_id).sum())),
+        ("latents", sum(len(z) for z in rollout.latents)),
+        ("forced", int((steps & ~rollout.sampled).sum())),
+        ("cut_off", rollout.finish.count("length")),
+    ):
         stats[key] += value
     for group in groups:
         stats["unjudged groups" if group.verdict == "unjudged" else group.verdict] += 1
@@ -279,13 +343,15 @@ def distinct(group, config):
     Equal words with different rewards (a judge may waver) stay apart; unjudged rows are left out.
     """
     rows = {}
-    for i, (tokens, n) in enumerate(zip(group.rollout.tokens.tolist(), group.rollout.lengths.tolist())):
+    for i, (tokens, n) in enumerate(
+        zip(group.rollout.tokens.tolist(), group.rollout.lengths.tolist())
+    ):
         if not group.parts["unjudged"][i]:
-            rows.setdefault(i if config.latent_sigma else (*tokens[:n], round(group.parts["total"][i], 4)), []).append(i)
+            rows.setdefault(
+                i if config.latent_sigma else (*tokens[:n], round(group.parts["total"][i], 4)), []
+            ).append(i)
     return list(rows.values())
 
-
-# ----------------------------------------------------------------------------------------------------------- update
 
 def prepare(groups, pad, device, config):
     """Groups -> (prompts, rollout, prompt_of (R,), advantages (R, 1), times (R, 1)): what one forward takes. Ours.
@@ -295,7 +361,13 @@ def prepare(groups, pad, device, config):
     batch = model_inputs(collate([g.sample for g in groups], pad, side="left"))
     picked = [distinct(g, config) for g in groups]
     prompt_of = torch.tensor([k for k, same in enumerate(picked) for _ in same], device=device)
-    A = torch.stack([group_advantages(g.parts["total"])[rows].mean() for g, same in zip(groups, picked) for rows in same])
+    A = torch.stack(
+        [
+            group_advantages(g.parts["total"])[rows].mean()
+            for g, same in zip(groups, picked)
+            for rows in same
+        ]
+    )
     times = torch.tensor([len(rows) for same in picked for rows in same], device=device)
     rollout = join([take(g.rollout, [rows[0] for rows in same]) for g, same in zip(groups, picked)])
     return batch, rollout, prompt_of, A[:, None].to(device), times[:, None]
@@ -307,11 +379,15 @@ def policy_loss(model, prepared, ref, n_tokens, config, stats):
     ref: (R, T) log-probabilities of the reference, or None; n_tokens: chosen tokens of the step, over all ranks.
     """
     batch, rollout, prompt_of, A, times = prepared
-    new = replay(model, to_device(batch, A.device), rollout, config.temperature, prompt_of, config.replay)
+    new = replay(
+        model, to_device(batch, A.device), rollout, config.temperature, prompt_of, config.replay
+    )
     weight = rollout.sampled * times / n_tokens  # (R, T)
     # official's mistake is on both sides of its ratio
     old = rollout.logprobs if config.replay else new.logprobs.detach()
-    surrogate, r = clipped_surrogate(new.logprobs, old, A, config.eps_low, config.eps_high, config.dual_clip)
+    surrogate, r = clipped_surrogate(
+        new.logprobs, old, A, config.eps_low, config.eps_high, config.dual_clip
+    )
     loss = (surrogate * weight).sum()
     kl = kl_k3(new.logprobs, ref) if ref is not None else torch.zeros_like(surrogate)
     total = loss + config.kl * (kl * weight).sum()
@@ -321,9 +397,17 @@ def policy_loss(model, prepared, ref, n_tokens, config, stats):
         total = total + adjoint_loss(loss, new.predicted, new.latents, terms)
     with torch.no_grad():
         clipped = ((r > 1 + config.eps_high) & (A > 0)) | ((r < 1 - config.eps_low) & (A < 0))
-        for key, value in (("loss", surrogate), ("ratio", r), ("clipped", clipped), ("kl", kl), ("entropy", new.entropy)):
+        for key, value in (
+            ("loss", surrogate),
+            ("ratio", r),
+            ("clipped", clipped),
+            ("kl", kl),
+            ("entropy", new.entropy),
+        ):
             stats[key] += (value * weight).sum().item()
-        stats["ratio_max"] = max(stats["ratio_max"], r.masked_fill(~rollout.sampled, 0).max().item())
+        stats["ratio_max"] = max(
+            stats["ratio_max"], r.masked_fill(~rollout.sampled, 0).max().item()
+        )
     return total
 
 
@@ -334,13 +418,24 @@ def update(model, optimizer, trained, groups, ref_model, lr, config, pad, device
     todo = []  # one entry a minibatch: its prepared micro-batches with the reference's log-probabilities
     for k in range(config.minibatches):
         mine = [g for g in groups if g.slot % config.minibatches == k]
-        prepared = [prepare(mine[i:i + config.micro_batch], pad, device, config)
-                    for i in range(0, len(mine), config.micro_batch)]
+        prepared = [
+            prepare(mine[i : i + config.micro_batch], pad, device, config)
+            for i in range(0, len(mine), config.micro_batch)
+        ]
         refs = [None] * len(prepared)
         if ref_model is not None:
             with torch.no_grad(), autocast():
-                refs = [token_logprobs(ref_model, to_device(p[0], device), p[1], config.temperature, p[2], config.replay)
-                        for p in prepared]
+                refs = [
+                    token_logprobs(
+                        ref_model,
+                        to_device(p[0], device),
+                        p[1],
+                        config.temperature,
+                        p[2],
+                        config.replay,
+                    )
+                    for p in prepared
+                ]
         n_tokens = sum(int((p[1].sampled * p[4]).sum()) for p in prepared)
         todo.append((prepared, refs, sum_over_ranks([n_tokens], device)[0]))
     updates = 0
@@ -359,25 +454,46 @@ def update(model, optimizer, trained, groups, ref_model, lr, config, pad, device
             norm = torch.nn.utils.clip_grad_norm_(trained, config.clip).item()
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            if math.isfinite(norm):  # the norm is that of the summed gradient: all ranks decide alike
+            if math.isfinite(
+                norm
+            ):  # the norm is that of the summed gradient: all ranks decide alike
                 optimizer.step()
             skipped += not math.isfinite(norm)
             optimizer.zero_grad(set_to_none=True)
             norms.append(norm)
             updates += 1
-    *means, = sum_over_ranks([stats[k] / max(1, updates) for k in ("loss", "ratio", "clipped", "kl", "entropy")], device)
+    (*means,) = sum_over_ranks(
+        [stats[k] / max(1, updates) for k in ("loss", "ratio", "clipped", "kl", "entropy")], device
+    )
     ratio_max = torch.tensor(stats["ratio_max"], dtype=torch.float64, device=device)
     if world > 1:
         dist.all_reduce(ratio_max, dist.ReduceOp.MAX)
     if not updates:
         means = [None] * 5
-    return dict(zip(("loss", "ratio", "clip_fraction", "kl", "entropy"), means), ratio_max=ratio_max.item(),
-                grad_norm=norms[-1] if norms else None, updates=updates, updates_skipped=skipped)
+    return dict(
+        zip(("loss", "ratio", "clip_fraction", "kl", "entropy"), means),
+        ratio_max=ratio_max.item(),
+        grad_norm=norms[-1] if norms else None,
+        updates=updates,
+        updates_skipped=skipped,
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- loop
-
-def collect(model, tokenizer, batches, first, last, config, judge, pad, device, autocast, rank, world, seconds):
+def collect(
+    model,
+    tokenizer,
+    batches,
+    first,
+    last,
+    config,
+    judge,
+    pad,
+    device,
+    autocast,
+    rank,
+    world,
+    seconds,
+):
     """Roll out prompts until `groups` groups are kept, or max_tries times, or the data ends. All ranks walk in step.
 
     -> this rank's kept groups, all its groups, stats of this rank, skipped samples, the next batch of the data.
@@ -397,24 +513,46 @@ def collect(model, tokenizer, batches, first, last, config, judge, pad, device, 
                 continue
             with autocast():
                 rollout = generate(
-                    model, model_inputs(to_device(batch, device)), n=config.group_size, temperature=config.temperature,
-                    top_p=config.top_p, max_new_tokens=config.max_new_tokens, max_latents=config.max_latents,
-                    latent_sigma=config.latent_sigma, share=config.share,
-                    generator=torch.Generator().manual_seed(config.seed * 1_000_003 + k))
-            texts = tokenizer.batch_decode([t[:n] for t, n in zip(rollout.tokens.cpu(), rollout.lengths)])
+                    model,
+                    model_inputs(to_device(batch, device)),
+                    n=config.group_size,
+                    temperature=config.temperature,
+                    top_p=config.top_p,
+                    max_new_tokens=config.max_new_tokens,
+                    max_latents=config.max_latents,
+                    latent_sigma=config.latent_sigma,
+                    share=config.share,
+                    generator=torch.Generator().manual_seed(config.seed * 1_000_003 + k),
+                )
+            texts = tokenizer.batch_decode(
+                [t[:n] for t, n in zip(rollout.tokens.cpu(), rollout.lengths)]
+            )
             seconds["rollout"] += time.time() - began
             began = time.time()
             new = []
-            for j, parts in enumerate(score(texts, rollout, batch["rows"], model.config, judge, **weights)):
+            for j, parts in enumerate(
+                score(texts, rollout, batch["rows"], model.config, judge, **weights)
+            ):
                 rows = list(range(j * config.group_size, (j + 1) * config.group_size))
-                new.append(Group(k * config.rollout_batch + batch["kept"][j], batch["samples"][j], take(rollout, rows),
-                                 [texts[i] for i in rows], parts,
-                                 keep_group(parts["correct"], parts["unjudged"], config.low, config.high)))
+                new.append(
+                    Group(
+                        k * config.rollout_batch + batch["kept"][j],
+                        batch["samples"][j],
+                        take(rollout, rows),
+                        [texts[i] for i in rows],
+                        parts,
+                        keep_group(parts["correct"], parts["unjudged"], config.low, config.high),
+                    )
+                )
             count(stats, rollout, new, model.config.latent_start_id)
             every += new
             seconds["reward"] += time.time() - began
         b = stop
-        kept = [g for g in every if g.verdict == "kept" or (not config.filter and g.verdict != "unjudged")]
+        kept = [
+            g
+            for g in every
+            if g.verdict == "kept" or (not config.filter and g.verdict != "unjudged")
+        ]
         places = [g.place for g in kept]
         if world > 1:
             gathered = [None] * world
@@ -423,7 +561,9 @@ def collect(model, tokenizer, batches, first, last, config, judge, pad, device, 
         places = sorted(places)
         if len(places) >= config.groups or b >= last:
             break
-    slots = {place: slot for slot, place in enumerate(places[:config.groups])}  # the first in the order of the data
+    slots = {
+        place: slot for slot, place in enumerate(places[: config.groups])
+    }  # the first in the order of the data
     stats["surplus"] += sum(g.place not in slots for g in kept)
     stats["skipped"] += len(skipped)
     kept = [dataclasses.replace(g, slot=slots[g.place]) for g in kept if g.place in slots]
@@ -455,7 +595,9 @@ def train(config, rows=None):
     model.model.visual.requires_grad_(not config.freeze_vision)
     ref_model = None
     if config.kl:
-        ref_model, _ = load(newest(config.model), dtype=torch.bfloat16 if bf16 else torch.float32, **kind)
+        ref_model, _ = load(
+            newest(config.model), dtype=torch.bfloat16 if bf16 else torch.float32, **kind
+        )
         ref_model.to(device).eval().requires_grad_(False)
     optimizer, trained = make_optimizer(model, config, world)
     if resumed:
@@ -469,32 +611,70 @@ def train(config, rows=None):
         raise SystemExit(f"nothing to train on: {len(rows)} rows, {config.epochs} epochs")
     last = -(-total // config.rollout_batch)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    plan = prompt_batches(len(rows), config.rollout_batch, at, last, total, config.seed, rank, world)
-    batches = iter(loader(Samples(rows, tokenizer, config, train=False), plan, config.workers, pad_id=pad, side="left",
-                          keep=True))
+    plan = prompt_batches(
+        len(rows), config.rollout_batch, at, last, total, config.seed, rank, world
+    )
+    batches = iter(
+        loader(
+            Samples(rows, tokenizer, config, train=False),
+            plan,
+            config.workers,
+            pad_id=pad,
+            side="left",
+            keep=True,
+        )
+    )
 
-    log_path, rollouts_path = (os.path.join(config.out, name) for name in ("log.jsonl", f"rollouts_{rank}.jsonl"))
+    log_path, rollouts_path = (
+        os.path.join(config.out, name) for name in ("log.jsonl", f"rollouts_{rank}.jsonl")
+    )
     trim_log(rollouts_path, first)
     run = None
     if master:
         trim_log(log_path, first)
-        print(f"LA-DAPO: {len(rows)} prompts, {config.groups} groups x {config.group_size} rollouts a step, "
-              f"{config.prompts_a_try} prompts a try, {world} ranks, {device.type}, seed {config.seed}, "
-              f"{sum(p.numel() for p in trained):,} parameters trained, "
-              f"{config.minibatches * config.inner_epochs} update(s) a step"
-              + (": the ratio is 1 up to rounding" if config.minibatches * config.inner_epochs == 1 else ""))
+        print(
+            f"LA-DAPO: {len(rows)} prompts, {config.groups} groups x {config.group_size} rollouts a step, "
+            f"{config.prompts_a_try} prompts a try, {world} ranks, {device.type}, seed {config.seed}, "
+            f"{sum(p.numel() for p in trained):,} parameters trained, "
+            f"{config.minibatches * config.inner_epochs} update(s) a step"
+            + (
+                ": the ratio is 1 up to rounding"
+                if config.minibatches * config.inner_epochs == 1
+                else ""
+            )
+        )
         if config.wandb:
             import wandb
+
             run = wandb.init(project="future-l1", config=dataclasses.asdict(config))
 
-    bar = tqdm(total=config.steps or None, initial=first, desc="la_dapo", disable=not master, mininterval=2)
+    bar = tqdm(
+        total=config.steps or None, initial=first, desc="la_dapo", disable=not master, mininterval=2
+    )
     step = first
     while step < config.steps or (not config.steps and at < last):
-        seconds, lr, began_at = dict(rollout=0.0, reward=0.0, update=0.0), learning_rate(step, config), at
+        seconds, lr, began_at = (
+            dict(rollout=0.0, reward=0.0, update=0.0),
+            learning_rate(step, config),
+            at,
+        )
         if judge:
             judge.failures.clear()  # those of the step
-        kept, every, stats, skipped, at = collect(model, tokenizer, batches, at, last, config, judge, pad, device, autocast,
-                                                  rank, world, seconds)
+        kept, every, stats, skipped, at = collect(
+            model,
+            tokenizer,
+            batches,
+            at,
+            last,
+            config,
+            judge,
+            pad,
+            device,
+            autocast,
+            rank,
+            world,
+            seconds,
+        )
         for where, why in skipped:
             tqdm.write(f"skipped {where}: {why}")
         stats = dict(zip(stats, sum_over_ranks(stats.values(), device)))
@@ -502,50 +682,101 @@ def train(config, rows=None):
         if world > 1 and (stats["skipped"] or judge):
             everyones = [None] * world
             dist.all_gather_object(everyones, (skipped, failures))
-            skipped, failures = sum((s for s, _ in everyones), []), sum((f for _, f in everyones), Counter())
+            skipped, failures = (
+                sum((s for s, _ in everyones), []),
+                sum((f for _, f in everyones), Counter()),
+            )
         if not stats["rollouts"] and began_at == 0:  # a wrong media_root, most likely
-            raise SystemExit("none of the first prompts could be used" + (f", e.g. {skipped[0].why}" if skipped else ""))
+            raise SystemExit(
+                "none of the first prompts could be used"
+                + (f", e.g. {skipped[0].why}" if skipped else "")
+            )
         began = time.time()
-        figures = update(model, optimizer, trained, kept, ref_model, lr, config, pad, device, autocast, world)
+        figures = update(
+            model, optimizer, trained, kept, ref_model, lr, config, pad, device, autocast, world
+        )
         seconds["update"] = time.time() - began
 
         judged, n = max(1.0, stats["rollouts"] - stats["unjudged"]), max(1.0, stats["rollouts"])
-        line = dict(step=step, lr=lr, prompts=[min(total, b * config.rollout_batch) for b in (began_at, at)])
+        line = dict(
+            step=step, lr=lr, prompts=[min(total, b * config.rollout_batch) for b in (began_at, at)]
+        )
         for part in PARTS:
             over = judged if part in ("total", "accuracy") else n
             mean = stats[part] / over
-            line[part], line[part + "_std"] = mean, math.sqrt(max(0.0, stats[part + "^2"] / over - mean * mean))
-        line.update(figures, length=stats["tokens"] / n, spans=stats["spans"] / n, latents=stats["latents"] / n,
-                    forced_stops=stats["forced"] / max(1.0, stats["spans"]), cut_off=stats["cut_off"] / n,
-                    **{key.replace(" ", "_"): int(stats[key]) for key in COUNTS[6:]}, rollouts=int(stats["rollouts"]),
-                    groups=int(sum_over_ranks([len(kept)], device)[0]), skipped_names=[list(s) for s in skipped],
-                    judge_failures=dict(failures),
-                    **{f"seconds_{key}": round(value, 4) for key, value in seconds.items()})
+            line[part], line[part + "_std"] = (
+                mean,
+                math.sqrt(max(0.0, stats[part + "^2"] / over - mean * mean)),
+            )
+        line.update(
+            figures,
+            length=stats["tokens"] / n,
+            spans=stats["spans"] / n,
+            latents=stats["latents"] / n,
+            forced_stops=stats["forced"] / max(1.0, stats["spans"]),
+            cut_off=stats["cut_off"] / n,
+            **{key.replace(" ", "_"): int(stats[key]) for key in COUNTS[6:]},
+            rollouts=int(stats["rollouts"]),
+            groups=int(sum_over_ranks([len(kept)], device)[0]),
+            skipped_names=[list(s) for s in skipped],
+            judge_failures=dict(failures),
+            **{f"seconds_{key}": round(value, 4) for key, value in seconds.items()},
+        )
         if step % config.sample_every == 0:
             i = step // config.sample_every % config.group_size
             with open(rollouts_path, "a", encoding="utf-8") as f:
                 for g in every:
                     row = g.sample["row"]
-                    told = dict(step=step, id=row.id, verdict=g.verdict, question=row.question, answer=row.answer,
-                                response=g.texts[i], group_accuracy=g.parts["accuracy"],
-                                **{part: g.parts[part][i] for part in PARTS})
+                    told = dict(
+                        step=step,
+                        id=row.id,
+                        verdict=g.verdict,
+                        question=row.question,
+                        answer=row.answer,
+                        response=g.texts[i],
+                        group_accuracy=g.parts["accuracy"],
+                        **{part: g.parts[part][i] for part in PARTS},
+                    )
                     f.write(json.dumps(told, ensure_ascii=False) + "\n")
         if master:
             with open(log_path, "a") as f:
                 f.write(json.dumps(line) + "\n")
-            bar.set_postfix(reward=f"{line['total']:.3f}", accuracy=f"{line['accuracy']:.3f}", groups=line["groups"])
+            bar.set_postfix(
+                reward=f"{line['total']:.3f}",
+                accuracy=f"{line['accuracy']:.3f}",
+                groups=line["groups"],
+            )
             if not line["groups"]:
-                tqdm.write(f"step {step}: no group kept of {line['rollouts'] // config.group_size}, no update")
+                tqdm.write(
+                    f"step {step}: no group kept of {line['rollouts'] // config.group_size}, no update"
+                )
             if line["updates_skipped"]:
                 tqdm.write(f"step {step}: gradient is not finite, update skipped")
             if run:
                 run.log(line)
         step += 1
         bar.update()
-        if step % config.save_every == 0 or step == config.steps or (not config.steps and at >= last):
+        if (
+            step % config.save_every == 0
+            or step == config.steps
+            or (not config.steps and at >= last)
+        ):
             checkpoint = os.path.join(config.out, f"step_{step:06d}")
-            save_checkpoint(checkpoint, model, tokenizer, dict(step=step, batch=at, config=dataclasses.asdict(config),
-                                                               world=world, rows=fingerprint), optimizer, rank, world)
+            save_checkpoint(
+                checkpoint,
+                model,
+                tokenizer,
+                dict(
+                    step=step,
+                    batch=at,
+                    config=dataclasses.asdict(config),
+                    world=world,
+                    rows=fingerprint,
+                ),
+                optimizer,
+                rank,
+                world,
+            )
             if master:
                 draw_curves(log_path, os.path.join(config.out, "rewards.png"), CURVES)
     bar.close()

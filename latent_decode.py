@@ -11,7 +11,6 @@ Each row of the batch is in one of three states, and every step gives it one tok
 record (tokens, latents, which of them were chosen, their log-probabilities) is exactly what was fed to the model and
 what is in its cache, so that training can replay it.
 
-    python latent_decode.py --model DIR --video clip.mp4 --question "What happens next?"      # streams one response
     rollout = generate(model, batch, max_new_tokens=2048)            # greedy
     rollout = generate(model, batch, max_new_tokens=2048, temperature=0.9, top_p=0.99, n=8)
     token_logprobs(model, batch, rollout, temperature=0.9)           # = rollout.logprobs, with a gradient
@@ -36,26 +35,31 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 from transformers.cache_utils import StaticLayer
 
-from data import (Clip, ClipError, DataConfig, Frame, Row, collate, encode, key_frame_positions, model_inputs, parse_config,
-                  read_clip, to_device)
-from model import best_attention, load, log_continue, log_density
-from rewards import answer_of
-from sft import newest
+from model import log_continue, log_density
 
 CHUNK = 16  # steps between two looks at which rows are done
+
+
 LOGITS = 1024  # tokens of a replay whose logits are in memory at a time
 
 
 @dataclass
 class Rollout:
     """What was generated, as it was fed. Rows as in the file's docstring; tensors are on the model's device."""
+
     tokens: torch.Tensor  # (R, T) generated tokens only, padded after the end of turn
     sampled: torch.Tensor  # (R, T) bool: the policy chose it; False where forced or padding
-    latents: list  # R tensors (N_i, D), one row a `<|latent|>` token, after the head and noise if any
-    logprobs: torch.Tensor  # (R, T) of what was chosen under the full softmax at the temperature; 0 where not chosen
+    latents: (
+        list  # R tensors (N_i, D), one row a `<|latent|>` token, after the head and noise if any
+    )
+    logprobs: (
+        torch.Tensor
+    )  # (R, T) of what was chosen under the full softmax at the temperature; 0 where not chosen
     finish: list  # R of "eos" | "length"
     lengths: torch.Tensor  # (R,) generated tokens incl. the end of turn
-    latent_sigma: float = 0.0  # noise on the latents; where > 0, a latent's log-density is part of its logprob
+    latent_sigma: float = (
+        0.0  # noise on the latents; where > 0, a latent's log-density is part of its logprob
+    )
 
 
 def choose(logits, in_span, count, u, *, ids, banned, temperature=0.0, top_p=1.0, max_latents=8):
@@ -79,7 +83,9 @@ def choose(logits, in_span, count, u, *, ids, banned, temperature=0.0, top_p=1.0
             p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # the smallest set that reaches top_p
         cdf = p.cumsum(-1)
         k = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)  # (R, 1)
-        last = (cdf < cdf[:, -1:]).sum(-1, keepdim=True)  # rounding must not lead past the last one that is possible
+        last = (cdf < cdf[:, -1:]).sum(
+            -1, keepdim=True
+        )  # rounding must not lead past the last one that is possible
         k = torch.minimum(k, last)
         word = (k if order is None else order.gather(1, k))[:, 0]
 
@@ -89,14 +95,32 @@ def choose(logits, in_span, count, u, *, ids, banned, temperature=0.0, top_p=1.0
     stop = forced | (log_stop.exp() > (0.5 if temperature == 0 else u))
 
     token = torch.where(in_span, torch.where(stop, latent_end, latent), word)
-    chosen = torch.where(in_span, torch.where(stop, log_stop, log_go), logp.gather(1, word[:, None])[:, 0])
+    chosen = torch.where(
+        in_span, torch.where(stop, log_stop, log_go), logp.gather(1, word[:, None])[:, 0]
+    )
     sampled = ~(in_span & forced)
     return token, chosen.masked_fill(~sampled, 0), sampled
 
 
 @torch.no_grad()
-def generate(model, batch, *, max_new_tokens, temperature=0.0, top_p=1.0, max_latents=8, n=1, eos_token_id=None,
-             latent_sigma=0.0, generator=None, replace=None, banned=(), stream=None, share=False, cuda_graph=False):
+def generate(
+    model,
+    batch,
+    *,
+    max_new_tokens,
+    temperature=0.0,
+    top_p=1.0,
+    max_latents=8,
+    n=1,
+    eos_token_id=None,
+    latent_sigma=0.0,
+    generator=None,
+    replace=None,
+    banned=(),
+    stream=None,
+    share=False,
+    cuda_graph=False,
+):
     """Continue each prompt n times -> Rollout. Source: sec. 3.1.
 
     batch: dict of HF-named tensors, left-padded (`data.model_inputs`). temperature 0 = greedy; log-probabilities are
@@ -111,15 +135,23 @@ def generate(model, batch, *, max_new_tokens, temperature=0.0, top_p=1.0, max_la
     result does not depend on what else is in the batch (up to rounding); a sampled one does not depend on when other rows
     finish. Raises ValueError for right padding or bad arguments.
     """
-    batch = {k: v for k, v in batch.items() if k != "mm_token_type_ids"}  # HF's processors return it: recomputed
+    batch = {
+        k: v for k, v in batch.items() if k != "mm_token_type_ids"
+    }  # HF's processors return it: recomputed
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask  # (B, P)
     if not bool(mask[:, -1].all()):
-        raise ValueError("generate needs left-padded prompts: the last column of attention_mask must be 1")
+        raise ValueError(
+            "generate needs left-padded prompts: the last column of attention_mask must be 1"
+        )
     if max_new_tokens < 1 or n < 1 or max_latents < 0 or temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"bad arguments: {max_new_tokens=} {n=} {max_latents=} {temperature=} {top_p=}")
+        raise ValueError(
+            f"bad arguments: {max_new_tokens=} {n=} {max_latents=} {temperature=} {top_p=}"
+        )
     if share and (latent_sigma or replace is not None or cuda_graph):
-        raise ValueError("share: noise or replaced latents make equal samples differ, a captured step cannot change size")
+        raise ValueError(
+            "share: noise or replaced latents make equal samples differ, a captured step cannot change size"
+        )
     if eos_token_id is None:
         eos_token_id = model.generation_config.eos_token_id
     eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
@@ -130,17 +162,31 @@ def generate(model, batch, *, max_new_tokens, temperature=0.0, top_p=1.0, max_la
     try:
         # the prompt, once a prompt
         h, prompt = model.hidden(**{**batch, "attention_mask": mask}, use_cache=True)
-        text.set_attn_implementation("sdpa")  # a step needs a mask over a half-filled cache: sdpa takes one
+        text.set_attn_implementation(
+            "sdpa"
+        )  # a step needs a mask over a half-filled cache: sdpa takes one
         return _decode(
-            model, text, h[:, -1].repeat_interleave(n, 0),
+            model,
+            text,
+            h[:, -1].repeat_interleave(n, 0),
             _static_cache(prompt, 1 if share else n, P + max_new_tokens),
-            torch.cat([mask.bool(), mask.new_zeros(B, max_new_tokens, dtype=torch.bool)], 1).repeat_interleave(n, 0),
-            (mask.sum(-1, keepdim=True) + model.model.rope_deltas).repeat_interleave(n, 0),  # (R, 1) next position
-            max_new_tokens=max_new_tokens, eos=torch.tensor(eos, device=device, dtype=torch.long),
-            latent_sigma=latent_sigma, generator=generator, replace=replace, never=list(banned), stream=stream,
+            torch.cat(
+                [mask.bool(), mask.new_zeros(B, max_new_tokens, dtype=torch.bool)], 1
+            ).repeat_interleave(n, 0),
+            (mask.sum(-1, keepdim=True) + model.model.rope_deltas).repeat_interleave(
+                n, 0
+            ),  # (R, 1) next position
+            max_new_tokens=max_new_tokens,
+            eos=torch.tensor(eos, device=device, dtype=torch.long),
+            latent_sigma=latent_sigma,
+            generator=generator,
+            replace=replace,
+            never=list(banned),
+            stream=stream,
             graph=cuda_graph and device.type == "cuda",
             shared=torch.arange(B, device=device).repeat_interleave(n) if share else None,
-            choice=dict(temperature=temperature, top_p=top_p, max_latents=max_latents))
+            choice=dict(temperature=temperature, top_p=top_p, max_latents=max_latents),
+        )
     finally:
         text.set_attn_implementation(attention)
         model.train(training)
@@ -161,17 +207,36 @@ def _static_cache(prompt, n, length):
     cache = Cache(layers=[_Slots(max_cache_len=length) for _ in prompt.layers])
     for new, old in zip(cache.layers, prompt.layers):
         for name in ("keys", "values"):
-            setattr(old, name, getattr(old, name).to(dtype).repeat_interleave(n, 0))  # (R, heads, P, head width)
+            setattr(
+                old, name, getattr(old, name).to(dtype).repeat_interleave(n, 0)
+            )  # (R, heads, P, head width)
         new.lazy_initialization(old.keys, old.values)
-        new.keys[:, :, :old.keys.shape[2]] = old.keys
-        new.values[:, :, :old.keys.shape[2]] = old.values
+        new.keys[:, :, : old.keys.shape[2]] = old.keys
+        new.values[:, :, : old.keys.shape[2]] = old.values
         new.cumulative_length.fill_(old.keys.shape[2])
         old.keys = old.values = None
     return cache
 
 
-def _decode(model, text, h, cache, seen, position, *, max_new_tokens, eos, latent_sigma, generator, replace, never,
-            stream, graph, shared, choice):
+def _decode(
+    model,
+    text,
+    h,
+    cache,
+    seen,
+    position,
+    *,
+    max_new_tokens,
+    eos,
+    latent_sigma,
+    generator,
+    replace,
+    never,
+    stream,
+    graph,
+    shared,
+    choice,
+):
     """The loop. h (R, D) state after the prompt; seen (R, L) bool cache slots to look at; position (R, 1).
 
     shared (R,): which row of the cache a row of the state reads, while samples are still equal; None: each its own.
@@ -180,21 +245,43 @@ def _decode(model, text, h, cache, seen, position, *, max_new_tokens, eos, laten
     config = model.config
     ids = config.latent_start_id, config.latent_id, config.latent_end_id
     banned = torch.zeros(model.lm_head.out_features, device=device)
-    banned[[config.latent_id, config.latent_end_id, config.image_token_id, config.video_token_id, *never]] = -torch.inf
+    banned[
+        [
+            config.latent_id,
+            config.latent_end_id,
+            config.image_token_id,
+            config.video_token_id,
+            *never,
+        ]
+    ] = -torch.inf
     pad = eos[0] if len(eos) else torch.zeros((), dtype=torch.long, device=device)
-    slot = torch.full((1,), seen.shape[1] - T, device=device)  # where the next token goes in the cache
+    slot = torch.full(
+        (1,), seen.shape[1] - T, device=device
+    )  # where the next token goes in the cache
     # one entry a live row; all are updated in place, so that a captured step keeps working on them
-    S = dict(h=h, seen=seen[:, None, None], position=position, row=torch.arange(R, device=device),
-             in_span=torch.zeros(R, dtype=torch.bool, device=device), done=torch.zeros(R, dtype=torch.bool, device=device),
-             count=torch.zeros(R, dtype=torch.long, device=device), fed=torch.zeros(R, dtype=torch.long, device=device),
-             u=torch.zeros(R, device=device), noise=torch.zeros(R, h.shape[1] if latent_sigma else 0, device=device),
-             token=torch.zeros(R, dtype=torch.long, device=device), logprob=torch.zeros(R, device=device),
-             sampled=torch.zeros(R, dtype=torch.bool, device=device), z=model.to_latent(h).clone())
+    S = dict(
+        h=h,
+        seen=seen[:, None, None],
+        position=position,
+        row=torch.arange(R, device=device),
+        in_span=torch.zeros(R, dtype=torch.bool, device=device),
+        done=torch.zeros(R, dtype=torch.bool, device=device),
+        count=torch.zeros(R, dtype=torch.long, device=device),
+        fed=torch.zeros(R, dtype=torch.long, device=device),
+        u=torch.zeros(R, device=device),
+        noise=torch.zeros(R, h.shape[1] if latent_sigma else 0, device=device),
+        token=torch.zeros(R, dtype=torch.long, device=device),
+        logprob=torch.zeros(R, device=device),
+        sampled=torch.zeros(R, dtype=torch.bool, device=device),
+        z=model.to_latent(h).clone(),
+    )
 
     def split_up(token):
         """Rows that shared a row of the cache and now differ get one each -> the first row (U,) of each that is left."""
         nonlocal shared
-        _, now = torch.unique(shared * model.lm_head.out_features + token, return_inverse=True)  # sorted by `shared`
+        _, now = torch.unique(
+            shared * model.lm_head.out_features + token, return_inverse=True
+        )  # sorted by `shared`
         first = torch.full((int(now.max()) + 1,), len(now), device=device)
         first.scatter_reduce_(0, now, torch.arange(len(now), device=device), "amin")
         if len(first) > len(cache.layers[0].keys):
@@ -203,8 +290,15 @@ def _decode(model, text, h, cache, seen, position, *, max_new_tokens, eos, laten
         return first
 
     def step():
-        token, logprob, sampled = choose(model.lm_head(S["h"]), S["in_span"], S["count"], S["u"], ids=ids,
-                                         banned=banned, **choice)
+        token, logprob, sampled = choose(
+            model.lm_head(S["h"]),
+            S["in_span"],
+            S["count"],
+            S["u"],
+            ids=ids,
+            banned=banned,
+            **choice,
+        )
         S["token"].copy_(torch.where(S["done"], pad, token))
         S["logprob"].copy_(logprob.masked_fill(S["done"], 0))
         S["sampled"].copy_(sampled & ~S["done"])
@@ -215,7 +309,9 @@ def _decode(model, text, h, cache, seen, position, *, max_new_tokens, eos, laten
             S["logprob"].add_(log_density(z, mean, latent_sigma).masked_fill(~is_latent, 0))
         if replace is not None:
             k = S["fed"].clamp(max=replace.shape[1] - 1)
-            z = torch.where((S["fed"] < replace.shape[1])[:, None], replace[S["row"], k].to(z.dtype), z)
+            z = torch.where(
+                (S["fed"] < replace.shape[1])[:, None], replace[S["row"], k].to(z.dtype), z
+            )
         S["z"].copy_(z)
         S["done"].logical_or_(torch.isin(S["token"], eos) & ~S["in_span"])
         S["fed"].add_(is_latent)
@@ -226,8 +322,13 @@ def _decode(model, text, h, cache, seen, position, *, max_new_tokens, eos, laten
         x = torch.where(is_latent[:, None], S["z"].to(x.dtype), x)[:, None]  # (R, 1, D)
         S["seen"].index_fill_(3, slot, True)
         some = slice(None) if shared is None else split_up(S["token"])
-        out = text(inputs_embeds=x[some], attention_mask=S["seen"][some],
-                   position_ids=S["position"][some].expand(3, -1, -1), past_key_values=cache, use_cache=True)
+        out = text(
+            inputs_embeds=x[some],
+            attention_mask=S["seen"][some],
+            position_ids=S["position"][some].expand(3, -1, -1),
+            past_key_values=cache,
+            use_cache=True,
+        )
         S["h"].copy_(out.last_hidden_state[slice(None) if shared is None else shared, 0])
         S["position"].add_(1)
         slot.add_(1)
@@ -238,9 +339,20 @@ def _decode(model, text, h, cache, seen, position, *, max_new_tokens, eos, laten
     for start in range(0, T, CHUNK):
         steps = min(CHUNK, T - start)
         # drawn for all rows, live or not: a row's random numbers do not depend on when others finish
-        u = torch.rand(R, steps, generator=generator, device=generator.device if generator else device).to(device)
-        noise = torch.randn(R, steps, h.shape[1], generator=generator, device=u.device if generator is None
-                            else generator.device).to(device) if latent_sigma else None
+        u = torch.rand(
+            R, steps, generator=generator, device=generator.device if generator else device
+        ).to(device)
+        noise = (
+            torch.randn(
+                R,
+                steps,
+                h.shape[1],
+                generator=generator,
+                device=u.device if generator is None else generator.device,
+            ).to(device)
+            if latent_sigma
+            else None
+        )
         record = {name: [] for name in ("token", "logprob", "sampled", "z")}
         for j in range(steps):
             S["u"].copy_(u[S["row"], j])
@@ -252,12 +364,14 @@ def _decode(model, text, h, cache, seen, position, *, max_new_tokens, eos, laten
             warm = True  # one plain step at each number of rows, before it is captured
             for name, steps_so_far in record.items():
                 steps_so_far.append(S[name].clone())
-        token, logprob, chosen, z = (torch.stack(x, 1) for x in record.values())  # (live, steps), z (live, steps, D)
+        token, logprob, chosen, z = (
+            torch.stack(x, 1) for x in record.values()
+        )  # (live, steps), z (live, steps, D)
         if stream:
             stream(token)
         row = S["row"]
-        tokens[row, start:start + steps], logprobs[row, start:start + steps] = token, logprob
-        sampled[row, start:start + steps] = chosen
+        tokens[row, start : start + steps], logprobs[row, start : start + steps] = token, logprob
+        sampled[row, start : start + steps] = chosen
         is_latent = token == config.latent_id
         for r, part in zip(row.tolist(), z[is_latent].split(is_latent.sum(1).tolist())):
             latents[r].append(part)
@@ -274,15 +388,21 @@ def _decode(model, text, h, cache, seen, position, *, max_new_tokens, eos, laten
             run, warm = None, False
     ended = torch.isin(tokens, eos) & sampled
     lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, T)
-    return Rollout(tokens, sampled, [torch.cat(x) for x in latents], logprobs,
-                   ["eos" if e else "length" for e in ended.any(1).tolist()], lengths, latent_sigma)
+    return Rollout(
+        tokens,
+        sampled,
+        [torch.cat(x) for x in latents],
+        logprobs,
+        ["eos" if e else "length" for e in ended.any(1).tolist()],
+        lengths,
+        latent_sigma,
+    )
 
-
-# ----------------------------------------------------------------------------------------------------------- replay
 
 @dataclass
 class Replay:
     """What a forward over recorded rollouts gives; as many rows as the Rollout."""
+
     logprobs: torch.Tensor  # (R, T) of what was chosen, 0 where nothing was
     entropy: torch.Tensor  # (R, T) of the choice there was, no gradient
     predicted: torch.Tensor  # (N, D) what the model would feed
@@ -300,38 +420,58 @@ def replay(model, batch, rollout, temperature, prompt_of=None, recorded=True):
     if prompt_of is None:
         prompt_of = torch.arange(R, device=ids.device) // (R // len(mask))
     h, cache = model.hidden(**batch, use_cache=True)  # (B, P, D)
-    start = (mask.sum(-1, keepdim=True) + model.model.rope_deltas)[prompt_of]  # (R, 1) first new position
-    cache.batch_select_indices(prompt_of)  # a copy inside the graph: gradients of a group add up in its prompt
+    start = (mask.sum(-1, keepdim=True) + model.model.rope_deltas)[
+        prompt_of
+    ]  # (R, 1) first new position
+    cache.batch_select_indices(
+        prompt_of
+    )  # a copy inside the graph: gradients of a group add up in its prompt
     wide = torch.promote_types(h.dtype, torch.float32)
     is_latent = ids == model.config.latent_id  # (R, T)
     z = torch.cat(rollout.latents) if recorded else model.get_input_embeddings()(ids[is_latent])
     z = z.detach().to(wide).requires_grad_() if recorded else z  # (N, D)
     count = torch.arange(T, device=ids.device)
-    new, _ = model.hidden(ids, torch.cat([mask[prompt_of], (count < rollout.lengths[:, None]).to(mask.dtype)], 1),
-                          latents=z, past_key_values=cache, position_ids=(start + count).expand(3, -1, -1), use_cache=True)
-    h = torch.cat([h[prompt_of, -1:], new[:, :-1]], 1)  # (R, T, D): the state that chooses each token
+    new, _ = model.hidden(
+        ids,
+        torch.cat([mask[prompt_of], (count < rollout.lengths[:, None]).to(mask.dtype)], 1),
+        latents=z,
+        past_key_values=cache,
+        position_ids=(start + count).expand(3, -1, -1),
+        use_cache=True,
+    )
+    h = torch.cat(
+        [h[prompt_of, -1:], new[:, :-1]], 1
+    )  # (R, T, D): the state that chooses each token
 
     def choice(h, chosen):  # (S', D), (S',) -> log-probability and entropy (S',)
         logp = (model.lm_head(h).to(wide) / temperature).log_softmax(-1)  # (S', V)
         log_stop = logp[:, model.config.latent_end_id]
         continued = chosen == model.config.latent_id
         in_span = continued | (chosen == model.config.latent_end_id)
-        picked = torch.where(continued, log_continue(log_stop), logp.gather(1, chosen[:, None])[:, 0])
+        picked = torch.where(
+            continued, log_continue(log_stop), logp.gather(1, chosen[:, None])[:, 0]
+        )
         with torch.no_grad():
             stop, go = log_stop, log_continue(log_stop)
-            entropy = torch.where(in_span, -stop.exp() * stop - go.exp() * go, -(logp.exp() * logp).sum(-1))
+            entropy = torch.where(
+                in_span, -stop.exp() * stop - go.exp() * go, -(logp.exp() * logp).sum(-1)
+            )
         return picked, entropy
 
     # a piece's (S', V) is made again in the backward: all at once would be 10 GB a copy at 16k tokens of Qwen's vocabulary
-    parts = [checkpoint(choice, *part, use_reentrant=False)
-             for part in zip(h[rollout.sampled].split(LOGITS), ids[rollout.sampled].split(LOGITS))]
+    parts = [
+        checkpoint(choice, *part, use_reentrant=False)
+        for part in zip(h[rollout.sampled].split(LOGITS), ids[rollout.sampled].split(LOGITS))
+    ]
     picked, entropy = (torch.cat(part) for part in zip(*parts))  # (S,)
     predicted = model.to_latent(h[is_latent]).to(wide)  # (N, D)
     logprobs = torch.zeros_like(ids, dtype=wide).masked_scatter(rollout.sampled, picked)  # (R, T)
     if rollout.latent_sigma and recorded:
         density = log_density(z.detach(), predicted, rollout.latent_sigma)  # (N,)
         logprobs = logprobs + torch.zeros_like(logprobs).masked_scatter(is_latent, density)
-    return Replay(logprobs, torch.zeros_like(logprobs).masked_scatter(rollout.sampled, entropy), predicted, z)
+    return Replay(
+        logprobs, torch.zeros_like(logprobs).masked_scatter(rollout.sampled, entropy), predicted, z
+    )
 
 
 def token_logprobs(model, batch, rollout, temperature, prompt_of=None, recorded=True):
@@ -346,21 +486,35 @@ def take(rollout, rows):
     """Some rows of a Rollout, cut to the longest of them. Source: ours."""
     rows = torch.as_tensor(rows, device=rollout.tokens.device)
     T = int(rollout.lengths[rows].max())
-    return Rollout(rollout.tokens[rows, :T], rollout.sampled[rows, :T], [rollout.latents[r] for r in rows.tolist()],
-                   rollout.logprobs[rows, :T], [rollout.finish[r] for r in rows.tolist()], rollout.lengths[rows],
-                   rollout.latent_sigma)
+    return Rollout(
+        rollout.tokens[rows, :T],
+        rollout.sampled[rows, :T],
+        [rollout.latents[r] for r in rows.tolist()],
+        rollout.logprobs[rows, :T],
+        [rollout.finish[r] for r in rows.tolist()],
+        rollout.lengths[rows],
+        rollout.latent_sigma,
+    )
 
 
 def join(rollouts):
     """Rollouts one below the other, padded to the longest. Source: ours."""
+
     def stack(name):
-        return torch.nn.utils.rnn.pad_sequence([row for r in rollouts for row in getattr(r, name)], True)
-    return Rollout(stack("tokens"), stack("sampled"), [z for r in rollouts for z in r.latents], stack("logprobs"),
-                   [f for r in rollouts for f in r.finish], torch.cat([r.lengths for r in rollouts]),
-                   rollouts[0].latent_sigma)
+        return torch.nn.utils.rnn.pad_sequence(
+            [row for r in rollouts for row in getattr(r, name)], True
+        )
 
+    return Rollout(
+        stack("tokens"),
+        stack("sampled"),
+        [z for r in rollouts for z in r.latents],
+        stack("logprobs"),
+        [f for r in rollouts for f in r.finish],
+        torch.cat([r.lengths for r in rollouts]),
+        rollouts[0].latent_sigma,
+    )
 
-# ---------------------------------------------------------------------------------------------------------- helpers
 
 def _select(cache, rows):
     """Keep these rows of a cache, in this order; a row may be kept more than once."""
@@ -374,76 +528,3 @@ def _capture(step):
     with torch.cuda.graph(graph):
         step()
     return graph.replay
-
-
-# ------------------------------------------------------------------------------------------------------ command line
-
-@dataclass
-class Config(DataConfig):
-    model: str = ""  # a model folder, or a run's folder (its newest checkpoint)
-    video: str = ""  # the clip
-    question: str = ""  # what to ask about it
-    key_frames: str = ""  # show these key frames (1..8) as pictures, as in training, e.g. 3,4; "" = the clip as a video
-    max_new_tokens: int = 2048  # paper sec. 4
-    max_latents: int = 8  # longest span: 2 * l_max  # official
-    temperature: float = 0.0  # 0 = greedy
-    top_p: float = 1.0  # with a temperature: the smallest set of words that has this probability
-    seed: int = 0  # of the sampling
-
-
-def streamer(tokenizer, config, write):
-    """-> a function for generate's `stream` that writes a row's words as they come, [span 1: 4 latents] for a span. Ours."""
-    words, shown, spans, latents, ended = [], "", 0, 0, False
-
-    def feed(tokens):
-        nonlocal shown, spans, latents, ended
-        for token in tokens[0].tolist() if not ended else []:
-            if token == config.latent_id:
-                latents += 1
-            elif token == config.latent_end_id:
-                write(f"{latents} latents]\n")
-            elif token == config.latent_start_id:
-                spans, latents, words[:], shown = spans + 1, 0, [], ""
-                write(f"\n[span {spans}: ")
-            else:
-                ended = ended or tokenizer.convert_ids_to_tokens(token) == "<|im_end|>"
-                words.append(token)
-                text = tokenizer.decode(words, skip_special_tokens=True).rstrip("\ufffd")  # half a character waits
-                write(text[len(shown):])
-                shown = text
-            if ended:
-                break
-    return feed
-
-
-def main(config, write=lambda text: print(text, end="", flush=True)):
-    """Answer one question about one clip, streaming -> the answer or None. Raises SystemExit for what cannot be used."""
-    for name in ("model", "video", "question"):
-        if not getattr(config, name):
-            raise SystemExit(f"--{name} is missing")
-    numbers = [n.strip() for n in config.key_frames.split(",") if n.strip()]
-    if not all(n in "12345678" and len(n) == 1 for n in numbers):
-        raise SystemExit(f"--key_frames takes numbers from 1 to 8, e.g. 3,4; found {config.key_frames!r}")
-    try:
-        read_clip(config.video, key_frame_positions)  # before the weights are loaded
-    except ClipError as e:
-        raise SystemExit(f"--video: {e}") from e
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    seen = [Frame(config.video, int(n)) for n in numbers] or [Clip(config.video)]
-    row = Row("the question", "", [*seen, config.question], [], "")
-    model, tokenizer = load(newest(config.model), dtype=dtype,
-                            attn_implementation=best_attention() if device.type == "cuda" else "sdpa")
-    model.to(device).eval()
-    batch = collate([encode(row, tokenizer, config, train=False)], tokenizer.pad_token_id or 0, side="left")
-    rollout = generate(model, model_inputs(to_device(batch, device)), max_new_tokens=config.max_new_tokens,
-                       max_latents=config.max_latents, temperature=config.temperature, top_p=config.top_p,
-                       generator=torch.Generator().manual_seed(config.seed), stream=streamer(tokenizer, model.config, write))
-    answer = answer_of(tokenizer.decode(rollout.tokens[0, :rollout.lengths[0]]))
-    write(f"\n\nanswer: {answer}\n" if answer is not None else
-          f"\n\nno answer: the response ended by {rollout.finish[0]} without a closed <answer>\n")
-    return answer
-
-
-if __name__ == "__main__":
-    main(parse_config(Config))

@@ -27,7 +27,6 @@ Axis letters: B rows, T tokens, N latents (all rows together), D hidden, V vocab
 """
 
 import json
-import math
 import os
 
 import torch
@@ -37,7 +36,13 @@ from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 LATENT_START, LATENT, LATENT_END = "<|latent_start|>", "<|latent|>", "<|latent_end|>"
-LATENT_IDS = {"latent_start_id": LATENT_START, "latent_id": LATENT, "latent_end_id": LATENT_END}  # config key: token
+
+
+LATENT_IDS = {
+    "latent_start_id": LATENT_START,
+    "latent_id": LATENT,
+    "latent_end_id": LATENT_END,
+}  # config key: token
 
 
 class FutureL1(Qwen3VLForConditionalGeneration):
@@ -53,7 +58,9 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         """A linear map from states to latents, starting as the identity, i.e. as the paper's method. Source: ours."""
         D = self.config.text_config.hidden_size
         self.config.latent_head = "linear"
-        self.latent_head = nn.Linear(D, D, dtype=self.lm_head.weight.dtype, device=self.lm_head.weight.device)
+        self.latent_head = nn.Linear(
+            D, D, dtype=self.lm_head.weight.dtype, device=self.lm_head.weight.device
+        )
         nn.init.eye_(self.latent_head.weight)
         nn.init.zeros_(self.latent_head.bias)
 
@@ -65,7 +72,9 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         are, so that a stock folder gives stock logits. Raises OSError if the folder is not a model.  Source: ours.
         """
         loaded = super().from_pretrained(folder, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
+        model = (
+            loaded[0] if isinstance(loaded, tuple) else loaded
+        )  # a tuple with output_loading_info=True
         if any(getattr(model.config, key, None) is None for key in LATENT_IDS):
             model.set_latent_tokens(add_latent_tokens(AutoTokenizer.from_pretrained(folder)))
         return loaded
@@ -98,10 +107,19 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         pixel_values (patches, 1536), grid (frames, 3) -> (N, D): vision tower and merger, no deepstack, no pooling,
         no gradient (the target is frozen, whatever else is trained).
         """
-        return self.model.visual(pixel_values.to(self.model.visual.dtype), grid_thw=grid).pooler_output
+        return self.model.visual(
+            pixel_values.to(self.model.visual.dtype), grid_thw=grid
+        ).pooler_output
 
-    def embed(self, input_ids, pixel_values=None, image_grid_thw=None, pixel_values_videos=None,
-              video_grid_thw=None, latents=None):
+    def embed(
+        self,
+        input_ids,
+        pixel_values=None,
+        image_grid_thw=None,
+        pixel_values_videos=None,
+        video_grid_thw=None,
+        latents=None,
+    ):
         """Token ids (B, T) -> what is fed: embeddings (B, T, D), mask of visual positions, deepstack features.
 
         Raises ValueError naming both numbers if images, videos or latents do not match their placeholder tokens.
@@ -136,74 +154,162 @@ class FutureL1(Qwen3VLForConditionalGeneration):
             deepstack.append(joint)
         return x, visual, deepstack
 
-    def positions(self, input_ids, attention_mask=None, image_grid_thw=None, video_grid_thw=None, seq_lens=None):
+    def positions(
+        self,
+        input_ids,
+        attention_mask=None,
+        image_grid_thw=None,
+        video_grid_thw=None,
+        seq_lens=None,
+    ):
         """M-RoPE positions (3, B, T) and each row's offset (B, 1) for the words after it. Source: Qwen3-VL.
 
         Latents count as text. seq_lens: lengths of the samples packed one after another into the one row (then
         (4, 1, T), the first plane being the plain position in the sample, by which transformers separates them).
         """
         if seq_lens is not None:
-            rows = nn.utils.rnn.pad_sequence(input_ids[0].split(seq_lens), batch_first=True)  # (samples, longest)
-            mask = torch.arange(rows.shape[1], device=rows.device) < torch.tensor(seq_lens, device=rows.device)[:, None]
+            rows = nn.utils.rnn.pad_sequence(
+                input_ids[0].split(seq_lens), batch_first=True
+            )  # (samples, longest)
+            mask = (
+                torch.arange(rows.shape[1], device=rows.device)
+                < torch.tensor(seq_lens, device=rows.device)[:, None]
+            )
             pos, delta = self.positions(rows, mask.long(), image_grid_thw, video_grid_thw)
             plain = torch.arange(rows.shape[1], device=rows.device).expand(1, *rows.shape)
             return torch.cat([plain, pos])[:, mask][:, None], delta  # (4, 1, T)
-        kind = (input_ids == self.config.image_token_id).int() + 2 * (input_ids == self.config.video_token_id).int()
-        return self.model.get_rope_index(input_ids, kind, image_grid_thw=image_grid_thw,
-                                         video_grid_thw=video_grid_thw, attention_mask=attention_mask)
+        kind = (input_ids == self.config.image_token_id).int() + 2 * (
+            input_ids == self.config.video_token_id
+        ).int()
+        return self.model.get_rope_index(
+            input_ids,
+            kind,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            attention_mask=attention_mask,
+        )
 
-    def hidden(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None,
-               pixel_values_videos=None, video_grid_thw=None, latents=None, past_key_values=None, position_ids=None,
-               use_cache=False, seq_lens=None):
+    def hidden(
+        self,
+        input_ids,
+        attention_mask=None,
+        pixel_values=None,
+        image_grid_thw=None,
+        pixel_values_videos=None,
+        video_grid_thw=None,
+        latents=None,
+        past_key_values=None,
+        position_ids=None,
+        use_cache=False,
+        seq_lens=None,
+    ):
         """-> last hidden states after the final norm (B, T, D), the cache or None. Arguments as `forward`."""
-        x, visual, deepstack = self.embed(input_ids, pixel_values, image_grid_thw, pixel_values_videos,
-                                          video_grid_thw, latents)
+        x, visual, deepstack = self.embed(
+            input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw, latents
+        )
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if position_ids is None and past == 0:
             position_ids, self.model.rope_deltas = self.positions(
-                input_ids, attention_mask, image_grid_thw, video_grid_thw, seq_lens)
-        elif position_ids is None:  # words after a cached prompt: count on from where its M-RoPE positions ended
-            seen = torch.arange(past + input_ids.shape[1], device=x.device).expand(len(x), -1) \
-                if attention_mask is None else attention_mask.cumsum(-1) - 1
-            position_ids = (seen[:, -input_ids.shape[1]:] + self.model.rope_deltas).expand(3, -1, -1)  # (3, B, T)
+                input_ids, attention_mask, image_grid_thw, video_grid_thw, seq_lens
+            )
+        elif (
+            position_ids is None
+        ):  # words after a cached prompt: count on from where its M-RoPE positions ended
+            seen = (
+                torch.arange(past + input_ids.shape[1], device=x.device).expand(len(x), -1)
+                if attention_mask is None
+                else attention_mask.cumsum(-1) - 1
+            )
+            position_ids = (seen[:, -input_ids.shape[1] :] + self.model.rope_deltas).expand(
+                3, -1, -1
+            )  # (3, B, T)
         out = self.model.language_model(
-            inputs_embeds=x, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-            visual_pos_masks=visual, deepstack_visual_embeds=deepstack, use_cache=use_cache)
+            inputs_embeds=x,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            visual_pos_masks=visual,
+            deepstack_visual_embeds=deepstack,
+            use_cache=use_cache,
+        )
         return out.last_hidden_state, out.past_key_values
 
     def to_latent(self, h):
         """Hidden states (..., D) -> the latents they predict (..., D): themselves (paper) or through the head."""
         return h if self.latent_head is None else self.latent_head(h)
 
-    def forward(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None,
-                pixel_values_videos=None, video_grid_thw=None, latents=None, labels=None, past_key_values=None,
-                position_ids=None, use_cache=None, logits_to_keep=0, mm_token_type_ids=None, seq_lens=None):
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        pixel_values=None,
+        image_grid_thw=None,
+        pixel_values_videos=None,
+        video_grid_thw=None,
+        latents=None,
+        labels=None,
+        past_key_values=None,
+        position_ids=None,
+        use_cache=None,
+        logits_to_keep=0,
+        mm_token_type_ids=None,
+        seq_lens=None,
+    ):
         """Logits (B, T, V), with `latents` (N, D) fed at the `<|latent|>` positions, row by row in order.
 
         labels (B, T), -100 = no label, aligned with input_ids (the shift is inside) -> `.loss`, the mean of Eq. (2).
         `.hidden_states[-1]` is h (B, T, D). logits_to_keep: only the last k positions, 0 = all. mm_token_type_ids
         is accepted because HF processors return it; it is recomputed. Raises ValueError on a count mismatch.
         """
-        h, cache = self.hidden(input_ids, attention_mask, pixel_values, image_grid_thw, pixel_values_videos,
-                               video_grid_thw, latents, past_key_values, position_ids,
-                               bool(use_cache) or past_key_values is not None, seq_lens)
+        h, cache = self.hidden(
+            input_ids,
+            attention_mask,
+            pixel_values,
+            image_grid_thw,
+            pixel_values_videos,
+            video_grid_thw,
+            latents,
+            past_key_values,
+            position_ids,
+            bool(use_cache) or past_key_values is not None,
+            seq_lens,
+        )
         logits = self.lm_head(h[:, -logits_to_keep:])
         loss = None
         if labels is not None:
             where, words = _next_words(labels)
             loss = F.cross_entropy(self.lm_head(h[:, :-1][where]).float(), words)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache, hidden_states=(h,))
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=cache, hidden_states=(h,)
+        )
 
     def generate(self, *args, **kwargs):
         """Not here: transformers' own loop knows no latents. Raises TypeError that says where to go. Source: ours."""
-        raise TypeError("latent_decode.generate decodes words and latents; for words alone, load the folder as "
-                        "transformers' Qwen3VLForConditionalGeneration")
+        raise TypeError(
+            "latent_decode.generate decodes words and latents; for words alone, load the folder as "
+            "transformers' Qwen3VLForConditionalGeneration"
+        )
 
     # ------------------------------------------------------------------------------------------------- Eq. (1)-(3)
 
-    def sft_loss(self, input_ids, attention_mask=None, pixel_values=None, image_grid_thw=None,
-                 pixel_values_videos=None, video_grid_thw=None, latents=None, labels=None, lam=0.1, *, targets=None,
-                 latent_loss="mse", latent_var=None, stop_term=False, seq_lens=None):
+    def sft_loss(
+        self,
+        input_ids,
+        attention_mask=None,
+        pixel_values=None,
+        image_grid_thw=None,
+        pixel_values_videos=None,
+        video_grid_thw=None,
+        latents=None,
+        labels=None,
+        lam=0.1,
+        *,
+        targets=None,
+        latent_loss="mse",
+        latent_var=None,
+        stop_term=False,
+        seq_lens=None,
+    ):
         """Eq. (1)-(3) on one batch -> dict(loss, ce, latent: means; ce_sum, n_text, latent_sum, n_latent).
 
         latents (N, D): what is fed, the true e* under teacher forcing. targets (N, D): what Eq. (3) compares with,
@@ -214,15 +320,27 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         """
         if latent_loss not in ("mse", "nmse", "cosine"):
             raise ValueError(f"latent_loss is {latent_loss!r}, expected mse, nmse or cosine")
-        h, _ = self.hidden(input_ids, attention_mask, pixel_values, image_grid_thw, pixel_values_videos,
-                           video_grid_thw, latents, seq_lens=seq_lens)
+        h, _ = self.hidden(
+            input_ids,
+            attention_mask,
+            pixel_values,
+            image_grid_thw,
+            pixel_values_videos,
+            video_grid_thw,
+            latents,
+            seq_lens=seq_lens,
+        )
         where, words = _next_words(labels)
-        logits = self.lm_head(h[:, :-1][where]).float()  # (n_text, V): only positions that carry a label
+        logits = self.lm_head(
+            h[:, :-1][where]
+        ).float()  # (n_text, V): only positions that carry a label
         ce_sum, n_text = F.cross_entropy(logits, words, reduction="sum"), words.numel()  # Eq. (2)
 
-        h_before = h[:, :-1][input_ids[:, 1:] == self.config.latent_id]  # (N, D): the state at t - 1 predicts t
+        h_before = h[:, :-1][
+            input_ids[:, 1:] == self.config.latent_id
+        ]  # (N, D): the state at t - 1 predicts t
         z = self.to_latent(h_before).float()
-        e = (latents if targets is None else targets)
+        e = latents if targets is None else targets
         e = z.new_zeros(0, z.shape[-1]) if e is None else e.detach().float()
         if latent_loss == "cosine":
             distance = 1 - F.cosine_similarity(z, e, dim=-1)  # (N,)
@@ -230,16 +348,27 @@ class FutureL1(Qwen3VLForConditionalGeneration):
             distance = (z - e).pow(2).mean(-1)  # (N,) Eq. (3), mean over D (deviation 2)
         if latent_loss == "nmse" and len(e):
             if latent_var is None and len(e) < 2:
-                raise ValueError("nmse over one latent has no variance to divide by: pass latent_var")
+                raise ValueError(
+                    "nmse over one latent has no variance to divide by: pass latent_var"
+                )
             distance = distance / (target_variance(e) if latent_var is None else latent_var)
         latent_sum, n_latent = distance.sum(), len(distance)
 
         if stop_term:
-            log_stop = self.lm_head(h_before).float().log_softmax(-1)[:, self.config.latent_end_id]  # (N,)
+            log_stop = (
+                self.lm_head(h_before).float().log_softmax(-1)[:, self.config.latent_end_id]
+            )  # (N,)
             ce_sum, n_text = ce_sum - log_continue(log_stop).sum(), n_text + n_latent
         ce, latent = ce_sum / max(n_text, 1), latent_sum / max(n_latent, 1)
-        return dict(loss=ce + lam * latent, ce=ce, latent=latent,  # Eq. (1)
-                    ce_sum=ce_sum, n_text=n_text, latent_sum=latent_sum, n_latent=n_latent)
+        return dict(
+            loss=ce + lam * latent,
+            ce=ce,
+            latent=latent,  # Eq. (1)
+            ce_sum=ce_sum,
+            n_text=n_text,
+            latent_sum=latent_sum,
+            n_latent=n_latent,
+        )
 
 
 def _next_words(labels):
@@ -290,11 +419,15 @@ def load(folder, latent_head=None, **kwargs):
     ids = add_latent_tokens(tokenizer)
     model, info = FutureL1.from_pretrained(folder, output_loading_info=True, **kwargs)
     if info["missing_keys"]:
-        raise ValueError(f"{folder} lacks {len(info['missing_keys'])} weights, e.g. {min(info['missing_keys'])}")
+        raise ValueError(
+            f"{folder} lacks {len(info['missing_keys'])} weights, e.g. {min(info['missing_keys'])}"
+        )
     for key, token in LATENT_IDS.items():
         if getattr(model.config, key) != ids[key]:
-            raise ValueError(f"{folder}: config.json says {key} = {getattr(model.config, key)}, "
-                             f"but its tokenizer gives {token} the id {ids[key]}")
+            raise ValueError(
+                f"{folder}: config.json says {key} = {getattr(model.config, key)}, "
+                f"but its tokenizer gives {token} the id {ids[key]}"
+            )
     if latent_head not in (None, "linear"):
         raise ValueError(f"latent_head is {latent_head!r}, expected None or 'linear'")
     if latent_head and model.latent_head is None:
@@ -305,62 +438,7 @@ def load(folder, latent_head=None, **kwargs):
 def best_attention():
     """flash_attention_2 where the flash-attn package is installed on CUDA, else sdpa. Source: ours."""
     from transformers.utils import is_flash_attn_2_available
-    return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
 
-
-# ------------------------------------------------------------------------------------------------ pixels to patches
-
-PATCH, MERGE, TEMPORAL = 16, 2, 2  # Qwen3-VL: pixels a patch, patches a token (each way), frames a patch
-CELL = PATCH * MERGE  # pixels a token, each way
-
-def fit(num_frames, height, width, min_pixels, max_pixels):
-    """Size (H, W) in whole 32-pixel cells that keeps the shape and meets the budget over all frames.
-
-    Source: the sizes of Qwen3-VL's image (one frame) and video processors. Raises ValueError beyond 200:1.
-    """
-    if num_frames > 1 and min(height, width) < CELL:  # the video processor first scales a tiny clip up to one cell
-        scale = CELL / min(height, width)
-        height, width = int(height * scale), int(width * scale)
-    if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"{width}x{height} pixels: the aspect ratio is beyond 200:1")
-    H, W = round(height / CELL) * CELL, round(width / CELL) * CELL
-    T = max(1, round(num_frames / TEMPORAL) * TEMPORAL) if num_frames > 1 else 1
-    if T * H * W > max_pixels:
-        shrink = math.sqrt(num_frames * height * width / max_pixels)
-        H, W = (max(CELL, math.floor(s / shrink / CELL) * CELL) for s in (height, width))
-    elif T * H * W < min_pixels:
-        grow = math.sqrt(min_pixels / (num_frames * height * width))
-        H, W = (math.ceil(s * grow / CELL) * CELL for s in (height, width))
-    return H, W
-
-
-def resize_and_cut(frames, min_pixels, max_pixels):
-    """frames uint8 (T, H, W, 3) -> patches uint8 (P, 1536) and grid (3,) = (t, h, w) in patches.
-
-    Row order: temporal patch, then 2x2 blocks of patches that the merger joins; a row is (channel, 2 frames, 16, 16).
-    An odd last frame is doubled. Still bytes: see `normalise`. Source: Qwen3-VL's processors, in our own words.
-    """
-    x = torch.as_tensor(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
-    H, W = fit(len(x), *x.shape[-2:], min_pixels, max_pixels)
-    if (H, W) != tuple(x.shape[-2:]):
-        x = F.interpolate(x.contiguous(), (H, W), mode="bicubic", antialias=True)  # on bytes, as HF's fast processors
-    if len(x) % TEMPORAL:
-        x = torch.cat([x, x[-1:]])
-    t, h, w = len(x) // TEMPORAL, H // PATCH, W // PATCH
-    x = x.reshape(t, TEMPORAL, 3, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH)
-    x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # (t, h/2, w/2, 2, 2, 3, 2 frames, 16, 16)
-    return x.reshape(t * h * w, -1), torch.tensor([t, h, w])  # (P, 1536), (3,)
-
-
-def normalise(patches):
-    """Bytes -> floats in [-1, 1]: mean and deviation are 0.5 in all channels. Source: Qwen3-VL."""
-    return (patches.float() - 127.5) / 127.5
-
-
-def resize_and_patchify(frames, min_pixels, max_pixels):
-    """frames uint8 (T, H, W, 3) -> (patches float (P, 1536), grid (3,)), equal to HF's Qwen3-VL processors.
-
-    T = 1 is an image; otherwise a video, whose budgets count the pixels of all T frames. Source: Qwen3-VL.
-    """
-    patches, grid = resize_and_cut(frames, min_pixels, max_pixels)
-    return normalise(patches), grid
+    return (
+        "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
+    )

@@ -27,26 +27,31 @@ Axis letters: B rows, L tokens, N latents, D hidden.
 
 import contextlib
 import dataclasses
-import datetime
 import functools
-import glob
-import hashlib
 import json
 import math
 import os
-import random
-import shutil
 import time
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-from transformers.utils.logging import disable_progress_bar
 
-from data import DataConfig, Samples, collate, loader, model_inputs, parse_config, read_rows, to_device
+from common.report import draw_curves
+from common.runs import (
+    make_optimizer,
+    newest,
+    parse_config,
+    restore,
+    resume_point,
+    rows_of,
+    save_checkpoint,
+    set_up_ranks,
+    sum_over_ranks,
+    trim_log,
+)
+from data import DataConfig, Samples, collate, loader, model_inputs, to_device
 from model import best_attention, load, target_variance
 
 
@@ -78,12 +83,18 @@ class Config(DataConfig):
     stop_term: bool = False  # also train "do not stop yet" inside spans  # ours
     self_forcing: float = 0.0  # share of the rows fed their own latents, 0 = paper  # ours
     self_forcing_from: float = 0.3  # from this share of the steps on  # ours
-    self_forcing_passes: int = 1  # forward passes without gradient that make them; each fixes one more latent  # ours
-    pause_tokens: bool = False  # control: spans hold a learned token, no latents, no latent loss  # ours
+    self_forcing_passes: int = (
+        1  # forward passes without gradient that make them; each fixes one more latent  # ours
+    )
+    pause_tokens: bool = (
+        False  # control: spans hold a learned token, no latents, no latent loss  # ours
+    )
     freeze_vision: bool = True  # vision tower and merger  # paper Table 8
     # machine
     bf16: bool = True  # on CUDA; the CPU computes in fp32  # paper Table 8
-    gradient_checkpointing: bool = False  # recompute activations: less memory, about a third slower  # ours
+    gradient_checkpointing: bool = (
+        False  # recompute activations: less memory, about a third slower  # ours
+    )
     zero: bool = False  # optimizer state spread over the ranks  # ours
     save_every: int = 50  # steps between checkpoints; the last two are kept  # ours
     wandb: bool = False  # also log to Weights & Biases  # ours
@@ -92,12 +103,6 @@ class Config(DataConfig):
     def label(self):
         return "pause" if self.pause_tokens else "latent" if self.spans else "text"
 
-
-HARMLESS = {"resume", "out", "workers", "save_every", "wandb", "cache_frames",  # may change between run and resume
-            "sample_every", "judge_url"}  # these two: of la_dapo.py
-
-
-# ------------------------------------------------------------------------------------------------------- the pieces
 
 class Step(torch.nn.Module):
     """The forward that DDP wraps: batch -> Eq. (1)'s sums. Everything that feeds latents is decided here."""
@@ -113,20 +118,35 @@ class Step(torch.nn.Module):
         """
         m, c, inputs = self.model, self.config, model_inputs(batch)
         is_latent = batch["input_ids"] == m.config.latent_id  # (B, L)
-        e = m.encode_frames(batch["future_pixel_values"], batch["future_grid_thw"]) \
-            if "future_pixel_values" in batch else None  # (N, D)
+        e = (
+            m.encode_frames(batch["future_pixel_values"], batch["future_grid_thw"])
+            if "future_pixel_values" in batch
+            else None
+        )  # (N, D)
         fed, lam = e, c.lam
         if c.pause_tokens and e is not None:
             fed, lam = m.get_input_embeddings()(batch["input_ids"][is_latent]), 0.0
         elif own is not None and e is not None:
             row_of = is_latent.nonzero()[:, 0]  # (N,)
             with torch.no_grad():
-                for _ in range(c.self_forcing_passes):  # after pass k a row's first k latents are what decoding gives
+                for _ in range(
+                    c.self_forcing_passes
+                ):  # after pass k a row's first k latents are what decoding gives
                     h, _ = m.hidden(**inputs, latents=fed.to(e.dtype))  # (B, L, D)
-                    z = m.to_latent(h[:, :-1][is_latent[:, 1:]])  # (N, D): the state before each latent predicts it
+                    z = m.to_latent(
+                        h[:, :-1][is_latent[:, 1:]]
+                    )  # (N, D): the state before each latent predicts it
                     fed = torch.where(own[row_of, None], z.to(e.dtype), e)
-        out = m.sft_loss(**inputs, latents=fed, targets=e, labels=batch["labels"], lam=lam, latent_loss=c.latent_loss,
-                         latent_var=self.latent_var, stop_term=c.stop_term)
+        out = m.sft_loss(
+            **inputs,
+            latents=fed,
+            targets=e,
+            labels=batch["labels"],
+            lam=lam,
+            latent_loss=c.latent_loss,
+            latent_var=self.latent_var,
+            stop_term=c.stop_term,
+        )
         return out["ce_sum"], lam * out["latent_sum"], out["latent_sum"].detach()
 
 
@@ -141,7 +161,9 @@ def learning_rate(step, steps, config):
 def sample_order(n, total, seed):
     """Which of n samples is used at each of `total` places: a new permutation each epoch. Source: ours."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.cat([torch.randperm(n, generator=generator) for _ in range(-(-total // n))])[:total].tolist()
+    return torch.cat([torch.randperm(n, generator=generator) for _ in range(-(-total // n))])[
+        :total
+    ].tolist()
 
 
 def micro_batches(order, first_step, steps, global_batch, micro_batch, rank, world):
@@ -151,36 +173,19 @@ def micro_batches(order, first_step, steps, global_batch, micro_batch, rank, wor
     """
     count = -(-global_batch // (world * micro_batch))
     for step in range(first_step, steps):
-        mine = order[step * global_batch:(step + 1) * global_batch][rank::world]
+        mine = order[step * global_batch : (step + 1) * global_batch][rank::world]
         for k in range(count):
-            yield mine[k * micro_batch:(k + 1) * micro_batch]
-
-
-def set_up_ranks():
-    """torchrun's environment, or a single process -> rank, world, device. Source: ours."""
-    disable_progress_bar()  # transformers' own, for every load and save
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo",
-                                timeout=datetime.timedelta(hours=3))  # the others wait while rank 0 writes a checkpoint
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if not torch.cuda.is_available():
-        return rank, world, torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return rank, world, torch.device("cuda", torch.cuda.current_device())
-
-
-def sum_over_ranks(values, device):
-    """Numbers -> their sums over all ranks, as floats. Source: ours."""
-    total = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.tolist()
+            yield mine[k * micro_batch : (k + 1) * micro_batch]
 
 
 def print_row(batch, tokenizer, latent_id):
     """One training row as a table: token, label, what is fed, text. Runs of equal tokens share a line."""
     print("row 0:   token   label  fed      text")
-    real = batch["attention_mask"][0].bool() if "attention_mask" in batch else slice(0, batch["seq_lens"][0])
+    real = (
+        batch["attention_mask"][0].bool()
+        if "attention_mask" in batch
+        else slice(0, batch["seq_lens"][0])
+    )
     ids, labels, runs = batch["input_ids"][0][real].tolist(), batch["labels"][0][real].tolist(), []
     for token, label in zip(ids, labels):
         if runs and runs[-1][:2] == [token, label]:
@@ -189,156 +194,18 @@ def print_row(batch, tokenizer, latent_id):
             runs.append([token, label, 1])
     for token, label, times in runs:
         text = tokenizer.decode([token])
-        fed = "latent" if token == latent_id else "visual" if text in ("<|image_pad|>", "<|video_pad|>") else "text"
-        print(f"       {token:>7} {label if label != -100 else '.':>7}  {fed:<7}  {text!r}" +
-              (f" x {times}" if times > 1 else ""))
+        fed = (
+            "latent"
+            if token == latent_id
+            else "visual"
+            if text in ("<|image_pad|>", "<|video_pad|>")
+            else "text"
+        )
+        print(
+            f"       {token:>7} {label if label != -100 else '.':>7}  {fed:<7}  {text!r}"
+            + (f" x {times}" if times > 1 else "")
+        )
 
-
-# ----------------------------------------------------------------------------------------------------- checkpoints
-
-def make_optimizer(model, config, world):
-    """AdamW over what is trained, weight decay on matrices only -> optimizer, its parameters. Source: paper Table 8."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in trained if p.ndim >= 2], weight_decay=config.weight_decay),
-              dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.0)]
-    adam = dict(lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
-    if config.zero and world > 1:
-        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **adam), trained
-    return torch.optim.AdamW(groups, **adam), trained
-
-
-def save_checkpoint(folder, model, tokenizer, trainer, optimizer, rank, world):
-    """All ranks: write a Hugging Face folder, trainer.pt and each rank's rank_R.pt under a temporary name, then rename.
-
-    A killed save leaves no half checkpoint. rank_R.pt holds what differs by rank: random state, with ZeRO the shard of
-    the optimizer. Source: ours.
-    """
-    sharded = isinstance(optimizer, ZeroRedundancyOptimizer)
-    trainer = dict(trainer, optimizer=None if sharded else optimizer.state_dict())
-    rank_state = dict(random=random_state(), shard=optimizer.optim.state_dict() if sharded else None)
-    partial = os.path.join(os.path.dirname(folder), ".partial_" + os.path.basename(folder))
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        torch.save(trainer, os.path.join(partial, "trainer.pt"))
-    if world > 1:
-        dist.barrier()
-    torch.save(rank_state, os.path.join(partial, f"rank_{rank}.pt"))
-    if world > 1:
-        dist.barrier()
-    if rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(partial, folder)
-        for old in checkpoints(os.path.dirname(folder))[:-2]:
-            shutil.rmtree(old)
-
-
-def restore(optimizer, checkpoint, trainer, rank):
-    """Optimizer and random state of a checkpoint, back in place on each rank. Source: ours."""
-    mine = torch.load(os.path.join(checkpoint, f"rank_{min(rank, trainer['world'] - 1)}.pt"), map_location="cpu",
-                      weights_only=False)
-    sharded = isinstance(optimizer, ZeroRedundancyOptimizer)
-    (optimizer.optim if sharded else optimizer).load_state_dict(mine["shard"] if sharded else trainer["optimizer"])
-    set_random_state(mine["random"])
-    trainer["optimizer"] = None
-
-
-def rows_of(config):
-    """The rows of config.data. Raises SystemExit if none is named, RecordError on a broken one. Source: ours."""
-    if not config.data:
-        raise SystemExit("--data is missing: a .json, .jsonl or .parquet file of training records (see data.py)")
-    return read_rows(config.data, config.media_root or None)
-
-
-def resume_point(config, rows, world):
-    """-> newest checkpoint of config.out or None, its trainer.pt, the rows' fingerprint. Source: ours.
-
-    Raises SystemExit if there is one and `resume` is off, or if it was made with other rows, values or, with ZeRO, ranks.
-    """
-    fingerprint = hashlib.sha256("\n".join(row.id for row in rows).encode()).hexdigest()
-    checkpoint = (checkpoints(config.out) or [None])[-1]
-    if checkpoint is None:
-        return None, None, fingerprint
-    if not config.resume:
-        raise SystemExit(f"{config.out} already holds {os.path.basename(checkpoint)}: pass --resume to continue it, "
-                         "or another --out")
-    trainer = torch.load(os.path.join(checkpoint, "trainer.pt"), map_location="cpu", mmap=True, weights_only=False)
-    if trainer["rows"] != fingerprint:
-        raise SystemExit(f"{checkpoint} was trained on other rows than those of {config.data}")
-    if config.zero and trainer["world"] != world:
-        raise SystemExit(f"{checkpoint} holds optimizer shards of {trainer['world']} ranks, this run has {world}")
-    changed = {k for k, v in dataclasses.asdict(config).items() if trainer["config"].get(k) != v} - HARMLESS
-    if changed:
-        raise SystemExit(f"{checkpoint} was made with other values of {', '.join(sorted(changed))}")
-    return checkpoint, trainer, fingerprint
-
-
-def checkpoints(folder):
-    """The complete step_* folders of a run, oldest first. Half-written ones have another name. Source: ours."""
-    found = [f for f in glob.glob(os.path.join(glob.escape(folder), "step_*")) if f.rsplit("_", 1)[1].isdigit()]
-    return sorted(found, key=lambda f: int(f.rsplit("_", 1)[1]))
-
-
-def newest(folder):
-    """A model's folder or hub id as it is; a run's folder -> its newest checkpoint. Raises SystemExit if it is empty."""
-    if not folder:
-        raise SystemExit("--model is missing: a model's folder, a run's folder or a hub id")
-    return (checkpoints(folder) or [folder])[-1]
-
-
-def random_state():
-    return dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(),
-                cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
-
-
-def set_random_state(state):
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def read_log(path):
-    """log.jsonl -> its lines as dicts; a half-written last line (a killed run) is left out."""
-    with open(path) as f:
-        return [json.loads(line) for line in f if line.endswith("\n")]
-
-
-def trim_log(path, first):
-    """Drop what was logged from step `first` on: it is about to be done again. Source: ours."""
-    kept = [line for line in read_log(path) if line["step"] < first] if os.path.exists(path) else []
-    with open(path + ".part", "w") as f:
-        f.writelines(json.dumps(line) + "\n" for line in kept)
-    os.replace(path + ".part", path)
-
-
-def draw_curves(log, png, panels=(("ce",), ("latent",), ("grad_norm",))):
-    """log.jsonl -> its keys over the steps, a panel a tuple, as a picture: each step thin, the mean of ten thick. Ours."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    lines = read_log(log)
-    panels = [keys for keys in panels if any(line[key] for line in lines for key in keys)] or panels[:1]
-    fig, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False, constrained_layout=True)
-    for ax, keys in zip(axes[0], panels):
-        for key in keys:
-            some = [line for line in lines if line[key] is not None]  # a step without an update has no such figure
-            if not some:
-                continue
-            steps, values = [line["step"] for line in some], np.array([line[key] for line in some])
-            thin, = ax.plot(steps, values, lw=0.6, alpha=0.5)
-            mean = np.convolve(values, np.ones(10) / 10, "valid") if len(values) >= 10 else values
-            ax.plot(steps[-len(mean):], mean, color=thin.get_color(),
-                    label={"ce": "L_CE a token, Eq. (2)", "latent": "L_latent, Eq. (3)"}.get(key, key.replace("_", " ")))
-        ax.set(xlabel="step", yscale="log" if keys[0] in ("ce", "latent", "grad_norm") else "linear")
-        ax.legend(frameon=False, fontsize=8)
-    fig.savefig(png, dpi=110)
-    plt.close(fig)
-
-
-# ------------------------------------------------------------------------------------------------------------- loop
 
 def train(config, rows=None):
     """Run the training -> path of the last checkpoint. Raises SystemExit on a folder in use, ValueError on bad input.
@@ -348,7 +215,9 @@ def train(config, rows=None):
     rank, world, device = set_up_ranks()
     master = rank == 0
     if config.pack and config.self_forcing:
-        raise ValueError("self_forcing picks rows, and a packed batch has only one: use one of the two")
+        raise ValueError(
+            "self_forcing picks rows, and a packed batch has only one: use one of the two"
+        )
     rows = rows_of(config) if rows is None else rows
     checkpoint, resumed, fingerprint = resume_point(config, rows, world)
     if config.resume and not checkpoint and master:
@@ -358,8 +227,12 @@ def train(config, rows=None):
     torch.manual_seed(config.seed)
     bf16 = config.bf16 and device.type == "cuda"
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
-    model, tokenizer = load(checkpoint or newest(config.model), latent_head=config.latent_head or None,
-                            dtype=torch.float32, attn_implementation=best_attention() if bf16 else "sdpa")
+    model, tokenizer = load(
+        checkpoint or newest(config.model),
+        latent_head=config.latent_head or None,
+        dtype=torch.float32,
+        attn_implementation=best_attention() if bf16 else "sdpa",
+    )
     model.to(device).train()
     model.model.visual.requires_grad_(not config.freeze_vision)
     if config.gradient_checkpointing:
@@ -368,46 +241,75 @@ def train(config, rows=None):
     # data: the order is fixed by the seed, the place in it by the step
     total = config.steps * config.global_batch or round(len(rows) * config.epochs)
     if total < 1:
-        raise SystemExit(f"nothing to train on: {config.steps} steps, {config.epochs} epochs of {len(rows)} rows")
+        raise SystemExit(
+            f"nothing to train on: {config.steps} steps, {config.epochs} epochs of {len(rows)} rows"
+        )
     steps, first = -(-total // config.global_batch), resumed["step"] if resumed else 0
     order = sample_order(len(rows), total, config.seed)
     samples = Samples(rows, tokenizer, config, train=True, spans=config.spans)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    plan = list(micro_batches(order, first, steps, config.global_batch, config.micro_batch, rank, world))
+    plan = list(
+        micro_batches(order, first, steps, config.global_batch, config.micro_batch, rank, world)
+    )
     accumulate = len(plan) // max(1, steps - first)
     batches = iter(loader(samples, plan, config.workers, pad_id=pad, pack=config.pack))
 
     latent_var = resumed["latent_var"] if resumed else None
-    if config.latent_loss == "nmse" and not resumed:  # one number for the whole run, from its first 64 readable samples
+    if (
+        config.latent_loss == "nmse" and not resumed
+    ):  # one number for the whole run, from its first 64 readable samples
         some = to_device(collate([samples[i] for i in order[:64]], pad), device)
         if config.spans and "future_pixel_values" in some:
             with autocast():
                 e = model.encode_frames(some["future_pixel_values"], some["future_grid_thw"])
-            latent_var = sum_over_ranks([target_variance(e)], device)[0] / world  # the same number on every rank
-        elif config.spans and any(not isinstance(part, str) for row in rows for part in row.response):
-            raise SystemExit("none of the first 64 samples has a readable future frame to measure the variance of")
+            latent_var = (
+                sum_over_ranks([target_variance(e)], device)[0] / world
+            )  # the same number on every rank
+        elif config.spans and any(
+            not isinstance(part, str) for row in rows for part in row.response
+        ):
+            raise SystemExit(
+                "none of the first 64 samples has a readable future frame to measure the variance of"
+            )
 
     optimizer, trained = make_optimizer(model, config, world)
     step_module = Step(model, config, latent_var)
-    ddp = DistributedDataParallel(step_module, device_ids=[device] if device.type == "cuda" else None,
-                                  gradient_as_bucket_view=True, find_unused_parameters=not config.freeze_vision) \
-        if world > 1 else step_module
+    ddp = (
+        DistributedDataParallel(
+            step_module,
+            device_ids=[device] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=not config.freeze_vision,
+        )
+        if world > 1
+        else step_module
+    )
     if resumed:
         restore(optimizer, checkpoint, resumed, rank)
 
     log_path = os.path.join(config.out, "log.jsonl")
     if master:
-        print(f"{config.label} SFT: {len(rows)} rows, {steps} steps x {config.global_batch} samples = {world} ranks x "
-              f"{accumulate} micro-batches x {config.micro_batch}, {device.type}, seed {config.seed}, "
-              f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters trained of "
-              f"{sum(p.numel() for p in model.parameters()):,}, a checkpoint every {config.save_every} steps")
+        print(
+            f"{config.label} SFT: {len(rows)} rows, {steps} steps x {config.global_batch} samples = {world} ranks x "
+            f"{accumulate} micro-batches x {config.micro_batch}, {device.type}, seed {config.seed}, "
+            f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters trained of "
+            f"{sum(p.numel() for p in model.parameters()):,}, a checkpoint every {config.save_every} steps"
+        )
         trim_log(log_path, first)
     run = None
     if config.wandb and master:
         import wandb
+
         run = wandb.init(project="future-l1", config=dataclasses.asdict(config))
 
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=config.label, disable=not master, mininterval=2)
+    bar = tqdm(
+        range(first, steps),
+        initial=first,
+        total=steps,
+        desc=config.label,
+        disable=not master,
+        mininterval=2,
+    )
     for step in bar:
         began = time.time()
         micro = [next(batches) for _ in range(accumulate)]
@@ -418,26 +320,42 @@ def train(config, rows=None):
             tqdm.write(f"skipped {where}: {why}")
         # the denominators of Eq. (2) and (3): all tokens of the step, all ranks, before the first backward
         n_latent = sum(int((b["input_ids"] == model.config.latent_id).sum()) for b in micro)
-        n_text = sum(int((b["labels"][:, 1:] != -100).sum()) for b in micro) + n_latent * config.stop_term
+        n_text = (
+            sum(int((b["labels"][:, 1:] != -100).sum()) for b in micro)
+            + n_latent * config.stop_term
+        )
         n_text, n_latent, n_tokens, n_skipped = sum_over_ranks(
-            (n_text, n_latent, sum(b["input_ids"].numel() for b in micro), len(skipped)), device)
+            (n_text, n_latent, sum(b["input_ids"].numel() for b in micro), len(skipped)), device
+        )
         if n_skipped and world > 1:
             everyones = [None] * world
             dist.all_gather_object(everyones, skipped)
             skipped = sum(everyones, [])
         if n_text == 0:  # a wrong media_root, most likely
-            raise SystemExit(f"no sample of step {step} could be used, e.g. {skipped[0].why}" if skipped else
-                             f"no sample of step {step} has a word to learn")
+            raise SystemExit(
+                f"no sample of step {step} could be used, e.g. {skipped[0].why}"
+                if skipped
+                else f"no sample of step {step} has a word to learn"
+            )
 
         own = None
         if config.self_forcing and step >= config.self_forcing_from * steps:
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)  # the same draw on every rank,
-            own = torch.rand(config.global_batch, generator=generator) < config.self_forcing  # whatever their number
-            own = [own[rank::world][k * config.micro_batch:(k + 1) * config.micro_batch] for k in range(accumulate)]
+            generator = torch.Generator().manual_seed(
+                config.seed * 1_000_003 + step
+            )  # the same draw on every rank,
+            own = (
+                torch.rand(config.global_batch, generator=generator) < config.self_forcing
+            )  # whatever their number
+            own = [
+                own[rank::world][k * config.micro_batch : (k + 1) * config.micro_batch]
+                for k in range(accumulate)
+            ]
         sums = torch.zeros(2, dtype=torch.float64)
         for k, batch in enumerate(micro):
             last = k == accumulate - 1
-            with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():  # set before the forward
+            with (
+                contextlib.nullcontext() if last or world == 1 else ddp.no_sync()
+            ):  # set before the forward
                 with autocast():
                     mine = None if own is None else own[k][batch["kept"]].to(device)
                     ce_sum, weighted, latent_sum = ddp(to_device(batch, device), mine)
@@ -453,9 +371,18 @@ def train(config, rows=None):
         optimizer.zero_grad(set_to_none=True)
 
         ce, latent = sum_over_ranks(sums, device)
-        line = dict(step=step, ce=ce / n_text, latent=latent / max(n_latent, 1), lr=lr, grad_norm=norm,
-                    tokens=int(n_tokens), latents=int(n_latent), skipped=[list(s) for s in skipped],
-                    update_skipped=not math.isfinite(norm), seconds=round(time.time() - began, 4))
+        line = dict(
+            step=step,
+            ce=ce / n_text,
+            latent=latent / max(n_latent, 1),
+            lr=lr,
+            grad_norm=norm,
+            tokens=int(n_tokens),
+            latents=int(n_latent),
+            skipped=[list(s) for s in skipped],
+            update_skipped=not math.isfinite(norm),
+            seconds=round(time.time() - began, 4),
+        )
         line["loss"] = line["ce"] + (0 if config.pause_tokens else config.lam) * line["latent"]
         if master:
             with open(log_path, "a") as f:
@@ -466,9 +393,20 @@ def train(config, rows=None):
         if (step + 1) % config.save_every == 0 or step + 1 == steps:
             checkpoint = os.path.join(config.out, f"step_{step + 1:06d}")
             save_checkpoint(
-                checkpoint, model, tokenizer,
-                dict(step=step + 1, config=dataclasses.asdict(config), world=world, rows=fingerprint,
-                     latent_var=latent_var), optimizer, rank, world)
+                checkpoint,
+                model,
+                tokenizer,
+                dict(
+                    step=step + 1,
+                    config=dataclasses.asdict(config),
+                    world=world,
+                    rows=fingerprint,
+                    latent_var=latent_var,
+                ),
+                optimizer,
+                rank,
+                world,
+            )
             if master:
                 draw_curves(log_path, os.path.join(config.out, "loss.png"))
     return checkpoint

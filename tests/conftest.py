@@ -10,21 +10,23 @@ import numpy as np
 import pytest
 import torch
 
-import toy
 from data import DataConfig
+from toy import __main__ as demo
+from toy import tiny
+from toy import world as paddle
 
 WORDS = "system user assistant watch the ball which wall does it hit next ? moves right left up down hits red green blue"
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return toy.make_tokenizer([WORDS])
+    return tiny.make_tokenizer([WORDS])
 
 
 @pytest.fixture
 def model(tokenizer):
     """A fresh FutureL1 of half a million weights (fp32, eval), with an output layer loud enough to sample from."""
-    model = toy.make_model(tokenizer, seed=0).eval()
+    model = tiny.make_model(tokenizer, seed=0).eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(4)
     return model
@@ -40,17 +42,29 @@ def frames(count, height, width, seed=0):
     y, x = np.mgrid[:height, :width]
     rng = np.random.default_rng(seed)
     tint = rng.integers(0, 60, 3)
-    return np.stack([np.clip(np.stack([x * 90 / width, y * 90 / height, (x + y) * 45 / (width + height)], -1)
-                             + 100 * k / max(1, count - 1) + tint, 0, 255) for k in range(count)]).astype(np.uint8)
+    return np.stack(
+        [
+            np.clip(
+                np.stack([x * 90 / width, y * 90 / height, (x + y) * 45 / (width + height)], -1)
+                + 100 * k / max(1, count - 1)
+                + tint,
+                0,
+                255,
+            )
+            for k in range(count)
+        ]
+    ).astype(np.uint8)
 
 
 @pytest.fixture
 def clip(tmp_path):
     """clip(name, count, height, width) -> path of a real H.264 mp4."""
+
     def make(name="clip.mp4", count=40, height=64, width=96, seed=0):
         path = str(tmp_path / name)
-        toy.write_mp4(path, frames(count, height, width, seed))
+        paddle.write_mp4(path, frames(count, height, width, seed))
         return path
+
     return make
 
 
@@ -58,10 +72,14 @@ def clip(tmp_path):
 def world(tmp_path_factory):
     """Six clips of the paddle box with their 24 rows, and a tiny model folder: dict(model, data, folder)."""
     folder = tmp_path_factory.mktemp("world")
-    config = toy.Config(out=str(folder), clips=6, eval_clips=2, eval_seed=100)
-    paths = toy.make_world(config)
-    tokenizer = toy.make_tokenizer(open(paths["captions"]).read().replace('"', " ").split()
-                                   + open(paths["train"]).read().replace('"', " ").split())
-    toy.make_model(tokenizer, seed=0).save_pretrained(folder / "model")
+    config = demo.Config(out=str(folder), clips=6, eval_clips=2, eval_seed=100)
+    paths = paddle.make_world(config)
+    tokenizer = tiny.make_tokenizer(
+        open(paths["captions"]).read().replace('"', " ").split()
+        + open(paths["train"]).read().replace('"', " ").split()
+    )
+    tiny.make_model(tokenizer, seed=0).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    return dict(model=str(folder / "model"), data=paths["train"], test=paths["test"], folder=str(folder))
+    return dict(
+        model=str(folder / "model"), data=paths["train"], test=paths["test"], folder=str(folder)
+    )

@@ -14,17 +14,20 @@ import numpy as np
 import pytest
 import torch
 
-import benchmarks
 import evaluate
 import latent_decode
-import report
-import toy
-from benchmarks import PAPER, READERS, ScoreJudge, normal_form, read_benchmark, read_scores, score_messages
-from data import Clip, Frame, RecordError, Row, read_uniform
+import sample
+from common import clips, report, runs
+from common.benchmarks import PAPER, READERS, normal_form, read_benchmark
+from common.clips import read_uniform
+from common.formats import Clip, Frame, RecordError, Row
+from common.judge import ScoreJudge, read_scores, score_messages
 from evaluate import bootstrap, official_letter, strict_letter, summarise
 from latent_decode import Rollout
 from model import LATENT, LATENT_END, LATENT_START
 from tests.conftest import frames
+from toy import tiny
+from toy import world as paddle
 
 OPTIONS = ["red", "green wall", "blue", "Answer"]
 SPAN = f"{LATENT_START} {LATENT} {LATENT} {LATENT_END}"
@@ -32,12 +35,34 @@ SPAN = f"{LATENT_START} {LATENT} {LATENT} {LATENT_END}"
 
 # ------------------------------------------------------------------------------------------------------------ letters
 
-@pytest.mark.parametrize("answer, official, strict", [
-    ("B", "B", "B"), ("b", "", "B"), ("(c)", "", "C"), ("B. green wall", "B", "B"), ("green wall", "", "B"),
-    ("Answer: C", "A", "C"), ("The answer is C.", "C", "C"), ("Because of d", "B", "D"), ("BLUE", "B", "C"),
-    ("A red wall", "A", ""), ("a", "", "A"), ("A", "A", "A"), ("B or C", "B", ""), ("B, that is B", "B", "B"),
-    ("it's a trap", "", ""), ("CD", "C", ""), ("E", "", ""), ("", "", ""), ("none", "", ""), ("answer", "", "D"),
-    ("\n D \n", "D", "D"), ("option_b", "", "")])
+
+@pytest.mark.parametrize(
+    "answer, official, strict",
+    [
+        ("B", "B", "B"),
+        ("b", "", "B"),
+        ("(c)", "", "C"),
+        ("B. green wall", "B", "B"),
+        ("green wall", "", "B"),
+        ("Answer: C", "A", "C"),
+        ("The answer is C.", "C", "C"),
+        ("Because of d", "B", "D"),
+        ("BLUE", "B", "C"),
+        ("A red wall", "A", ""),
+        ("a", "", "A"),
+        ("A", "A", "A"),
+        ("B or C", "B", ""),
+        ("B, that is B", "B", "B"),
+        ("it's a trap", "", ""),
+        ("CD", "C", ""),
+        ("E", "", ""),
+        ("", "", ""),
+        ("none", "", ""),
+        ("answer", "", "D"),
+        ("\n D \n", "D", "D"),
+        ("option_b", "", ""),
+    ],
+)
 def test_letters(answer, official, strict):
     """Breaks if official is not the first of [ABCD] anywhere, or strict reads a letter out of a word or an article."""
     text = f"<reason>A B C</reason>{SPAN}<answer>{answer}</answer><answer>D</answer>"
@@ -52,23 +77,47 @@ def test_letters_need_a_closed_answer():
 
 # ----------------------------------------------------------------------------------------------------------- averages
 
+
 def line(group, gold, strict, official, **more):
     picked = "ABCD".find(strict) if strict else None
-    return dict(group=group, right=gold == strict, picked=picked, gold=gold, strict=strict, official=official,
-                **{**dict(spans=1, latents=2, tokens=10), **more})
+    return dict(
+        group=group,
+        right=gold == strict,
+        picked=picked,
+        gold=gold,
+        strict=strict,
+        official=official,
+        **{**dict(spans=1, latents=2, tokens=10), **more},
+    )
 
 
-LINES = [line("a", "A", "A", "A"), line("a", "B", "B", "A"), line("a", "C", "", "C"), line("b", "D", "A", "D", spans=3),
-         dict(group="b", skipped="gone")]  # strict: a 2 of 3, b 0 of 1; official: a 2 of 3, b 1 of 1
+LINES = [
+    line("a", "A", "A", "A"),
+    line("a", "B", "B", "A"),
+    line("a", "C", "", "C"),
+    line("b", "D", "A", "D", spans=3),
+    dict(group="b", skipped="gone"),
+]  # strict: a 2 of 3, b 0 of 1; official: a 2 of 3, b 1 of 1
 
 
 def test_micro_and_macro_by_hand():
     """Breaks if macro weighs samples, micro weighs groups, or a reading is scored by another's letter."""
     micro, macro = summarise(LINES), summarise(LINES, "macro")
-    assert micro["all"]["accuracy"] == 2 / 4 and macro["all"]["accuracy"] == pytest.approx((2 / 3 + 0) / 2)
-    assert micro["all"]["official"] == 3 / 4 and macro["all"]["official"] == pytest.approx((2 / 3 + 1) / 2)
-    assert macro["all"]["strict"] == pytest.approx(1 / 3) and macro["a"] == micro["a"] and macro["b"] == micro["b"]
-    assert micro["all"]["strict_unparsed"] == micro["all"]["unparsed"] == 1 and micro["all"]["official_unparsed"] == 0
+    assert micro["all"]["accuracy"] == 2 / 4 and macro["all"]["accuracy"] == pytest.approx(
+        (2 / 3 + 0) / 2
+    )
+    assert micro["all"]["official"] == 3 / 4 and macro["all"]["official"] == pytest.approx(
+        (2 / 3 + 1) / 2
+    )
+    assert (
+        macro["all"]["strict"] == pytest.approx(1 / 3)
+        and macro["a"] == micro["a"]
+        and macro["b"] == micro["b"]
+    )
+    assert (
+        micro["all"]["strict_unparsed"] == micro["all"]["unparsed"] == 1
+        and micro["all"]["official_unparsed"] == 0
+    )
     assert micro["all"]["n"] == 4 and micro["all"]["skipped"] == 1 and micro["b"]["spans"] == 3
     assert (macro["all"]["low"], macro["all"]["high"]) == tuple(macro["all"]["bootstrap"])
 
@@ -79,39 +128,124 @@ def test_bootstrap():
     low, high = bootstrap([values])
     few = np.arange(50) ** 2
     assert bootstrap([few]) == bootstrap([few]) != bootstrap([few], seed=1)
-    assert (low, high) == pytest.approx((0.5 - 1.96 * 0.05, 0.5 + 1.96 * 0.05), abs=0.02)  # sqrt(.25 / 100) = .05
+    assert (low, high) == pytest.approx(
+        (0.5 - 1.96 * 0.05, 0.5 + 1.96 * 0.05), abs=0.02
+    )  # sqrt(.25 / 100) = .05
     assert bootstrap([[1, 1, 1], [0, 0]]) == [0.5, 0.5] and bootstrap([[2.5]]) == [2.5, 2.5]
     low, high = bootstrap([values, [1] * 7])  # half of the spread, around .75
-    assert (low, high) == pytest.approx((0.75 - 0.049, 0.75 + 0.049), abs=0.012) and bootstrap([[]], top=5) == [0, 5]
+    assert (low, high) == pytest.approx((0.75 - 0.049, 0.75 + 0.049), abs=0.012) and bootstrap(
+        [[]], top=5
+    ) == [0, 5]
 
 
 # ------------------------------------------------------------------------------------------------------------ readers
 
 RECORDS = {  # name: (a record with the fields of the public release, what it should become)
     "Video-MME": (
-        dict(video_id="001", duration="short", domain="Knowledge", sub_category="Art", url="u", videoID="fFj",
-             question_id="001-1", task_type="Counting", question="How many?",
-             options=["A. One.", "B. Two.", "C. Three.", "D. Four."], answer="C"),
-        dict(id="001-1", video="fFj.mp4", question="How many?", options=["One.", "Two.", "Three.", "Four."], answer="C",
-             group="short")),
+        dict(
+            video_id="001",
+            duration="short",
+            domain="Knowledge",
+            sub_category="Art",
+            url="u",
+            videoID="fFj",
+            question_id="001-1",
+            task_type="Counting",
+            question="How many?",
+            options=["A. One.", "B. Two.", "C. Three.", "D. Four."],
+            answer="C",
+        ),
+        dict(
+            id="001-1",
+            video="fFj.mp4",
+            question="How many?",
+            options=["One.", "Two.", "Three.", "Four."],
+            answer="C",
+            group="short",
+        ),
+    ),
     "EgoSchema": (
-        dict(question_idx="7", question="Why?", video_idx="0aa-1", answer="4",
-             option=["A. C eats", "B. C runs", "C. sits", "D. x", "E. y"]),
-        dict(id="7", video="0aa-1.mp4", question="Why?", options=["C eats", "C runs", "sits", "x", "y"], answer="E",
-             group="all")),
+        dict(
+            question_idx="7",
+            question="Why?",
+            video_idx="0aa-1",
+            answer="4",
+            option=["A. C eats", "B. C runs", "C. sits", "D. x", "E. y"],
+        ),
+        dict(
+            id="7",
+            video="0aa-1.mp4",
+            question="Why?",
+            options=["C eats", "C runs", "sits", "x", "y"],
+            answer="E",
+            group="all",
+        ),
+    ),
     "NExT-QA": (
-        dict(video=401, frame_count=9, width=6, height=4, question="why", answer=1, qid=6, type="CW", a0="a", a1="it",
-             a2="c", a3="d", a4="e", additional_ref_answer=None),
-        dict(id="401-6", video="401.mp4", question="why", options=["a", "it", "c", "d", "e"], answer="B", group="CW")),
+        dict(
+            video=401,
+            frame_count=9,
+            width=6,
+            height=4,
+            question="why",
+            answer=1,
+            qid=6,
+            type="CW",
+            a0="a",
+            a1="it",
+            a2="c",
+            a3="d",
+            a4="e",
+            additional_ref_answer=None,
+        ),
+        dict(
+            id="401-6",
+            video="401.mp4",
+            question="why",
+            options=["a", "it", "c", "d", "e"],
+            answer="B",
+            group="CW",
+        ),
+    ),
     "MLVU": (
-        dict(video="m_1.mp4", duration=480.0, question="Which?", candidates=["A. B", "Green", "Red"], answer="Red",
-             question_type="plotQA"),
-        dict(id="f-3", video="f/m_1.mp4", question="Which?", options=["A. B", "Green", "Red"], answer="Red",
-             group="plotQA")),
+        dict(
+            video="m_1.mp4",
+            duration=480.0,
+            question="Which?",
+            candidates=["A. B", "Green", "Red"],
+            answer="Red",
+            question_type="plotQA",
+        ),
+        dict(
+            id="f-3",
+            video="f/m_1.mp4",
+            question="Which?",
+            options=["A. B", "Green", "Red"],
+            answer="Red",
+            group="plotQA",
+        ),
+    ),
     "MVBench": (
-        dict(video="Z.mp4", question="What?", candidates=["x", "y", "z"], answer="y", start=1.0, end=2.0),
-        dict(id="state_change-3", video="perception/videos/Z.mp4", question="What?", options=["x", "y", "z"], answer="y",
-             group="state_change", start=1.0, end=2.0))}
+        dict(
+            video="Z.mp4",
+            question="What?",
+            candidates=["x", "y", "z"],
+            answer="y",
+            start=1.0,
+            end=2.0,
+        ),
+        dict(
+            id="state_change-3",
+            video="perception/videos/Z.mp4",
+            question="What?",
+            options=["x", "y", "z"],
+            answer="y",
+            group="state_change",
+            start=1.0,
+            end=2.0,
+        ),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -119,7 +253,11 @@ def test_readers(name):
     """Breaks if a release is taken for another, a field is misread, or an answer's number becomes the wrong letter."""
     record, wanted = RECORDS[name]
     got, reader = normal_form(record, "x", stem="state_change" if name == "MVBench" else "f", n=3)
-    assert got == wanted and reader is READERS[name] and (reader.average == "macro") == (name == "MLVU")
+    assert (
+        got == wanted
+        and reader is READERS[name]
+        and (reader.average == "macro") == (name == "MLVU")
+    )
 
 
 def test_readers_refuse():
@@ -139,42 +277,58 @@ def test_readers_refuse():
 
 def test_a_folder_of_tasks(tmp_path):
     """Breaks if a task's file is left out, MLVU's average is not macro, or ids of two tasks collide."""
-    for task, record in (("1_plotQA", RECORDS["MLVU"][0]), ("2_needle", dict(RECORDS["MLVU"][0], question_type="needle"))):
+    for task, record in (
+        ("1_plotQA", RECORDS["MLVU"][0]),
+        ("2_needle", dict(RECORDS["MLVU"][0], question_type="needle")),
+    ):
         (tmp_path / f"{task}.json").write_text(json.dumps([record, record]))
     rows, average = read_benchmark("mcq", str(tmp_path), "/videos")
-    assert average == "macro" and [r.id for r in rows] == ["1_plotQA-0", "1_plotQA-1", "2_needle-0", "2_needle-1"]
+    assert average == "macro" and [r.id for r in rows] == [
+        "1_plotQA-0",
+        "1_plotQA-1",
+        "2_needle-0",
+        "2_needle-1",
+    ]
     assert rows[2].prompt[0] == Clip("/videos/2_needle/m_1.mp4") and rows[2].group == "needle"
 
 
 def test_a_part_of_a_clip(tmp_path):
     """Breaks if a question about seconds 1 to 2 is shown other frames; 10 frames a second: numbers 10 to 20."""
     path = str(tmp_path / "v.mp4")
-    toy.write_mp4(path, frames(40, 64, 96), fps=10)
-    assert read_uniform(Clip(path, 1.0, 2.0), 3)[1] == [10, 15, 20] and read_uniform(Clip(path), 4)[1] == [0, 13, 26, 39]
-    assert read_uniform(Clip(path, 3.5, 99.0), 2)[1] == [35, 39] and read_uniform(Clip(path, 99.0, 100.0), 4)[1] == [39]
-    (tmp_path / "state_change.json").write_text(json.dumps([dict(RECORDS["MVBench"][0], video="v.mp4")]))
+    paddle.write_mp4(path, frames(40, 64, 96), fps=10)
+    assert read_uniform(Clip(path, 1.0, 2.0), 3)[1] == [10, 15, 20] and read_uniform(Clip(path), 4)[
+        1
+    ] == [0, 13, 26, 39]
+    assert read_uniform(Clip(path, 3.5, 99.0), 2)[1] == [35, 39] and read_uniform(
+        Clip(path, 99.0, 100.0), 4
+    )[1] == [39]
+    (tmp_path / "state_change.json").write_text(
+        json.dumps([dict(RECORDS["MVBench"][0], video="v.mp4")])
+    )
     rows, _ = read_benchmark("mcq", str(tmp_path / "state_change.json"), str(tmp_path))
     assert rows[0].prompt[0] == Clip(str(tmp_path / "perception/videos/v.mp4"), 1.0, 2.0)
 
 
 # --------------------------------------------------------------------------------------------------- whole evaluations
 
+
 @pytest.fixture(scope="module")
 def scripted(tmp_path_factory):
     """A folder with clips, a model that takes words and an answer for each word q0, q1 ... in a question."""
     folder = tmp_path_factory.mktemp("bench")
     words = "system user assistant A B C D ) what next ? one two it is <answer> </answer> <reason> </reason> seconds"
-    tokenizer = toy.make_tokenizer([words, " ".join(f"q{i}" for i in range(9))])
-    toy.make_model(tokenizer, seed=0).save_pretrained(folder / "model")
+    tokenizer = tiny.make_tokenizer([words, " ".join(f"q{i}" for i in range(9))])
+    tiny.make_model(tokenizer, seed=0).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     for i in range(3):
-        toy.write_mp4(str(folder / f"{i}.mp4"), frames(12, 64, 64, seed=i), fps=10)
+        paddle.write_mp4(str(folder / f"{i}.mp4"), frames(12, 64, 64, seed=i), fps=10)
     (folder / "broken.mp4").write_bytes(b"not a video")
     return folder, tokenizer
 
 
 def play(monkeypatch, tokenizer, script, seen=None):
     """Let generate answer from the script: {"q0": response, ...}; latents are ones."""
+
     def generate(model, batch, **kwargs):
         texts = []
         for ids in batch["input_ids"]:
@@ -182,32 +336,72 @@ def play(monkeypatch, tokenizer, script, seen=None):
             texts.append(script[next(w for w in words if w in script)])
             if seen is not None:
                 seen.append(words)
-        tokens = [torch.tensor(tokenizer(t + "<|im_end|>", add_special_tokens=False).input_ids) for t in texts]
+        tokens = [
+            torch.tensor(tokenizer(t + "<|im_end|>", add_special_tokens=False).input_ids)
+            for t in texts
+        ]
         lengths = torch.tensor([len(t) for t in tokens])
         padded = torch.nn.utils.rnn.pad_sequence(tokens, True, tokenizer.pad_token_id)
         latents = [torch.ones(int((t == model.config.latent_id).sum()), 96) for t in tokens]
         return Rollout(padded, padded > 0, latents, padded * 0.0, ["eos"] * len(tokens), lengths)
+
     monkeypatch.setattr(evaluate, "generate", generate)
 
 
 def settings(folder, out, **more):
-    return evaluate.Config(**{**dict(model=str(folder / "model"), out=str(out), workers=0, batch=2, image_max_tokens=4,
-                                     video_max_tokens=64, max_length=4000, system="system", max_new_tokens=40), **more})
+    return evaluate.Config(
+        **{
+            **dict(
+                model=str(folder / "model"),
+                out=str(out),
+                workers=0,
+                batch=2,
+                image_max_tokens=4,
+                video_max_tokens=64,
+                max_length=4000,
+                system="system",
+                max_new_tokens=40,
+            ),
+            **more,
+        }
+    )
 
 
 def futurebench(folder):
     """Seven questions: hop1 right, hop1 wrong, hop2 right only officially, hop3 unparsed, hop5 right, two bad clips."""
-    kinds = [("hop1", "0.mp4"), ("hop1", "1.mp4"), ("hop2", "2.mp4"), ("hop3", "0.mp4"), ("hop5", "1.mp4"),
-             ("hop5", "gone.mp4"), ("hop2", "broken.mp4")]
-    records = [dict(id=f"x{i % 6}", question_type=kind, video_path=f"any/video_dataset/{clip}",
-                    qa=dict(Question=f"what next ? q{i}", Options=dict(A="one", B="two", C="it", D="is"), Answer="B"))
-               for i, (kind, clip) in enumerate(kinds)]
+    kinds = [
+        ("hop1", "0.mp4"),
+        ("hop1", "1.mp4"),
+        ("hop2", "2.mp4"),
+        ("hop3", "0.mp4"),
+        ("hop5", "1.mp4"),
+        ("hop5", "gone.mp4"),
+        ("hop2", "broken.mp4"),
+    ]
+    records = [
+        dict(
+            id=f"x{i % 6}",
+            question_type=kind,
+            video_path=f"any/video_dataset/{clip}",
+            qa=dict(
+                Question=f"what next ? q{i}",
+                Options=dict(A="one", B="two", C="it", D="is"),
+                Answer="B",
+            ),
+        )
+        for i, (kind, clip) in enumerate(kinds)
+    ]
     (folder / "futurebench.json").write_text(json.dumps(records))
     return str(folder / "futurebench.json")
 
 
-FB = {"q0": f"<reason> one </reason> {SPAN} <answer> B </answer>", "q1": f"{SPAN} {SPAN} <answer> C </answer>",
-      "q2": "<answer> it is B A </answer>", "q3": "<reason> B </reason>", "q4": "<answer> two </answer>"}
+FB = {
+    "q0": f"<reason> one </reason> {SPAN} <answer> B </answer>",
+    "q1": f"{SPAN} {SPAN} <answer> C </answer>",
+    "q2": "<answer> it is B A </answer>",
+    "q3": "<reason> B </reason>",
+    "q4": "<answer> two </answer>",
+}
 
 
 def test_futurebench_to_the_letter(scripted, tmp_path, monkeypatch, capsys):
@@ -215,30 +409,81 @@ def test_futurebench_to_the_letter(scripted, tmp_path, monkeypatch, capsys):
     (folder, tokenizer), seen = scripted, []
     play(monkeypatch, tokenizer, FB, seen)
     config = settings(folder, tmp_path, benchmark="futurebench", data=futurebench(folder))
-    assert config.num_frames == 32 and evaluate.Config(benchmark="futurebench").max_new_tokens == 2048
+    assert (
+        config.num_frames == 32 and evaluate.Config(benchmark="futurebench").max_new_tokens == 2048
+    )
     table = evaluate.evaluate(config)
-    got = {g: tuple(s[k] for k in ("n", "accuracy", "strict", "official", "unparsed", "skipped", "spans"))
-           for g, s in table.items()}
-    assert got == {"1-hop": (2, .5, .5, .5, 0, 0, 1.5), "2-hop": (1, 0, 0, 1, 1, 1, 0), "3-hop": (1, 0, 0, 0, 1, 0, 0),
-                   "interp": (1, 1, 1, 0, 0, 1, 0), "all": (5, .4, .4, .4, 2, 2, .6)}
-    assert seen[0].count("<|vision_start|>") == 6  # a clip of 12 frames gives all of them, two a patch
+    got = {
+        g: tuple(
+            s[k] for k in ("n", "accuracy", "strict", "official", "unparsed", "skipped", "spans")
+        )
+        for g, s in table.items()
+    }
+    assert got == {
+        "1-hop": (2, 0.5, 0.5, 0.5, 0, 0, 1.5),
+        "2-hop": (1, 0, 0, 1, 1, 1, 0),
+        "3-hop": (1, 0, 0, 0, 1, 0, 0),
+        "interp": (1, 1, 1, 0, 0, 1, 0),
+        "all": (5, 0.4, 0.4, 0.4, 2, 2, 0.6),
+    }
+    assert (
+        seen[0].count("<|vision_start|>") == 6
+    )  # a clip of 12 frames gives all of them, two a patch
     summary = json.load(open(tmp_path / "summary.json"))
-    assert (summary["found"], summary["total"], summary["unparsed"], summary["judge_failures"]) == (5, 7, 2, 0)
+    assert (summary["found"], summary["total"], summary["unparsed"], summary["judge_failures"]) == (
+        5,
+        7,
+        2,
+        0,
+    )
     assert summary["coverage"] == 5 / 7 and {m["id"] for m in summary["missing"]} == {"x5", "x0#2"}
-    assert "gone.mp4: no such file" in str(summary["missing"]) and "broken.mp4" in str(summary["missing"])
-    assert summary["frames"] == 32 and summary["pixels"]["future"] == [1024, 4096] and len(summary["prompt_hash"]) == 16
+    assert "gone.mp4: no such file" in str(summary["missing"]) and "broken.mp4" in str(
+        summary["missing"]
+    )
+    assert (
+        summary["frames"] == 32
+        and summary["pixels"]["future"] == [1024, 4096]
+        and len(summary["prompt_hash"]) == 16
+    )
     assert summary["generation"] == dict(greedy=True, max_new_tokens=40, max_latents=8)
-    assert set(summary["seconds"]) == set(table) and summary["average"] == "micro" and summary["latents"] == "generated"
+    assert (
+        set(summary["seconds"]) == set(table)
+        and summary["average"] == "micro"
+        and summary["latents"] == "generated"
+    )
     out = capsys.readouterr().out
     assert "5 of 7 samples found" in out and "beside what the paper published (not run here)" in out
     rows = [line.split("  ") for line in out.splitlines()]
-    ours, theirs = (next([c.strip() for c in row if c.strip()] for row in rows if row[0].startswith(name))
-                    for name in ("ours", "paper's: Future-L1-RL"))
-    assert ours[:7] == ["ours, 5 of 7 found", "50.0", "100.0", "0.0", "0.0", "40.0", "7.6"]  # by official letters
-    assert theirs == ["paper's: Future-L1-RL", "83.2", "86.5", "86.6", "85.1", "85.4", "195.3", "0.91"]
+    ours, theirs = (
+        next([c.strip() for c in row if c.strip()] for row in rows if row[0].startswith(name))
+        for name in ("ours", "paper's: Future-L1-RL")
+    )
+    assert ours[:7] == [
+        "ours, 5 of 7 found",
+        "50.0",
+        "100.0",
+        "0.0",
+        "0.0",
+        "40.0",
+        "7.6",
+    ]  # by official letters
+    assert theirs == [
+        "paper's: Future-L1-RL",
+        "83.2",
+        "86.5",
+        "86.6",
+        "85.1",
+        "85.4",
+        "195.3",
+        "0.91",
+    ]
     assert "api_key" not in json.dumps(summary) and os.path.exists(tmp_path / "report.html")
     with pytest.raises(SystemExit, match="broken.mp4|gone.mp4"):
-        evaluate.evaluate(settings(folder, tmp_path / "strict", benchmark="futurebench", data=config.data, strict=True))
+        evaluate.evaluate(
+            settings(
+                folder, tmp_path / "strict", benchmark="futurebench", data=config.data, strict=True
+            )
+        )
 
 
 def test_the_prompt_hash_is_of_the_prompts(scripted, tmp_path, monkeypatch):
@@ -247,7 +492,11 @@ def test_the_prompt_hash_is_of_the_prompts(scripted, tmp_path, monkeypatch):
     data, hashes = futurebench(folder), []
     rows, _ = read_benchmark("futurebench", data)
     for system, some in (("system", rows), ("system", rows), ("user", rows), ("system", rows[:6])):
-        hashes.append(evaluate.about(some, [], dict(vars(settings(folder, tmp_path)), system=system))["prompt_hash"])
+        hashes.append(
+            evaluate.about(some, [], dict(vars(settings(folder, tmp_path)), system=system))[
+                "prompt_hash"
+            ]
+        )
     assert hashes[0] == hashes[1] and len(set(hashes)) == 3
 
 
@@ -255,33 +504,67 @@ def test_video_mme_macro_of_parquet(scripted, tmp_path, monkeypatch):
     """Breaks if --average is not heeded: short 2 of 3, long 0 of 1 -> micro .5, macro 1/3."""
     parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     folder, tokenizer = scripted
-    play(monkeypatch, tokenizer, {"q0": "<answer> C </answer>", "q1": "<answer> it </answer>", "q2": "<answer> A </answer>",
-                                  "q3": "<answer> A </answer>"})
+    play(
+        monkeypatch,
+        tokenizer,
+        {
+            "q0": "<answer> C </answer>",
+            "q1": "<answer> it </answer>",
+            "q2": "<answer> A </answer>",
+            "q3": "<answer> A </answer>",
+        },
+    )
     base = dict(RECORDS["Video-MME"][0], options=["A. one", "B. two", "C. it", "D. is"])
-    records = [dict(base, videoID=str(i % 3), question_id=f"{i}", question=f"what q{i} ?",
-                    duration="long" if i == 3 else "short")
-               for i in range(4)]
+    records = [
+        dict(
+            base,
+            videoID=str(i % 3),
+            question_id=f"{i}",
+            question=f"what q{i} ?",
+            duration="long" if i == 3 else "short",
+        )
+        for i in range(4)
+    ]
     parquet.write_table(pyarrow.Table.from_pylist(records), folder / "vm.parquet")
     for average, wanted in (("", 0.5), ("macro", 1 / 3)):
-        table = evaluate.evaluate(settings(folder, tmp_path / "vm", benchmark="mcq", data=str(folder / "vm.parquet"),
-                                           average=average))
-        assert table["all"]["accuracy"] == pytest.approx(wanted) and table["short"]["accuracy"] == pytest.approx(2 / 3)
+        table = evaluate.evaluate(
+            settings(
+                folder,
+                tmp_path / "vm",
+                benchmark="mcq",
+                data=str(folder / "vm.parquet"),
+                average=average,
+            )
+        )
+        assert table["all"]["accuracy"] == pytest.approx(wanted) and table["short"][
+            "accuracy"
+        ] == pytest.approx(2 / 3)
 
 
 def test_noise_repeats_after_a_kill(world, tmp_path, monkeypatch):
     """Breaks if what is drawn for a sample depends on what was already done: here 4 of 8 lines are lost, amid a batch."""
     from tests.test_evaluate import config, lines_of
-    fed, generate = [], evaluate.generate
+
+    fed, generate = [], latent_decode.generate
 
     def listen(model, batch, *, replace, **kwargs):
-        fed.append({tuple(ids.tolist()): r.clone() for ids, r in zip(batch["pixel_values"].view(len(replace), -1), replace)})
+        fed.append(
+            {
+                tuple(ids.tolist()): r.clone()
+                for ids, r in zip(batch["pixel_values"].view(len(replace), -1), replace)
+            }
+        )
         return generate(model, batch, replace=replace, **kwargs)
+
     monkeypatch.setattr(evaluate, "generate", listen)
     whole = evaluate.evaluate(config(world, tmp_path, latents="noise", limit=8))
     before, path, drawn = lines_of(tmp_path), tmp_path / "samples_0.jsonl", fed[:]
     kept = path.read_bytes().split(b"\n")[:4]
-    path.write_bytes(b"\n".join(kept) + b"\n{\"id\": \"half")
-    assert evaluate.evaluate(config(world, tmp_path, latents="noise", limit=8)) == whole and lines_of(tmp_path) == before
+    path.write_bytes(b"\n".join(kept) + b'\n{"id": "half')
+    assert (
+        evaluate.evaluate(config(world, tmp_path, latents="noise", limit=8)) == whole
+        and lines_of(tmp_path) == before
+    )
     assert len(path.read_text().splitlines()) == 8 and len(drawn) == 3 and len(fed) == 5
     for old, new in zip(drawn[1:], fed[3:]):  # the second batch, half done, and the third
         assert list(old) == list(new) and all(torch.equal(old[key], new[key]) for key in old)
@@ -291,9 +574,16 @@ def test_noise_repeats_after_a_kill(world, tmp_path, monkeypatch):
 def test_none_opens_no_span(world, tmp_path, monkeypatch):
     """Breaks if --latents none lets a span be opened, or another ablation does not."""
     from tests.test_evaluate import config
-    asked, generate = [], evaluate.generate
-    monkeypatch.setattr(evaluate, "generate", lambda model, batch, **k: (
-        asked.append([model.config.latent_start_id] == k["banned"]) or generate(model, batch, **k)))
+
+    asked, generate = [], latent_decode.generate
+    monkeypatch.setattr(
+        evaluate,
+        "generate",
+        lambda model, batch, **k: (
+            asked.append([model.config.latent_start_id] == k["banned"])
+            or generate(model, batch, **k)
+        ),
+    )
     for latents in ("none", "zero"):
         evaluate.evaluate(config(world, tmp_path / latents, latents=latents, limit=1))
     assert asked == [True, False]
@@ -303,25 +593,48 @@ def test_banned_tokens(model, tokenizer):
     """Breaks if --latents none can still open a span: the greedy word is banned and must not come back."""
     batch = dict(input_ids=torch.tensor([tokenizer("watch the ball").input_ids]))
     first = latent_decode.generate(model, batch, max_new_tokens=12, eos_token_id=[])
-    words = [t for t in first.tokens[0].tolist() if t not in (model.config.latent_id, model.config.latent_end_id)]
-    second = latent_decode.generate(model, batch, max_new_tokens=12, eos_token_id=[], banned=[words[0]])
+    words = [
+        t
+        for t in first.tokens[0].tolist()
+        if t not in (model.config.latent_id, model.config.latent_end_id)
+    ]
+    second = latent_decode.generate(
+        model, batch, max_new_tokens=12, eos_token_id=[], banned=[words[0]]
+    )
     assert words[0] in first.tokens and words[0] not in second.tokens
 
 
 # -------------------------------------------------------------------------------------------------------------- judge
 
-@pytest.mark.parametrize("reply, chain, answer", [
-    ('{"chain": 4, "answer": 5}', 4, 5), ('```json\n{"chain": 3.5, "answer": 2}\n```', 3.5, 2),
-    ('{"chain": "4", "answer": "3/5"}', 4, 3), ('{"chain": [[2]], "answer": [1]}', 2, 1), ("[[4, 5]]", 4, 5),
-    ("[1, 0]", 1, 0),
-    ('{"chain": 9, "answer": -3}', 5, 0), ('{"answer_score": 2, "Chain quality": 1}', 1, 2),
-    ('<think>{"chain": 0, "answer": 0}</think> Fine: {"chain": 1, "answer": 2}', 1, 2),
-    ('[{"chain": {"score": 3}, "answer": 4}]', 3, 4), ('{"scores": {"chain": 3, "answer": 4}}', 3, 4),
-    ('{"chain": 4, {"chain": 2, "answer": 2}', 2, 2), ('{"chain": 1e400, "answer": 1}', None, None),
-    ('{"chain": NaN, "answer": 1}', None, None), ('{"chain": true, "answer": 1}', None, None), ('{"chain": 4}', None, None),
-    ('{"chain": [1, 2], "answer": 3}', None, None), ('{"chain": 4, "answer": 3}, see frames [1, 2]', 4, 3),
-    ("four and five", None, None), ("", None, None), (None, None, None),
-    ("[" * 3000, None, None), ('{"chain": "4 or 5", "answer": 1}', None, None)])
+
+@pytest.mark.parametrize(
+    "reply, chain, answer",
+    [
+        ('{"chain": 4, "answer": 5}', 4, 5),
+        ('```json\n{"chain": 3.5, "answer": 2}\n```', 3.5, 2),
+        ('{"chain": "4", "answer": "3/5"}', 4, 3),
+        ('{"chain": [[2]], "answer": [1]}', 2, 1),
+        ("[[4, 5]]", 4, 5),
+        ("[1, 0]", 1, 0),
+        ('{"chain": 9, "answer": -3}', 5, 0),
+        ('{"answer_score": 2, "Chain quality": 1}', 1, 2),
+        ('<think>{"chain": 0, "answer": 0}</think> Fine: {"chain": 1, "answer": 2}', 1, 2),
+        ('[{"chain": {"score": 3}, "answer": 4}]', 3, 4),
+        ('{"scores": {"chain": 3, "answer": 4}}', 3, 4),
+        ('{"chain": 4, {"chain": 2, "answer": 2}', 2, 2),
+        ('{"chain": 1e400, "answer": 1}', None, None),
+        ('{"chain": NaN, "answer": 1}', None, None),
+        ('{"chain": true, "answer": 1}', None, None),
+        ('{"chain": 4}', None, None),
+        ('{"chain": [1, 2], "answer": 3}', None, None),
+        ('{"chain": 4, "answer": 3}, see frames [1, 2]', 4, 3),
+        ("four and five", None, None),
+        ("", None, None),
+        (None, None, None),
+        ("[" * 3000, None, None),
+        ('{"chain": "4 or 5", "answer": 1}', None, None),
+    ],
+)
 def test_read_scores(reply, chain, answer):
     """Breaks if a shape judges reply in is lost, an ambiguous one is guessed, or a score leaves 0..5."""
     assert read_scores(reply) == (None if chain is None else dict(chain=chain, answer=answer))
@@ -342,8 +655,12 @@ def server():
             if isinstance(reply, float):
                 time.sleep(reply)
             status = reply if isinstance(reply, int) else 200
-            message = dict(index=0, finish_reason="stop", message=dict(role="assistant", content=str(reply)))
-            data = json.dumps(dict(id="1", object="chat.completion", created=0, model="m", choices=[message])).encode()
+            message = dict(
+                index=0, finish_reason="stop", message=dict(role="assistant", content=str(reply))
+            )
+            data = json.dumps(
+                dict(id="1", object="chat.completion", created=0, model="m", choices=[message])
+            ).encode()
             try:
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
@@ -365,6 +682,7 @@ def server():
 
 def png(seed):
     from PIL import Image
+
     out = io.BytesIO()
     Image.fromarray(frames(1, 40, 64, seed)[0]).save(out, "PNG")
     return out.getvalue()
@@ -374,12 +692,19 @@ def twiff(folder):
     """Seven rows of TwiFF-Bench, as paths of PNG files; q5's question picture is missing."""
     for i in range(2):
         (folder / f"{i}.png").write_bytes(png(i))
-    records = [dict(video="v.mp4", question=f"<image> what next ? q{i}", question_images_index=[3],
-                    reasoning_images_index=[5],
-                    question_images=["gone.png" if i == 5 else "0.png"], reasoning_images=["1.png"],
-                    answer=f"THOUGHT 1: ref{i} <rimage> so <ans>truth{i}</ans>",
-                    meta_data={"class": "sport" if i < 3 else "home"})
-               for i in range(7)]
+    records = [
+        dict(
+            video="v.mp4",
+            question=f"<image> what next ? q{i}",
+            question_images_index=[3],
+            reasoning_images_index=[5],
+            question_images=["gone.png" if i == 5 else "0.png"],
+            reasoning_images=["1.png"],
+            answer=f"THOUGHT 1: ref{i} <rimage> so <ans>truth{i}</ans>",
+            meta_data={"class": "sport" if i < 3 else "home"},
+        )
+        for i in range(7)
+    ]
     (folder / "twiff.jsonl").write_text("\n".join(map(json.dumps, records)))
     return str(folder / "twiff.jsonl")
 
@@ -391,96 +716,171 @@ def test_twiffbench_judged_later(scripted, tmp_path, monkeypatch, server, capsys
     3.5 + 5 + 2) / 4, answer: (5 + 2 + 0 + 1) / 4.
     """
     folder, tokenizer = scripted
-    play(monkeypatch, tokenizer, {f"q{i}": f"<reason> one </reason> {SPAN} <answer> two q{i} </answer>" for i in range(7)})
-    config = dict(benchmark="twiffbench", data=twiff(folder), judge_url=server["url"], judge_model="m", judge_retries=1,
-                  judge_timeout=1.0)
+    play(
+        monkeypatch,
+        tokenizer,
+        {f"q{i}": f"<reason> one </reason> {SPAN} <answer> two q{i} </answer>" for i in range(7)},
+    )
+    config = dict(
+        benchmark="twiffbench",
+        data=twiff(folder),
+        judge_url=server["url"],
+        judge_model="m",
+        judge_retries=1,
+        judge_timeout=1.0,
+    )
     monkeypatch.setattr(evaluate, "ScoreJudge", functools.partial(ScoreJudge, backoff=0.01))
     monkeypatch.setenv("JUDGE_API_KEY", "secret-key")
     with pytest.raises(SystemExit, match="--judge_model"):
         evaluate.evaluate(settings(folder, tmp_path, **dict(config, judge_model="")))
     table = evaluate.evaluate(settings(folder, tmp_path, **config, judge=False))
     assert "6 responses wait for a judge" in capsys.readouterr().out
-    assert not server["requests"] and [table["all"][k] for k in ("waiting", "n", "skipped", "unparsed")] == [6, 0, 1, 0]
-    server["replies"].update(truth0='{"chain": 4, "answer": 5}', truth1='{"chain": 3.5, "answer": "2"}', truth2=500,
-                             truth3="[[9, -1]]", truth4=2.5, truth6=["well", 'x ```{"chain": [2], "answer": 1}```'])
+    assert not server["requests"] and [
+        table["all"][k] for k in ("waiting", "n", "skipped", "unparsed")
+    ] == [6, 0, 1, 0]
+    server["replies"].update(
+        truth0='{"chain": 4, "answer": 5}',
+        truth1='{"chain": 3.5, "answer": "2"}',
+        truth2=500,
+        truth3="[[9, -1]]",
+        truth4=2.5,
+        truth6=["well", 'x ```{"chain": [2], "answer": 1}```'],
+    )
     monkeypatch.setattr(evaluate, "load", None)  # judging needs no model
     table = evaluate.evaluate(settings(folder, tmp_path, **config, judge_only=True, model=""))
-    got = {g: tuple(s[k] for k in ("n", "chain", "answer", "average", "failed", "skipped", "waiting"))
-           for g, s in table.items()}
-    assert got == {"home": (2, 3.5, .5, 2.0, 1, 1, 0), "sport": (2, 3.75, 3.5, 3.625, 1, 0, 0),
-                   "all": (4, 14.5 / 4, 2.0, 22.5 / 8, 2, 1, 0)}
+    got = {
+        g: tuple(s[k] for k in ("n", "chain", "answer", "average", "failed", "skipped", "waiting"))
+        for g, s in table.items()
+    }
+    assert got == {
+        "home": (2, 3.5, 0.5, 2.0, 1, 1, 0),
+        "sport": (2, 3.75, 3.5, 3.625, 1, 0, 0),
+        "all": (4, 14.5 / 4, 2.0, 22.5 / 8, 2, 1, 0),
+    }
     asked = server["requests"]
-    assert len(asked) == 3 + 2 + 2 + 2  # three at once, twice each: the failing, the stalling, the mumbling
+    assert (
+        len(asked) == 3 + 2 + 2 + 2
+    )  # three at once, twice each: the failing, the stalling, the mumbling
     kinds = [part["type"] for part in asked[0]["messages"][1]["content"]]
     assert kinds.count("image_url") == 2 and "truth5" not in json.dumps(asked)
     summary = json.load(open(tmp_path / "summary.json"))
     assert summary["judge_failures"] == 2 and summary["found"] == 6 and summary["total"] == 7
-    judged = {j["id"][-1]: j for j in evaluate.read_lines(str(tmp_path / "judged.jsonl"))}
-    assert judged["2"]["why"] == "InternalServerError 500" and judged["4"]["why"] == "APITimeoutError" and len(judged) == 6
+    judged = {j["id"][-1]: j for j in runs.read_lines(str(tmp_path / "judged.jsonl"))}
+    assert (
+        judged["2"]["why"] == "InternalServerError 500"
+        and judged["4"]["why"] == "APITimeoutError"
+        and len(judged) == 6
+    )
     out = capsys.readouterr().out
-    assert "judge: 1 x APITimeoutError" in out and re.search(r"ours, 6 of 7 found +3.62 +2.00 +2.81\n", out)
+    assert "judge: 1 x APITimeoutError" in out and re.search(
+        r"ours, 6 of 7 found +3.62 +2.00 +2.81\n", out
+    )
 
     server["requests"].clear()
     server["replies"].update(truth2='{"chain": 1, "answer": 1}', truth4='{"chain": 1, "answer": 1}')
     with pytest.raises(SystemExit, match="--judge_only is for"):
         evaluate.evaluate(settings(folder, tmp_path, data=config["data"], judge_only=True))
     table = evaluate.evaluate(settings(folder, tmp_path, **config, judge_only=True))
-    assert len(server["requests"]) == 2 and table["all"]["n"] == 6 and table["all"]["failed"] == 0  # the rest is cached
+    assert (
+        len(server["requests"]) == 2 and table["all"]["n"] == 6 and table["all"]["failed"] == 0
+    )  # the rest is cached
     for file in os.listdir(tmp_path):
         assert b"secret-key" not in (tmp_path / file).read_bytes()
 
 
 def test_the_judge_sees_what_it_should(tmp_path):
     """Breaks if the judge misses a part, sees a future as a shown frame, or a text-only judge is sent pictures."""
-    row = Row("f:0", "0", [Frame(png(0)), "what next ?"], ["one", Frame(png(1)), "two"], "true", "what next ?")
+    row = Row(
+        "f:0",
+        "0",
+        [Frame(png(0)), "what next ?"],
+        ["one", Frame(png(1)), "two"],
+        "true",
+        "what next ?",
+    )
     response = f"<reason>guess</reason>{LATENT_START}{LATENT}{LATENT_END}<reason>so</reason><answer>mine</answer><|im_end|>"
     _, user = score_messages(row, response, images=False)
-    order = ["## Question", "[a frame]", "what next ?", "## Reference chain", "one", "[a frame]", "two", "## True answer",
-             "true", "## Candidate's chain", "guess", "[imagines]", "so", "## Candidate's answer", "mine"]
+    order = [
+        "## Question",
+        "[a frame]",
+        "what next ?",
+        "## Reference chain",
+        "one",
+        "[a frame]",
+        "two",
+        "## True answer",
+        "true",
+        "## Candidate's chain",
+        "guess",
+        "[imagines]",
+        "so",
+        "## Candidate's answer",
+        "mine",
+    ]
     at = -1
     for part in order:
         at = user["content"].index(part, at + 1)
     assert "<" not in user["content"]
     _, user = score_messages(row, "no answer here")
-    assert [p["type"] for p in user["content"]].count("image_url") == 2 and user["content"][-1]["text"] == "(none given)"
+    assert [p["type"] for p in user["content"]].count("image_url") == 2 and user["content"][-1][
+        "text"
+    ] == "(none given)"
 
 
 def test_parquet_bytes_and_classes(tmp_path):
     """Breaks if TwiFF-Bench's own form (parquet, pictures as bytes) is not read, or a future enters the prompt."""
     parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
-    record = dict(video="v.mp4", question="what ?", answer="a <rimage> b <ans>c</ans>",
-                  question_images=[dict(bytes=png(0), path=None)], question_images_index=[1],
-                  reasoning_images=[dict(bytes=png(1), path=None)], reasoning_images_index=[4],
-                  meta_data=json.dumps({"class": "sport"}))
+    record = dict(
+        video="v.mp4",
+        question="what ?",
+        answer="a <rimage> b <ans>c</ans>",
+        question_images=[dict(bytes=png(0), path=None)],
+        question_images_index=[1],
+        reasoning_images=[dict(bytes=png(1), path=None)],
+        reasoning_images_index=[4],
+        meta_data=json.dumps({"class": "sport"}),
+    )
     parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "t.parquet")
     (row,), _ = read_benchmark("twiffbench", str(tmp_path / "t.parquet"))
     assert row.prompt == [Frame(png(0)), "what ?"] and row.response == ["a", Frame(png(1)), "b"]
     assert row.group == "sport" and row.id == "t.parquet:0"
-    assert [(label, role) for label, role, _ in benchmarks.film(row)] == [("picture 1", "seen"),
-                                                                                                  ("picture 2", "future")]
+    assert [(label, role) for label, role, _ in clips.film(row)] == [
+        ("picture 1", "seen"),
+        ("picture 2", "future"),
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------- report
+
 
 def test_imagined_by_hand(model, clip, data_config):
     """Breaks if a cosine is not that of a latent and a frame: a latent that *is* frame 5's embedding is nearest to it."""
     path = clip(count=600, height=32, width=32)
     row = Row("f", "1", [Frame(path, 3), "?"], [Frame(path, 5)], "x")
-    pictures = benchmarks.pixels_of([Frame(path, 5)])
-    patches, grid = report.resize_and_cut(pictures[Frame(path, 5)][None], *data_config.budgets[1])
-    e = model.encode_frames(report.normalise(patches), grid[None])  # one token
+    pictures = clips.pixels_of([Frame(path, 5)])
+    patches, grid = clips.resize_and_cut(pictures[Frame(path, 5)][None], *data_config.budgets[1])
+    e = model.encode_frames(clips.normalise(patches), grid[None])  # one token
     latents = torch.cat([3 * e, -e, e])
-    got = report.imagined(model, row, latents, [1, 0, 2], data_config.budgets[1])
+    got = evaluate.imagined(model, row, latents, [1, 0, 2], data_config.budgets[1])
     assert got["frames"] == list("12345678") and got["spans"] == [1, 0, 2]
     assert [line[4] for line in got["cosine"]] == [1, -1, 1] and np.argmax(got["cosine"][0]) == 4
-    other = model.encode_frames(*(f(x) for f, x in zip((report.normalise, lambda g: g[None]), report.resize_and_cut(
-        pictures[Frame(path, 8)][None], *data_config.budgets[1]))))
+    other = model.encode_frames(
+        *(
+            f(x)
+            for f, x in zip(
+                (clips.normalise, lambda g: g[None]),
+                clips.resize_and_cut(pictures[Frame(path, 8)][None], *data_config.budgets[1]),
+            )
+        )
+    )
     dot = float(e[0] @ other[0]) / math.sqrt(float(e[0] @ e[0]) * float(other[0] @ other[0]))
     assert got["cosine"][0][7] == pytest.approx(dot, abs=1e-3)
     latents = torch.tensor([[2.0, 0], [1, 1]])
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(report, "film", lambda row: [])
-        assert report.imagined(model, row, latents, [1, 1], (1, 1))["diversity"] == -0.5  # cos^2 45 degrees
+        m.setattr(evaluate, "film", lambda row: [])
+        assert (
+            evaluate.imagined(model, row, latents, [1, 1], (1, 1))["diversity"] == -0.5
+        )  # cos^2 45 degrees
 
 
 def test_report_escapes_and_shows(scripted, tmp_path, monkeypatch):
@@ -488,19 +888,51 @@ def test_report_escapes_and_shows(scripted, tmp_path, monkeypatch):
     folder, tokenizer = scripted
     evil = "<script>alert(1)</script>"
     path = str(folder / "0.mp4")
-    rows = [Row(f"f:{i}", f"{i}{evil}", [Frame(path, 1), f"what q{i} ? {evil}"], [Frame(path, 4)], "A",
-                f"what q{i} ? {evil}", [f"one{evil}", "two"], f"{evil}") for i in range(3)]
-    play(monkeypatch, tokenizer, {"q0": f"{SPAN} <reason> one </reason> {SPAN} <answer> A </answer>",
-                                  "q1": "<answer> B </answer>", "q2": "<answer> one"})
+    rows = [
+        Row(
+            f"f:{i}",
+            f"{i}{evil}",
+            [Frame(path, 1), f"what q{i} ? {evil}"],
+            [Frame(path, 4)],
+            "A",
+            f"what q{i} ? {evil}",
+            [f"one{evil}", "two"],
+            f"{evil}",
+        )
+        for i in range(3)
+    ]
+    play(
+        monkeypatch,
+        tokenizer,
+        {
+            "q0": f"{SPAN} <reason> one </reason> {SPAN} <answer> A </answer>",
+            "q1": "<answer> B </answer>",
+            "q2": "<answer> one",
+        },
+    )
     evaluate.evaluate(settings(folder, tmp_path, report=2), rows=rows)
     page = (tmp_path / "report.html").read_text()
-    assert evil not in page and "&lt;script&gt;" in page and "<img" not in page and "http" not in page
-    assert page.count('<div class="span">') == 2 and "similarity of spans" in page and "<h2>2 samples</h2>" in page
-    assert page.count("background-image:url(data:image/jpeg;base64,") == 2 * 8 and 'class="right">right' in page
+    assert (
+        evil not in page and "&lt;script&gt;" in page and "<img" not in page and "http" not in page
+    )
+    assert (
+        page.count('<div class="span">') == 2
+        and "similarity of spans" in page
+        and "<h2>2 samples</h2>" in page
+    )
+    assert (
+        page.count("background-image:url(data:image/jpeg;base64,") == 2 * 8
+        and 'class="right">right' in page
+    )
     assert "width=device-width" in page and "the paper" not in page
-    lines = evaluate.read_lines(str(tmp_path / "samples_0.jsonl"))
-    lines[0]["response"], lines[0]["imagined"] = f"{evil}{LATENT_START}{LATENT}{LATENT_END}", dict(error=evil)
-    report.write_report(str(tmp_path / "r.html"), json.load(open(tmp_path / "summary.json")), lines, rows)
+    lines = runs.read_lines(str(tmp_path / "samples_0.jsonl"))
+    lines[0]["response"], lines[0]["imagined"] = (
+        f"{evil}{LATENT_START}{LATENT}{LATENT_END}",
+        dict(error=evil),
+    )
+    report.write_report(
+        str(tmp_path / "r.html"), json.load(open(tmp_path / "summary.json")), lines, rows
+    )
     assert evil not in (tmp_path / "r.html").read_text()
 
 
@@ -510,17 +942,48 @@ def test_a_span_is_drawn_as_its_nearest_frames(scripted):
     path = str(folder / "0.mp4")
     row = Row("f:0", "0", [Frame(path, 1), "?"], [Frame(path, 4)], "A", "?", ["one", "two"])
     up = [i / 10 for i in range(1, 9)]  # the cosines with frames 1..8
-    info = dict(spans=[1, 0, 2], frames=list("12345678"), cosine=[up, up[::-1], [v + 0.1 for v in up[::-1]]],
-                similarity=[[1, 0.25], [0.25, 1]], diversity=0)
+    info = dict(
+        spans=[1, 0, 2],
+        frames=list("12345678"),
+        cosine=[up, up[::-1], [v + 0.1 for v in up[::-1]]],
+        similarity=[[1, 0.25], [0.25, 1]],
+        diversity=0,
+    )
     span = f"{LATENT_START}{LATENT}{LATENT_END}"
-    answer = dict(evaluate.read_answer(row, "<answer>B</answer>"), imagined=info, id="0", group="all")
+    answer = dict(
+        evaluate.read_answer(row, "<answer>B</answer>"), imagined=info, id="0", group="all"
+    )
     css = []
-    page = report._sample(0, row, dict(answer, response=f"{span}x{LATENT_START}{LATENT_END}{span}<answer>B</answer>"), css)
-    strips = [re.findall(r"</i>(\d)<br>([\d.]+)", part) for part in page.split('<div class="span">')[1:]]
-    assert strips[0] == [("8", "0.800"), ("7", "0.700"), ("6", "0.600"), ("5", "0.500"), ("4", "0.400")]
-    assert strips[1] == [] and strips[2][:2] == [("1", "0.850"), ("2", "0.750")]  # means of .8 and .9, .7 and .8
-    assert "<td>0.250</td>" in page and ">wrong</b>" in page and "span 2: 0 latents" in page and len(css) == 8
-    assert page.count('<figure class="future"><i class="p0_3">') == 1 + 2 and '<figure class="seen"><i class="p0_0">' in page
+    page = report._sample(
+        0,
+        row,
+        dict(answer, response=f"{span}x{LATENT_START}{LATENT_END}{span}<answer>B</answer>"),
+        css,
+    )
+    strips = [
+        re.findall(r"</i>(\d)<br>([\d.]+)", part) for part in page.split('<div class="span">')[1:]
+    ]
+    assert strips[0] == [
+        ("8", "0.800"),
+        ("7", "0.700"),
+        ("6", "0.600"),
+        ("5", "0.500"),
+        ("4", "0.400"),
+    ]
+    assert strips[1] == [] and strips[2][:2] == [
+        ("1", "0.850"),
+        ("2", "0.750"),
+    ]  # means of .8 and .9, .7 and .8
+    assert (
+        "<td>0.250</td>" in page
+        and ">wrong</b>" in page
+        and "span 2: 0 latents" in page
+        and len(css) == 8
+    )
+    assert (
+        page.count('<figure class="future"><i class="p0_3">') == 1 + 2
+        and '<figure class="seen"><i class="p0_0">' in page
+    )
 
 
 def test_compare(scripted, tmp_path, monkeypatch):
@@ -529,7 +992,9 @@ def test_compare(scripted, tmp_path, monkeypatch):
     play(monkeypatch, tokenizer, FB)
     evaluate.evaluate(settings(folder, tmp_path, benchmark="futurebench", data=futurebench(folder)))
     text = report.compare([str(tmp_path)])
-    assert "| 0.500 (0.000 - 1.000) |" in text and text.endswith("| 5/7 |") and "| generated |" in text
+    assert (
+        "| 0.500 (0.000 - 1.000) |" in text and text.endswith("| 5/7 |") and "| generated |" in text
+    )
     with pytest.raises(SystemExit, match="nowhere/summary.json: no such file"):
         report.compare(["nowhere"])
     for columns, published in PAPER.values():
@@ -538,37 +1003,58 @@ def test_compare(scripted, tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------- command line
 
+
 def test_streamer(tokenizer, model):
     """Breaks if words are lost or doubled between pieces, or a span has no marker with its length."""
     text = f"watch the {SPAN} ball which {LATENT_START} {LATENT_END} wall<|im_end|> hits"
     ids, out = tokenizer(text, add_special_tokens=False).input_ids, []
-    feed = latent_decode.streamer(tokenizer, model.config, out.append)
+    feed = sample.streamer(tokenizer, model.config, out.append)
     for i in range(0, len(ids), 3):
-        feed(torch.tensor([ids[i:i + 3]]))
+        feed(torch.tensor([ids[i : i + 3]]))
     assert "".join(out) == "watch the\n[span 1: 2 latents]\nball which\n[span 2: 0 latents]\nwall"
 
 
 def test_command_line(world, tmp_path, clip):
     """Breaks if the command does not end with an answer or why there is none, or a bad clip gives anything but a message."""
-    shared = {k: v for k, v in toy.TINY.items() if k in ("image_max_tokens", "l_max", "max_length", "system")}
+    shared = {
+        k: v
+        for k, v in tiny.TINY.items()
+        if k in ("image_max_tokens", "l_max", "max_length", "system")
+    }
 
     def run(**more):
         out = []
-        asked = dict(model=world["model"], video=clip(), key_frames="3,4", question="which wall ?", max_new_tokens=20)
-        latent_decode.main(latent_decode.Config(**{**shared, **asked, **more}), out.append)
+        asked = dict(
+            model=world["model"],
+            video=clip(),
+            key_frames="3,4",
+            question="which wall ?",
+            max_new_tokens=20,
+        )
+        sample.main(sample.Config(**{**shared, **asked, **more}), out.append)
         return "".join(out)
+
     assert run().splitlines()[-1].startswith(("answer: ", "no answer: the response ended by "))
     (tmp_path / "text.mp4").write_text("hello")
     (tmp_path / "empty.mp4").write_bytes(b"")
-    for change, message in ((dict(video="gone.mp4"), "gone.mp4: no such file"), (dict(question=""), "--question is missing"),
-                            (dict(video=str(tmp_path / "text.mp4")), "text.mp4: cannot be read as a video"),
-                            (dict(video=str(tmp_path / "empty.mp4")), "empty.mp4: cannot be read as a video"),
-                            (dict(key_frames="0,9"), "numbers from 1 to 8")):
+    for change, message in (
+        (dict(video="gone.mp4"), "gone.mp4: no such file"),
+        (dict(question=""), "--question is missing"),
+        (dict(video=str(tmp_path / "text.mp4")), "text.mp4: cannot be read as a video"),
+        (dict(video=str(tmp_path / "empty.mp4")), "empty.mp4: cannot be read as a video"),
+        (dict(key_frames="0,9"), "numbers from 1 to 8"),
+    ):
         with pytest.raises(SystemExit, match=message):
             run(**change)
 
 
 def test_flags_with_hyphens():
     """Breaks if --judge-only is refused, or a value with hyphens is changed."""
-    config = evaluate.parse_config(evaluate.Config, ["--judge-only", "--no-judge-images", "--data", "a-b/c-d", "--out=x-y"])
-    assert config.judge_only and not config.judge_images and (config.data, config.out) == ("a-b/c-d", "x-y")
+    config = runs.parse_config(
+        evaluate.Config, ["--judge-only", "--no-judge-images", "--data", "a-b/c-d", "--out=x-y"]
+    )
+    assert (
+        config.judge_only
+        and not config.judge_images
+        and (config.data, config.out) == ("a-b/c-d", "x-y")
+    )

@@ -6,13 +6,19 @@ import re
 import numpy as np
 import pytest
 import torch
+from test_model import IMAGE, VIDEO, WIDE, log_softmax, make_batch
 
 import latent_decode
 from latent_decode import choose, generate
-from test_model import IMAGE, VIDEO, WIDE, log_softmax, make_batch
 
-ROWS = [["watch", IMAGE, "the ball"], [WIDE, "red"], ["which wall does it hit next ?"], ["up", VIDEO, IMAGE],
-        ["left"], ["moves", WIDE, WIDE, "right down ?"]]
+ROWS = [
+    ["watch", IMAGE, "the ball"],
+    [WIDE, "red"],
+    ["which wall does it hit next ?"],
+    ["up", VIDEO, IMAGE],
+    ["left"],
+    ["moves", WIDE, WIDE, "right down ?"],
+]
 EOS = "<|im_end|> red blue green"  # several, so that rows finish at many different lengths
 
 
@@ -39,7 +45,9 @@ def shuffle(model, seed, head=False):
 
 def spans(tokens, c):
     """Tokens of a row -> the number of latents in each closed span."""
-    text = "".join({c.latent_start_id: "S", c.latent_id: "z", c.latent_end_id: "E"}.get(t, "w") for t in tokens)
+    text = "".join(
+        {c.latent_start_id: "S", c.latent_id: "z", c.latent_end_id: "E"}.get(t, "w") for t in tokens
+    )
     return [len(z) for z in re.findall("S(z*)E", text)]
 
 
@@ -47,14 +55,22 @@ def rows_fed(model):
     """A list that gets the number of rows of each call of the language model."""
     sizes = []
     model.model.language_model.register_forward_pre_hook(
-        lambda m, a, kw: sizes.append(len(kw["inputs_embeds"])), with_kwargs=True)
+        lambda m, a, kw: sizes.append(len(kw["inputs_embeds"])), with_kwargs=True
+    )
     return sizes
 
 
 @torch.no_grad()
 def reference(model, prompt, max_new_tokens, max_latents, eos):
     """Greedy, the slow way: one unpadded row, no cache, everything again for each token."""
-    c, tokens, latents, logprobs, sampled, span = model.config, [], torch.zeros(0, 96), [], [], None  # None = words
+    c, tokens, latents, logprobs, sampled, span = (
+        model.config,
+        [],
+        torch.zeros(0, 96),
+        [],
+        [],
+        None,
+    )  # None = words
     never = (c.latent_id, c.latent_end_id, c.image_token_id, c.video_token_id)
     while len(tokens) < max_new_tokens and not (tokens and tokens[-1] in eos):
         ids = torch.cat([prompt["input_ids"], torch.tensor([tokens], dtype=torch.long)], 1)
@@ -80,8 +96,13 @@ def check_row(rollout, r, expected):
     assert rollout.tokens[r, :L].tolist() == tokens
     assert (rollout.lengths[r].item(), rollout.finish[r]) == (L, finish)
     assert rollout.sampled[r, :L].tolist() == sampled and not rollout.sampled[r, L:].any()
-    assert not rollout.logprobs[r, L:].any() and not rollout.logprobs[r, :L][~rollout.sampled[r, :L]].any()
-    torch.testing.assert_close(rollout.logprobs[r, :L].double(), torch.tensor(logprobs).double(), atol=1e-4, rtol=0)
+    assert (
+        not rollout.logprobs[r, L:].any()
+        and not rollout.logprobs[r, :L][~rollout.sampled[r, :L]].any()
+    )
+    torch.testing.assert_close(
+        rollout.logprobs[r, :L].double(), torch.tensor(logprobs).double(), atol=1e-4, rtol=0
+    )
     torch.testing.assert_close(rollout.latents[r], latents, atol=1e-4, rtol=0)
 
 
@@ -91,8 +112,11 @@ def replay(model, prompt, rollout, r, max_latents, temperature):
     c, L = model.config, int(rollout.lengths[r])
     tokens, z = rollout.tokens[r, :L], rollout.latents[r]
     assert int((tokens == c.latent_id).sum()) == len(z)
-    out = model(torch.cat([prompt["input_ids"], tokens[None]], 1), latents=z,
-                **{k: v for k, v in prompt.items() if k not in ("input_ids", "attention_mask")})
+    out = model(
+        torch.cat([prompt["input_ids"], tokens[None]], 1),
+        latents=z,
+        **{k: v for k, v in prompt.items() if k not in ("input_ids", "attention_mask")},
+    )
     at = slice(-L - 1, -1)  # the positions that predict the tokens
     logp, span, logprobs, sampled = log_softmax(out.logits[0, at] / temperature), None, [], []
     for t, p in zip(tokens.tolist(), logp):
@@ -137,11 +161,15 @@ def test_alone_or_in_any_company(model, tokenizer, eos):
     order, n, seen = [3, 0, 5, 1, 4, 2], 3, []
     model.model.visual.register_forward_pre_hook(lambda m, args: seen.append(len(args[0])))
     together = generate(model, make_batch(tokenizer, [ROWS[i] for i in order], "left"), **args, n=n)
-    assert len({tuple(a.tokens[0].tolist()) for a in alone}) > 3 and len(together.tokens) == n * len(ROWS)
+    assert len({tuple(a.tokens[0].tolist()) for a in alone}) > 3 and len(
+        together.tokens
+    ) == n * len(ROWS)
     assert seen == [2 * 16 + 3 * 12, 24]  # patches of all images and of the video, once
     for r in range(n * len(ROWS)):
         a = alone[order[r // n]]
-        assert torch.equal(together.tokens[r], a.tokens[0]) and torch.equal(together.sampled[r], a.sampled[0])
+        assert torch.equal(together.tokens[r], a.tokens[0]) and torch.equal(
+            together.sampled[r], a.sampled[0]
+        )
         torch.testing.assert_close(together.latents[r], a.latents[0], atol=1e-4, rtol=0)
         torch.testing.assert_close(together.logprobs[r], a.logprobs[0], atol=1e-4, rtol=0)
 
@@ -151,7 +179,11 @@ def test_limits_and_ends(model, tokenizer, eos):
     batch, c = make_batch(tokenizer, ROWS, "left"), shuffle(model, 0).config
     for T in (1, 2, 17):
         r = generate(model, batch, max_new_tokens=T, eos_token_id=[])
-        assert r.tokens.shape == (6, T) and r.finish == ["length"] * 6 and r.lengths.tolist() == [T] * 6
+        assert (
+            r.tokens.shape == (6, T)
+            and r.finish == ["length"] * 6
+            and r.lengths.tolist() == [T] * 6
+        )
     r = generate(model, batch, max_new_tokens=40, max_latents=0, eos_token_id=eos)
     for i, row in enumerate(ROWS):
         check_row(r, i, reference(model, make_batch(tokenizer, [row]), 40, 0, eos))
@@ -159,27 +191,44 @@ def test_limits_and_ends(model, tokenizer, eos):
     first = generate(model, batch, max_new_tokens=1, eos_token_id=[]).tokens[0, 0].item()
     assert first not in (c.latent_start_id, eos[0])
     model.generation_config.eos_token_id = eos = [eos[0], first]  # now row 0 ends at once
-    default, given = (generate(model, batch, max_new_tokens=20, **more) for more in ({}, dict(eos_token_id=eos)))
-    assert torch.equal(default.tokens, given.tokens) and default.lengths.tolist() == given.lengths.tolist()
+    default, given = (
+        generate(model, batch, max_new_tokens=20, **more) for more in ({}, dict(eos_token_id=eos))
+    )
+    assert (
+        torch.equal(default.tokens, given.tokens)
+        and default.lengths.tolist() == given.lengths.tolist()
+    )
     one = generate(model, batch, max_new_tokens=20, eos_token_id=eos[0])
     assert given.lengths[0] == 1 and one.lengths[0] > 1
     prompt = make_batch(tokenizer, [ROWS[0]])
     del prompt["attention_mask"]  # optional
-    assert torch.equal(generate(model, prompt, max_new_tokens=20, eos_token_id=eos).tokens[0], given.tokens[0])
+    assert torch.equal(
+        generate(model, prompt, max_new_tokens=20, eos_token_id=eos).tokens[0], given.tokens[0]
+    )
 
 
 def test_replace_feeds_other_vectors(model, tokenizer, eos, monkeypatch):
     """Breaks if given vectors are not what is fed and recorded, or reach another row or a later latent."""
-    monkeypatch.setattr(latent_decode, "CHUNK", 4)  # rows leave early, and vectors are still given after that
-    batch, other, sizes = make_batch(tokenizer, ROWS, "left"), torch.randn(24, 9, 96), rows_fed(shuffle(model, 4))
+    monkeypatch.setattr(
+        latent_decode, "CHUNK", 4
+    )  # rows leave early, and vectors are still given after that
+    batch, other, sizes = (
+        make_batch(tokenizer, ROWS, "left"),
+        torch.randn(24, 9, 96),
+        rows_fed(shuffle(model, 4)),
+    )
     args = dict(max_new_tokens=30, max_latents=3, eos_token_id=eos, n=4, temperature=1.0)
-    rollout = generate(model, batch, **args, replace=other, generator=torch.Generator().manual_seed(0))
+    rollout = generate(
+        model, batch, **args, replace=other, generator=torch.Generator().manual_seed(0)
+    )
     assert min(sizes[1:]) < 24 and max(map(len, rollout.latents)) > 9  # sizes[0] is the prompts'
     for r in range(24):
-        expected, predicted = replay(model, make_batch(tokenizer, [ROWS[r // 4]]), rollout, r, 3, 1.0)
+        expected, predicted = replay(
+            model, make_batch(tokenizer, [ROWS[r // 4]]), rollout, r, 3, 1.0
+        )
         check_row(rollout, r, expected)
         z = rollout.latents[r]
-        assert torch.equal(z[:9], other[r, :len(z)])
+        assert torch.equal(z[:9], other[r, : len(z)])
         torch.testing.assert_close(z[9:], predicted[9:], atol=1e-4, rtol=0)
 
 
@@ -189,15 +238,33 @@ def test_sampled_record_replays(model, tokenizer, eos, temperature, top_p, sigma
     """Breaks if tokens and latents of the record, fed at once, do not give the record's log-probabilities."""
     batch, n = make_batch(tokenizer, ROWS, "left"), 6
     shuffle(model, 5)
-    rollout = generate(model, batch, max_new_tokens=40, max_latents=3, eos_token_id=eos, temperature=temperature,
-                       top_p=top_p, n=n, latent_sigma=sigma, generator=torch.Generator().manual_seed(0))
+    rollout = generate(
+        model,
+        batch,
+        max_new_tokens=40,
+        max_latents=3,
+        eos_token_id=eos,
+        temperature=temperature,
+        top_p=top_p,
+        n=n,
+        latent_sigma=sigma,
+        generator=torch.Generator().manual_seed(0),
+    )
     counts, noise = [], []
     for r in range(n * len(ROWS)):
-        expected, predicted = replay(model, make_batch(tokenizer, [ROWS[r // n]]), rollout, r, 3, temperature)
-        if sigma:  # a noisy latent's log-density, by hand: the mean over dimensions, without the constant
-            density = iter((-(expected[1] - predicted).double().pow(2).mean(-1) / (2 * sigma**2)).tolist())
-            expected[2][:] = [p + next(density) if t == model.config.latent_id else p
-                              for t, p in zip(expected[0], expected[2])]
+        expected, predicted = replay(
+            model, make_batch(tokenizer, [ROWS[r // n]]), rollout, r, 3, temperature
+        )
+        if (
+            sigma
+        ):  # a noisy latent's log-density, by hand: the mean over dimensions, without the constant
+            density = iter(
+                (-(expected[1] - predicted).double().pow(2).mean(-1) / (2 * sigma**2)).tolist()
+            )
+            expected[2][:] = [
+                p + next(density) if t == model.config.latent_id else p
+                for t, p in zip(expected[0], expected[2])
+            ]
         check_row(rollout, r, expected)
         counts.append(spans(expected[0], model.config))
         noise.append(rollout.latents[r] - predicted)
@@ -205,7 +272,11 @@ def test_sampled_record_replays(model, tokenizer, eos, temperature, top_p, sigma
     seen = {k for row in counts for k in row}  # empty spans, forced ones, and some in between
     assert {0, 3} <= seen and seen & {1, 2} and max(map(len, counts)) > 2
     assert set(rollout.finish) == {"eos", "length"}
-    assert len(noise) > 50 and abs(noise.std().item() - sigma) < 0.02 and abs(noise.mean().item()) < 0.02
+    assert (
+        len(noise) > 50
+        and abs(noise.std().item() - sigma) < 0.02
+        and abs(noise.mean().item()) < 0.02
+    )
 
 
 def test_sharing_what_is_equal_changes_nothing(model, tokenizer, eos):
@@ -213,17 +284,30 @@ def test_sharing_what_is_equal_changes_nothing(model, tokenizer, eos):
     batch, sizes = make_batch(tokenizer, ROWS, "left"), rows_fed(shuffle(model, 4))
     with torch.no_grad():
         model.lm_head.weight.mul_(1.5)  # surer, so that samples stay together for a while
-    common = dict(max_new_tokens=40, max_latents=3, eos_token_id=eos, temperature=1.0, top_p=0.95, n=6)
+    common = dict(
+        max_new_tokens=40, max_latents=3, eos_token_id=eos, temperature=1.0, top_p=0.95, n=6
+    )
     runs = []
     for share in (False, True):
         sizes.clear()
-        runs.append((generate(model, batch, **common, share=share, generator=torch.Generator().manual_seed(0)), sizes[:]))
+        runs.append(
+            (
+                generate(
+                    model, batch, **common, share=share, generator=torch.Generator().manual_seed(0)
+                ),
+                sizes[:],
+            )
+        )
     (plain, all_rows), (shared, fewer) = runs
     assert torch.equal(plain.tokens, shared.tokens) and torch.equal(plain.sampled, shared.sampled)
     torch.testing.assert_close(plain.logprobs, shared.logprobs, atol=1e-4, rtol=0)
     for a, b in zip(plain.latents, shared.latents):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
-    assert fewer[1] < all_rows[1] == 6 * len(ROWS) and sum(fewer) < 0.9 * sum(all_rows) and fewer[1] < max(fewer)
+    assert (
+        fewer[1] < all_rows[1] == 6 * len(ROWS)
+        and sum(fewer) < 0.9 * sum(all_rows)
+        and fewer[1] < max(fewer)
+    )
     with pytest.raises(ValueError, match="share"):
         generate(model, batch, **common, share=True, latent_sigma=0.1)
 
@@ -233,29 +317,54 @@ def test_seeds_and_independence(model, tokenizer, eos):
     batch, sizes = make_batch(tokenizer, ROWS, "left"), rows_fed(shuffle(model, 4))
 
     def sample(seed, eos):
-        return generate(model, batch, max_new_tokens=60, temperature=1.2, n=3, eos_token_id=eos, max_latents=3,
-                        latent_sigma=0.1, generator=torch.Generator().manual_seed(seed))
+        return generate(
+            model,
+            batch,
+            max_new_tokens=60,
+            temperature=1.2,
+            n=3,
+            eos_token_id=eos,
+            max_latents=3,
+            latent_sigma=0.1,
+            generator=torch.Generator().manual_seed(seed),
+        )
+
     a, left = sample(0, eos), min(sizes[1:])  # sizes[0] is the prompts'
     b, c, endless = sample(0, eos), sample(1, eos), sample(0, [])
     assert left < 18 and sizes[-60:] == [18] * 60  # rows left; none left the endless run
     assert torch.equal(a.tokens, b.tokens) and torch.equal(a.logprobs, b.logprobs)
-    assert all(torch.equal(x, y) for x, y in zip(a.latents, b.latents)) and not torch.equal(a.tokens, c.tokens)
+    assert all(torch.equal(x, y) for x, y in zip(a.latents, b.latents)) and not torch.equal(
+        a.tokens, c.tokens
+    )
     assert len({tuple(row) for row in a.tokens[:3].tolist()}) == 3  # the samples of a prompt differ
     for r, L in enumerate(a.lengths.tolist()):
         assert torch.equal(a.tokens[r, :L], endless.tokens[r, :L])
-        torch.testing.assert_close(a.latents[r], endless.latents[r][:len(a.latents[r])], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            a.latents[r], endless.latents[r][: len(a.latents[r])], atol=1e-4, rtol=0
+        )
     assert (a.lengths > 20).sum() > 1
 
 
-V, IDS, NEVER = 12, (9, 10, 11), [10, 11, 3]  # of the direct tests of `choose`: 3 stands for a picture's placeholder
+V, IDS, NEVER = (
+    12,
+    (9, 10, 11),
+    [10, 11, 3],
+)  # of the direct tests of `choose`: 3 stands for a picture's placeholder
 BANNED = torch.zeros(V).index_fill(0, torch.tensor(NEVER), -torch.inf)
 
 
 def decide(logits, u, in_span=False, count=0, **more):
     """One row of logits, many u -> what `choose` gives, as numpy."""
     u = torch.as_tensor(u, dtype=torch.float32)
-    got = choose(logits.expand(len(u), V), torch.full((len(u),), in_span), torch.full((len(u),), count), u,
-                 ids=IDS, banned=BANNED, **more)
+    got = choose(
+        logits.expand(len(u), V),
+        torch.full((len(u),), in_span),
+        torch.full((len(u),), count),
+        u,
+        ids=IDS,
+        banned=BANNED,
+        **more,
+    )
     return [x.numpy() for x in got]
 
 
@@ -263,17 +372,24 @@ def decide(logits, u, in_span=False, count=0, **more):
 @pytest.mark.parametrize("top_p", [1.0, 0.8, 0.5, 1e-6])
 def test_choose_samples_exactly(temperature, top_p):
     """Breaks if words are drawn from another distribution, banned ones appear, or another log-probability is given."""
-    logits, M = torch.linspace(-2, 2, V)[torch.randperm(V, generator=torch.Generator().manual_seed(0))], 20_000
+    logits, M = (
+        torch.linspace(-2, 2, V)[torch.randperm(V, generator=torch.Generator().manual_seed(0))],
+        20_000,
+    )
     logits[NEVER] = 2.5  # likely, were they not banned
     logp = log_softmax(logits / temperature)
     p = np.exp(logp) * ~np.isin(np.arange(V), NEVER)
     p /= p.sum()
     order, nucleus = np.argsort(-p), []
     while sum(p[nucleus]) < top_p - 1e-9:
-        nucleus = order[:len(nucleus) + 1]
+        nucleus = order[: len(nucleus) + 1]
     p = np.where(np.isin(np.arange(V), nucleus), p, 0) / p[nucleus].sum()
-    assert len(nucleus) == {1.0: V - 3, 1e-6: 1}.get(top_p, len(nucleus)) and (top_p != 0.8 or len(nucleus) > 1)
-    token, chosen, sampled = decide(logits, (torch.arange(M) + 0.5) / M, temperature=temperature, top_p=top_p)
+    assert len(nucleus) == {1.0: V - 3, 1e-6: 1}.get(top_p, len(nucleus)) and (
+        top_p != 0.8 or len(nucleus) > 1
+    )
+    token, chosen, sampled = decide(
+        logits, (torch.arange(M) + 0.5) / M, temperature=temperature, top_p=top_p
+    )
     np.testing.assert_allclose(np.bincount(token, minlength=V) / M, p, atol=2 / M)
     np.testing.assert_allclose(chosen, logp[token], atol=1e-5)
     assert sampled.all()
@@ -286,15 +402,27 @@ def test_choose_in_a_span(temperature):
     logits[IDS[2]], logits[5] = 1.5, 3.0  # p(LE) is below one half
     p = np.exp(log_softmax(logits / (temperature or 1.0)))[IDS[2]]
     for count in (0, 2):
-        token, chosen, sampled = decide(logits, (torch.arange(M) + 0.5) / M, True, count, temperature=temperature,
-                                        top_p=0.1, max_latents=3)
+        token, chosen, sampled = decide(
+            logits,
+            (torch.arange(M) + 0.5) / M,
+            True,
+            count,
+            temperature=temperature,
+            top_p=0.1,
+            max_latents=3,
+        )
         stop = token == IDS[2]
         assert sampled.all() and (stop | (token == IDS[1])).all()
         assert stop.mean() == pytest.approx(p if temperature else 0, abs=2 / M)
         np.testing.assert_allclose(np.exp(chosen), np.where(stop, p, 1 - p), rtol=1e-5)
-    token, chosen, sampled = decide(logits, [0.0, 0.999], True, 3, temperature=temperature, max_latents=3)
+    token, chosen, sampled = decide(
+        logits, [0.0, 0.999], True, 3, temperature=temperature, max_latents=3
+    )
     assert token.tolist() == [IDS[2]] * 2 and not chosen.any() and not sampled.any()  # forced
-    for logits[IDS[2]], only in ((200.0, IDS[2]), (-200.0, IDS[1])):  # p = 1, 0: the -inf of the other must not get in
+    for logits[IDS[2]], only in (
+        (200.0, IDS[2]),
+        (-200.0, IDS[1]),
+    ):  # p = 1, 0: the -inf of the other must not get in
         token, chosen, sampled = decide(logits, [0.0, 1 - 2**-24], True, temperature=temperature)
         assert token.tolist() == [only] * 2 and not chosen.any() and sampled.all()
 
@@ -303,9 +431,15 @@ def test_choose_at_the_edges():
     """Breaks if u near 0 or 1 falls off the table, onto a banned word or out of the nucleus."""
     logits, u = torch.arange(V).float(), [0.0, 1 - 2**-24]
     # words are drawn in the order of their ids, or, where the tail is cut, of their probabilities
-    for top_p, ends in ((1.0, [0, 9]), (0.9, [9, 7]), (1e-9, [9, 9])):  # e^9, e^8, e^7: 63 %, 86 %, 95 % of the allowed
+    for top_p, ends in (
+        (1.0, [0, 9]),
+        (0.9, [9, 7]),
+        (1e-9, [9, 9]),
+    ):  # e^9, e^8, e^7: 63 %, 86 %, 95 % of the allowed
         assert decide(logits, u, temperature=1.0, top_p=top_p)[0].tolist() == ends
-    steep = torch.full((V,), -1e4).index_fill(0, torch.tensor([4, 10]), 1e4)  # one allowed word has all there is
+    steep = torch.full((V,), -1e4).index_fill(
+        0, torch.tensor([4, 10]), 1e4
+    )  # one allowed word has all there is
     assert all(decide(steep, u, temperature=t)[0].tolist() == [4, 4] for t in (0.0, 1.0))
 
 
@@ -318,32 +452,57 @@ def test_frequencies_of_a_rollout(model, tokenizer):
     with torch.no_grad():
         W.mul_(0.15)
         h = model(**prompt).hidden_states[-1][0, -1]
-        W[c.latent_start_id] = h * ((W @ h).logsumexp(0) / (h @ h))  # about every second row starts a span
+        W[c.latent_start_id] = h * (
+            (W @ h).logsumexp(0) / (h @ h)
+        )  # about every second row starts a span
         ids = torch.cat([prompt["input_ids"], torch.tensor([[c.latent_start_id]])], 1)
         h2 = model(ids, **rest).hidden_states[-1][0, -1]
-        W[c.latent_end_id] = h2 * ((W @ h2).logsumexp(0) - 0.8) / (h2 @ h2)  # about half of the spans stop at once
-        first, second = (log_softmax(model(x, **rest).logits[0, -1] / 0.8) for x in (prompt["input_ids"], ids))
-    rollout = generate(model, prompt, max_new_tokens=3, temperature=0.8, n=n, max_latents=1, generator=g)
+        W[c.latent_end_id] = (
+            h2 * ((W @ h2).logsumexp(0) - 0.8) / (h2 @ h2)
+        )  # about half of the spans stop at once
+        first, second = (
+            log_softmax(model(x, **rest).logits[0, -1] / 0.8) for x in (prompt["input_ids"], ids)
+        )
+    rollout = generate(
+        model, prompt, max_new_tokens=3, temperature=0.8, n=n, max_latents=1, generator=g
+    )
     p = np.exp(first)
     p[[c.latent_id, c.latent_end_id, c.image_token_id, c.video_token_id]] = 0
     expected, found = n * p / p.sum(), np.bincount(rollout.tokens[:, 0], minlength=len(p))
     often, df = expected > 5, (expected > 5).sum() - 1
     assert df > 10 and not found[p == 0].any()
-    assert ((found - expected)[often]**2 / expected[often]).sum() < df + 4 * (2 * df)**0.5  # chi-square
+    assert ((found - expected)[often] ** 2 / expected[often]).sum() < df + 4 * (
+        2 * df
+    ) ** 0.5  # chi-square
     np.testing.assert_allclose(rollout.logprobs[:, 0], first[rollout.tokens[:, 0]], atol=1e-4)
 
     begun = rollout.tokens[:, 0] == c.latent_start_id
     stop, p_stop = rollout.tokens[begun, 1] == c.latent_end_id, np.exp(second[c.latent_end_id])
     assert 0.2 < p_stop < 0.6 and begun.sum() > 400
-    assert abs(stop.float().mean().item() - p_stop) < 4 * (p_stop * (1 - p_stop) / begun.sum().item())**0.5
+    assert (
+        abs(stop.float().mean().item() - p_stop)
+        < 4 * (p_stop * (1 - p_stop) / begun.sum().item()) ** 0.5
+    )
     got = rollout.logprobs[begun, 1].exp().numpy()
     np.testing.assert_allclose(got, np.where(stop.numpy(), p_stop, 1 - p_stop), atol=1e-4)
     forced = begun.nonzero()[:, 0][~stop]
-    assert (rollout.tokens[forced, 2] == c.latent_end_id).all() and not rollout.sampled[forced, 2].any()
+    assert (rollout.tokens[forced, 2] == c.latent_end_id).all() and not rollout.sampled[
+        forced, 2
+    ].any()
 
 
-@pytest.mark.parametrize("bad", [dict(max_new_tokens=0), dict(n=0), dict(max_latents=-1), dict(temperature=-0.1),
-                                 dict(top_p=0.0), dict(top_p=1.1), "left-padded"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(max_new_tokens=0),
+        dict(n=0),
+        dict(max_latents=-1),
+        dict(temperature=-0.1),
+        dict(top_p=0.0),
+        dict(top_p=1.1),
+        "left-padded",
+    ],
+)
 def test_bad_arguments_raise(model, tokenizer, bad):
     """Breaks if nonsense or right padding is accepted, or refused without its name."""
     side, bad = ("right", {}) if isinstance(bad, str) else ("left", bad)
@@ -351,8 +510,10 @@ def test_bad_arguments_raise(model, tokenizer, bad):
         generate(model, make_batch(tokenizer, ROWS, side), **{"max_new_tokens": 4, **bad})
 
 
-@pytest.mark.parametrize("attention, training, fails", [("eager", True, False), ("eager", True, True),
-                                                        ("sdpa", False, True)])
+@pytest.mark.parametrize(
+    "attention, training, fails",
+    [("eager", True, False), ("eager", True, True), ("sdpa", False, True)],
+)
 def test_the_model_is_left_as_it_was(model, tokenizer, attention, training, fails):
     """Breaks if generating, or failing to, leaves another mode or attention behind, or runs with dropout on."""
     model.set_attn_implementation(attention)
@@ -363,6 +524,7 @@ def test_the_model_is_left_as_it_was(model, tokenizer, attention, training, fail
         modes.append((module.training, model.model.language_model.config._attn_implementation))
         if fails:
             raise RuntimeError("stop here")
+
     model.lm_head.register_forward_pre_hook(hook)
     with pytest.raises(RuntimeError, match="stop here") if fails else contextlib.nullcontext():
         generate(model, make_batch(tokenizer, ROWS, "left"), max_new_tokens=3)

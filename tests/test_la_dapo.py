@@ -14,23 +14,24 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_decode import EOS, ROWS, shuffle, spans
+from test_model import make_batch, save
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
 import la_dapo
 import latent_decode
 import rewards
-import sft
-import toy
-from la_dapo import adjoint_loss, clipped_surrogate, group_advantages, keep_group, kl_k3, token_logprobs
-from latent_decode import generate, join, replay, take
+from common import runs
+from la_dapo import adjoint_loss, clipped_surrogate, group_advantages, keep_group, kl_k3
+from latent_decode import generate, join, replay, take, token_logprobs
 from model import load, log_density
-from test_decode import EOS, ROWS, shuffle, spans
-from test_model import make_batch, save
+from toy import tiny
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 # ------------------------------------------------------------------------------------------------------- equations
+
 
 def test_advantages_by_hand():
     """Breaks if the std is the biased one, an unjudged rollout is counted, or a constant reward moves anything."""
@@ -43,9 +44,19 @@ def test_advantages_by_hand():
     assert not group_advantages([0.7, None]).any()
 
 
-@pytest.mark.parametrize("right, unjudged, verdict", [
-    (0, 0, "too hard"), (1, 0, "kept"), (7, 0, "kept"), (8, 0, "too easy"), (0, 6, "too hard"), (1, 6, "kept"),
-    (1, 7, "unjudged"), (0, 8, "unjudged")])
+@pytest.mark.parametrize(
+    "right, unjudged, verdict",
+    [
+        (0, 0, "too hard"),
+        (1, 0, "kept"),
+        (7, 0, "kept"),
+        (8, 0, "too easy"),
+        (0, 6, "too hard"),
+        (1, 6, "kept"),
+        (1, 7, "unjudged"),
+        (0, 8, "unjudged"),
+    ],
+)
 def test_filter(right, unjudged, verdict):
     """Breaks if a group of 8 is kept without both outcomes, or an unjudged rollout counts as wrong."""
     correct = [True] * right + [False] * (8 - right)
@@ -54,26 +65,48 @@ def test_filter(right, unjudged, verdict):
 
 def test_filter_edges():
     """Breaks if 1 of 10 or 9 of 10 pass: the bounds are strict."""
-    assert [keep_group([True] * k + [False] * (10 - k), [False] * 10) for k in (1, 2, 8, 9)] == \
-        ["too hard", "kept", "kept", "too easy"]
+    assert [keep_group([True] * k + [False] * (10 - k), [False] * 10) for k in (1, 2, 8, 9)] == [
+        "too hard",
+        "kept",
+        "kept",
+        "too easy",
+    ]
 
 
-@pytest.mark.parametrize("ratio, A, loss, slope", [
-    (1.0, 2.0, -2.0, -2.0), (1.2, 2.0, -2.4, -2.4), (1.5, 2.0, -2.56, 0.0), (0.5, 2.0, -1.0, -1.0),  # up: clip at 1.28
-    (1.0, -2.0, 2.0, 2.0), (0.5, -2.0, 1.6, 0.0), (2.0, -2.0, 4.0, 4.0), (5.0, -2.0, 6.0, 0.0)])  # down: 0.8 and 3
+@pytest.mark.parametrize(
+    "ratio, A, loss, slope",
+    [
+        (1.0, 2.0, -2.0, -2.0),
+        (1.2, 2.0, -2.4, -2.4),
+        (1.5, 2.0, -2.56, 0.0),
+        (0.5, 2.0, -1.0, -1.0),  # up: clip at 1.28
+        (1.0, -2.0, 2.0, 2.0),
+        (0.5, -2.0, 1.6, 0.0),
+        (2.0, -2.0, 4.0, 4.0),
+        (5.0, -2.0, 6.0, 0.0),
+    ],
+)  # down: 0.8 and 3
 def test_clipping_by_hand(ratio, A, loss, slope):
     """Breaks if either side of the clip, or the dual clip, acts where it should not. slope: d loss / d log-probability."""
     logp = torch.tensor([math.log(ratio) - 1.5], dtype=torch.float64, requires_grad=True)
-    got, r = clipped_surrogate(logp, torch.tensor([-1.5], dtype=torch.float64), torch.tensor([A], dtype=torch.float64))
+    got, r = clipped_surrogate(
+        logp, torch.tensor([-1.5], dtype=torch.float64), torch.tensor([A], dtype=torch.float64)
+    )
     got.sum().backward()
-    assert got.item() == pytest.approx(loss) and r.item() == pytest.approx(ratio) and logp.grad.item() == pytest.approx(slope)
+    assert (
+        got.item() == pytest.approx(loss)
+        and r.item() == pytest.approx(ratio)
+        and logp.grad.item() == pytest.approx(slope)
+    )
 
 
 def test_kl_is_unbiased_and_never_negative():
     """Breaks if k3 has the sign of d wrong: its mean under pi would not be KL(pi, ref)."""
     p, q = torch.tensor([0.5, 0.3, 0.2]).double(), torch.tensor([0.2, 0.2, 0.6]).double()
     k3 = kl_k3(p.log(), q.log())
-    exact = torch.distributions.kl_divergence(torch.distributions.Categorical(p), torch.distributions.Categorical(q))
+    exact = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(p), torch.distributions.Categorical(q)
+    )
     assert (k3 >= 0).all() and (p * k3).sum().item() == pytest.approx(exact.item())
     assert kl_k3(p.log(), p.log()).abs().max() == 0
 
@@ -81,18 +114,41 @@ def test_kl_is_unbiased_and_never_negative():
 def test_learning_rate_by_hand():
     """Breaks if the warm-up is not linear, or the last step is not near final_lr."""
     c = la_dapo.Config(lr=1.0, steps=14, warmup_steps=4, final_lr=0.1)
-    assert [la_dapo.learning_rate(s, c) for s in (0, 3, 4, 7, 13)] == pytest.approx([0.25, 1.0, 1.0, 0.7, 0.1])
+    assert [la_dapo.learning_rate(s, c) for s in (0, 3, 4, 7, 13)] == pytest.approx(
+        [0.25, 1.0, 1.0, 0.7, 0.1]
+    )
     assert la_dapo.learning_rate(9, la_dapo.Config(lr=1.0)) == 1.0
 
 
 # ---------------------------------------------------------------------------------------------------------- replay
 
-def sampled(model, tokenizer, n=6, seed=5, head=False, top_p=0.95, temperature=0.9, rows=ROWS, tokens=40, sigma=0.0,
-            dtype=torch.float32):
+
+def sampled(
+    model,
+    tokenizer,
+    n=6,
+    seed=5,
+    head=False,
+    top_p=0.95,
+    temperature=0.9,
+    rows=ROWS,
+    tokens=40,
+    sigma=0.0,
+    dtype=torch.float32,
+):
     batch = make_batch(tokenizer, rows, "left")
-    rollout = generate(shuffle(model, seed, head).to(dtype), batch, max_new_tokens=tokens, max_latents=3, n=n, top_p=top_p,
-                       temperature=temperature, eos_token_id=tokenizer.convert_tokens_to_ids(EOS.split()),
-                       latent_sigma=sigma, generator=torch.Generator().manual_seed(0))
+    rollout = generate(
+        shuffle(model, seed, head).to(dtype),
+        batch,
+        max_new_tokens=tokens,
+        max_latents=3,
+        n=n,
+        top_p=top_p,
+        temperature=temperature,
+        eos_token_id=tokenizer.convert_tokens_to_ids(EOS.split()),
+        latent_sigma=sigma,
+        generator=torch.Generator().manual_seed(0),
+    )
     return batch, rollout
 
 
@@ -103,15 +159,24 @@ def test_replay_is_exact(model, tokenizer, head, sigma):
     batch, rollout = sampled(model, tokenizer, head=head, sigma=sigma)
     found = [spans(t[:n].tolist(), model.config) for t, n in zip(rollout.tokens, rollout.lengths)]
     lengths = {k for row in found for k in row}
-    assert {0, 3} <= lengths and lengths & {1, 2} and max(map(len, found)) > 2 and len(set(rollout.lengths.tolist())) > 2
-    assert (batch["attention_mask"].sum(1) < batch["attention_mask"].shape[1]).any() and set(rollout.finish) == {"eos", "length"}
+    assert (
+        {0, 3} <= lengths
+        and lengths & {1, 2}
+        and max(map(len, found)) > 2
+        and len(set(rollout.lengths.tolist())) > 2
+    )
+    assert (batch["attention_mask"].sum(1) < batch["attention_mask"].shape[1]).any() and set(
+        rollout.finish
+    ) == {"eos", "length"}
     with torch.no_grad():
         again = token_logprobs(model, batch, rollout, 0.9)
         without = token_logprobs(model, batch, rollout, 0.9, recorded=False)
     assert again.shape == rollout.tokens.shape and not again[~rollout.sampled].any()
     torch.testing.assert_close(again, rollout.logprobs, atol=1e-4, rtol=0)
     assert (without - rollout.logprobs).abs().max() > 0.5
-    assert (token_logprobs(model, batch, rollout, 1.0) - rollout.logprobs).abs().max() > 1e-2  # the temperature matters
+    assert (
+        token_logprobs(model, batch, rollout, 1.0) - rollout.logprobs
+    ).abs().max() > 1e-2  # the temperature matters
 
 
 def test_replay_of_some_rows_in_another_order(model, tokenizer):
@@ -136,9 +201,13 @@ def test_stop_and_continue_sum_to_one(model, tokenizer):
         at = (rollout.tokens == model.config.latent_id) & rollout.sampled
         r, t = (at & (go > math.log(0.1)) & (go < math.log(0.9))).nonzero()[0].tolist()
         cut = take(rollout, [r])
-        cut.tokens, cut.sampled, cut.lengths = cut.tokens[:, :t + 1].clone(), cut.sampled[:, :t + 1], torch.tensor([t + 1])
+        cut.tokens, cut.sampled, cut.lengths = (
+            cut.tokens[:, : t + 1].clone(),
+            cut.sampled[:, : t + 1],
+            torch.tensor([t + 1]),
+        )
         cut.tokens[0, t] = model.config.latent_end_id  # the other choice at the same place
-        cut.latents = [cut.latents[0][:int((cut.tokens == model.config.latent_id).sum())]]
+        cut.latents = [cut.latents[0][: int((cut.tokens == model.config.latent_id).sum())]]
         stop = token_logprobs(model, batch, cut, 0.9, prompt_of=torch.tensor([r]))
     assert (go[r, t].exp() + stop[0, t].exp()).item() == pytest.approx(1, abs=1e-5)
 
@@ -150,15 +219,24 @@ def test_entropy_of_words_and_of_a_stop(model, tokenizer):
         out = replay(model, batch, rollout, 0.9)
         row = take(rollout, [2])  # a prompt of words alone
         n = int(row.lengths)
-        ids = torch.cat([batch["input_ids"][2][batch["attention_mask"][2].bool()], row.tokens[0, :n]])[None]
-        p = (model(ids, latents=row.latents[0]).logits[0, -n - 1:-1].double() / 0.9).softmax(-1)
+        ids = torch.cat(
+            [batch["input_ids"][2][batch["attention_mask"][2].bool()], row.tokens[0, :n]]
+        )[None]
+        p = (model(ids, latents=row.latents[0]).logits[0, -n - 1 : -1].double() / 0.9).softmax(-1)
     for t, token in enumerate(row.tokens[0, :n].tolist()):
         if not row.sampled[0, t]:
             assert out.entropy[2, t] == 0
             continue
-        q = p[t] if token not in (model.config.latent_id, model.config.latent_end_id) else \
-            torch.stack([p[t, model.config.latent_end_id], 1 - p[t, model.config.latent_end_id]])
-        assert out.entropy[2, t].item() == pytest.approx(torch.distributions.Categorical(q).entropy().item(), abs=1e-4)
+        q = (
+            p[t]
+            if token not in (model.config.latent_id, model.config.latent_end_id)
+            else torch.stack(
+                [p[t, model.config.latent_end_id], 1 - p[t, model.config.latent_end_id]]
+            )
+        )
+        assert out.entropy[2, t].item() == pytest.approx(
+            torch.distributions.Categorical(q).entropy().item(), abs=1e-4
+        )
 
 
 def test_noisy_latents_have_a_gradient_and_exact_ones_none(model, tokenizer):
@@ -170,14 +248,18 @@ def test_noisy_latents_have_a_gradient_and_exact_ones_none(model, tokenizer):
     for sigma in (0.0, 0.2):
         batch, rollout = sampled(model, tokenizer, head=True, sigma=sigma)
         out, bias = replay(model, batch, rollout, 0.9), model.latent_head.bias
-        grad, = torch.autograd.grad(out.logprobs.sum(), bias, retain_graph=True, allow_unused=True)
+        (grad,) = torch.autograd.grad(
+            out.logprobs.sum(), bias, retain_graph=True, allow_unused=True
+        )
         if sigma:
             by_hand = (out.latents - out.predicted).detach().sum(0) / sigma**2 / bias.numel()
             torch.testing.assert_close(grad, by_hand, atol=1e-3, rtol=1e-3)
             assert grad.norm() > 1
         else:
             assert grad is None
-            grad, = torch.autograd.grad(log_density(out.latents.detach(), out.predicted, 1.0).sum(), bias)
+            (grad,) = torch.autograd.grad(
+                log_density(out.latents.detach(), out.predicted, 1.0).sum(), bias
+            )
             assert grad.norm() < 1e-3
 
 
@@ -189,11 +271,21 @@ def test_bf16_autocast(model, tokenizer, head, monkeypatch):
     monkeypatch.setattr(latent_decode, "LOGITS", 50)  # several pieces
     for more in (dict(), dict(share=True), dict(latent_sigma=0.2)):
         with torch.autocast("cpu", torch.bfloat16):
-            rollout = generate(model, batch, max_new_tokens=20, max_latents=3, n=3, temperature=0.9, **more,
-                               eos_token_id=tokenizer.convert_tokens_to_ids(EOS.split()),
-                               generator=torch.Generator().manual_seed(0))
+            rollout = generate(
+                model,
+                batch,
+                max_new_tokens=20,
+                max_latents=3,
+                n=3,
+                temperature=0.9,
+                **more,
+                eos_token_id=tokenizer.convert_tokens_to_ids(EOS.split()),
+                generator=torch.Generator().manual_seed(0),
+            )
             out = replay(model, batch, rollout, 0.9)
-            loss = out.logprobs.sum() + adjoint_loss(out.logprobs.sum(), out.predicted, out.latents, 3)
+            loss = out.logprobs.sum() + adjoint_loss(
+                out.logprobs.sum(), out.predicted, out.latents, 3
+            )
         loss.backward()
         assert out.logprobs.dtype == torch.float32 and model.lm_head.weight.grad.isfinite().all()
         assert (out.logprobs - rollout.logprobs).abs().median() < 0.1  # rounding, not another state
@@ -201,12 +293,22 @@ def test_bf16_autocast(model, tokenizer, head, monkeypatch):
 
 # ------------------------------------------------------------------------------------------- gradient through latents
 
+
 def wide_rollout(model, tokenizer):
     """A float64 model with a head, and a rollout with several spans of several latents."""
-    batch, rollout = sampled(model, tokenizer, head=True, rows=[ROWS[2], ROWS[4]], tokens=20, top_p=1.0,
-                             dtype=torch.float64)
+    batch, rollout = sampled(
+        model,
+        tokenizer,
+        head=True,
+        rows=[ROWS[2], ROWS[4]],
+        tokens=20,
+        top_p=1.0,
+        dtype=torch.float64,
+    )
     found = [spans(t[:n].tolist(), model.config) for t, n in zip(rollout.tokens, rollout.lengths)]
-    assert any(sum(k > 1 for k in row) > 1 for row in found)  # two spans of two latents or more in a row
+    assert any(
+        sum(k > 1 for k in row) > 1 for row in found
+    )  # two spans of two latents or more in a row
     return batch, rollout
 
 
@@ -217,20 +319,38 @@ def decoded_again(model, batch, rollout, A):
         for _ in range(max(len(x) for x in z)):
             new = replay(model, batch, dataclasses.replace(rollout, latents=z), 0.9).predicted
             z = list(new.split([len(x) for x in z]))
-        return (A * token_logprobs(model, batch, dataclasses.replace(rollout, latents=z), 0.9)).sum().item()
+        return (
+            (A * token_logprobs(model, batch, dataclasses.replace(rollout, latents=z), 0.9))
+            .sum()
+            .item()
+        )
 
 
 def test_the_adjoint_gradient_equals_finite_differences(model, tokenizer, monkeypatch):
     """Breaks if any path from a weight through a latent to a later choice is lost. Constants must miss by a wide margin:
     the head gets no gradient at all, and the rest is wrong by more than a tenth of its size."""
-    def norm(self, x):  # transformers' own computes in fp32 whatever comes in, too coarse for a difference
-        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+    def norm(
+        self, x
+    ):  # transformers' own computes in fp32 whatever comes in, too coarse for a difference
+        return (
+            self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        )
+
     monkeypatch.setattr(Qwen3VLTextRMSNorm, "forward", norm)
     batch, rollout = wide_rollout(model, tokenizer)
-    A = torch.randn(len(rollout.tokens), 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    A = torch.randn(
+        len(rollout.tokens), 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     layers = model.model.language_model.layers
-    weights = [model.latent_head.weight, model.lm_head.weight, layers[0].self_attn.q_proj.weight,
-               layers[1].mlp.down_proj.weight, model.model.language_model.norm.weight, model.get_input_embeddings().weight]
+    weights = [
+        model.latent_head.weight,
+        model.lm_head.weight,
+        layers[0].self_attn.q_proj.weight,
+        layers[1].mlp.down_proj.weight,
+        model.model.language_model.norm.weight,
+        model.get_input_embeddings().weight,
+    ]
     longest = max(len(z) for z in rollout.latents)
 
     def gradient(terms):
@@ -253,7 +373,10 @@ def test_the_adjoint_gradient_equals_finite_differences(model, tokenizer, monkey
                 values.append(decoded_again(model, batch, rollout, A))
                 w.sub_(sign * direction)
         difference = (values[0] - values[1]) / 2
-        by = [0.0 if g is None else (g * direction).sum().item() for g in (exact[i], constants[i], one[i])]
+        by = [
+            0.0 if g is None else (g * direction).sum().item()
+            for g in (exact[i], constants[i], one[i])
+        ]
         errors.append([abs(b - difference) / abs(difference) for b in by])
     errors = np.array(errors)
     print("relative errors (exact, constants, one term) by weight group:\n", errors)
@@ -269,15 +392,27 @@ def test_ratio_one_gives_the_reinforce_gradient(model, tokenizer):
     n = int(rollout.sampled.sum())
     config = la_dapo.Config(kl=0.0, temperature=0.9)
     stats = dict.fromkeys(("loss", "ratio", "clipped", "kl", "entropy", "ratio_max"), 0.0)
-    loss = la_dapo.policy_loss(model, (batch, rollout, torch.arange(len(A)) // 6, A, torch.ones_like(A)), None, n, config, stats)
+    loss = la_dapo.policy_loss(
+        model,
+        (batch, rollout, torch.arange(len(A)) // 6, A, torch.ones_like(A)),
+        None,
+        n,
+        config,
+        stats,
+    )
     ours = torch.autograd.grad(loss, model.lm_head.weight)[0]
     logp = token_logprobs(model, batch, rollout, 0.9)
     reinforce = torch.autograd.grad(-(A * logp).sum() / n, model.lm_head.weight)[0]
     torch.testing.assert_close(ours, reinforce, rtol=1e-4, atol=1e-6)
-    assert reinforce.abs().max() > 1e-3 and stats["ratio"] == pytest.approx(1, abs=1e-4) and stats["clipped"] == 0
+    assert (
+        reinforce.abs().max() > 1e-3
+        and stats["ratio"] == pytest.approx(1, abs=1e-4)
+        and stats["clipped"] == 0
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ loop
+
 
 @pytest.fixture(scope="module")
 def loud(world, tmp_path_factory):
@@ -287,11 +422,36 @@ def loud(world, tmp_path_factory):
 
 
 def settings(world, loud, out, **more):
-    data = {k: v for k, v in toy.TINY.items() if k in ("image_max_tokens", "l_max", "max_length", "system")}
-    return la_dapo.Config(**{**data, **dict(
-        model=loud, data=world["data"], out=str(out), steps=4, groups=4, group_size=3, rollout_batch=2, max_new_tokens=12,
-        max_latents=2, filter=False, workers=0, lr=1e-3, micro_batch=2, save_every=2, sample_every=1, temperature=1.0,
-        adjoint_terms=-1), **more})
+    data = {
+        k: v
+        for k, v in tiny.TINY.items()
+        if k in ("image_max_tokens", "l_max", "max_length", "system")
+    }
+    return la_dapo.Config(
+        **{
+            **data,
+            **dict(
+                model=loud,
+                data=world["data"],
+                out=str(out),
+                steps=4,
+                groups=4,
+                group_size=3,
+                rollout_batch=2,
+                max_new_tokens=12,
+                max_latents=2,
+                filter=False,
+                workers=0,
+                lr=1e-3,
+                micro_batch=2,
+                save_every=2,
+                sample_every=1,
+                temperature=1.0,
+                adjoint_terms=-1,
+            ),
+            **more,
+        }
+    )
 
 
 def weights(checkpoint):
@@ -319,10 +479,24 @@ la_dapo.train(la_dapo.Config(**json.loads(sys.argv[1])))
 def launch(tmp_path, processes, config, wait=True):
     script = tmp_path / "launch.py"
     script.write_text(LAUNCH.format(root=ROOT))
-    command = [sys.executable] if processes == 1 else \
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    run = subprocess.Popen([*command, str(script), json.dumps(vars(config))], text=True, stdout=subprocess.PIPE,
-                           stderr=subprocess.STDOUT, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    command = (
+        [sys.executable]
+        if processes == 1
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+        ]
+    )
+    run = subprocess.Popen(
+        [*command, str(script), json.dumps(vars(config))],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=dict(os.environ, OMP_NUM_THREADS="1"),
+    )
     if wait:
         said, _ = run.communicate(timeout=240)
         return run.returncode, said
@@ -333,21 +507,34 @@ def straight_run(tmp_path, config):
     """In a process of its own, with one thread: another number of threads adds up in another order."""
     code, said = launch(tmp_path, 1, config)
     assert code == 0, said[-3000:]
-    return sft.checkpoints(config.out)[-1]
+    return runs.checkpoints(config.out)[-1]
 
 
 def test_two_processes_give_the_update_of_one(world, loud, tmp_path):
     """Breaks if the ranks sample other rollouts, count tokens apart, or take a mean where the sum is wanted. Seven groups a
     step in batches of one and three minibatches: most hold groups of both ranks, one of them more of one; with a
     reference model."""
-    common = dict(steps=2, groups=7, rollout_batch=1, kl=0.05, minibatches=3, micro_batch=1, lr=1e-5)
+    common = dict(
+        steps=2, groups=7, rollout_batch=1, kl=0.05, minibatches=3, micro_batch=1, lr=1e-5
+    )
     one = straight_run(tmp_path, settings(world, loud, tmp_path / "one", **common))
     code, said = launch(tmp_path, 2, settings(world, loud, tmp_path / "two", **common))
     assert code == 0, said[-3000:]
     a, b = weights(one), weights(tmp_path / "two" / "step_000002")
     assert apart(a, weights(loud)) > 3e-5 and apart(a, b) < 1e-6
     for x, y in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two")):
-        for key in ("total", "accuracy", "ratio", "ratio_max", "kl", "entropy", "grad_norm", "groups", "rollouts", "length"):
+        for key in (
+            "total",
+            "accuracy",
+            "ratio",
+            "ratio_max",
+            "kl",
+            "entropy",
+            "grad_norm",
+            "groups",
+            "rollouts",
+            "length",
+        ):
             assert x[key] == pytest.approx(y[key], rel=1e-4, abs=1e-6), key
     assert log_of(tmp_path / "one")[1]["kl"] > 0 and log_of(tmp_path / "one")[0]["updates"] == 3
 
@@ -357,17 +544,26 @@ def test_killed_and_resumed_equals_straight_through(world, loud, tmp_path):
     straight = straight_run(tmp_path, settings(world, loud, tmp_path / "a"))
     run = launch(tmp_path, 1, settings(world, loud, tmp_path / "b", steps=4), wait=False)
     deadline = time.time() + 120
-    while not (tmp_path / "b" / "step_000002").exists() and time.time() < deadline and run.poll() is None:
+    while (
+        not (tmp_path / "b" / "step_000002").exists()
+        and time.time() < deadline
+        and run.poll() is None
+    ):
         time.sleep(0.02)
     run.send_signal(signal.SIGKILL)
     run.communicate()
     assert (tmp_path / "b" / "step_000002").exists()
-    if (tmp_path / "b" / "step_000004").exists():  # it was faster than we are: take the last one away
+    if (
+        tmp_path / "b" / "step_000004"
+    ).exists():  # it was faster than we are: take the last one away
         os.rename(tmp_path / "b" / "step_000004", tmp_path / "gone")
     resumed = straight_run(tmp_path, settings(world, loud, tmp_path / "b", resume=True))
     a, b = weights(straight), weights(resumed)
     assert apart(a, weights(loud)) > 1e-4 and all(torch.equal(a[k], b[k]) for k in a)
-    lines = [[{k: v for k, v in line.items() if "seconds" not in k} for line in log_of(tmp_path / x)] for x in "ab"]
+    lines = [
+        [{k: v for k, v in line.items() if "seconds" not in k} for line in log_of(tmp_path / x)]
+        for x in "ab"
+    ]
     assert lines[0] == lines[1] and [line["step"] for line in lines[0]] == [0, 1, 2, 3]
     texts = [open(tmp_path / x / "rollouts_0.jsonl").read() for x in "ab"]
     assert texts[0] == texts[1] and len(texts[0].splitlines()) == 4 * 4
@@ -379,19 +575,28 @@ def test_killed_and_resumed_equals_straight_through(world, loud, tmp_path):
 
 def test_no_group_kept(world, loud, tmp_path):
     """Breaks if a step without a usable group (all answers wrong) stops the run, tries for ever, or moves a weight."""
-    done = la_dapo.train(settings(world, loud, tmp_path / "a", filter=True, max_tries=3, steps=2, kl=0.1))
+    done = la_dapo.train(
+        settings(world, loud, tmp_path / "a", filter=True, max_tries=3, steps=2, kl=0.1)
+    )
     assert apart(weights(done), weights(loud)) == 0
     for i, line in enumerate(log_of(tmp_path / "a")):
         assert (line["groups"], line["kept"], line["too_hard"], line["updates"]) == (0, 0, 12, 0)
         assert line["ratio"] is None and line["grad_norm"] is None
-        assert line["prompts"] == [12 * i, 12 * i + 12] and line["rollouts"] == 36  # three tries of four prompts
+        assert (
+            line["prompts"] == [12 * i, 12 * i + 12] and line["rollouts"] == 36
+        )  # three tries of four prompts
 
 
 def test_a_constant_reward_moves_nothing(world, loud, tmp_path):
     """Breaks if equal rewards give an advantage: only R_ctr and R_div vary here, and both are off."""
-    done = la_dapo.train(settings(world, loud, tmp_path / "a", lambda_c=0.0, lambda_d=0.0, kl=0.0, steps=2))
+    done = la_dapo.train(
+        settings(world, loud, tmp_path / "a", lambda_c=0.0, lambda_d=0.0, kl=0.0, steps=2)
+    )
     assert apart(weights(done), weights(loud)) == 0
-    assert all(line["total_std"] == 0 and line["groups"] == 4 and line["grad_norm"] == 0 for line in log_of(tmp_path / "a"))
+    assert all(
+        line["total_std"] == 0 and line["groups"] == 4 and line["grad_norm"] == 0
+        for line in log_of(tmp_path / "a")
+    )
 
 
 def test_a_gradient_that_is_not_finite(world, loud, tmp_path, monkeypatch):
@@ -401,10 +606,14 @@ def test_a_gradient_that_is_not_finite(world, loud, tmp_path, monkeypatch):
     def spoiled(*args):
         calls.append(1)
         return exact(*args) * (float("nan") if len(calls) == 1 else 1)
+
     monkeypatch.setattr(la_dapo, "adjoint_loss", spoiled)
     done = la_dapo.train(settings(world, loud, tmp_path / "a", steps=2))
     assert [line["updates_skipped"] for line in log_of(tmp_path / "a")] == [1, 0]
-    assert all(v.isfinite().all() for v in weights(done).values()) and apart(weights(done), weights(loud)) > 1e-4
+    assert (
+        all(v.isfinite().all() for v in weights(done).values())
+        and apart(weights(done), weights(loud)) > 1e-4
+    )
 
 
 class FakeJudge:
@@ -424,44 +633,83 @@ def test_unjudged_rollouts_leave_the_group(world, loud, tmp_path, monkeypatch):
     monkeypatch.setattr(rewards, "needs_judge", lambda *a: True)
     monkeypatch.setattr(rewards, "answer_of", lambda text: text)
     monkeypatch.setattr(la_dapo, "Judge", lambda url, model: FakeJudge(lambda answer: None))
-    done = la_dapo.train(settings(world, loud, tmp_path / "a", judge_model="m", steps=2, max_tries=2))
+    done = la_dapo.train(
+        settings(world, loud, tmp_path / "a", judge_model="m", steps=2, max_tries=2)
+    )
     assert apart(weights(done), weights(loud)) == 0
     for line in log_of(tmp_path / "a"):
         assert (line["unjudged"], line["unjudged_groups"], line["groups"]) == (24, 8, 0)
         assert line["judge_failures"] == {"down": 4}  # of this step: four batches
     # every third is silent, the others differ: two of three rollouts are left, with rewards 0 and 1
     verdicts = iter([None, True, False] * 100)
-    monkeypatch.setattr(la_dapo, "Judge", lambda url, model: FakeJudge(lambda answer: next(verdicts)))
+    monkeypatch.setattr(
+        la_dapo, "Judge", lambda url, model: FakeJudge(lambda answer: next(verdicts))
+    )
     seen, inner = [], la_dapo.prepare
     monkeypatch.setattr(la_dapo, "prepare", lambda *a: seen.append(inner(*a)) or seen[-1])
-    la_dapo.train(settings(world, loud, tmp_path / "b", judge_model="m", steps=1, filter=True, lambda_c=0.0, lambda_d=0.0))
-    line, = log_of(tmp_path / "b")
+    la_dapo.train(
+        settings(
+            world,
+            loud,
+            tmp_path / "b",
+            judge_model="m",
+            steps=1,
+            filter=True,
+            lambda_c=0.0,
+            lambda_d=0.0,
+        )
+    )
+    (line,) = log_of(tmp_path / "b")
     assert (line["unjudged"], line["kept"], line["accuracy"]) == (4, 4, 0.5)
     rows = torch.cat([p[3] for p in seen])[:, 0]  # the advantages that reach the loss
-    assert len(rows) == 8 and torch.allclose(rows.abs(), torch.tensor(0.5 / math.sqrt(0.5)), atol=1e-4) and rows.sum() < 1e-6
+    assert (
+        len(rows) == 8
+        and torch.allclose(rows.abs(), torch.tensor(0.5 / math.sqrt(0.5)), atol=1e-4)
+        and rows.sum() < 1e-6
+    )
 
 
 def test_equal_rollouts_are_replayed_once_and_counted(world, loud, tmp_path, monkeypatch):
     """Breaks if merging equal rollouts changes the update: the same without merging, and with one row for all."""
     common = dict(steps=1, temperature=0.05, group_size=6, lr=1e-2)  # so sure that samples coincide
     rows, inner = [], la_dapo.prepare
-    monkeypatch.setattr(la_dapo, "prepare", lambda *a: rows.append(len(inner(*a)[1].tokens)) or inner(*a))
+    monkeypatch.setattr(
+        la_dapo, "prepare", lambda *a: rows.append(len(inner(*a)[1].tokens)) or inner(*a)
+    )
     merged = weights(la_dapo.train(settings(world, loud, tmp_path / "a", **common)))
     fewer, rows[:] = sum(rows), []
     monkeypatch.setattr(la_dapo, "distinct", lambda group, config: [[i] for i in range(6)])
     plain = weights(la_dapo.train(settings(world, loud, tmp_path / "b", **common)))
     assert fewer < sum(rows) == 24
     a, b = log_of(tmp_path / "a")[0], log_of(tmp_path / "b")[0]
-    assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3) and a["entropy"] == pytest.approx(b["entropy"], rel=1e-3)
-    start = weights(loud)  # Adam's first step is a sign: compare sums over all weights, not the one at rounding level
-    moved, off = (sum((x[k] - y[k]).abs().sum().item() for k in x) for x, y in ((plain, start), (plain, merged)))
+    assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3) and a[
+        "entropy"
+    ] == pytest.approx(b["entropy"], rel=1e-3)
+    start = weights(
+        loud
+    )  # Adam's first step is a sign: compare sums over all weights, not the one at rounding level
+    moved, off = (
+        sum((x[k] - y[k]).abs().sum().item() for k in x)
+        for x, y in ((plain, start), (plain, merged))
+    )
     assert moved > 1 and off < 1e-3 * moved
 
 
 def test_minibatches_make_the_clip_act(world, loud, tmp_path):
     """Breaks if later updates of a step still see a ratio of 1."""
-    la_dapo.train(settings(world, loud, tmp_path / "a", steps=1, minibatches=2, inner_epochs=3, lr=2e-2, adjoint_terms=0))
-    line, = log_of(tmp_path / "a")
+    la_dapo.train(
+        settings(
+            world,
+            loud,
+            tmp_path / "a",
+            steps=1,
+            minibatches=2,
+            inner_epochs=3,
+            lr=2e-2,
+            adjoint_terms=0,
+        )
+    )
+    (line,) = log_of(tmp_path / "a")
     assert line["updates"] == 6 and line["clip_fraction"] > 0.01 and line["ratio_max"] > 1.28
 
 
@@ -474,12 +722,20 @@ def test_surplus_broken_clips_and_the_end_of_the_data(world, loud, tmp_path):
     data = os.path.join(os.path.dirname(world["data"]), "ten.jsonl")
     with open(data, "w") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
-    done = la_dapo.train(settings(world, loud, tmp_path / "a", data=data, steps=0, groups=3, rollout_batch=2, prompts=4))
+    done = la_dapo.train(
+        settings(
+            world, loud, tmp_path / "a", data=data, steps=0, groups=3, rollout_batch=2, prompts=4
+        )
+    )
     lines = log_of(tmp_path / "a")
-    assert sum(line["rollouts"] for line in lines) == 9 * 3 and done.endswith(f"step_{len(lines):06d}")
+    assert sum(line["rollouts"] for line in lines) == 9 * 3 and done.endswith(
+        f"step_{len(lines):06d}"
+    )
     assert [name for line in lines for name, _ in line["skipped_names"]] == [f"{data}:3"]
     assert [line["prompts"] for line in lines] == [[0, 4], [4, 8], [8, 10]]
-    assert sum(line["groups"] + line["surplus"] for line in lines) == 9 and all(line["groups"] <= 3 for line in lines)
+    assert sum(line["groups"] + line["surplus"] for line in lines) == 9 and all(
+        line["groups"] <= 3 for line in lines
+    )
     ids = [json.loads(line)["id"] for line in open(tmp_path / "a" / "rollouts_0.jsonl")]
     assert sorted(ids) == sorted(row["id"] for i, row in enumerate(rows) if i != 3)
 
@@ -493,9 +749,13 @@ def test_an_epoch_whose_end_cannot_be_read_is_finished(world, loud, tmp_path):
     data = os.path.join(os.path.dirname(world["data"]), "five_rl.jsonl")
     with open(data, "w") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
-    done = la_dapo.train(settings(world, loud, tmp_path / "a", data=data, steps=0, groups=4, save_every=100))
+    done = la_dapo.train(
+        settings(world, loud, tmp_path / "a", data=data, steps=0, groups=4, save_every=100)
+    )
     assert done.endswith("step_000002")
-    assert [(line["rollouts"], line["skipped"], line["updates"]) for line in log_of(tmp_path / "a")] == [(12, 0, 1), (0, 1, 0)]
+    assert [
+        (line["rollouts"], line["skipped"], line["updates"]) for line in log_of(tmp_path / "a")
+    ] == [(12, 0, 1), (0, 1, 0)]
     for row in rows:
         row["video"] = "clips/missing.mp4"
     with open(data, "w") as f:
@@ -506,19 +766,41 @@ def test_an_epoch_whose_end_cannot_be_read_is_finished(world, loud, tmp_path):
 
 def test_bad_settings_are_refused(world, loud, tmp_path):
     """Breaks if a combination without meaning runs."""
-    for bad in (dict(temperature=0.0), dict(adjoint_terms=-1, latent_sigma=0.1), dict(adjoint_terms=2, replay=False),
-                dict(adjoint_terms=-2), dict(replay=False, adjoint_terms=0, minibatches=2), dict(judge_url="http://x"),
-                dict(prompts=-1), dict(steps=-1), dict(tau=0.0), dict(groups=0), dict(group_size=1), dict(latent_sigma=-1.0)):
+    for bad in (
+        dict(temperature=0.0),
+        dict(adjoint_terms=-1, latent_sigma=0.1),
+        dict(adjoint_terms=2, replay=False),
+        dict(adjoint_terms=-2),
+        dict(replay=False, adjoint_terms=0, minibatches=2),
+        dict(judge_url="http://x"),
+        dict(prompts=-1),
+        dict(steps=-1),
+        dict(tau=0.0),
+        dict(groups=0),
+        dict(group_size=1),
+        dict(latent_sigma=-1.0),
+    ):
         with pytest.raises(ValueError):
             settings(world, loud, tmp_path / "x", **bad)
 
 
-@pytest.mark.parametrize("more", [dict(replay=False, adjoint_terms=0), dict(latent_sigma=0.1, adjoint_terms=0), dict(share=True),
-                                  dict(adjoint_terms=1), dict(kl=0.0)])
+@pytest.mark.parametrize(
+    "more",
+    [
+        dict(replay=False, adjoint_terms=0),
+        dict(latent_sigma=0.1, adjoint_terms=0),
+        dict(share=True),
+        dict(adjoint_terms=1),
+        dict(kl=0.0),
+    ],
+)
 def test_each_ablation_runs(world, loud, tmp_path, more):
     """Breaks if a flag of the comparison table does not reach the end of a step, or writes a log that is no number."""
     la_dapo.train(settings(world, loud, tmp_path / "a", steps=1, **more))
-    line, = log_of(tmp_path / "a")
-    assert all(math.isfinite(v) for v in line.values() if isinstance(v, float)) and line["grad_norm"] > 0
+    (line,) = log_of(tmp_path / "a")
+    assert (
+        all(math.isfinite(v) for v in line.values() if isinstance(v, float))
+        and line["grad_norm"] > 0
+    )
     assert line["ratio"] == pytest.approx(1, abs=1e-3)
     assert os.path.getsize(tmp_path / "a" / "rewards.png") > 5000

@@ -9,16 +9,26 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-import toy
 from model import LATENT_IDS, FutureL1, add_latent_tokens, load
+from toy import tiny
 
 SPAN = "<|latent_start|> <|latent|> <|latent|> <|latent_end|>"
-IMAGE, WIDE, VIDEO = ("image", 1, 4, 4), ("image", 1, 2, 6), ("video", 3, 4, 2)  # kind and grid in patches
+IMAGE, WIDE, VIDEO = (
+    ("image", 1, 4, 4),
+    ("image", 1, 2, 6),
+    ("video", 3, 4, 2),
+)  # kind and grid in patches
 ROWS = {
     "text": [["watch the ball"], ["which wall does it hit next ?"]],
     "images": [["watch", IMAGE, "the", WIDE, "ball"], [WIDE, "red"]],
-    "videos": [["the ball", VIDEO, "hits ?"], [VIDEO, "up", ("video", 1, 2, 2), "moves right left up down"]],
-    "both": [["the", VIDEO, IMAGE, "ball"], [WIDE, "red", ("video", 2, 2, 2), "blue", IMAGE, VIDEO, "hits"]],
+    "videos": [
+        ["the ball", VIDEO, "hits ?"],
+        [VIDEO, "up", ("video", 1, 2, 2), "moves right left up down"],
+    ],
+    "both": [
+        ["the", VIDEO, IMAGE, "ball"],
+        [WIDE, "red", ("video", 2, 2, 2), "blue", IMAGE, VIDEO, "hits"],
+    ],
 }
 
 
@@ -33,9 +43,13 @@ def make_batch(tokenizer, rows, side="right"):
                 texts[-1] += f" {part}"
                 continue
             kind, t, h, w = part
-            texts[-1] += (" <|vision_start|>" + f" <|{kind}_pad|>" * (h * w // 4) + " <|vision_end|>") * t
+            texts[-1] += (
+                " <|vision_start|>" + f" <|{kind}_pad|>" * (h * w // 4) + " <|vision_end|>"
+            ) * t
             media[kind].append(((t, h, w), torch.randn(t * h * w, 1536, generator=g)))
-    batch = tokenizer(texts, padding=True, padding_side=side, return_tensors="pt", return_token_type_ids=False).data
+    batch = tokenizer(
+        texts, padding=True, padding_side=side, return_tensors="pt", return_token_type_ids=False
+    ).data
     for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         if media[kind]:
             batch[f"{kind}_grid_thw"] = torch.tensor([grid for grid, _ in media[kind]])
@@ -45,12 +59,16 @@ def make_batch(tokenizer, rows, side="right"):
 
 def kinds(model, ids):
     """What HF processors call mm_token_type_ids: 1 image, 2 video, 0 text."""
-    return (ids == model.config.image_token_id).long() + 2 * (ids == model.config.video_token_id).long()
+    return (ids == model.config.image_token_id).long() + 2 * (
+        ids == model.config.video_token_id
+    ).long()
 
 
 def stock_of(model):
     stock = Qwen3VLForConditionalGeneration(model.config).eval()
-    stock.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("latent_head")})
+    stock.load_state_dict(
+        {k: v for k, v in model.state_dict().items() if not k.startswith("latent_head")}
+    )
     return stock
 
 
@@ -77,19 +95,25 @@ def test_logits_equal_stock(model, tokenizer, name, side):
     theirs = stock_of(model)(**batch, mm_token_type_ids=types).logits[real]
     if (name, side) != ("text", "left"):
         assert torch.equal(ours, theirs)
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)  # there, stock counts padding among the positions
+    torch.testing.assert_close(
+        ours, theirs, atol=1e-4, rtol=0
+    )  # there, stock counts padding among the positions
     for key in [k for k in batch if k.startswith("pixel")]:  # and the pictures are looked at
-        assert not torch.allclose(model(**{**batch, key: batch[key].flip(0)}).logits[real], ours, atol=1e-2)
+        assert not torch.allclose(
+            model(**{**batch, key: batch[key].flip(0)}).logits[real], ours, atol=1e-2
+        )
 
 
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("spare", [8, 2, 0])
 def test_stock_folder_gets_the_tokens(model, tokenizer, tmp_path, monkeypatch, spare, tie):
     """Breaks if a stock folder is resized without need, keeps too few rows, or does not give stock logits."""
-    monkeypatch.setattr(toy, "add_latent_tokens", lambda tokenizer: {})
-    plain = toy.make_tokenizer([" ".join(w for w in tokenizer.get_vocab() if "<" not in w)])
+    monkeypatch.setattr(tiny, "add_latent_tokens", lambda tokenizer: {})
+    plain = tiny.make_tokenizer([" ".join(w for w in tokenizer.get_vocab() if "<" not in w)])
     words = len(plain)
-    config = Qwen3VLConfig(**{k: v for k, v in model.config.to_dict().items() if k not in LATENT_IDS})
+    config = Qwen3VLConfig(
+        **{k: v for k, v in model.config.to_dict().items() if k not in LATENT_IDS}
+    )
     config.text_config.vocab_size, config.tie_word_embeddings = words + spare, tie
     stock = Qwen3VLForConditionalGeneration(config).eval()
     batch = make_batch(plain, ROWS["images"])
@@ -100,8 +124,13 @@ def test_stock_folder_gets_the_tokens(model, tokenizer, tmp_path, monkeypatch, s
     assert (c.latent_start_id, c.latent_id, c.latent_end_id) == (words, words + 1, words + 2)
     assert loaded.convert_tokens_to_ids(SPAN.split()) == [words, words + 1, words + 1, words + 2]
     rows = words + max(spare, 3)
-    assert len(mine.lm_head.weight) == len(mine.get_input_embeddings().weight) == c.text_config.vocab_size == rows
-    assert torch.equal(mine.eval()(**batch).logits[..., :words + spare], expected)
+    assert (
+        len(mine.lm_head.weight)
+        == len(mine.get_input_embeddings().weight)
+        == c.text_config.vocab_size
+        == rows
+    )
+    assert torch.equal(mine.eval()(**batch).logits[..., : words + spare], expected)
     again = FutureL1.from_pretrained(save(mine, loaded, tmp_path / "again")).eval()
     assert torch.equal(again(**batch).logits, mine(**batch).logits)
 
@@ -109,7 +138,9 @@ def test_stock_folder_gets_the_tokens(model, tokenizer, tmp_path, monkeypatch, s
 def test_load_refuses_a_config_that_contradicts_the_tokenizer(model, tokenizer, tmp_path):
     """Breaks if latents would silently be fed at the positions of another token."""
     again, tok = load(save(model, tokenizer, tmp_path))
-    assert add_latent_tokens(tok) == {k: getattr(again.config, k) for k in LATENT_IDS} and len(tok) == len(tokenizer)
+    assert add_latent_tokens(tok) == {k: getattr(again.config, k) for k in LATENT_IDS} and len(
+        tok
+    ) == len(tokenizer)
     config = json.loads((tmp_path / "config.json").read_text())
     config["latent_id"] = 7
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -124,13 +155,17 @@ def test_saved_folder_loads_anywhere(model, tokenizer, tmp_path, head):
         model.add_latent_head()
     model.save_pretrained(tmp_path)
     assert not any("token" in name for name in os.listdir(tmp_path))
-    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["Qwen3VLForConditionalGeneration"]
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [
+        "Qwen3VLForConditionalGeneration"
+    ]
     batch = make_batch(tokenizer, ROWS["both"])
     types, expected = kinds(model, batch["input_ids"]), model(**batch).logits
     for cls in (FutureL1, Qwen3VLForConditionalGeneration, AutoModelForImageTextToText):
         again = cls.from_pretrained(tmp_path).eval()
         assert torch.equal(again(**batch, mm_token_type_ids=types).logits, expected)
-        assert (type(again) is FutureL1) == (cls is FutureL1) and again.config.latent_id == model.config.latent_id
+        assert (type(again) is FutureL1) == (
+            cls is FutureL1
+        ) and again.config.latent_id == model.config.latent_id
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -144,7 +179,9 @@ def test_latent_head_starts_as_identity_and_is_saved(model, tokenizer, tmp_path,
     for choice in (None, "linear"):  # "linear" must keep the head that is there
         again, _ = load(save(mine, tokenizer, tmp_path / "b"), latent_head=choice, dtype=dtype)
         assert torch.equal(again.latent_head.weight, w) and torch.equal(again.latent_head.bias, b)
-        torch.testing.assert_close(again.to_latent(h), h @ w.T + b, atol=0.2, rtol=0)  # values are around 10
+        torch.testing.assert_close(
+            again.to_latent(h), h @ w.T + b, atol=0.2, rtol=0
+        )  # values are around 10
     with pytest.raises(ValueError, match="mlp"):
         load(str(tmp_path / "a"), latent_head="mlp")
 
@@ -161,22 +198,29 @@ def test_wrong_counts_name_both_numbers(model, tokenizer, given):
         batch = make_batch(tokenizer, [["the", (kind, 1, 2, 4), "ball"]])
         other = {} if given is None else make_batch(tokenizer, [[(kind, 1, 2, 2 * given)]])
         batch[pixels], grid = other.get(pixels), other.get(f"{kind}_grid_thw")
-        with pytest.raises(ValueError, match=rf"^2 <\|{kind}_pad\|> tokens .* {given or 0} {kind} features"):
+        with pytest.raises(
+            ValueError, match=rf"^2 <\|{kind}_pad\|> tokens .* {given or 0} {kind} features"
+        ):
             model(**{**batch, f"{kind}_grid_thw": grid})
 
 
 def test_latents_are_fed_row_by_row_in_order(model, tokenizer):
     """Breaks if a latent lands at another position, or anything else is fed there or elsewhere."""
-    batch = make_batch(tokenizer, [["watch", SPAN, "red", SPAN], [SPAN], ["the ball moves right"]], "left")
+    batch = make_batch(
+        tokenizer, [["watch", SPAN, "red", SPAN], [SPAN], ["the ball moves right"]], "left"
+    )
     ids, z, seen = batch["input_ids"], torch.randn(6, 96), []
-    model.model.language_model.register_forward_pre_hook(lambda m, a, kw: seen.append(kw["inputs_embeds"]),
-                                                         with_kwargs=True)
+    model.model.language_model.register_forward_pre_hook(
+        lambda m, a, kw: seen.append(kw["inputs_embeds"]), with_kwargs=True
+    )
     model(**batch, latents=z)
     k = 0
     for r in range(3):
         for t, token in enumerate(ids[r].tolist()):
             is_latent = token == model.config.latent_id
-            assert torch.equal(seen[0][r, t], z[k] if is_latent else model.get_input_embeddings().weight[token])
+            assert torch.equal(
+                seen[0][r, t], z[k] if is_latent else model.get_input_embeddings().weight[token]
+            )
             k += is_latent
     assert k == 6
 
@@ -197,7 +241,9 @@ def test_a_latent_changes_only_what_comes_after_it_in_its_row(model, tokenizer):
 def test_latents_take_text_positions(model, tokenizer):
     """Breaks if latents do not count on like words, or what follows a picture or a span starts elsewhere."""
     batch = make_batch(tokenizer, [["watch the", IMAGE, SPAN, "red"], [SPAN, "red"]], "left")
-    pos, delta = model.positions(batch["input_ids"], batch["attention_mask"], batch["image_grid_thw"])
+    pos, delta = model.positions(
+        batch["input_ids"], batch["attention_mask"], batch["image_grid_thw"]
+    )
     # watch the <vision_start> = 0 1 2; a picture of 2x2 tokens; <vision_end> and the rest go on from 3 + 2
     time, height, width = [3, 3, 3, 3], [3, 3, 4, 4], [3, 4, 3, 4]
     for plane, picture in zip(pos[:, 0].tolist(), (time, height, width)):
@@ -211,18 +257,27 @@ def test_encode_frames_is_the_stock_merger_output(model):
     pixels, grid = torch.randn(16 + 4 + 8, 1536), torch.tensor([[1, 4, 4], [1, 2, 2], [1, 4, 2]])
     e = model.encode_frames(pixels, grid)
     expected = stock_of(model).model.get_image_features(pixels, grid).pooler_output
-    assert torch.equal(e, torch.cat(expected)) and e.shape == (4 + 1 + 2, 96) and not e.requires_grad
+    assert (
+        torch.equal(e, torch.cat(expected)) and e.shape == (4 + 1 + 2, 96) and not e.requires_grad
+    )
 
 
 @pytest.fixture
 def sample(model, tokenizer):
     """Two rows as in training: batch, labels from the words after `?` on but not `<|latent|>`, five latents."""
-    batch = make_batch(tokenizer, [["which", IMAGE, "?", SPAN, "hits red", SPAN.replace("<|latent|> ", "", 1), "blue"],
-                                   ["which wall ?", SPAN, "up"]])
+    batch = make_batch(
+        tokenizer,
+        [
+            ["which", IMAGE, "?", SPAN, "hits red", SPAN.replace("<|latent|> ", "", 1), "blue"],
+            ["which wall ?", SPAN, "up"],
+        ],
+    )
     ids, labels = batch["input_ids"], batch["input_ids"].clone()
     labels[(ids == model.config.latent_id) | (batch["attention_mask"] == 0)] = -100
-    for row, after in zip(labels, (ids == tokenizer.convert_tokens_to_ids("?")).int().argmax(1).tolist()):
-        row[:after + 1] = -100
+    for row, after in zip(
+        labels, (ids == tokenizer.convert_tokens_to_ids("?")).int().argmax(1).tolist()
+    ):
+        row[: after + 1] = -100
     assert (labels != -100).sum().tolist() == 7 + 3
     torch.manual_seed(1)
     return dict(batch=batch, labels=labels, latents=torch.randn(5, 96))
@@ -238,7 +293,13 @@ def test_loss_by_hand(model, sample, kind, head):
         torch.nn.init.normal_(model.latent_head.bias)
     args = dict(**sample["batch"], latents=sample["latents"], labels=sample["labels"])
     out, e = model(**args), sample["latents"].numpy()
-    h, logp, ce, z, go = model.to_latent(out.hidden_states[-1]).detach().numpy(), log_softmax(out.logits), [], [], []
+    h, logp, ce, z, go = (
+        model.to_latent(out.hidden_states[-1]).detach().numpy(),
+        log_softmax(out.logits),
+        [],
+        [],
+        [],
+    )
     for r, row in enumerate(sample["batch"]["input_ids"].tolist()):  # t is predicted at t - 1
         for t in range(1, len(row)):
             if sample["labels"][r, t] != -100:
@@ -247,23 +308,39 @@ def test_loss_by_hand(model, sample, kind, head):
                 z.append(h[r, t - 1])
                 go.append(-np.log(1 - np.exp(logp[r, t - 1, model.config.latent_end_id])))
     ce, z, go = np.array(ce), np.array(z), np.array(go)
-    distance = dict(mse=((z - e)**2).mean(1), cosine=1 - (z * e).sum(1) / np.sqrt((z * z).sum(1) * (e * e).sum(1)),
-                    nmse=((z - e)**2).mean(1) / e.var(0).mean()).get(kind, ((z - e)**2).mean(1) / 2.5)
-    args.update(latent_loss=kind.split(",")[0], lam=0.3, latent_var=2.5 if "given" in kind else None)
+    distance = dict(
+        mse=((z - e) ** 2).mean(1),
+        cosine=1 - (z * e).sum(1) / np.sqrt((z * z).sum(1) * (e * e).sum(1)),
+        nmse=((z - e) ** 2).mean(1) / e.var(0).mean(),
+    ).get(kind, ((z - e) ** 2).mean(1) / 2.5)
+    args.update(
+        latent_loss=kind.split(",")[0], lam=0.3, latent_var=2.5 if "given" in kind else None
+    )
 
     def check(got, words, n_text):
         assert (got["n_text"], got["n_latent"]) == (n_text, 5)
-        for key, value in dict(ce_sum=words, ce=words / n_text, latent_sum=distance.sum(), latent=distance.mean(),
-                               loss=words / n_text + 0.3 * distance.mean()).items():
+        for key, value in dict(
+            ce_sum=words,
+            ce=words / n_text,
+            latent_sum=distance.sum(),
+            latent=distance.mean(),
+            loss=words / n_text + 0.3 * distance.mean(),
+        ).items():
             assert got[key].item() == pytest.approx(value, rel=1e-5), key
+
     got = model.sft_loss(**args)
     check(got, ce.sum(), 10)
     check(model.sft_loss(**args, stop_term=True), ce.sum() + go.sum(), 10 + 5)
     assert out.loss.item() == pytest.approx(ce.mean(), rel=1e-5) and go.sum() > 1e-3
 
     at_t = h[sample["batch"]["input_ids"].numpy() == model.config.latent_id]
-    assert abs(((at_t - e)**2).mean() - ((z - e)**2).mean()) > 1e-3  # the state *at* t would be another number
-    for order in ([1, 0, 2, 3, 4], [4, 0, 1, 2, 3]):  # two frames swapped; all of them one position off
+    assert (
+        abs(((at_t - e) ** 2).mean() - ((z - e) ** 2).mean()) > 1e-3
+    )  # the state *at* t would be another number
+    for order in (
+        [1, 0, 2, 3, 4],
+        [4, 0, 1, 2, 3],
+    ):  # two frames swapped; all of them one position off
         off = model.sft_loss(**args, targets=sample["latents"][order])
         assert off["ce"] == got["ce"] and abs(off["latent"] - got["latent"]) > 1e-4
 
@@ -274,7 +351,12 @@ def test_batch_without_latents(model, tokenizer, kind):
     model.add_latent_head()
     batch = make_batch(tokenizer, ROWS["images"])
     got = model.sft_loss(**batch, labels=batch["input_ids"], latent_loss=kind, stop_term=True)
-    assert got["latent"] == 0 and got["n_latent"] == 0 and got["loss"] == got["ce"] and torch.isfinite(got["loss"])
+    assert (
+        got["latent"] == 0
+        and got["n_latent"] == 0
+        and got["loss"] == got["ce"]
+        and torch.isfinite(got["loss"])
+    )
     got["loss"].backward()
     assert not model.latent_head.weight.grad.any() and not model.latent_head.bias.grad.any()
     with pytest.raises(ValueError, match="l1"):
@@ -284,14 +366,18 @@ def test_batch_without_latents(model, tokenizer, kind):
 def test_gradient_reaches_the_states_and_not_the_targets(model, sample):
     """Breaks if Eq. (3) trains nothing, or trains the target to come to the state."""
     targets = torch.randn(5, 96, requires_grad=True)
-    args = dict(**sample["batch"], latents=sample["latents"], labels=sample["labels"], targets=targets)
+    args = dict(
+        **sample["batch"], latents=sample["latents"], labels=sample["labels"], targets=targets
+    )
     got = model.sft_loss(**args)
     got["latent"].backward()
     assert targets.grad is None
     grads = {name: p.grad for name, p in model.named_parameters()}
     assert grads["lm_head.weight"] is None  # Eq. (3) has no words in it
     assert all(g.abs().sum() > 0 for name, g in grads.items() if "language_model" in name)
-    assert got["latent"].item() == pytest.approx(model.sft_loss(**{**args, "targets": targets + 0})["latent"].item())
+    assert got["latent"].item() == pytest.approx(
+        model.sft_loss(**{**args, "targets": targets + 0})["latent"].item()
+    )
 
 
 @pytest.mark.parametrize("rows", ["images", "both"])
@@ -307,20 +393,33 @@ def test_continuing_a_cache_equals_one_forward(model, tokenizer, rows):
     torch.testing.assert_close(out.logits[:, -1], whole[:, P - 1], atol=1e-4, rtol=0)
     parts = []
     for a, b, fed in ((0, 3, z[[0, 2]]), (3, 6, z[[1, 3]])):
-        out = model(tail[:, a:b], mask[:, :P + b], latents=fed, past_key_values=out.past_key_values)
+        out = model(
+            tail[:, a:b], mask[:, : P + b], latents=fed, past_key_values=out.past_key_values
+        )
         parts.append(out.logits)
     torch.testing.assert_close(torch.cat(parts, 1), whole[:, P:], atol=1e-4, rtol=0)
 
 
 def test_packing_equals_separate_rows(model, tokenizer):
     """Breaks if packed samples see each other, restart at wrong positions, or their losses add up to another sum."""
-    rows = [["which", IMAGE, SPAN, "red"], ["up", SPAN, VIDEO], ["the ball", WIDE, VIDEO, SPAN, "blue ?"]]
+    rows = [
+        ["which", IMAGE, SPAN, "red"],
+        ["up", SPAN, VIDEO],
+        ["the ball", WIDE, VIDEO, SPAN, "blue ?"],
+    ]
     batch, z = make_batch(tokenizer, rows), torch.randn(6, 96)
     real = batch["attention_mask"].bool()
-    labels = batch["input_ids"].masked_fill(~real | (batch["input_ids"] == model.config.latent_id), -100)
+    labels = batch["input_ids"].masked_fill(
+        ~real | (batch["input_ids"] == model.config.latent_id), -100
+    )
     labels[:, 0] = -100
-    packed = {**batch, "input_ids": batch["input_ids"][real][None], "attention_mask": None, "latents": z,
-              "seq_lens": real.sum(1).tolist()}
+    packed = {
+        **batch,
+        "input_ids": batch["input_ids"][real][None],
+        "attention_mask": None,
+        "latents": z,
+        "seq_lens": real.sum(1).tolist(),
+    }
     separate = model(**batch, latents=z).logits[real]
     torch.testing.assert_close(model(**packed).logits[0], separate, atol=1e-4, rtol=0)
     a = model.sft_loss(**batch, latents=z, labels=labels, stop_term=True)

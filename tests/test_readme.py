@@ -10,7 +10,11 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
     README = f.read()
 SECTION = README.split("## From the paper to the code")[1].split("\n## ")[0]
-MAP = [[cell.strip(" `") for cell in line.split(" | ")] for line in SECTION.splitlines() if ".py:" in line]
+MAP = [
+    [cell.strip(" `") for cell in line.split(" | ")]
+    for line in SECTION.splitlines()
+    if ".py:" in line
+]
 
 
 def test_the_map_covers_the_equations():
@@ -23,7 +27,7 @@ def test_the_map_covers_the_equations():
 def test_each_row_names_a_function_and_a_test(row):
     """Breaks if a function or a test of the map was renamed."""
     file, _, name = row[2].partition(":")
-    thing = importlib.import_module(file.removesuffix(".py"))
+    thing = importlib.import_module(file.removesuffix(".py").replace("/", "."))
     for part in name.split("."):
         thing = getattr(thing, part)
     assert thing.__doc__

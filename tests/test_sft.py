@@ -13,16 +13,27 @@ import torch
 from safetensors.torch import load_file
 
 import sft
-import toy
-from data import Samples, collate, model_inputs, read_rows
+from common import runs
+from common.formats import read_rows
+from data import Samples, collate, model_inputs
 from model import load
+from toy import tiny
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SMALL = dict(toy.TINY, global_batch=8, micro_batch=4, workers=0, cache_frames=0)
+SMALL = dict(tiny.TINY, global_batch=8, micro_batch=4, workers=0, cache_frames=0)
 
 
 def settings(world, out, **more):
-    return sft.Config(**{**SMALL, "model": world["model"], "data": world["data"], "out": str(out), "steps": 4, **more})
+    return sft.Config(
+        **{
+            **SMALL,
+            "model": world["model"],
+            "data": world["data"],
+            "out": str(out),
+            "steps": 4,
+            **more,
+        }
+    )
 
 
 def weights(checkpoint):
@@ -38,7 +49,11 @@ def test_learning_rate_by_hand():
     """Breaks if warm-up is not linear to the peak, or the cosine does not go through half and to zero."""
     c = sft.Config(lr=2.0, warmup=0.1)
     rates = [sft.learning_rate(s, 110, c) for s in range(110)]
-    assert rates[0] == pytest.approx(2 / 11) and rates[10] == pytest.approx(2.0) and max(rates) == pytest.approx(2.0)
+    assert (
+        rates[0] == pytest.approx(2 / 11)
+        and rates[10] == pytest.approx(2.0)
+        and max(rates) == pytest.approx(2.0)
+    )
     assert rates[11] == pytest.approx(2.0)  # 99 cosine steps from here
     assert rates[11 + 33] == pytest.approx(1 + math.cos(math.pi / 3)) and 0 < rates[-1] < 0.001
 
@@ -46,15 +61,19 @@ def test_learning_rate_by_hand():
 def test_every_epoch_is_a_permutation_and_ranks_share_it():
     """Breaks if a sample is lost or doubled within an epoch, or if the number of ranks changes what a step sees."""
     order = sft.sample_order(10, 25, seed=3)
-    assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10)) and order[:10] != order[10:20]
+    assert (
+        sorted(order[:10]) == sorted(order[10:20]) == list(range(10)) and order[:10] != order[10:20]
+    )
     assert order == sft.sample_order(10, 25, seed=3) != sft.sample_order(10, 25, seed=4)
     for world in (1, 2, 3):
         plans = [list(sft.micro_batches(order, 1, 4, 8, 2, r, world)) for r in range(world)]
         assert len({len(p) for p in plans}) == 1  # the same number of forwards on each rank
         count = len(plans[0]) // 3
         for step in range(1, 4):
-            seen = [i for p in plans for batch in p[(step - 1) * count:step * count] for i in batch]
-            assert sorted(seen) == sorted(order[step * 8:step * 8 + 8])
+            seen = [
+                i for p in plans for batch in p[(step - 1) * count : step * count] for i in batch
+            ]
+            assert sorted(seen) == sorted(order[step * 8 : step * 8 + 8])
 
 
 def test_a_straight_run_equals_a_resumed_one_bit_for_bit(world, tmp_path):
@@ -63,12 +82,22 @@ def test_a_straight_run_equals_a_resumed_one_bit_for_bit(world, tmp_path):
     straight = sft.train(c)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     shutil.rmtree(tmp_path / "b" / "step_000004")
-    resumed = sft.train(settings(world, tmp_path / "b", save_every=2, self_forcing=0.5, self_forcing_from=0.0, resume=True))
+    resumed = sft.train(
+        settings(
+            world,
+            tmp_path / "b",
+            save_every=2,
+            self_forcing=0.5,
+            self_forcing_from=0.0,
+            resume=True,
+        )
+    )
     a, b = weights(straight), weights(resumed)
     assert all(torch.equal(a[k], b[k]) for k in a)
     drop = {"seconds"}
-    assert [{k: v for k, v in line.items() if k not in drop} for line in read_log(tmp_path / "a")] \
-        == [{k: v for k, v in line.items() if k not in drop} for line in read_log(tmp_path / "b")]
+    assert [
+        {k: v for k, v in line.items() if k not in drop} for line in read_log(tmp_path / "a")
+    ] == [{k: v for k, v in line.items() if k not in drop} for line in read_log(tmp_path / "b")]
     half = weights(str(tmp_path / "a" / "step_000002"))
     assert not all(torch.equal(a[k], half[k]) for k in a)
 
@@ -83,11 +112,12 @@ def test_killed_while_saving_leaves_the_older_checkpoint(world, tmp_path, monkey
                 f.write(b"half")
             raise KeyboardInterrupt
         return real(what, path, *rest)
+
     monkeypatch.setattr(torch, "save", dies)
     with pytest.raises(KeyboardInterrupt):
         sft.train(settings(world, tmp_path / "a", save_every=2))
     monkeypatch.undo()
-    assert [os.path.basename(p) for p in sft.checkpoints(str(tmp_path / "a"))] == ["step_000002"]
+    assert [os.path.basename(p) for p in runs.checkpoints(str(tmp_path / "a"))] == ["step_000002"]
     done = sft.train(settings(world, tmp_path / "a", save_every=2, resume=True))
     straight = sft.train(settings(world, tmp_path / "b", save_every=2))
     a, b = weights(done), weights(straight)
@@ -134,12 +164,26 @@ if __name__ == "__main__":
 def descend(tmp_path, processes, config):
     script = tmp_path / "descend.py"
     script.write_text(DESCENT.format(root=ROOT))
-    launch = [sys.executable] if processes == 1 else \
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    run = subprocess.run([*launch, str(script), json.dumps(vars(config))], capture_output=True, text=True, timeout=240,
-                         env=dict(os.environ, OMP_NUM_THREADS="1"))
+    launch = (
+        [sys.executable]
+        if processes == 1
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+        ]
+    )
+    run = subprocess.run(
+        [*launch, str(script), json.dumps(vars(config))],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=dict(os.environ, OMP_NUM_THREADS="1"),
+    )
     assert run.returncode == 0, run.stderr[-3000:]
-    return weights(sft.checkpoints(config.out)[-1]), run.stdout + run.stderr
+    return weights(runs.checkpoints(config.out)[-1]), run.stdout + run.stderr
 
 
 def test_micro_batches_and_two_processes_give_the_gradient_of_one_big_batch(world, tmp_path):
@@ -154,10 +198,23 @@ def test_micro_batches_and_two_processes_give_the_gradient_of_one_big_batch(worl
     broken = os.path.join(os.path.dirname(world["data"]), "five.jsonl")
     with open(broken, "w") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
-    base = dict(data=broken, steps=1, global_batch=5, lr=1.0, clip=1e9, latent_loss="mse", lam=0.3, warmup=0.0)
+    base = dict(
+        data=broken,
+        steps=1,
+        global_batch=5,
+        lr=1.0,
+        clip=1e9,
+        latent_loss="mse",
+        lam=0.3,
+        warmup=0.0,
+    )
     big, _ = descend(tmp_path, 1, settings(world, tmp_path / "big", **{**base, "micro_batch": 5}))
-    small, _ = descend(tmp_path, 1, settings(world, tmp_path / "small", **{**base, "micro_batch": 1}))
-    two, said = descend(tmp_path, 2, settings(world, tmp_path / "two", **{**base, "micro_batch": 2}))
+    small, _ = descend(
+        tmp_path, 1, settings(world, tmp_path / "small", **{**base, "micro_batch": 1})
+    )
+    two, said = descend(
+        tmp_path, 2, settings(world, tmp_path / "two", **{**base, "micro_batch": 2})
+    )
     start = weights(world["model"])
     moved = max((big[k] - start[k]).abs().max().item() for k in start)
     assert moved > 1e-2
@@ -172,17 +229,38 @@ def test_micro_batches_and_two_processes_give_the_gradient_of_one_big_batch(worl
 
 def test_zero_redundancy_gives_the_same_weights_and_resumes(world, tmp_path):
     """Breaks if the sharded optimizer state is not gathered before it is saved."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               os.path.join(ROOT, "sft.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        os.path.join(ROOT, "sft.py"),
+    ]
 
     def run(out, *flags):
         c = vars(settings(world, out, steps=2, save_every=1))
-        flags = [*flags, *(f for k, v in c.items() if k not in ("zero", "resume") for f in
-                           ([f"--{'' if v else 'no-'}{k}"] if isinstance(v, bool) else [f"--{k}", str(v)]))]
-        done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=240,
-                              env=dict(os.environ, OMP_NUM_THREADS="1"))
+        flags = [
+            *flags,
+            *(
+                f
+                for k, v in c.items()
+                if k not in ("zero", "resume")
+                for f in (
+                    [f"--{'' if v else 'no-'}{k}"] if isinstance(v, bool) else [f"--{k}", str(v)]
+                )
+            ),
+        ]
+        done = subprocess.run(
+            [*command, *flags],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env=dict(os.environ, OMP_NUM_THREADS="1"),
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         return weights(os.path.join(out, "step_000002"))
+
     plain, zero = run(tmp_path / "plain"), run(tmp_path / "zero", "--zero")
     shutil.rmtree(tmp_path / "zero" / "step_000002")
     again = run(tmp_path / "zero", "--zero", "--resume")
@@ -204,11 +282,15 @@ def test_self_forcing_feeds_what_decoding_would(batch):
     step = sft.Step(model, sft.Config(self_forcing_passes=3))
     fed = []
     original = model.embed
-    model.embed = lambda *args, **kw: fed.append(args[5] if len(args) > 5 else kw["latents"]) or original(*args, **kw)
+    model.embed = lambda *args, **kw: (
+        fed.append(args[5] if len(args) > 5 else kw["latents"]) or original(*args, **kw)
+    )
     step(b, own=torch.tensor([True, False, True, False]))
     e, z = fed[0], fed[-1]  # the first pass reads the true latents, the last forward the row's own
     row = (b["input_ids"] == model.config.latent_id).nonzero()[:, 0]
-    assert torch.equal(z[row % 2 == 1], e[row % 2 == 1]) and not torch.allclose(z[row == 0], e[row == 0])
+    assert torch.equal(z[row % 2 == 1], e[row % 2 == 1]) and not torch.allclose(
+        z[row == 0], e[row == 0]
+    )
     # one word at a time: the latent after LS is to_latent of the state there, with all earlier latents its own
     with torch.no_grad():
         latents = e.clone()
@@ -244,7 +326,9 @@ def test_text_only_rows_have_no_spans_and_the_vision_tower_stays(world, tmp_path
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_logged(world, tmp_path, monkeypatch):
     """Breaks if a NaN reaches the weights."""
     real = sft.Step.forward
-    monkeypatch.setattr(sft.Step, "forward", lambda self, *a: [x * math.nan for x in real(self, *a)])
+    monkeypatch.setattr(
+        sft.Step, "forward", lambda self, *a: [x * math.nan for x in real(self, *a)]
+    )
     done = sft.train(settings(world, tmp_path, steps=1))
     a, b = weights(world["model"]), weights(done)
     assert all(torch.equal(a[k], b[k]) for k in a) and read_log(tmp_path)[0]["update_skipped"]
@@ -252,7 +336,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_logged(world, tmp_
 
 def test_loss_falls_and_curves_are_drawn(world, tmp_path):
     """Breaks if the optimizer, the labels or the latents' alignment is wrong: then 24 rows cannot be learnt by heart."""
-    done = sft.train(settings(world, tmp_path, steps=60, global_batch=24, micro_batch=24, cache_frames=1000))
+    done = sft.train(
+        settings(world, tmp_path, steps=60, global_batch=24, micro_batch=24, cache_frames=1000)
+    )
     log = read_log(tmp_path)
     assert log[-1]["ce"] < 0.2 * log[0]["ce"] and log[-1]["latent"] < 0.5 * log[5]["latent"]
     assert os.path.getsize(tmp_path / "loss.png") > 5000 and done.endswith("step_000060")
@@ -263,7 +349,9 @@ def test_packed_and_padded_batches_give_the_same_loss(world):
     model, tokenizer = load(world["model"])
     samples = Samples(read_rows(world["data"])[:3], tokenizer, settings(world, "unused"))
     step = sft.Step(model, sft.Config())
-    padded, packed = (step(collate([samples[i] for i in range(3)], 0, pack=p)) for p in (False, True))
+    padded, packed = (
+        step(collate([samples[i] for i in range(3)], 0, pack=p)) for p in (False, True)
+    )
     for a, b in zip(padded, packed):
         assert torch.allclose(a, b, rtol=1e-4)
 
@@ -276,9 +364,31 @@ def test_the_script_takes_a_full_vocabulary_and_shows_a_row(world, tmp_path):
     model.save_pretrained(tmp_path / "big")
     tokenizer.save_pretrained(tmp_path / "big")
     run = subprocess.run(
-        [sys.executable, os.path.join(ROOT, "sft.py"), "--model", str(tmp_path / "big"), "--data", world["data"],
-         "--out", str(tmp_path / "out"), "--steps", "1", "--global_batch", "2", "--workers", "1", "--gradient_checkpointing"],
-        capture_output=True, text=True, timeout=240)
+        [
+            sys.executable,
+            os.path.join(ROOT, "sft.py"),
+            "--model",
+            str(tmp_path / "big"),
+            "--data",
+            world["data"],
+            "--out",
+            str(tmp_path / "out"),
+            "--steps",
+            "1",
+            "--global_batch",
+            "2",
+            "--workers",
+            "1",
+            "--gradient_checkpointing",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert "last checkpoint:" in run.stdout and "latent   '<|latent|>'" in run.stdout and "visual" in run.stdout
+    assert (
+        "last checkpoint:" in run.stdout
+        and "latent   '<|latent|>'" in run.stdout
+        and "visual" in run.stdout
+    )
     assert math.isfinite(read_log(tmp_path / "out")[0]["loss"])

@@ -1,6 +1,6 @@
 """What an evaluation looks like: report.html, one file that opens without a server, and tables over several runs.
 
-    python report.py runs/eval_text runs/eval_latent ...      # the groups of several summary.json side by side
+    python -m common.report runs/eval_text runs/eval_latent ...      # the groups of several summary.json side by side
 
 `evaluate.py` calls `imagined` for the samples it was told to show, while their latents are at hand, and `write_report` at
 its end. A span is drawn as a strip of the frames it is nearest to: the cosine between a latent and the vision embedding of
@@ -18,40 +18,12 @@ from html import escape
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from benchmarks import PAPER, film, jpeg
-from data import ClipError, key_frame_positions, read_clip
-from model import LATENT_END, LATENT_START, normalise, resize_and_cut
-from rewards import diversity_reward, format_reward, repetition_score
+from common.benchmarks import PAPER
+from common.clips import ClipError, film, jpeg, key_frame_positions, read_clip
+from common.runs import read_log
+from model import LATENT_END, LATENT_START
 
-
-def imagined(model, row, latents, lengths, budget):
-    """What a row's spans are near to -> a JSON-able dict. Source: ours; `similarity` is Eq. (6)'s b_m compared.
-
-    latents (N, D), lengths: latents of each span, budget: pixels (min, max) of a frame. {"spans": lengths, "frames": labels,
-    "cosine": (N, F), "similarity": (M, M) of the non-empty spans' means, "diversity": R_div}, or {"error": why}.
-    """
-    try:
-        frames = film(row)
-    except ClipError as e:
-        return dict(error=str(e))
-    out = dict(spans=lengths, frames=[label for label, _, _ in frames], cosine=[], similarity=[],
-               diversity=round(diversity_reward(latents, lengths), 4))
-    if frames and len(latents):
-        z = F.normalize(latents.float(), dim=-1)  # (N, D)
-        columns = []
-        for _, _, pixels in frames:
-            patches, grid = resize_and_cut(pixels[None], *budget)
-            e = model.encode_frames(normalise(patches).to(model.device), grid[None].to(model.device))  # (K, D)
-            columns.append((z @ F.normalize(e.float(), dim=-1).T).amax(1))  # (N,)
-        out["cosine"] = [[round(v, 3) for v in line] for line in torch.stack(columns, 1).tolist()]
-        b = F.normalize(torch.stack([s.mean(0) for s in latents.float().split([n for n in lengths if n])]), dim=-1)  # (M, D)
-        out["similarity"] = [[round(v, 3) for v in line] for line in (b @ b.T).tolist()]
-    return out
-
-
-# ------------------------------------------------------------------------------------------------------------- tables
 
 def paper_rows(summary):
     """summary.json's content -> (columns, rows of text): ours, then what the paper published; ([], []) if nothing is. Ours.
@@ -65,17 +37,25 @@ def paper_rows(summary):
     if benchmark == "twiffbench":
         mine = [f"{scores['all'][c]:.2f}" if scores["all"]["n"] else "-" for c in columns]
     else:
-        mine = [f"{100 * scores[c]['official']:.1f}" if scores.get(c, {}).get("n") else "-" for c in columns[:-2]]
+        mine = [
+            f"{100 * scores[c]['official']:.1f}" if scores.get(c, {}).get("n") else "-"
+            for c in columns[:-2]
+        ]
         mine += [f"{scores['all']['tokens']:.1f}", f"{summary['seconds']['all']:.2f}"]
-    return ["", *columns], [[f"ours, {summary['found']} of {summary['total']} found", *mine],
-                            *([f"paper's: {name}", *values] for name, values in published.items())]
+    return ["", *columns], [
+        [f"ours, {summary['found']} of {summary['total']} found", *mine],
+        *([f"paper's: {name}", *values] for name, values in published.items()),
+    ]
 
 
 def as_text(head, rows):
     """A table as text: the first column to the left, the others to the right. Source: ours."""
     rows = [[str(cell) for cell in row] for row in [head, *rows]]
     wide = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(head))]
-    return "\n".join("  ".join(f"{cell:{'>' if i else '<'}{wide[i]}}" for i, cell in enumerate(row)) for row in rows)
+    return "\n".join(
+        "  ".join(f"{cell:{'>' if i else '<'}{wide[i]}}" for i, cell in enumerate(row))
+        for row in rows
+    )
 
 
 def compare(folders):
@@ -89,18 +69,25 @@ def compare(folders):
             summary = json.load(f)
         if groups is None:
             groups = list(summary["scores"])
-            lines = ["| | latents | " + " | ".join(groups) + " | found |", "|---" * (len(groups) + 3) + "|"]
+            lines = [
+                "| | latents | " + " | ".join(groups) + " | found |",
+                "|---" * (len(groups) + 3) + "|",
+            ]
         cells = []
         for group in groups:
             s = summary["scores"].get(group, {})
-            value, (low, high) = s.get("accuracy", s.get("average")), s.get("bootstrap", (None, None))
+            value, (low, high) = (
+                s.get("accuracy", s.get("average")),
+                s.get("bootstrap", (None, None)),
+            )
             cells.append("" if value is None else f"{value:.3f} ({low:.3f} - {high:.3f})")
-        lines.append(f"| {folder} | {summary['latents']} | " + " | ".join(cells)
-                     + f" | {summary['found']}/{summary['total']} |")
+        lines.append(
+            f"| {folder} | {summary['latents']} | "
+            + " | ".join(cells)
+            + f" | {summary['found']}/{summary['total']} |"
+        )
     return "\n".join(lines)
 
-
-# --------------------------------------------------------------------------------------------------------------- html
 
 STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;max-width:62rem;padding:.6rem;color:#222;overflow-wrap:anywhere}
@@ -121,38 +108,72 @@ details{border:1px solid #ccc;border-radius:.4rem;margin:.4rem 0;padding:.3rem .
 
 def _table(head, rows):
     cells = "".join(f"<th>{escape(str(h))}</th>" for h in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(str(c))}</td>" for c in row) + "</tr>" for row in rows
+    )
     return f'<div class="wide"><table><tr>{cells}</tr>{body}</table></div>'
 
 
 def score_rows(scores):
     """{group: scores} -> (head, rows of text) with every column the table and the report show. Source: ours."""
     judged = "chain" in next(iter(scores.values()))
-    head = ["group", "n", *(["chain", "answer", "average"] if judged else ["accuracy"]), "95% interval",
-            *([] if judged else ["strict", "official"]), "unparsed", "failed" if judged else "official unparsed", "skipped",
-            "spans", "latents", "tokens"]
+    head = [
+        "group",
+        "n",
+        *(["chain", "answer", "average"] if judged else ["accuracy"]),
+        "95% interval",
+        *([] if judged else ["strict", "official"]),
+        "unparsed",
+        "failed" if judged else "official unparsed",
+        "skipped",
+        "spans",
+        "latents",
+        "tokens",
+    ]
     rows = []
     for group, s in scores.items():
-        main = [f"{s[k]:.3f}" if s["n"] else "-" for k in (("chain", "answer", "average") if judged else ("accuracy",))]
+        main = [
+            f"{s[k]:.3f}" if s["n"] else "-"
+            for k in (("chain", "answer", "average") if judged else ("accuracy",))
+        ]
         other = [] if judged else [f"{s[k]:.3f}" if k in s else "" for k in ("strict", "official")]
         interval = "{:.3f} - {:.3f}".format(*s["bootstrap"]) if s["n"] else "-"
-        rows.append([group, s["n"], *main, interval, *other, s["unparsed"],
-                     s["failed"] if judged else s.get("official_unparsed", ""), s["skipped"],
-                     f"{s['spans']:.2f}", f"{s['latents']:.2f}", f"{s['tokens']:.1f}"])
+        rows.append(
+            [
+                group,
+                s["n"],
+                *main,
+                interval,
+                *other,
+                s["unparsed"],
+                s["failed"] if judged else s.get("official_unparsed", ""),
+                s["skipped"],
+                f"{s['spans']:.2f}",
+                f"{s['latents']:.2f}",
+                f"{s['tokens']:.1f}",
+            ]
+        )
     return head, rows
 
 
 def _chart(scores):
     """Spans per answer by group, as bars."""
-    groups, top = [g for g in scores if g != "all"] or ["all"], max([s["spans"] for s in scores.values()] + [1e-9])
+    groups, top = (
+        [g for g in scores if g != "all"] or ["all"],
+        max([s["spans"] for s in scores.values()] + [1e-9]),
+    )
     parts, height = [], 26 * len(groups)
     for i, g in enumerate(groups):
         y, width = 26 * i, 150 * scores[g]["spans"] / top
-        parts.append(f'<text x="0" y="{y + 17}">{escape(g if len(g) < 14 else g[:13] + "…")}</text>'
-                     f'<rect class="bar" x="100" y="{y + 4}" width="{width:.1f}" height="18"/>'
-                     f'<text x="{104 + width:.1f}" y="{y + 17}">{scores[g]["spans"]:.2f}</text>')
-    return (f'<svg viewBox="0 0 300 {height}" width="300" height="{height}" font-size="13" role="img" '
-            f'aria-label="spans per answer by group">{"".join(parts)}</svg>')
+        parts.append(
+            f'<text x="0" y="{y + 17}">{escape(g if len(g) < 14 else g[:13] + "…")}</text>'
+            f'<rect class="bar" x="100" y="{y + 4}" width="{width:.1f}" height="18"/>'
+            f'<text x="{104 + width:.1f}" y="{y + 17}">{scores[g]["spans"]:.2f}</text>'
+        )
+    return (
+        f'<svg viewBox="0 0 300 {height}" width="300" height="{height}" font-size="13" role="img" '
+        f'aria-label="spans per answer by group">{"".join(parts)}</svg>'
+    )
 
 
 def _figure(name, role, label, value=None):
@@ -165,15 +186,19 @@ def _span(k, at, info, frames, name):
     n = info["spans"][k]
     if not n or not info["cosine"]:
         return f'<div class="span">span {k + 1}: {n} latents</div>'
-    cosine = torch.tensor(info["cosine"][at:at + n])  # (n, F)
+    cosine = torch.tensor(info["cosine"][at : at + n])  # (n, F)
     mean = cosine.mean(0)
-    strip = "".join(_figure(f"{name}{f}", frames[f][1], frames[f][0], mean[f].item())
-                    for f in mean.argsort(descending=True)[:5].tolist())
+    strip = "".join(
+        _figure(f"{name}{f}", frames[f][1], frames[f][0], mean[f].item())
+        for f in mean.argsort(descending=True)[:5].tolist()
+    )
     values = [[i, *(f"{v:.3f}" for v in line)] for i, line in enumerate(cosine.tolist(), 1)]
     values = _table(["latent", *info["frames"]], values)
-    return (f'<div class="span">span {k + 1}: {n} latent{"s" * (n > 1)}, nearest frames first'
-            f'<div class="strip">{strip}</div>'
-            f"<details><summary>cosine of each latent and frame</summary>{values}</details></div>")
+    return (
+        f'<div class="span">span {k + 1}: {n} latent{"s" * (n > 1)}, nearest frames first'
+        f'<div class="strip">{strip}</div>'
+        f"<details><summary>cosine of each latent and frame</summary>{values}</details></div>"
+    )
 
 
 def _sample(number, row, line, css):
@@ -186,39 +211,67 @@ def _sample(number, row, line, css):
     for f, (_, _, pixels) in enumerate(frames):
         data = base64.b64encode(jpeg(pixels, 112)).decode()
         css.append(f"i.{name}{f}{{background-image:url(data:image/jpeg;base64,{data})}}")
-    seen, future = ("".join(_figure(f"{name}{f}", r, label) for f, (label, r, _) in enumerate(frames) if r == role)
-                    for role in ("seen", "future"))
+    seen, future = (
+        "".join(
+            _figure(f"{name}{f}", r, label) for f, (label, r, _) in enumerate(frames) if r == role
+        )
+        for role in ("seen", "future")
+    )
     body, at = [], 0
     if "error" in info:
         body.append(f'<p class="text">{escape(info["error"])}</p>')
     for k, part in enumerate(line["response"].replace("<|im_end|>", "").split(LATENT_START)):
         if k:
             inside, end, part = part.partition(LATENT_END)
-            body.append(_span(k - 1, at, info, frames, name) if "error" not in info else '<div class="span">a span</div>')
+            body.append(
+                _span(k - 1, at, info, frames, name)
+                if "error" not in info
+                else '<div class="span">a span</div>'
+            )
             at += 0 if "error" in info else info["spans"][k - 1]
         body.append(f'<p class="text">{escape(part)}</p>' if part.strip() else "")
-    rewards = (f"R_fmt {format_reward(line['response']):.0f}, repetition {repetition_score(line['response']):.2f}, "
-               f"R_div {info.get('diversity', 0):.3f}")
+    rewards = (
+        f"R_fmt {info.get('format', 0):.0f}, repetition {info.get('repetition', 0):.2f}, "
+        f"R_div {info.get('diversity', 0):.3f}"
+    )
     if "right" in line:
-        good, verdict = line["right"], "right" if line["right"] else "unparsed" if line["picked"] is None else "wrong"
+        good, verdict = (
+            line["right"],
+            "right" if line["right"] else "unparsed" if line["picked"] is None else "wrong",
+        )
         rewards = f"R_acc {float(good):.0f}, {rewards}; letters: " + ", ".join(
-            f"{name} {line[name] or '-'}" for name in ("strict", "official"))
+            f"{name} {line[name] or '-'}" for name in ("strict", "official")
+        )
     else:
         good = bool(judged) and judged["average"] >= 3
-        verdict = "not judged" if not judged else f"chain {judged['chain']:g}, answer {judged['answer']:g}"
+        verdict = (
+            "not judged"
+            if not judged
+            else f"chain {judged['chain']:g}, answer {judged['answer']:g}"
+        )
         verdict += f" ({line['why']})" if line.get("why") else ""
     similarity = ""
     if len(info.get("similarity", [])) > 1:
         filled = [str(i) for i, n in enumerate(info["spans"], 1) if n]
         similarity = '<p class="key">similarity of spans (cosine of their means)</p>' + _table(
-            ["span", *filled], [[i, *(f"{v:.3f}" for v in values)] for i, values in zip(filled, info["similarity"])])
-    options = "".join(f"\n{chr(65 + i)}) {o}" for i, o in enumerate(row.options or []) if o not in row.question)
-    return (f'<details><summary><b class="{"right" if good else "wrong"}">{escape(verdict)}</b> · {escape(row.group)} · '
-            f'{escape(row.id)}</summary><p class="text"><b>{escape(row.question + options)}</b></p>'
-            f'<p class="key">seen</p><div class="strip">{seen}</div>'
-            + (f'<p class="key">what really follows</p><div class="strip">{future}</div>' if future else "")
-            + f'<p class="key">response</p>{"".join(body)}<p>true answer: <b>{escape(row.answer)}</b></p>'
-            f'<p class="key">{escape(rewards)}</p>{similarity}</details>')
+            ["span", *filled],
+            [[i, *(f"{v:.3f}" for v in values)] for i, values in zip(filled, info["similarity"])],
+        )
+    options = "".join(
+        f"\n{chr(65 + i)}) {o}" for i, o in enumerate(row.options or []) if o not in row.question
+    )
+    return (
+        f'<details><summary><b class="{"right" if good else "wrong"}">{escape(verdict)}</b> · {escape(row.group)} · '
+        f'{escape(row.id)}</summary><p class="text"><b>{escape(row.question + options)}</b></p>'
+        f'<p class="key">seen</p><div class="strip">{seen}</div>'
+        + (
+            f'<p class="key">what really follows</p><div class="strip">{future}</div>'
+            if future
+            else ""
+        )
+        + f'<p class="key">response</p>{"".join(body)}<p>true answer: <b>{escape(row.answer)}</b></p>'
+        f'<p class="key">{escape(rewards)}</p>{similarity}</details>'
+    )
 
 
 def write_report(path, summary, lines, rows):
@@ -229,33 +282,44 @@ def write_report(path, summary, lines, rows):
             samples.append(_sample(len(samples), by_id[line["id"]], line, css))
     head, table = score_rows(summary["scores"])
     columns, beside = paper_rows(summary)
-    paper = f"<h2>Beside what the paper published (not run here)</h2>{_table(columns, beside)}" if beside else ""
+    paper = (
+        f"<h2>Beside what the paper published (not run here)</h2>{_table(columns, beside)}"
+        if beside
+        else ""
+    )
     about = [(k, json.dumps(summary[k], ensure_ascii=False)) for k in summary if k != "scores"]
-    page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>evaluation</title><style>{STYLE}{''.join(css)}</style>"
-            f"<h1>{escape(summary['benchmark'] or 'evaluation')}: {escape(summary['model'])}</h1>"
-            f"<p>{summary['found']} of {summary['total']} samples found, latents: {escape(summary['latents'])}</p>"
-            f"{_table(head, table)}"
-            f"<h2>Spans per answer</h2>{_chart(summary['scores'])}{paper}"
-            f'<details class="about"><summary>settings</summary>{_table(["", ""], about)}</details>'
-            f'<h2>{len(samples)} samples</h2><p class="key">Borders: blue = seen, green = what really follows, grey = other '
-            f"frames of the clip. Values: cosine.</p>{''.join(samples)}</html>")
+    page = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>evaluation</title><style>{STYLE}{''.join(css)}</style>"
+        f"<h1>{escape(summary['benchmark'] or 'evaluation')}: {escape(summary['model'])}</h1>"
+        f"<p>{summary['found']} of {summary['total']} samples found, latents: {escape(summary['latents'])}</p>"
+        f"{_table(head, table)}"
+        f"<h2>Spans per answer</h2>{_chart(summary['scores'])}{paper}"
+        f'<details class="about"><summary>settings</summary>{_table(["", ""], about)}</details>'
+        f'<h2>{len(samples)} samples</h2><p class="key">Borders: blue = seen, green = what really follows, grey = other '
+        f"frames of the clip. Values: cosine.</p>{''.join(samples)}</html>"
+    )
     with open(path + ".part", "w", encoding="utf-8") as f:
         f.write(page)
     os.replace(path + ".part", path)
 
 
-# ----------------------------------------------------------------------------------------------------------- pictures
-
 def draw_bars(results, names, groups, png):
     """[{training: {group: scores}} a seed] -> accuracy by group as bars, a dot a seed; grey: chance. Source: ours."""
     fig, ax = _axes(1, 9, 3.4)
     for i, name in enumerate(results[0]):
-        values = np.array([[r[name][g]["accuracy"] for g in (*groups, "all")] for r in results])  # (seeds, groups + 1)
+        values = np.array(
+            [[r[name][g]["accuracy"] for g in (*groups, "all")] for r in results]
+        )  # (seeds, groups + 1)
         at = np.arange(len(groups) + 1) + (i - (len(results[0]) - 1) / 2) * 0.8 / len(results[0])
         ax.bar(at, values.mean(0), 0.8 / len(results[0]), label=names.get(name, name))
         ax.plot(np.repeat(at[None], len(values), 0), values, "k.", ms=3)
-    ax.set(xticks=range(len(groups) + 1), xticklabels=[*groups, "avg"], ylabel="accuracy", ylim=(0, 1.02))
+    ax.set(
+        xticks=range(len(groups) + 1),
+        xticklabels=[*groups, "avg"],
+        ylabel="accuracy",
+        ylim=(0, 1.02),
+    )
     ax.axhline(0.25, color="grey", lw=0.7, ls=":")
     ax.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     fig.savefig(png, dpi=120)
@@ -276,21 +340,74 @@ def draw_rl(runs, png):
     fig, axes = _axes(2, 11, 3.4)
     for ax, key in zip(axes, ("total", "accuracy")):
         for name, logs in runs.items():
-            values = np.mean([[json.loads(line)[key] for line in open(log)] for log in logs], 0)  # (steps,)
+            values = np.mean(
+                [[json.loads(line)[key] for line in open(log)] for log in logs], 0
+            )  # (steps,)
             n = min(10, len(values))
-            ax.plot(np.arange(n - 1, len(values)), np.convolve(values, np.ones(n) / n, "valid"), lw=1, label=name)
-        ax.set(xlabel="step", ylabel={"total": "reward R, Eq. (7)", "accuracy": "accuracy of the rollouts"}[key])
+            ax.plot(
+                np.arange(n - 1, len(values)),
+                np.convolve(values, np.ones(n) / n, "valid"),
+                lw=1,
+                label=name,
+            )
+        ax.set(
+            xlabel="step",
+            ylabel={"total": "reward R, Eq. (7)", "accuracy": "accuracy of the rollouts"}[key],
+        )
     axes[1].legend(fontsize=7, frameon=False)
     fig.savefig(png, dpi=120)
 
 
 def _axes(columns, width, height):
     from matplotlib.figure import Figure  # no pyplot: nothing to close, no display asked for
+
     fig = Figure(figsize=(width, height), layout="constrained")
     return fig, fig.subplots(1, columns)
 
 
+def draw_curves(log, png, panels=(("ce",), ("latent",), ("grad_norm",))):
+    """log.jsonl -> its keys over the steps, a panel a tuple, as a picture: each step thin, the mean of ten thick. Ours."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = read_log(log)
+    panels = [
+        keys for keys in panels if any(line[key] for line in lines for key in keys)
+    ] or panels[:1]
+    fig, axes = plt.subplots(
+        1, len(panels), figsize=(4 * len(panels), 3), squeeze=False, constrained_layout=True
+    )
+    for ax, keys in zip(axes[0], panels):
+        for key in keys:
+            some = [
+                line for line in lines if line[key] is not None
+            ]  # a step without an update has no such figure
+            if not some:
+                continue
+            steps, values = [line["step"] for line in some], np.array([line[key] for line in some])
+            (thin,) = ax.plot(steps, values, lw=0.6, alpha=0.5)
+            mean = np.convolve(values, np.ones(10) / 10, "valid") if len(values) >= 10 else values
+            ax.plot(
+                steps[-len(mean) :],
+                mean,
+                color=thin.get_color(),
+                label={"ce": "L_CE a token, Eq. (2)", "latent": "L_latent, Eq. (3)"}.get(
+                    key, key.replace("_", " ")
+                ),
+            )
+        ax.set(
+            xlabel="step", yscale="log" if keys[0] in ("ce", "latent", "grad_norm") else "linear"
+        )
+        ax.legend(frameon=False, fontsize=8)
+    fig.savefig(png, dpi=110)
+    plt.close(fig)
+
+
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        raise SystemExit("usage: python report.py FOLDER [FOLDER ...]   (folders that evaluate.py wrote)")
+        raise SystemExit(
+            "usage: python -m common.report FOLDER [FOLDER ...]   (folders that evaluate.py wrote)"
+        )
     print(compare(sys.argv[1:]))

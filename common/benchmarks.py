@@ -1,0 +1,227 @@
+"""The benchmarks: how their public files become rows, what the paper published on them, and TwiFF-Bench's judge.
+
+    rows, average = read_benchmark("mcq", "videomme/test.parquet", "videomme/videos")
+    judge = ScoreJudge(url, model, cache="runs/eval/judge_replies.jsonl")
+    judge([(row, response), ...])   # -> [({"chain": 4.0, "answer": 5.0}, None), (None, "APITimeoutError"), ...]
+
+Multiple choice has one normal form, {id, video, question, options, answer, group}; `READERS` says for each release which
+of its fields goes where. Rows of the normal form, and of every format of data.py with options, need no reader.
+
+Where this differs from the official code: 1. A judge's failure is counted and named and leaves the row unscored; official
+drops it. 2. The judge's prompt is our own wording, so scores compare between models judged here; against the paper's they
+are indicative.
+"""
+
+import glob
+import os
+import re
+from typing import NamedTuple
+
+from common.formats import Clip, RecordError, read_record, read_records, read_rows
+
+BENCHMARKS = ("", "futurebench", "twiffbench", "mcq")
+
+
+HOPS = {
+    "hop1": "1-hop",
+    "hop2": "2-hop",
+    "hop3": "3-hop",
+    "hop5": "interp",
+}  # FutureBench's four splits
+
+
+# Published by the paper (Qwen3-VL-8B), never run here: {benchmark: (columns, {row: values})}
+PAPER = {
+    "futurebench": (
+        ("1-hop", "2-hop", "3-hop", "interp", "all", "tokens", "seconds"),
+        {
+            "Qwen3-VL-8B": (64.2, 65.8, 66.2, 55.8, 61.0, 288.8, 1.18),
+            "text-only SFT": (67.6, 66.8, 68.2, 62.0, 65.0),
+            "Future-L1-SFT": (70.5, 73.1, 77.6, 72.2, 73.2, 205.3, 0.96),
+            "Future-L1-RL": (83.2, 86.5, 86.6, 85.1, 85.4, 195.3, 0.91),
+        },
+    ),
+    "twiffbench": (
+        ("chain", "answer", "average"),
+        {
+            "Qwen3-VL-8B": (2.75, 2.14, 2.44),
+            "Future-L1-SFT": (2.62, 2.42, 2.52),
+            "Future-L1-RL": (3.11, 2.97, 3.04),
+        },
+    ),
+}
+
+
+class Reader(NamedTuple):
+    """Where a release keeps what. Texts in braces are its fields; {stem}: the file's name, {n}: the record's number."""
+
+    keys: tuple  # a record of this release has all of these
+    id: str
+    video: str  # below the media root
+    options: str | tuple  # the field that lists them, or one field each
+    group: str
+    average: str = "micro"
+    index: bool = False  # the answer is a number from 0 on; else a letter or an option's text
+
+
+READERS = {  # the first that fits is taken
+    "Video-MME": Reader(
+        ("videoID", "question_id", "options"),
+        "{question_id}",
+        "{videoID}.mp4",
+        "options",
+        "{duration}",
+    ),
+    "EgoSchema": Reader(
+        ("video_idx", "option"), "{question_idx}", "{video_idx}.mp4", "option", "all", index=True
+    ),
+    "NExT-QA": Reader(
+        ("qid", "a0", "a4"),
+        "{video}-{qid}",
+        "{video}.mp4",
+        ("a0", "a1", "a2", "a3", "a4"),
+        "{type}",
+        index=True,
+    ),
+    "MLVU": Reader(
+        ("candidates", "question_type"),
+        "{stem}-{n}",
+        "{stem}/{video}",
+        "candidates",
+        "{question_type}",
+        "macro",
+    ),
+    "MVBench": Reader(("candidates",), "{stem}-{n}", "{folder}/{video}", "candidates", "{stem}"),
+}
+
+
+MVBENCH_FOLDERS = {  # where MVBench's release keeps the clips of a task (the file's name)
+    folder: tasks.split()
+    for folder, tasks in {
+        "star/Charades_v1_480": "action_sequence action_prediction object_interaction",
+        "ssv2_video": "action_antonym",
+        "Moments_in_Time_Raw/videos": "fine_grained_action",
+        "FunQA_test/test": "unexpected_action",
+        "sta/sta_video": "action_localization",
+        "scene_qa/video": "scene_transition",
+        "perception/videos": "object_shuffle action_count state_change character_order",
+        "clevrer/video_validation": "object_existence moving_direction moving_count moving_attribute "
+        "counterfactual_inference",
+        "nturgbd": "fine_grained_pose",
+        "vlnqa": "egocentric_navigation",
+        "tvqa/frames_fps3_hq": "episodic_reasoning",
+    }.items()
+}  # the last: folders of pictures, read as missing clips
+
+
+def normal_form(record, where, stem="", n=0):
+    """A record of one of READERS' releases -> ({id, video, question, options, answer, group}, its Reader), else (record,
+    None). MVBench's {start, end} stay. Source: the public releases' fields. Raises RecordError naming a missing field."""
+    reader = next((r for r in READERS.values() if set(r.keys) <= set(record)), None)
+    if reader is None:
+        return record, None
+    fields = dict(
+        record,
+        stem=stem,
+        n=n,
+        folder=next((f for f, tasks in MVBENCH_FOLDERS.items() if stem in tasks), "."),
+    )
+    try:
+        options = (
+            record[reader.options]
+            if isinstance(reader.options, str)
+            else [record[key] for key in reader.options]
+        )
+        out = {name: getattr(reader, name).format(**fields) for name in ("id", "video", "group")}
+        out |= dict(question=record["question"], answer=record["answer"])
+    except KeyError as e:
+        raise RecordError(f"{where}: key {e} is missing (found {', '.join(sorted(record))})") from e
+    options = [str(o) for o in options]
+    if all(
+        re.match(rf"\(?{chr(65 + i)}[).:]\s*\S", o) for i, o in enumerate(options)
+    ):  # "A. red": the letter goes
+        options = [re.sub(r"^\(?[A-Z][).:]\s*", "", o) for o in options]
+    if reader.index:
+        if not re.fullmatch(r"\d+", str(out["answer"])) or int(out["answer"]) >= len(options):
+            raise RecordError(
+                f"{where}: 'answer' should be 0..{len(options) - 1}, found {out['answer']!r} (EgoSchema has "
+                "answers in its subset only)"
+            )
+        out["answer"] = chr(65 + int(out["answer"]))
+    return dict(
+        out, options=options, **{k: record[k] for k in ("start", "end") if k in record}
+    ), reader
+
+
+def files_of(data):
+    """A path or a hub id -> [(name, records)]: a file, each file of a folder, or a dataset's test split (by `datasets`).
+
+    Raises FileNotFoundError for what is none of them, RecordError for what cannot be read. Source: ours.
+    """
+    if os.path.isdir(data):
+        paths = sorted(
+            p
+            for ext in ("json", "jsonl", "parquet")
+            for p in glob.glob(f"{glob.escape(data)}/*.{ext}")
+        )
+        if not paths:
+            raise FileNotFoundError(f"{data}: no .json, .jsonl or .parquet file in this folder")
+        return [(path, read_records(path)) for path in paths]
+    if (
+        os.path.exists(data)
+        or not re.fullmatch(r"[\w.-]+/[\w.-]+", data)
+        or data.endswith((".json", ".jsonl", ".parquet"))
+    ):
+        return [(data, read_records(data))]
+    try:
+        import datasets
+    except ImportError as e:
+        raise RecordError(
+            f"{data}: no such file, and reading it from the hub needs datasets (pip install datasets)"
+        ) from e
+    splits = datasets.load_dataset(data)
+    split = "test" if "test" in splits else next(iter(splits))
+    return [
+        (data, splits[split].data.to_pylist())
+    ]  # the stored form: pictures as bytes, not decoded
+
+
+def read_benchmark(name, data, media_root=None):
+    """-> (rows, how groups are averaged: micro | macro). Source: DESIGN.md section 5, READERS.
+
+    name: one of BENCHMARKS; data: a file, a folder of files, or a hub id; media_root as in data.read_rows. An id that comes
+    again gets a number. Raises ValueError for an unknown name, and as `files_of` and data.read_record do.
+    """
+    if name not in BENCHMARKS:
+        raise ValueError(
+            f"benchmark is {name!r}, expected one of {', '.join(b for b in BENCHMARKS if b)}"
+        )
+    if not name:
+        return read_rows(data, media_root), "micro"
+    rows, averages, seen = [], set(), {}
+    for path, records in files_of(data):
+        root = os.path.dirname(os.path.abspath(path)) if media_root is None else media_root
+        for n, record in enumerate(records):
+            where, reader = f"{path}:{n}", None
+            if name == "mcq" and isinstance(record, dict):
+                record, reader = normal_form(
+                    record, where, os.path.splitext(os.path.basename(path))[0], n
+                )
+            row = read_record(record, where, root)
+            if reader and record.get(
+                "end"
+            ):  # MVBench: the question is about a part of the clip, in seconds
+                row.prompt[0] = Clip(
+                    row.prompt[0].path, float(record.get("start") or 0), float(record["end"])
+                )
+            if row.id == where:  # the file names no id: short, and the same wherever the file lies
+                row.id = f"{os.path.basename(path)}:{n}"
+            if name == "futurebench":
+                row.group = HOPS.get(row.group, row.group)
+            seen[row.id] = seen.get(row.id, 0) + 1
+            row.id += f"#{seen[row.id]}" if seen[row.id] > 1 else ""
+            rows.append(row)
+            averages.add(reader.average if reader else "micro")
+    if not rows:
+        raise RecordError(f"{data}: no records")
+    return rows, averages.pop() if len(averages) == 1 else "micro"

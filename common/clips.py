@@ -1,0 +1,269 @@
+"""Clips and pictures: decord, PyAV, image files; pixels to patches; key frames."""
+
+import io
+import math
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common.formats import Clip, Frame
+
+PATCH, MERGE, TEMPORAL = (
+    16,
+    2,
+    2,
+)  # Qwen3-VL: pixels a patch, patches a token (each way), frames a patch
+
+
+CELL = PATCH * MERGE  # pixels a token, each way
+
+
+def fit(num_frames, height, width, min_pixels, max_pixels):
+    """Size (H, W) in whole 32-pixel cells that keeps the shape and meets the budget over all frames.
+
+    Source: the sizes of Qwen3-VL's image (one frame) and video processors. Raises ValueError beyond 200:1.
+    """
+    if (
+        num_frames > 1 and min(height, width) < CELL
+    ):  # the video processor first scales a tiny clip up to one cell
+        scale = CELL / min(height, width)
+        height, width = int(height * scale), int(width * scale)
+    if max(height, width) > 200 * min(height, width):
+        raise ValueError(f"{width}x{height} pixels: the aspect ratio is beyond 200:1")
+    H, W = round(height / CELL) * CELL, round(width / CELL) * CELL
+    T = max(1, round(num_frames / TEMPORAL) * TEMPORAL) if num_frames > 1 else 1
+    if T * H * W > max_pixels:
+        shrink = math.sqrt(num_frames * height * width / max_pixels)
+        H, W = (max(CELL, math.floor(s / shrink / CELL) * CELL) for s in (height, width))
+    elif T * H * W < min_pixels:
+        grow = math.sqrt(min_pixels / (num_frames * height * width))
+        H, W = (math.ceil(s * grow / CELL) * CELL for s in (height, width))
+    return H, W
+
+
+def resize_and_cut(frames, min_pixels, max_pixels):
+    """frames uint8 (T, H, W, 3) -> patches uint8 (P, 1536) and grid (3,) = (t, h, w) in patches.
+
+    Row order: temporal patch, then 2x2 blocks of patches that the merger joins; a row is (channel, 2 frames, 16, 16).
+    An odd last frame is doubled. Still bytes: see `normalise`. Source: Qwen3-VL's processors, in our own words.
+    """
+    x = torch.as_tensor(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
+    H, W = fit(len(x), *x.shape[-2:], min_pixels, max_pixels)
+    if (H, W) != tuple(x.shape[-2:]):
+        x = F.interpolate(
+            x.contiguous(), (H, W), mode="bicubic", antialias=True
+        )  # on bytes, as HF's fast processors
+    if len(x) % TEMPORAL:
+        x = torch.cat([x, x[-1:]])
+    t, h, w = len(x) // TEMPORAL, H // PATCH, W // PATCH
+    x = x.reshape(t, TEMPORAL, 3, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH)
+    x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # (t, h/2, w/2, 2, 2, 3, 2 frames, 16, 16)
+    return x.reshape(t * h * w, -1), torch.tensor([t, h, w])  # (P, 1536), (3,)
+
+
+def normalise(patches):
+    """Bytes -> floats in [-1, 1]: mean and deviation are 0.5 in all channels. Source: Qwen3-VL."""
+    return (patches.float() - 127.5) / 127.5
+
+
+def resize_and_patchify(frames, min_pixels, max_pixels):
+    """frames uint8 (T, H, W, 3) -> (patches float (P, 1536), grid (3,)), equal to HF's Qwen3-VL processors.
+
+    T = 1 is an image; otherwise a video, whose budgets count the pixels of all T frames. Source: Qwen3-VL.
+    """
+    patches, grid = resize_and_cut(frames, min_pixels, max_pixels)
+    return normalise(patches), grid
+
+
+class ClipError(ValueError):
+    """A clip or image that cannot be read: the message names the file and what each reader said."""
+
+
+def key_frame_positions(num_frames):
+    """Frame numbers (0-based) of a clip's pool of 8 key frames. Source: TwiFF; V=600 -> 1 51 150 249 349 448 547 598.
+
+    The second and the last but one frame, and the midpoints of six equal intervals between frames 2 and V-2. A clip of
+    fewer than 8 frames gives each frame once and repeats the last. Raises ValueError if there is no frame.
+    """
+    if num_frames < 1:
+        raise ValueError(f"a clip needs at least one frame, found {num_frames}")
+    if num_frames < 8:
+        return [min(i, num_frames - 1) for i in range(8)]
+    edges = np.linspace(2, num_frames - 2, 7).astype(int)
+    return [1, *((edges[:-1] + edges[1:] - 1) // 2).tolist(), num_frames - 2]
+
+
+def uniform_positions(num_frames, n):
+    """n frame numbers spread over the whole clip, as Qwen3-VL's video processor takes them; n <= num_frames."""
+    return np.linspace(0, num_frames - 1, min(n, num_frames)).round().astype(int).tolist()
+
+
+def read_clip(path, choose):
+    """Decode some frames of a clip -> (frames uint8 (T, H, W, 3), their numbers, frames per second).
+
+    choose(number of frames) -> list of frame numbers. decord first, PyAV when decord refuses. Raises ClipError with
+    what both said. Source: ours.
+    """
+    if not os.path.isfile(path):
+        raise ClipError(f"{path}: no such file")
+    said = []
+    for reader in (_decord, _pyav):
+        try:
+            frames, numbers, fps = reader(path, choose)
+            return frames, numbers, fps if fps and math.isfinite(fps) else 24.0
+        except ImportError as e:
+            said.append(f"{reader.__name__[1:]}: not installed ({e})")
+        except ClipError as e:
+            said.append(str(e))
+    raise ClipError(f"{path}: cannot be read as a video ({'; '.join(said)})")
+
+
+def read_uniform(clip, n):
+    """A Clip -> n frames spread over it, as `read_clip` returns them. Raises ClipError. Source: ours."""
+    first, last = 0, None
+    if clip.start or clip.end < math.inf:
+        fps = read_clip(clip.path, lambda total: [0] if total else [])[2]
+        first, last = int(clip.start * fps), int(min(clip.end * fps, 2**31))
+
+    def choose(total):
+        if not total:
+            return []
+        a, b = (min(x, total - 1) for x in (first, total if last is None else last))
+        return [a + i for i in uniform_positions(max(b - a, 0) + 1, n)]
+
+    return read_clip(clip.path, choose)
+
+
+def _decord(path, choose):
+    import decord
+
+    try:
+        clip = decord.VideoReader(path, num_threads=1)
+        clock = clip.get_frame_timestamp(np.arange(len(clip)))[:, 0]  # (frames,) seconds
+        if clock[:1] < 0 or (np.diff(clock) <= 0).any() or 0 not in clip.get_key_indices():
+            raise ClipError(
+                "decord: cut by stream copy"
+            )  # it would count hidden frames, or mix the order up
+        numbers = choose(len(clip)) if len(clip) else None
+        frames = clip.get_batch(numbers).asnumpy() if numbers else None
+        fps = float(clip.get_avg_fps())
+    except Exception as e:  # whatever a damaged file provokes: the other reader decides
+        raise ClipError(
+            f"decord: {type(e).__name__} {(str(e).strip().splitlines() or [''])[-1]:.100}"
+        ) from e
+    if frames is None:
+        raise ClipError("decord: no frames")
+    return frames, numbers, fps
+
+
+def _shown(frame):
+    """Not one of the frames that a cut by stream copy keeps for the decoder alone, before the clip's time 0."""
+    return frame.time is None or frame.time >= 0
+
+
+def _pyav(path, choose):
+    import av
+
+    try:
+        with av.open(path) as container:
+            stream = container.streams.video[0]
+            total = sum(
+                _shown(frame) for frame in container.decode(stream)
+            )  # the header's count cannot be trusted
+            fps = float(stream.average_rate or 0)
+        numbers = choose(total)
+        wanted, found = set(numbers), {}
+        with av.open(path) as container:
+            for i, frame in enumerate(filter(_shown, container.decode(container.streams.video[0]))):
+                if i in wanted:
+                    found[i] = frame.to_ndarray(format="rgb24")
+        return np.stack([found[i] for i in numbers]), numbers, fps
+    except (
+        Exception
+    ) as e:  # no video stream, no frames, fewer frames than counted, any decoder error
+        raise ClipError(f"PyAV: {type(e).__name__} {e}") from e
+
+
+def read_image(source):
+    """An image file's path or bytes -> uint8 (1, H, W, 3). Raises ClipError."""
+    from PIL import Image
+
+    try:
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        return np.array(image.convert("RGB"))[None]
+    except Exception as e:  # a damaged picture raises almost anything
+        name = f"image of {len(source)} bytes" if isinstance(source, bytes) else source
+        raise ClipError(f"{name}: cannot be read as an image ({e})") from e
+
+
+_cache = {}  # (path, key frame, budget) -> (patches uint8, grid); filled up to DataConfig.cache_frames, then closed
+
+
+def _cut(frames, budget, name):
+    try:
+        return resize_and_cut(frames, *budget)
+    except ValueError as e:
+        raise ClipError(f"{name if isinstance(name, str) else 'image'}: {e}") from e
+
+
+def load_frames(frames, budget, room=0):
+    """list of Frame -> list of (patches uint8, grid), each clip opened once. Raises ClipError."""
+    got = {}
+    for frame in frames:
+        if (frame, budget) in _cache:
+            got[frame] = _cache[frame, budget]
+        elif not frame.index:
+            got[frame] = _cut(read_image(frame.source), budget, frame.source)
+    for path in {f.source for f in frames if f not in got}:
+        numbers = (
+            range(1, 9)
+            if room
+            else sorted({f.index for f in frames if f not in got and f.source == path})
+        )
+        pictures, _, _ = read_clip(path, lambda n: [key_frame_positions(n)[i - 1] for i in numbers])
+        for i, picture in zip(numbers, pictures):
+            got[Frame(path, i)] = _cut(picture[None], budget, path)
+    if len(_cache) < room:
+        _cache.update({(frame, budget): value for frame, value in got.items()})
+    return [got[frame] for frame in frames]
+
+
+def pixels_of(frames):
+    """Frames -> {Frame: uint8 (H, W, 3)}: the pictures, then all eight key frames of each clip. Raises ClipError. Ours."""
+    found = {f: read_image(f.source)[0] for f in frames if not f.index}
+    for path in dict.fromkeys(f.source for f in frames if f.index):
+        pictures, _, _ = read_clip(path, key_frame_positions)
+        found |= {Frame(path, i): picture for i, picture in enumerate(pictures, 1)}
+    return found
+
+
+def film(row):
+    """The frames around a row -> [(label, role, uint8 (H, W, 3))]; role: seen | future | other. Source: ours.
+
+    A row of key frames: all eight of its clip. A row of whole pictures: these. A clip that enters as a video: eight
+    frames spread over what the model saw of it. Raises ClipError.
+    """
+    seen, future = (
+        [p for p in part if isinstance(p, Frame)] for part in (row.prompt, row.response)
+    )
+    roles = dict.fromkeys(future, "future") | dict.fromkeys(seen, "seen")
+    found = [
+        (str(f.index or f"picture {i}"), roles.get(f, "other"), picture)
+        for i, (f, picture) in enumerate(pixels_of([*seen, *future]).items(), 1)
+    ]
+    for clip in (p for p in row.prompt if isinstance(p, Clip)):
+        pictures, numbers, fps = read_uniform(clip, 8)
+        found += [(f"{n / fps:.1f} s", "seen", picture) for n, picture in zip(numbers, pictures)]
+    return found
+
+
+def jpeg(pixels, side):
+    """uint8 (H, W, 3) -> bytes of a JPEG whose longer side is at most `side` pixels. Source: ours."""
+    from PIL import Image
+
+    image, out = Image.fromarray(pixels), io.BytesIO()
+    image.thumbnail((side, side))
+    image.save(out, "JPEG", quality=80)
+    return out.getvalue()

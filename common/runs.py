@@ -1,0 +1,257 @@
+"""What every run needs: flags, ranks, checkpoints, logs, a folder that is not overwritten."""
+
+import argparse
+import dataclasses
+import datetime
+import glob
+import hashlib
+import inspect
+import json
+import os
+import random
+import re
+import shutil
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from transformers.utils.logging import disable_progress_bar
+
+from common.formats import read_rows
+
+
+def parse_config(cls, argv=None):
+    """Command line -> a config dataclass: one flag a field, `--no-x` for bools, unknown flags are errors. Ours.
+
+    The comment behind a field is its help.
+    """
+    source = "".join(
+        inspect.getsource(c) for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c)
+    )
+    comment = dict(re.findall(r"^    (\w+): \w+ = (?:\(\n)?.*?  # (.*)$", source, re.M))
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    for f in dataclasses.fields(cls):
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
+        parser.add_argument(
+            f"--{f.name}",
+            default=f.default,
+            help=comment.get(f.name, " ").replace("%", "%%"),
+            **kind,
+        )
+    argv = sys.argv[1:] if argv is None else argv
+    return cls(**vars(parser.parse_args([re.sub("^--(no-)?[^=]+", _underscores, a) for a in argv])))
+
+
+def _underscores(flag):  # --judge-only is --judge_only
+    no = flag.group(1) or ""
+    return f"--{no}" + flag.group()[2 + len(no) :].replace("-", "_")
+
+
+def read_lines(path):
+    """A results file -> its lines as dicts. A half-written last line (a killed run) is cut off the file and redone."""
+    with open(path, "rb") as f:
+        text = f.read()
+    whole = text[: text.rfind(b"\n") + 1]
+    if whole != text:
+        os.truncate(path, len(whole))
+    try:
+        return [json.loads(line) for line in whole.decode("utf-8").split("\n")[:-1]]
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}: not a results file ({e})") from e
+
+
+HARMLESS = {
+    "resume",
+    "out",
+    "workers",
+    "save_every",
+    "wandb",
+    "cache_frames",  # may change between run and resume
+    "sample_every",
+    "judge_url",
+}  # these two: of la_dapo.py
+
+
+def set_up_ranks():
+    """torchrun's environment, or a single process -> rank, world, device. Source: ours."""
+    disable_progress_bar()  # transformers' own, for every load and save
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=3)
+        )  # the others wait while rank 0 writes a checkpoint
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if not torch.cuda.is_available():
+        return rank, world, torch.device("cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return rank, world, torch.device("cuda", torch.cuda.current_device())
+
+
+def sum_over_ranks(values, device):
+    """Numbers -> their sums over all ranks, as floats. Source: ours."""
+    total = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def make_optimizer(model, config, world):
+    """AdamW over what is trained, weight decay on matrices only -> optimizer, its parameters. Source: paper Table 8."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        dict(params=[p for p in trained if p.ndim >= 2], weight_decay=config.weight_decay),
+        dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.0),
+    ]
+    adam = dict(lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+    if config.zero and world > 1:
+        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **adam), trained
+    return torch.optim.AdamW(groups, **adam), trained
+
+
+def save_checkpoint(folder, model, tokenizer, trainer, optimizer, rank, world):
+    """All ranks: write a Hugging Face folder, trainer.pt and each rank's rank_R.pt under a temporary name, then rename.
+
+    A killed save leaves no half checkpoint. rank_R.pt holds what differs by rank: random state, with ZeRO the shard of
+    the optimizer. Source: ours.
+    """
+    sharded = isinstance(optimizer, ZeroRedundancyOptimizer)
+    trainer = dict(trainer, optimizer=None if sharded else optimizer.state_dict())
+    rank_state = dict(
+        random=random_state(), shard=optimizer.optim.state_dict() if sharded else None
+    )
+    partial = os.path.join(os.path.dirname(folder), ".partial_" + os.path.basename(folder))
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        torch.save(trainer, os.path.join(partial, "trainer.pt"))
+    if world > 1:
+        dist.barrier()
+    torch.save(rank_state, os.path.join(partial, f"rank_{rank}.pt"))
+    if world > 1:
+        dist.barrier()
+    if rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(partial, folder)
+        for old in checkpoints(os.path.dirname(folder))[:-2]:
+            shutil.rmtree(old)
+
+
+def restore(optimizer, checkpoint, trainer, rank):
+    """Optimizer and random state of a checkpoint, back in place on each rank. Source: ours."""
+    mine = torch.load(
+        os.path.join(checkpoint, f"rank_{min(rank, trainer['world'] - 1)}.pt"),
+        map_location="cpu",
+        weights_only=False,
+    )
+    sharded = isinstance(optimizer, ZeroRedundancyOptimizer)
+    (optimizer.optim if sharded else optimizer).load_state_dict(
+        mine["shard"] if sharded else trainer["optimizer"]
+    )
+    set_random_state(mine["random"])
+    trainer["optimizer"] = None
+
+
+def rows_of(config):
+    """The rows of config.data. Raises SystemExit if none is named, RecordError on a broken one. Source: ours."""
+    if not config.data:
+        raise SystemExit(
+            "--data is missing: a .json, .jsonl or .parquet file of training records (see data.py)"
+        )
+    return read_rows(config.data, config.media_root or None)
+
+
+def resume_point(config, rows, world):
+    """-> newest checkpoint of config.out or None, its trainer.pt, the rows' fingerprint. Source: ours.
+
+    Raises SystemExit if there is one and `resume` is off, or if it was made with other rows, values or, with ZeRO, ranks.
+    """
+    fingerprint = hashlib.sha256("\n".join(row.id for row in rows).encode()).hexdigest()
+    checkpoint = (checkpoints(config.out) or [None])[-1]
+    if checkpoint is None:
+        return None, None, fingerprint
+    if not config.resume:
+        raise SystemExit(
+            f"{config.out} already holds {os.path.basename(checkpoint)}: pass --resume to continue it, "
+            "or another --out"
+        )
+    trainer = torch.load(
+        os.path.join(checkpoint, "trainer.pt"), map_location="cpu", mmap=True, weights_only=False
+    )
+    if trainer["rows"] != fingerprint:
+        raise SystemExit(f"{checkpoint} was trained on other rows than those of {config.data}")
+    if config.zero and trainer["world"] != world:
+        raise SystemExit(
+            f"{checkpoint} holds optimizer shards of {trainer['world']} ranks, this run has {world}"
+        )
+    changed = {
+        k for k, v in dataclasses.asdict(config).items() if trainer["config"].get(k) != v
+    } - HARMLESS
+    if changed:
+        raise SystemExit(f"{checkpoint} was made with other values of {', '.join(sorted(changed))}")
+    return checkpoint, trainer, fingerprint
+
+
+def checkpoints(folder):
+    """The complete step_* folders of a run, oldest first. Half-written ones have another name. Source: ours."""
+    found = [
+        f
+        for f in glob.glob(os.path.join(glob.escape(folder), "step_*"))
+        if f.rsplit("_", 1)[1].isdigit()
+    ]
+    return sorted(found, key=lambda f: int(f.rsplit("_", 1)[1]))
+
+
+def newest(folder):
+    """A model's folder or hub id as it is; a run's folder -> its newest checkpoint. Raises SystemExit if it is empty."""
+    if not folder:
+        raise SystemExit("--model is missing: a model's folder, a run's folder or a hub id")
+    return (checkpoints(folder) or [folder])[-1]
+
+
+def random_state():
+    return dict(
+        python=random.getstate(),
+        numpy=np.random.get_state(),
+        torch=torch.get_rng_state(),
+        cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    )
+
+
+def set_random_state(state):
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def read_log(path):
+    """log.jsonl -> its lines as dicts; a half-written last line (a killed run) is left out."""
+    with open(path) as f:
+        return [json.loads(line) for line in f if line.endswith("\n")]
+
+
+def trim_log(path, first):
+    """Drop what was logged from step `first` on: it is about to be done again. Source: ours."""
+    kept = [line for line in read_log(path) if line["step"] < first] if os.path.exists(path) else []
+    with open(path + ".part", "w") as f:
+        f.writelines(json.dumps(line) + "\n" for line in kept)
+    os.replace(path + ".part", path)
+
+
+def write(path, text):
+    """A file as a whole or not at all."""
+    with open(path + ".part", "w", encoding="utf-8") as f:
+        f.write(text)
+    os.replace(path + ".part", path)
+
+
+def write_json(path, content):
+    """Write a JSON file under a temporary name, then rename it. Source: ours."""
+    with open(path + ".part", "w") as f:
+        json.dump(content, f, indent=1)
+    os.replace(path + ".part", path)

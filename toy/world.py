@@ -1,0 +1,281 @@
+"""The embedded world: physics, frames, mp4, rows."""
+
+import json
+import math
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import av
+import numpy as np
+from tqdm import tqdm
+
+SIZE, WALL, BALL = (
+    160,
+    12,
+    13,
+)  # pixels: side of the picture, thickness of a wall, radius of the ball
+
+
+SEGMENT = (
+    6  # frames between two contacts; with FRAMES = 6 * SEGMENT + 4 the contacts are key frames 2..7
+)
+
+
+FRAMES, FPS = 6 * SEGMENT + 4, 12
+
+
+COLOURS = {
+    "red": (225, 60, 50),
+    "green": (50, 170, 80),
+    "blue": (60, 90, 225),
+    "yellow": (240, 200, 40),
+}
+
+
+WALLS = tuple(
+    COLOURS
+)  # left, bottom, right, top; y grows downwards in the picture, upwards in the world
+
+
+POINT = (lambda u: (0.0, u), lambda u: (u, 0.0), lambda u: (1.0, u), lambda u: (u, 1.0))
+
+
+NORMAL, ALONG = ((1, 0), (0, 1), (-1, 0), (0, -1)), ((0, 1), (1, 0), (0, 1), (1, 0))
+
+
+def next_contact(wall, u, bend):
+    """Where the ball hits next: (wall, u) -> (wall, u). Rebound angle phi = bend * (2u - 1), at most 1.45. Ours."""
+    phi = float(np.clip(bend * (2 * u - 1), -1.45, 1.45))
+    (x, y), n, t = POINT[wall](u), NORMAL[wall], ALONG[wall]
+    dx, dy = (
+        math.cos(phi) * n[0] + math.sin(phi) * t[0],
+        math.cos(phi) * n[1] + math.sin(phi) * t[1],
+    )
+    hits = []
+    for w in range(4):
+        if w == wall:
+            continue
+        start, speed, other, other_speed = ((x, dx, y, dy), (y, dy, x, dx))[w % 2]
+        if speed:
+            time_to = ((w >= 2) - start) / speed
+            if time_to > 1e-9:
+                hits.append((time_to, w, other + time_to * other_speed))
+    _, w, u = min(hits)
+    return w, u
+
+
+def contacts(seed, bend):
+    """Eight successive contacts [(wall, u)], drawn again if one is within a pixel or so of a corner. Ours."""
+    rng = np.random.default_rng(seed)
+    while True:
+        path = [(int(rng.integers(4)), float(rng.uniform(0.05, 0.95)))]
+        while len(path) < 8 and 0.015 < path[-1][1] < 0.985:
+            path.append(next_contact(*path[-1], bend))
+        if len(path) == 8:
+            return path
+
+
+def draw(path):
+    """Contacts -> frames uint8 (FRAMES, SIZE, SIZE, 3). Contact k is frame 4 + 6 (k - 1), moving evenly between."""
+    room = SIZE - 2 * WALL - 2 * BALL
+    points = np.array([POINT[w](u) for w, u in path])  # (8, 2)
+    frames = np.full((FRAMES, SIZE, SIZE, 3), 245, np.uint8)
+    frames[:, :, :WALL], frames[:, :, -WALL:] = COLOURS["red"], COLOURS["blue"]
+    frames[:, :WALL, WALL:-WALL], frames[:, -WALL:, WALL:-WALL] = (
+        COLOURS["yellow"],
+        COLOURS["green"],
+    )
+    yy, xx = np.mgrid[: 2 * BALL + 3, : 2 * BALL + 3]
+    for i, frame in enumerate(frames):
+        k, since = divmod(i + SEGMENT - 4, SEGMENT)
+        x, y = points[k] + (points[k + 1] - points[k]) * since / SEGMENT
+        x, y = WALL + BALL + x * room - 0.5, SIZE - (WALL + BALL + y * room) - 0.5
+        i0, j0 = int(y) - BALL - 1, int(x) - BALL - 1
+        cover = np.clip(BALL + 0.5 - np.hypot(xx + j0 - x, yy + i0 - y), 0, 1)[
+            ..., None
+        ]  # soft: places between pixels
+        part = frame[i0 : i0 + len(yy), j0 : j0 + len(xx)]
+        part[:] = part * (1 - cover) + np.array([30, 30, 40]) * cover
+    return frames
+
+
+def write_mp4(path, frames, fps=FPS):
+    """frames uint8 (T, H, W, 3) -> an H.264 file, written under a temporary name and renamed. Source: ours."""
+    with av.open(path + ".part", "w", format="mp4") as container:
+        stream = container.add_stream(
+            "libx264", rate=fps, options={"crf": "18", "preset": "ultrafast"}
+        )
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream.codec_context.thread_count = 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    os.rename(path + ".part", path)
+
+
+def make_clip(job):
+    """(path, seed, bend) -> the clip on disk, unless it is there."""
+    path, seed, bend = job
+    if not os.path.exists(path):
+        write_mp4(path, draw(contacts(seed, bend)))
+
+
+def heading(a, b):
+    """The way from contact a to contact b in words."""
+    (x0, y0), (x1, y1) = POINT[a[0]](a[1]), POINT[b[0]](b[1])
+    return f"moves {'right' if x1 > x0 else 'left'} {'up' if y1 > y0 else 'down'}"
+
+
+def questions(seed, bend, video):
+    """The four rows of a clip, in the Future-L1 training format. path[k] is key frame k + 1."""
+    path = contacts(seed, bend)
+    hits = {k: f"hits {WALLS[path[k - 1][0]]}" for k in range(2, 8)}
+    rows = []
+    for group, seen, future, text in (
+        ("1-hop", [3, 4], [5], "which wall does the ball hit next ?"),
+        ("2-hop", [3, 4], [5, 6], "which wall does the ball hit second ?"),
+        ("3-hop", [3, 4], [5, 6, 7], "which wall does the ball hit third ?"),
+        (
+            "interp",
+            [3, 4, 7],
+            [5, 6],
+            "the last picture is the third hit . which wall does the ball hit second ?",
+        ),
+    ):
+        gpt = f"THOUGHT 1: {heading(path[3], path[4])}" + "".join(
+            f" <image> THOUGHT {n}: {hits[k]}" for n, k in enumerate(future, 2)
+        )
+        rows.append(
+            dict(
+                id=f"{seed}-{group}",
+                video=video,
+                image=seen,
+                reasoning_image=future,
+                group=group,
+                conversations=[
+                    {"from": "human", "value": "<image> " * len(seen) + text},
+                    {"from": "gpt", "value": gpt},
+                ],
+                options=list(WALLS),
+                answer=WALLS[path[future[-1] - 1][0]],
+            )
+        )
+    return rows
+
+
+def prompts(seed, bend, video):
+    """The same questions with their answers alone: neither chain nor future frames. What RL sees."""
+    return [
+        dict(
+            row,
+            reasoning_image=[],
+            conversations=[row["conversations"][0], {"from": "gpt", "value": ""}],
+        )
+        for row in questions(seed, bend, video)
+    ]
+
+
+def candidates(seed, bend, video):
+    """Three rows of a clip: two about what is visible, and one of 1-, 2- and 3-hop by turns. Source: ours."""
+    path, hop = contacts(seed, bend), questions(seed, bend, video)[seed % 3]
+    moves, ways = (
+        heading(path[2], path[3]),
+        [f"moves {x} {y}" for x in ("right", "left") for y in ("up", "down")],
+    )
+    seen = [
+        dict(
+            hop,
+            id=f"{seed}-{group}",
+            group=group,
+            options=options,
+            answer=answer,
+            reasoning_image=[5],
+            conversations=[
+                {"from": "human", "value": f"<image> <image> {text}"},
+                {"from": "gpt", "value": f"THOUGHT 1: {moves} <image>"},
+            ],
+        )
+        for group, text, options, answer in (
+            ("near", "which wall is near the ball ?", list(WALLS), WALLS[path[3][0]]),
+            ("move", "how does the ball move ?", ways, moves),
+        )
+    ]
+    return [*seen, hop]
+
+
+BINS = 24  # a caption names the ball's place in words x0..x23, y0..y23
+
+
+def captions(seed, bend, video):
+    """Rows that stand in for pretraining: place, nearest wall and direction, of single key frames and pairs."""
+    path, rows = contacts(seed, bend), []
+    for k in range(2, 8):
+        wall, u = path[k - 1]
+        x, y = (min(BINS - 1, int(v * BINS)) for v in POINT[wall](u))
+        rows += [
+            ([k], "where is the ball ?", f"x{x} y{y}"),
+            ([k], "which wall is near the ball ?", WALLS[wall]),
+        ]
+        if k < 7:
+            rows.append(([k, k + 1], "how does the ball move ?", heading(path[k - 1], path[k])))
+    return [
+        dict(
+            id=f"{seed}-caption-{i}",
+            video=video,
+            image=image,
+            reasoning_image=[],
+            group="caption",
+            answer=answer,
+            conversations=[
+                {"from": "human", "value": "<image> " * len(image) + text},
+                {"from": "gpt", "value": ""},
+            ],
+        )
+        for i, (image, text, answer) in enumerate(rows)
+    ]
+
+
+def write_rows(path, rows):
+    with open(path + ".part", "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    os.rename(path + ".part", path)
+
+
+def make_world(config):
+    """Clips and rows on disk -> dict(captions, train, all, prompts, test: jsonl files). What is there is kept."""
+    folder = os.path.join(config.out, "data")
+    os.makedirs(os.path.join(folder, "clips"), exist_ok=True)
+    seeds = dict(
+        captions=range(config.clips),
+        train=range(min(config.annotated, config.clips)),
+        all=range(config.clips),
+        prompts=range(config.clips),
+        test=range(config.eval_seed, config.eval_seed + config.eval_clips),
+    )
+    jobs = [
+        (os.path.join(folder, "clips", f"{s}.mp4"), s, config.bend)
+        for s in (*seeds["captions"], *seeds["test"])
+    ]
+    missing = [job for job in jobs if not os.path.exists(job[0])]
+    if missing:
+        began = time.time()
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
+            for _ in tqdm(
+                pool.map(make_clip, missing, chunksize=16), total=len(missing), desc="clips"
+            ):
+                pass
+        print(f"{len(missing)} clips written in {time.time() - began:.0f} s")
+    paths = {name: os.path.join(folder, f"{name}.jsonl") for name in seeds}
+    for name, make in (
+        ("captions", captions),
+        ("train", questions),
+        ("all", questions),
+        ("prompts", prompts),
+        ("test", questions),
+    ):
+        write_rows(
+            paths[name],
+            [row for s in seeds[name] for row in make(s, config.bend, f"clips/{s}.mp4")],
+        )
+    return paths
