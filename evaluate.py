@@ -50,7 +50,7 @@ from common.judge import ScoreJudge
 from common.report import as_text, paper_rows, score_rows, write_report
 from common.runs import newest, parse_config, read_lines, set_up_ranks, write_json
 from data import DataConfig, Samples, loader, model_inputs, to_device
-from latent_decode import generate
+from latent_decode import generate, own_latent
 from model import LATENT, best_attention, load
 from rewards import diversity_reward, format_reward, pick, repetition_score, span_lengths
 
@@ -276,6 +276,26 @@ def replacement(kind, model, rows, config, generator):
     )  # a short one repeats its last
 
 
+class Dealt:
+    """As `feed` of generate: a row's k-th latent is vectors[row, k]; later ones are its own. Ours.
+
+    vectors (B, K, D).
+    """
+
+    def __init__(self, vectors):
+        self.vectors = vectors
+        self.closed, self.open = torch.zeros(2, len(vectors), dtype=torch.long).to(vectors.device)
+
+    def __call__(self, model, state):
+        row, count = state.row, state.count
+        ended = count < self.open[row]  # the span that was open has been closed
+        self.closed[row] += torch.where(ended, self.open[row], 0)
+        self.open[row] = count
+        k, K = self.closed[row] + count, self.vectors.shape[1]  # (R,) latents fed so far
+        z = model.to_latent(state.h)  # (R, D)
+        return torch.where((k < K)[:, None], self.vectors[row, k.clamp(max=K - 1)].to(z.dtype), z)
+
+
 def evaluate(config, rows=None):
     """Run the evaluation -> {group: scores}; every rank gets it, the judge's only rank 0. Raises SystemExit, ValueError."""
     rank, world, device = set_up_ranks()
@@ -498,7 +518,7 @@ def respond(config, folder, rows, done, rank, world, device):
                 rollout = generate(
                     model,
                     model_inputs(to_device(batch, device)),
-                    replace=replace,
+                    feed=own_latent if replace is None else Dealt(replace),
                     max_new_tokens=config.max_new_tokens,
                     max_latents=config.max_latents,
                     banned=[model.config.latent_start_id] if config.latents == "none" else [],

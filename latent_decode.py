@@ -2,401 +2,428 @@
 
 Each row of the batch is in one of three states, and every step gives it one token:
 
-    state      chosen by the policy                             fed back next
-    words      a word, `<|latent_start|>` or the end of turn    that token's embedding
-    in a span  stop = `<|latent_end|>`, continue = `<|latent|>`   stop: the token; continue: the last hidden state
-    done       nothing                                          padding
+    state      chosen by the policy                               fed back next
+    words      a word, `<|latent_start|>` or the end of turn      that token's embedding
+    in a span  stop = `<|latent_end|>`, continue = `<|latent|>`   stop: the token; else the state
+    done       nothing                                            padding
 
-`<|latent|>` and `<|latent_end|>` cannot be produced among words. At `max_latents` a span is stopped by force. The
-record (tokens, latents, which of them were chosen, their log-probabilities) is exactly what was fed to the model and
-what is in its cache, so that training can replay it.
+`<|latent|>` and `<|latent_end|>` cannot be produced among words. At `max_latents` a span is stopped
+by force. The record (tokens, latents, which of them were chosen, their log-probabilities) is
+exactly what was fed to the model and what is in its cache, so that training can replay it.
 
-    rollout = generate(model, batch, max_new_tokens=2048)            # greedy
+    tokens, latents = decode_slowly(model, prompt, max_new_tokens=64)       # the definition
+    rollout = generate(model, batch, max_new_tokens=2048)                   # the same, fast; greedy
     rollout = generate(model, batch, max_new_tokens=2048, temperature=0.9, top_p=0.99, n=8)
-    token_logprobs(model, batch, rollout, temperature=0.9)           # = rollout.logprobs, with a gradient
+    token_logprobs(model, batch, rollout, temperature=0.9)     # = rollout.logprobs, with a gradient
 
-Where this differs from the paper: 1. in a span the event is binary, so greedy decoding stops when p(LE) > 1/2, and top-p
-does not apply. 2. Placeholder tokens of images and videos are never produced: a replay could not tell them from input.
-Where this differs from the official code: 3. A forced stop is in the cache and in the record alike. 4. Inside a span only
-stop or continue can happen, never another word. 5. A replay feeds the recorded latents; official feeds the `<|latent|>`
-token.
+The fast path: `generate` -> `step`, from state to state -> `choose`, one decision a row.
 
-How it is fast: vision and prompt run once a prompt, not once a sample; the key-value cache is allocated once; the host
-looks at the device only every CHUNK tokens, and then drops finished rows; on CUDA a step can be captured as one graph.
+Where this differs from the paper:
+ 1. In a span the event is binary: top-p does not apply.
+ 2. Placeholder tokens of images and videos are never produced: a replay could not tell them apart
+    from input.
+Where this differs from the official code:
+ 3. A forced stop is in the cache and in the record alike.
+ 4. Inside a span only stop or continue can happen, never another word. Greedily, a span ends where
+    `<|latent_end|>` is the most probable of all words, which is official's rule.
+ 5. A replay feeds the recorded latents; official feeds the `<|latent|>` token.
 
-Axis letters: B prompts, R rows = B * n (row i * n + k is sample k of prompt i), P prompt tokens, T new tokens,
-S chosen tokens, N latents, D hidden, V vocabulary.
+How it is fast: vision and prompt run once a prompt, not once a sample. The cache is allocated
+once (common/cache.py). The host looks at the device only every CHUNK tokens, and then drops
+finished rows. On CUDA a step can be captured as one graph.
+
+Axis letters: B prompts, R rows = B * n (row i * n + k is sample k of prompt i), P prompt tokens,
+T new tokens, S chosen tokens, N latents, D hidden, V vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache
-from transformers.cache_utils import StaticLayer
 
+from common.cache import DecodingCache, SharedCache
 from model import log_continue, log_density
 
 CHUNK = 16  # steps between two looks at which rows are done
-
-
 LOGITS = 1024  # tokens of a replay whose logits are in memory at a time
+
+
+# ----------------------------------------------------------------------------------- the definition
+
+
+@torch.no_grad()
+def decode_slowly(model, prompt, max_new_tokens, max_latents=8, eos=()):
+    """Section 3.1 to the letter: greedy, one prompt, no cache -> tokens (list), latents (N, D).
+
+    prompt: HF-named tensors of one row without padding. `generate` is tested against this.
+    """
+    c, tokens, latents = model.config, [], torch.zeros(0, model.lm_head.in_features)
+    never = torch.tensor(_not_among_words(c))
+    span = None  # latents of the open span; None = among words
+    while len(tokens) < max_new_tokens and not (tokens and tokens[-1] in eos):
+        ids = torch.cat([prompt["input_ids"], torch.tensor([tokens], dtype=torch.long)], 1)
+        rest = dict(prompt, input_ids=ids, attention_mask=None)  # (1, P + tokens so far)
+        h = model.hidden(**rest, latents=latents)[0][0, -1]  # (D,) h_p
+        logits = model.lm_head(h)  # (V,)
+        if span is None:
+            token = int(logits.index_fill(0, never, -torch.inf).argmax())
+            span = 0 if token == c.latent_start_id else None
+        elif span == max_latents or int(logits.argmax()) == c.latent_end_id:
+            token, span = c.latent_end_id, None
+        else:  # z_1 = h_p, z_{k+1} = h_{p+k}: the state itself is what is fed next
+            token, span = c.latent_id, span + 1
+            latents = torch.cat([latents, model.to_latent(h)[None]])
+        tokens.append(token)
+    return tokens, latents
+
+
+def _not_among_words(c):
+    """The ids that cannot be produced as words."""
+    return [c.latent_id, c.latent_end_id, c.image_token_id, c.video_token_id]
+
+
+# ------------------------------------------------------------------------------- one decision a row
+
+
+@dataclass
+class Rule:
+    """How tokens are chosen; the ids are those of the three latent tokens."""
+
+    latent_start: int
+    latent: int
+    latent_end: int
+    banned: torch.Tensor  # (V,) -inf for what cannot be produced among words, else 0
+    temperature: float = 0.0  # 0 = greedy
+    top_p: float = 1.0  # on words
+    max_latents: int = 8  # longest span
+    eos: torch.Tensor | None = None  # (ends,) ids that end a row
+    pad: torch.Tensor | int = 0  # what a finished row gets
+
+
+def choose(logits, in_span, count, u, rule):
+    """One decision a row -> (token (R,), log-probability (R,), sampled (R,) bool).
+
+    logits (R, V); in_span (R,) bool; count (R,) latents of the open span so far; u (R,) uniform in
+    [0, 1), the one random number that a row's decision takes, be it a word or stop.
+    Log-probabilities are those of the full softmax, whatever top_p and banned leave out.
+    Source: sec. 3.1; ours in a span.
+    """
+    logp = (logits.float() / (rule.temperature or 1.0)).log_softmax(-1)  # (R, V)
+    word = choose_word(logp + rule.banned, u, rule)
+
+    # in a span there is one event: stop or continue
+    log_stop = logp[:, rule.latent_end]
+    forced = count >= rule.max_latents
+    wants_to_stop = (
+        logp.argmax(-1) == rule.latent_end if rule.temperature == 0 else log_stop.exp() > u
+    )
+    stop = forced | wants_to_stop
+    log_event = torch.where(stop, log_stop, log_continue(log_stop))
+
+    token = torch.where(in_span, torch.where(stop, rule.latent_end, rule.latent), word)
+    logprob = torch.where(in_span, log_event, logp.gather(1, word[:, None])[:, 0])
+    sampled = ~(in_span & forced)
+    return token, logprob.masked_fill(~sampled, 0), sampled
+
+
+def choose_word(logp, u, rule):
+    """Scores (R, V), -inf = never -> words (R,): the largest, or drawn by u (R,), within top-p.
+
+    Drawn as the inverse of the cumulated probabilities, not by `multinomial`: with one number a
+    row, its words do not depend on what else is in the batch. Source: ours.
+    """
+    if rule.temperature == 0:
+        return logp.argmax(-1)
+    p, order = logp.softmax(-1), None
+    if rule.top_p < 1:  # the smallest set that reaches top_p, most probable first
+        p, order = p.sort(-1, descending=True)
+        p = p.masked_fill(p.cumsum(-1) - p >= rule.top_p, 0)
+    cdf = p.cumsum(-1)
+    k = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)  # (R, 1)
+    last = (cdf < cdf[:, -1:]).sum(-1, keepdim=True)  # rounding must not lead past what is possible
+    k = torch.minimum(k, last)
+    return (k if order is None else order.gather(1, k))[:, 0]
+
+
+# ------------------------------------------------------------------------- one step, state to state
+
+
+class State(NamedTuple):
+    """Where each live row is: what the next step needs."""
+
+    row: torch.Tensor  # (R,) its number in the whole rollout
+    h: torch.Tensor  # (R, D) the state that chooses the next token
+    position: torch.Tensor  # (R, 1) M-RoPE position of the next token
+    in_span: torch.Tensor  # (R,) bool
+    span: torch.Tensor  # (R,) number of the newest span, from 0; -1 = none yet
+    count: torch.Tensor  # (R,) latents of the open span so far
+    done: torch.Tensor  # (R,) bool
+
+    def at(self, rows):
+        """Only these rows."""
+        return State(*(x[rows] for x in self))
+
+
+class Record(NamedTuple):
+    """What a step did, a row each."""
+
+    token: torch.Tensor  # (R,)
+    logprob: torch.Tensor  # (R,)
+    sampled: torch.Tensor  # (R,) bool
+    z: torch.Tensor  # (R, D) what was fed, where the token is a latent
+
+
+def own_latent(model, state):
+    """What a span is fed: z_1 = h_p, z_{k+1} = h_{p+k} -> (R, D). Source: sec. 3.1."""
+    return model.to_latent(state.h)
+
+
+def step(model, cache, state, u, rule, feed=own_latent):
+    """Choose one token a row, then feed it -> the next State, the Record. Source: sec. 3.1.
+
+    feed(model, state) -> (R, D): the next latent of each row that is in a span.
+    """
+    token, logprob, sampled = choose(model.lm_head(state.h), state.in_span, state.count, u, rule)
+    token = torch.where(state.done, rule.pad, token)
+    z = feed(model, state)
+    record = Record(token, logprob.masked_fill(state.done, 0), sampled & ~state.done, z)
+
+    done = state.done | (torch.isin(token, rule.eos) & ~state.in_span)
+    is_latent = state.in_span & (token == rule.latent)
+    opens = (token == rule.latent_start) & ~done
+    x = model.get_input_embeddings()(token)  # (R, D) a word
+    x = torch.where(is_latent[:, None], z.to(x.dtype), x)  # or the state itself
+    h = cache.feed(model.model.language_model, x, state.position, token)
+    after = State(
+        row=state.row,
+        h=h,
+        position=state.position + 1,
+        in_span=is_latent | opens,
+        span=state.span + opens,
+        count=torch.where(is_latent, state.count + 1, 0),
+        done=done,
+    )
+    return after, record
+
+
+def capture(run, state, u):
+    """`run(state, u)` as a CUDA graph: the same function, its inputs copied to fixed places. Ours.
+
+    Capturing runs nothing. The cache is updated in place, inside the graph as outside.
+    """
+    fixed, fixed_u = State(*(x.clone() for x in state)), u.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        after, record = run(fixed, fixed_u)
+
+    def replayed(state, u):
+        for place, value in zip((*fixed, fixed_u), (*state, u)):
+            place.copy_(value)
+        graph.replay()
+        return State(*(x.clone() for x in after)), Record(*(x.clone() for x in record))
+
+    return replayed
+
+
+# ----------------------------------------------------------------------------------------- generate
 
 
 @dataclass
 class Rollout:
-    """What was generated, as it was fed. Rows as in the file's docstring; tensors are on the model's device."""
+    """What was generated, as it was fed. Tensors are on the model's device."""
 
     tokens: torch.Tensor  # (R, T) generated tokens only, padded after the end of turn
     sampled: torch.Tensor  # (R, T) bool: the policy chose it; False where forced or padding
     latents: (
-        list  # R tensors (N_i, D), one row a `<|latent|>` token, after the head and noise if any
+        list  # R tensors (N_i, D), one row a `<|latent|>` token, after head and noise
     )
-    logprobs: (
-        torch.Tensor
-    )  # (R, T) of what was chosen under the full softmax at the temperature; 0 where not chosen
+    logprobs: torch.Tensor  # (R, T) under the full softmax at the temperature; 0 where not chosen
     finish: list  # R of "eos" | "length"
     lengths: torch.Tensor  # (R,) generated tokens incl. the end of turn
-    latent_sigma: float = (
-        0.0  # noise on the latents; where > 0, a latent's log-density is part of its logprob
-    )
-
-
-def choose(logits, in_span, count, u, *, ids, banned, temperature=0.0, top_p=1.0, max_latents=8):
-    """One decision a row -> (token (R,), log-probability (R,), sampled (R,) bool). Source: sec. 3.1; ours in a span.
-
-    logits (R, V); in_span (R,) bool; count (R,) latents of the open span so far; u (R,) uniform in [0, 1), the one
-    random number a row's decision takes, be it a word or stop; ids =
-    (latent_start, latent, latent_end); banned (V,) = -inf for what cannot be produced among words, else 0.
-    Log-probabilities are those of the full softmax, whatever top_p and banned leave out.
-    """
-    _, latent, latent_end = ids
-    logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)  # (R, V)
-
-    words = logp + banned
-    if temperature == 0:
-        word = words.argmax(-1)
-    else:  # inverse of the cumulated probabilities; most probable first where the tail is to be cut
-        p, order = words.softmax(-1), None
-        if top_p < 1:
-            p, order = p.sort(-1, descending=True)
-            p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # the smallest set that reaches top_p
-        cdf = p.cumsum(-1)
-        k = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)  # (R, 1)
-        last = (cdf < cdf[:, -1:]).sum(
-            -1, keepdim=True
-        )  # rounding must not lead past the last one that is possible
-        k = torch.minimum(k, last)
-        word = (k if order is None else order.gather(1, k))[:, 0]
-
-    log_stop = logp[:, latent_end]
-    log_go = log_continue(log_stop)
-    forced = count >= max_latents
-    stop = forced | (log_stop.exp() > (0.5 if temperature == 0 else u))
-
-    token = torch.where(in_span, torch.where(stop, latent_end, latent), word)
-    chosen = torch.where(
-        in_span, torch.where(stop, log_stop, log_go), logp.gather(1, word[:, None])[:, 0]
-    )
-    sampled = ~(in_span & forced)
-    return token, chosen.masked_fill(~sampled, 0), sampled
+    latent_sigma: float = 0.0  # where > 0, a latent's log-density is part of its logprob
 
 
 @torch.no_grad()
 def generate(
-    model,
-    batch,
-    *,
-    max_new_tokens,
-    temperature=0.0,
-    top_p=1.0,
-    max_latents=8,
-    n=1,
-    eos_token_id=None,
-    latent_sigma=0.0,
-    generator=None,
-    replace=None,
-    banned=(),
-    stream=None,
-    share=False,
-    cuda_graph=False,
-):
+    model, batch, *, max_new_tokens, temperature=0.0, top_p=1.0, max_latents=8, n=1,
+    eos_token_id=None, generator=None, feed=own_latent, banned=(), stream=None, share=False,
+    cuda_graph=False, latent_sigma=0.0,
+):  # fmt: skip
     """Continue each prompt n times -> Rollout. Source: sec. 3.1.
 
-    batch: dict of HF-named tensors, left-padded (`data.model_inputs`). temperature 0 = greedy; log-probabilities are
-    then those of the untempered softmax. max_latents: longest span; paper: 2 * L_max = 8. eos_token_id: int or list,
-    default the model's. latent_sigma > 0 adds Gaussian noise to each latent, and the latent's log-density (see
-    `log_density`) to the log-probability of its step. generator: where random numbers come
-    from. replace (R, K, D): feed these instead of a row's first K latents, counted over its spans; later ones are the
-    model's own (ablations). banned: token ids that are never produced among words. stream: called with each new piece
-    of the tokens, (live rows, up to CHUNK), as it is known. share: decode what the samples of a prompt have in common
-    once, until they part; pays where they part late (a sure policy, short answers), looks at the device every step.
-    cuda_graph: on CUDA, capture one step and replay it, without Python or kernel launches in between. A greedy
-    result does not depend on what else is in the batch (up to rounding); a sampled one does not depend on when other rows
-    finish. Raises ValueError for right padding or bad arguments.
+    batch: dict of HF-named tensors, left-padded (`data.model_inputs`).
+    temperature 0 = greedy; log-probabilities are then those of the untempered softmax.
+    max_latents: longest span; paper: 2 * L_max = 8. eos_token_id: int or list, default the model's.
+    generator: where random numbers come from. feed: what a span is fed, see `step` (ablations).
+    banned: token ids that are never produced among words.
+    stream: called with each new piece of the tokens, (live rows, up to CHUNK), as it is known.
+    share: decode what the samples of a prompt have in common once (common/cache.py).
+    cuda_graph: on CUDA, capture one step and replay it.
+    latent_sigma > 0: Gaussian noise on each latent, whose log-density counts (model.log_density).
+
+    A greedy result does not depend on what else is in the batch (up to rounding). A sampled one
+    does not depend on when other rows finish. Raises ValueError for right padding or bad arguments.
     """
-    batch = {
-        k: v for k, v in batch.items() if k != "mm_token_type_ids"
-    }  # HF's processors return it: recomputed
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask  # (B, P)
     if not bool(mask[:, -1].all()):
-        raise ValueError(
-            "generate needs left-padded prompts: the last column of attention_mask must be 1"
-        )
+        raise ValueError("generate needs left-padded prompts: attention_mask must end in 1")
     if max_new_tokens < 1 or n < 1 or max_latents < 0 or temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(
             f"bad arguments: {max_new_tokens=} {n=} {max_latents=} {temperature=} {top_p=}"
         )
-    if share and (latent_sigma or replace is not None or cuda_graph):
+    if share and (latent_sigma or feed is not own_latent or cuda_graph):
         raise ValueError(
-            "share: noise or replaced latents make equal samples differ, a captured step cannot change size"
+            "share: with noise or other latents equal samples differ; a captured step has one size"
         )
-    if eos_token_id is None:
-        eos_token_id = model.generation_config.eos_token_id
-    eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
-    device, (B, P) = ids.device, ids.shape
+    rule = _rule(model, temperature, top_p, max_latents, eos_token_id, banned)
+    noise = _Noise(latent_sigma) if latent_sigma else None
+
     training, text = model.training, model.model.language_model
     attention = text.config._attn_implementation
     model.eval()
     try:
-        # the prompt, once a prompt
-        h, prompt = model.hidden(**{**batch, "attention_mask": mask}, use_cache=True)
-        text.set_attn_implementation(
-            "sdpa"
-        )  # a step needs a mask over a half-filled cache: sdpa takes one
+        inputs = {k: v for k, v in batch.items() if k != "mm_token_type_ids"}  # HF's: recomputed
+        h, prompt = model.hidden(**dict(inputs, attention_mask=mask), use_cache=True)
+        text.set_attn_implementation("sdpa")  # a half-filled cache needs a mask: sdpa takes one
+        cache = (SharedCache if share else DecodingCache)(prompt, mask, n, max_new_tokens)
+        position = mask.sum(-1, keepdim=True) + model.model.rope_deltas  # (B, 1)
+        state = _begin(h[:, -1].repeat_interleave(n, 0), position.repeat_interleave(n, 0))
         return _decode(
             model,
-            text,
-            h[:, -1].repeat_interleave(n, 0),
-            _static_cache(prompt, 1 if share else n, P + max_new_tokens),
-            torch.cat(
-                [mask.bool(), mask.new_zeros(B, max_new_tokens, dtype=torch.bool)], 1
-            ).repeat_interleave(n, 0),
-            (mask.sum(-1, keepdim=True) + model.model.rope_deltas).repeat_interleave(
-                n, 0
-            ),  # (R, 1) next position
-            max_new_tokens=max_new_tokens,
-            eos=torch.tensor(eos, device=device, dtype=torch.long),
-            latent_sigma=latent_sigma,
-            generator=generator,
-            replace=replace,
-            never=list(banned),
-            stream=stream,
-            graph=cuda_graph and device.type == "cuda",
-            shared=torch.arange(B, device=device).repeat_interleave(n) if share else None,
-            choice=dict(temperature=temperature, top_p=top_p, max_latents=max_latents),
+            cache,
+            state,
+            rule,
+            noise or feed,
+            max_new_tokens,
+            generator,
+            stream,
+            cuda_graph and ids.is_cuda,
         )
     finally:
         text.set_attn_implementation(attention)
         model.train(training)
 
 
-class _Slots(StaticLayer):
-    """A fixed-size layer of one dtype: under autocast keys come in fp32, as their norm's weight is, and values in bf16."""
-
-    def update(self, keys, values, *args, **kwargs):
-        return super().update(keys.to(self.dtype), values.to(self.dtype), *args, **kwargs)
-
-
-def _static_cache(prompt, n, length):
-    """The prompt's cache, repeated n times, at the front of a fixed-size one. Layer by layer: the old one is freed."""
-    keys = prompt.layers[0].keys
-    kind = keys.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else keys.dtype
-    cache = Cache(layers=[_Slots(max_cache_len=length) for _ in prompt.layers])
-    for new, old in zip(cache.layers, prompt.layers):
-        for name in ("keys", "values"):
-            setattr(
-                old, name, getattr(old, name).to(dtype).repeat_interleave(n, 0)
-            )  # (R, heads, P, head width)
-        new.lazy_initialization(old.keys, old.values)
-        new.keys[:, :, : old.keys.shape[2]] = old.keys
-        new.values[:, :, : old.keys.shape[2]] = old.values
-        new.cumulative_length.fill_(old.keys.shape[2])
-        old.keys = old.values = None
-    return cache
+def _rule(model, temperature, top_p, max_latents, eos_token_id, banned):
+    """The arguments of `generate` as a Rule, on the model's device."""
+    c, device = model.config, model.device
+    if eos_token_id is None:
+        eos_token_id = model.generation_config.eos_token_id
+    eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
+    never = torch.zeros(model.lm_head.out_features, device=device)
+    never[[*_not_among_words(c), *banned]] = -torch.inf
+    ends = torch.tensor(eos, device=device, dtype=torch.long)
+    pad = ends[0] if eos else torch.zeros((), dtype=torch.long, device=device)
+    ids = c.latent_start_id, c.latent_id, c.latent_end_id
+    return Rule(*ids, never, temperature, top_p, max_latents, ends, pad)
 
 
-def _decode(
-    model,
-    text,
-    h,
-    cache,
-    seen,
-    position,
-    *,
-    max_new_tokens,
-    eos,
-    latent_sigma,
-    generator,
-    replace,
-    never,
-    stream,
-    graph,
-    shared,
-    choice,
-):
-    """The loop. h (R, D) state after the prompt; seen (R, L) bool cache slots to look at; position (R, 1).
+def _begin(h, position):
+    """The state after the prompts. h (R, D), position (R, 1)."""
+    rows = torch.arange(len(h), device=h.device)
+    no = torch.zeros_like(rows, dtype=torch.bool)
+    zero = torch.zeros_like(rows)
+    return State(rows, h, position, in_span=no, span=zero - 1, count=zero, done=no)
 
-    shared (R,): which row of the cache a row of the state reads, while samples are still equal; None: each its own.
-    """
-    R, device, T = len(h), h.device, max_new_tokens
-    config = model.config
-    ids = config.latent_start_id, config.latent_id, config.latent_end_id
-    banned = torch.zeros(model.lm_head.out_features, device=device)
-    banned[
-        [
-            config.latent_id,
-            config.latent_end_id,
-            config.image_token_id,
-            config.video_token_id,
-            *never,
-        ]
-    ] = -torch.inf
-    pad = eos[0] if len(eos) else torch.zeros((), dtype=torch.long, device=device)
-    slot = torch.full(
-        (1,), seen.shape[1] - T, device=device
-    )  # where the next token goes in the cache
-    # one entry a live row; all are updated in place, so that a captured step keeps working on them
-    S = dict(
-        h=h,
-        seen=seen[:, None, None],
-        position=position,
-        row=torch.arange(R, device=device),
-        in_span=torch.zeros(R, dtype=torch.bool, device=device),
-        done=torch.zeros(R, dtype=torch.bool, device=device),
-        count=torch.zeros(R, dtype=torch.long, device=device),
-        fed=torch.zeros(R, dtype=torch.long, device=device),
-        u=torch.zeros(R, device=device),
-        noise=torch.zeros(R, h.shape[1] if latent_sigma else 0, device=device),
-        token=torch.zeros(R, dtype=torch.long, device=device),
-        logprob=torch.zeros(R, device=device),
-        sampled=torch.zeros(R, dtype=torch.bool, device=device),
-        z=model.to_latent(h).clone(),
-    )
 
-    def split_up(token):
-        """Rows that shared a row of the cache and now differ get one each -> the first row (U,) of each that is left."""
-        nonlocal shared
-        _, now = torch.unique(
-            shared * model.lm_head.out_features + token, return_inverse=True
-        )  # sorted by `shared`
-        first = torch.full((int(now.max()) + 1,), len(now), device=device)
-        first.scatter_reduce_(0, now, torch.arange(len(now), device=device), "amin")
-        if len(first) > len(cache.layers[0].keys):
-            _select(cache, shared[first])
-        shared = now
-        return first
+class _Noise:
+    """As `feed`: the state's latent plus Gaussian noise. Source: ours."""
 
-    def step():
-        token, logprob, sampled = choose(
-            model.lm_head(S["h"]),
-            S["in_span"],
-            S["count"],
-            S["u"],
-            ids=ids,
-            banned=banned,
-            **choice,
-        )
-        S["token"].copy_(torch.where(S["done"], pad, token))
-        S["logprob"].copy_(logprob.masked_fill(S["done"], 0))
-        S["sampled"].copy_(sampled & ~S["done"])
-        is_latent = (S["token"] == config.latent_id) & S["in_span"]
-        z = model.to_latent(S["h"])
-        if latent_sigma:
-            mean, z = z, z + latent_sigma * S["noise"].to(z.dtype)
-            S["logprob"].add_(log_density(z, mean, latent_sigma).masked_fill(~is_latent, 0))
-        if replace is not None:
-            k = S["fed"].clamp(max=replace.shape[1] - 1)
-            z = torch.where(
-                (S["fed"] < replace.shape[1])[:, None], replace[S["row"], k].to(z.dtype), z
-            )
-        S["z"].copy_(z)
-        S["done"].logical_or_(torch.isin(S["token"], eos) & ~S["in_span"])
-        S["fed"].add_(is_latent)
-        S["count"].copy_(torch.where(is_latent, S["count"] + 1, 0))
-        S["in_span"].copy_(is_latent | ((S["token"] == config.latent_start_id) & ~S["done"]))
-        # feed it
-        x = model.get_input_embeddings()(S["token"])
-        x = torch.where(is_latent[:, None], S["z"].to(x.dtype), x)[:, None]  # (R, 1, D)
-        S["seen"].index_fill_(3, slot, True)
-        some = slice(None) if shared is None else split_up(S["token"])
-        out = text(
-            inputs_embeds=x[some],
-            attention_mask=S["seen"][some],
-            position_ids=S["position"][some].expand(3, -1, -1),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        S["h"].copy_(out.last_hidden_state[slice(None) if shared is None else shared, 0])
-        S["position"].add_(1)
-        slot.add_(1)
+    def __init__(self, sigma):
+        self.sigma, self.drawn = sigma, None  # (R, D) standard normal, set before each step
 
-    tokens, sampled = pad.expand(R, T).clone(), torch.zeros(R, T, dtype=torch.bool, device=device)
-    logprobs, latents = torch.zeros(R, T, device=device), [[] for _ in range(R)]
-    run, warm = None, False
+    def __call__(self, model, state):
+        z = model.to_latent(state.h)
+        return z + self.sigma * self.drawn[state.row].to(z.dtype)
+
+    def density(self, z, drawn):
+        """log_density of latents whose noise is `drawn` (..., D) -> (...)."""
+        mean = z - self.sigma * drawn.to(z.dtype)
+        return log_density(z.flatten(0, -2), mean.flatten(0, -2), self.sigma).view(z.shape[:-1])
+
+
+def _decode(model, cache, state, rule, feed, T, generator, stream, graph):
+    """The loop over steps, in chunks; after each, finished rows leave -> Rollout."""
+    R, device = state.h.shape[0], state.h.device
+    noise = feed if isinstance(feed, _Noise) else None
+    book = _Book(R, T, rule, device)
+    captured = None  # the graph of a step, made once a plain one has run at this number of rows
+
+    def run(state, u):
+        return step(model, cache, state, u, rule, feed)
+
     for start in range(0, T, CHUNK):
         steps = min(CHUNK, T - start)
-        # drawn for all rows, live or not: a row's random numbers do not depend on when others finish
-        u = torch.rand(
-            R, steps, generator=generator, device=generator.device if generator else device
-        ).to(device)
-        noise = (
-            torch.randn(
-                R,
-                steps,
-                h.shape[1],
-                generator=generator,
-                device=u.device if generator is None else generator.device,
-            ).to(device)
-            if latent_sigma
-            else None
-        )
-        record = {name: [] for name in ("token", "logprob", "sampled", "z")}
+        # drawn for all rows, live or not: a row's numbers do not depend on when others finish
+        source = dict(generator=generator, device=generator.device if generator else device)
+        u = torch.rand(R, steps, **source).to(device)
+        drawn = torch.randn(R, steps, state.h.shape[1], **source).to(device) if noise else None
+        records = []
         for j in range(steps):
-            S["u"].copy_(u[S["row"], j])
-            if latent_sigma:
-                S["noise"].copy_(noise[S["row"], j])
-            if graph and run is None and warm:
-                run = _capture(step)
-            (run or step)()
-            warm = True  # one plain step at each number of rows, before it is captured
-            for name, steps_so_far in record.items():
-                steps_so_far.append(S[name].clone())
-        token, logprob, chosen, z = (
-            torch.stack(x, 1) for x in record.values()
+            if noise:
+                noise.drawn = drawn[:, j]
+            state, record = (captured or run)(state, u[state.row, j])
+            if graph and captured is None:
+                captured = capture(run, state, u[state.row, j])
+            records.append(record)
+        chunk = Record(
+            *(torch.stack(x, 1) for x in zip(*records))
         )  # (live, steps), z (live, steps, D)
+        if noise:
+            density = noise.density(chunk.z, drawn[state.row]).masked_fill(
+                chunk.token != rule.latent, 0
+            )
+            chunk = chunk._replace(logprob=chunk.logprob + density)
         if stream:
-            stream(token)
-        row = S["row"]
-        tokens[row, start : start + steps], logprobs[row, start : start + steps] = token, logprob
-        sampled[row, start : start + steps] = chosen
-        is_latent = token == config.latent_id
-        for r, part in zip(row.tolist(), z[is_latent].split(is_latent.sum(1).tolist())):
-            latents[r].append(part)
-        live = (~S["done"]).nonzero()[:, 0]
+            stream(chunk.token)
+        book.write(state.row, start, chunk)
+
+        # finished rows leave, when half of them have finished
+        live = (~state.done).nonzero()[:, 0]
         if not len(live):
             break
-        if len(live) <= len(row) // 2:  # finished rows leave
-            S = {name: value[live] for name, value in S.items()}
-            if shared is None:
-                _select(cache, live)
-            else:
-                left, shared = torch.unique(shared[live], return_inverse=True)
-                _select(cache, left)
-            run, warm = None, False
-    ended = torch.isin(tokens, eos) & sampled
-    lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, T)
-    return Rollout(
-        tokens,
-        sampled,
-        [torch.cat(x) for x in latents],
-        logprobs,
-        ["eos" if e else "length" for e in ended.any(1).tolist()],
-        lengths,
-        latent_sigma,
-    )
+        if len(live) <= len(state.row) // 2:
+            state, captured = state.at(live), None
+            cache.keep(live)
+    return book.rollout(noise.sigma if noise else 0.0)
+
+
+class _Book:
+    """Writes the records of the live rows into those of all rows."""
+
+    def __init__(self, R, T, rule, device):
+        self.rule = rule
+        self.tokens = rule.pad.expand(R, T).clone()
+        self.sampled = torch.zeros(R, T, dtype=torch.bool, device=device)
+        self.logprobs = torch.zeros(R, T, device=device)
+        self.latents = [[] for _ in range(R)]
+
+    def write(self, row, start, chunk):
+        """chunk: a Record of (live, steps); row (live,): their numbers."""
+        columns = slice(start, start + chunk.token.shape[1])
+        self.tokens[row, columns] = chunk.token
+        self.sampled[row, columns] = chunk.sampled
+        self.logprobs[row, columns] = chunk.logprob
+        is_latent = chunk.token == self.rule.latent  # (live, steps)
+        parts = chunk.z[is_latent].split(is_latent.sum(1).tolist())
+        for r, part in zip(row.tolist(), parts):
+            self.latents[r].append(part)
+
+    def rollout(self, latent_sigma):
+        """-> Rollout."""
+        ended = torch.isin(self.tokens, self.rule.eos) & self.sampled  # (R, T)
+        T = ended.shape[1]
+        lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, T)
+        finish = ["eos" if e else "length" for e in ended.any(1).tolist()]
+        latents = [torch.cat(parts) for parts in self.latents]
+        return Rollout(
+            self.tokens, self.sampled, latents, self.logprobs, finish, lengths, latent_sigma
+        )
+
+
+# ------------------------------------------------------------------------------------------- replay
 
 
 @dataclass
@@ -409,77 +436,80 @@ class Replay:
     latents: torch.Tensor  # (N, D) what was fed: a leaf
 
 
-def replay(model, batch, rollout, temperature, prompt_of=None, recorded=True):
-    """Feed rollouts again, latents included -> Replay, differentiable in weights and latents. Source: sec. 3.3.
+def replay(model, batch, rollout, temperature, prompt_of=None):
+    """Feed rollouts again, latents included -> Replay. Source: sec. 3.3.
 
-    batch: left-padded prompts (`data.model_inputs`), encoded once each. prompt_of (R,): each row's prompt, default R / B
-    rows of each in turn. recorded=False feeds the `<|latent|>` token's embedding instead (official).
+    Differentiable in the weights and in the latents.
+    batch: left-padded prompts (`data.model_inputs`), encoded once each. prompt_of (R,): each row's prompt, default R / B rows of each in turn.
     """
     ids, mask = rollout.tokens, batch["attention_mask"]  # (R, T), (B, P)
     R, T = ids.shape
     if prompt_of is None:
         prompt_of = torch.arange(R, device=ids.device) // (R // len(mask))
-    h, cache = model.hidden(**batch, use_cache=True)  # (B, P, D)
-    start = (mask.sum(-1, keepdim=True) + model.model.rope_deltas)[
-        prompt_of
-    ]  # (R, 1) first new position
-    cache.batch_select_indices(
-        prompt_of
-    )  # a copy inside the graph: gradients of a group add up in its prompt
-    wide = torch.promote_types(h.dtype, torch.float32)
     is_latent = ids == model.config.latent_id  # (R, T)
-    z = torch.cat(rollout.latents) if recorded else model.get_input_embeddings()(ids[is_latent])
-    z = z.detach().to(wide).requires_grad_() if recorded else z  # (N, D)
+
+    # the prompts, then every row after a copy of its own: gradients of a group add up in its prompt
+    h, cache = model.hidden(**batch, use_cache=True)  # (B, P, D)
+    start = (mask.sum(-1, keepdim=True) + model.model.rope_deltas)[prompt_of]  # (R, 1)
+    cache.batch_select_indices(prompt_of)
+    wide = torch.promote_types(h.dtype, torch.float32)
+    z = torch.cat(rollout.latents).detach().to(wide).requires_grad_()  # (N, D)
     count = torch.arange(T, device=ids.device)
+    real = (count < rollout.lengths[:, None]).to(mask.dtype)  # (R, T)
     new, _ = model.hidden(
         ids,
-        torch.cat([mask[prompt_of], (count < rollout.lengths[:, None]).to(mask.dtype)], 1),
+        torch.cat([mask[prompt_of], real], 1),  # (R, P + T)
         latents=z,
         past_key_values=cache,
-        position_ids=(start + count).expand(3, -1, -1),
+        position_ids=(start + count).expand(3, -1, -1),  # (3, R, T)
         use_cache=True,
     )
     h = torch.cat(
         [h[prompt_of, -1:], new[:, :-1]], 1
     )  # (R, T, D): the state that chooses each token
 
-    def choice(h, chosen):  # (S', D), (S',) -> log-probability and entropy (S',)
-        logp = (model.lm_head(h).to(wide) / temperature).log_softmax(-1)  # (S', V)
+    logprob, entropy = _choices(
+        model, h[rollout.sampled], ids[rollout.sampled], temperature
+    )  # (S,)
+    zero = torch.zeros_like(ids, dtype=wide)
+    logprobs = zero.masked_scatter(rollout.sampled, logprob)  # (R, T)
+    predicted = model.to_latent(h[is_latent]).to(wide)  # (N, D)
+    if rollout.latent_sigma:
+        density = log_density(z.detach(), predicted, rollout.latent_sigma)  # (N,)
+        logprobs = logprobs + zero.masked_scatter(is_latent, density)
+    return Replay(logprobs, zero.masked_scatter(rollout.sampled, entropy), predicted, z)
+
+
+def _choices(model, h, chosen, temperature):
+    """States (S, D), what was chosen there (S,) -> log-probability and entropy of each (S,)."""
+
+    def choice(h, chosen):
+        logits = model.lm_head(h).to(torch.promote_types(h.dtype, torch.float32))
+        logp = (logits / temperature).log_softmax(-1)  # (S', V)
         log_stop = logp[:, model.config.latent_end_id]
+        log_go = log_continue(log_stop)
         continued = chosen == model.config.latent_id
         in_span = continued | (chosen == model.config.latent_end_id)
-        picked = torch.where(
-            continued, log_continue(log_stop), logp.gather(1, chosen[:, None])[:, 0]
-        )
+        picked = torch.where(continued, log_go, logp.gather(1, chosen[:, None])[:, 0])
         with torch.no_grad():
-            stop, go = log_stop, log_continue(log_stop)
-            entropy = torch.where(
-                in_span, -stop.exp() * stop - go.exp() * go, -(logp.exp() * logp).sum(-1)
-            )
+            of_event = -log_stop.exp() * log_stop - log_go.exp() * log_go
+            entropy = torch.where(in_span, of_event, -(logp.exp() * logp).sum(-1))
         return picked, entropy
 
-    # a piece's (S', V) is made again in the backward: all at once would be 10 GB a copy at 16k tokens of Qwen's vocabulary
-    parts = [
-        checkpoint(choice, *part, use_reentrant=False)
-        for part in zip(h[rollout.sampled].split(LOGITS), ids[rollout.sampled].split(LOGITS))
-    ]
-    picked, entropy = (torch.cat(part) for part in zip(*parts))  # (S,)
-    predicted = model.to_latent(h[is_latent]).to(wide)  # (N, D)
-    logprobs = torch.zeros_like(ids, dtype=wide).masked_scatter(rollout.sampled, picked)  # (R, T)
-    if rollout.latent_sigma and recorded:
-        density = log_density(z.detach(), predicted, rollout.latent_sigma)  # (N,)
-        logprobs = logprobs + torch.zeros_like(logprobs).masked_scatter(is_latent, density)
-    return Replay(
-        logprobs, torch.zeros_like(logprobs).masked_scatter(rollout.sampled, entropy), predicted, z
-    )
+    # a piece's (S', V) is made again in the backward: at once, 16k tokens are 10 GB a copy
+    pieces = zip(h.split(LOGITS), chosen.split(LOGITS))
+    results = [checkpoint(choice, *piece, use_reentrant=False) for piece in pieces]
+    logprob, entropy = zip(*results)
+    return torch.cat(logprob), torch.cat(entropy)
 
 
-def token_logprobs(model, batch, rollout, temperature, prompt_of=None, recorded=True):
-    """Log-probabilities (R, T) of what a rollout chose, as `generate` recorded them. Source: sec. 3.3, Eq. (7)'s policy.
+def token_logprobs(model, batch, rollout, temperature, prompt_of=None):
+    """Log-probabilities (R, T) of what a rollout chose, as `generate` recorded them.
 
     The one function for the policy, the reference model and the tests; arguments as `replay`.
+    Source: sec. 3.3, the policy of Eq. (7).
     """
-    return replay(model, batch, rollout, temperature, prompt_of, recorded).logprobs
+    return replay(model, batch, rollout, temperature, prompt_of).logprobs
 
 
 def take(rollout, rows):
@@ -501,30 +531,15 @@ def join(rollouts):
     """Rollouts one below the other, padded to the longest. Source: ours."""
 
     def stack(name):
-        return torch.nn.utils.rnn.pad_sequence(
-            [row for r in rollouts for row in getattr(r, name)], True
-        )
+        rows = [row for r in rollouts for row in getattr(r, name)]
+        return torch.nn.utils.rnn.pad_sequence(rows, True)
 
     return Rollout(
         stack("tokens"),
         stack("sampled"),
         [z for r in rollouts for z in r.latents],
         stack("logprobs"),
-        [f for r in rollouts for f in r.finish],
+        [end for r in rollouts for end in r.finish],
         torch.cat([r.lengths for r in rollouts]),
         rollouts[0].latent_sigma,
     )
-
-
-def _select(cache, rows):
-    """Keep these rows of a cache, in this order; a row may be kept more than once."""
-    for layer in cache.layers:
-        layer.keys, layer.values = layer.keys[rows], layer.values[rows]
-
-
-def _capture(step):
-    """Record one step as a CUDA graph -> a function that replays it. Capturing runs nothing, so no state changes."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay

@@ -547,14 +547,16 @@ def test_noise_repeats_after_a_kill(world, tmp_path, monkeypatch):
 
     fed, generate = [], latent_decode.generate
 
-    def listen(model, batch, *, replace, **kwargs):
+    def listen(model, batch, *, feed, **kwargs):
         fed.append(
             {
                 tuple(ids.tolist()): r.clone()
-                for ids, r in zip(batch["pixel_values"].view(len(replace), -1), replace)
+                for ids, r in zip(
+                    batch["pixel_values"].view(len(feed.vectors), -1), feed.vectors
+                )
             }
         )
-        return generate(model, batch, replace=replace, **kwargs)
+        return generate(model, batch, feed=feed, **kwargs)
 
     monkeypatch.setattr(evaluate, "generate", listen)
     whole = evaluate.evaluate(config(world, tmp_path, latents="noise", limit=8))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_decode import EOS, ROWS, shuffle, spans
+from test_latent_decode import EOS, ROWS, shuffle, spans
 from test_model import make_batch, save
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
@@ -170,7 +170,9 @@ def test_replay_is_exact(model, tokenizer, head, sigma):
     ) == {"eos", "length"}
     with torch.no_grad():
         again = token_logprobs(model, batch, rollout, 0.9)
-        without = token_logprobs(model, batch, rollout, 0.9, recorded=False)
+        pause = model.get_input_embeddings().weight[model.config.latent_id]
+        official = dataclasses.replace(rollout, latents=[pause.expand_as(z) for z in rollout.latents])
+        without = token_logprobs(model, batch, official, 0.9)
     assert again.shape == rollout.tokens.shape and not again[~rollout.sampled].any()
     torch.testing.assert_close(again, rollout.logprobs, atol=1e-4, rtol=0)
     assert (without - rollout.logprobs).abs().max() > 0.5

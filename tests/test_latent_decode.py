@@ -9,7 +9,7 @@ import torch
 from test_model import IMAGE, VIDEO, WIDE, log_softmax, make_batch
 
 import latent_decode
-from latent_decode import choose, generate
+from latent_decode import Rollout, Rule, choose, decode_slowly, generate
 
 ROWS = [
     ["watch", IMAGE, "the ball"],
@@ -60,33 +60,15 @@ def rows_fed(model):
     return sizes
 
 
-@torch.no_grad()
 def reference(model, prompt, max_new_tokens, max_latents, eos):
-    """Greedy, the slow way: one unpadded row, no cache, everything again for each token."""
-    c, tokens, latents, logprobs, sampled, span = (
-        model.config,
-        [],
-        torch.zeros(0, 96),
-        [],
-        [],
-        None,
-    )  # None = words
-    never = (c.latent_id, c.latent_end_id, c.image_token_id, c.video_token_id)
-    while len(tokens) < max_new_tokens and not (tokens and tokens[-1] in eos):
-        ids = torch.cat([prompt["input_ids"], torch.tensor([tokens], dtype=torch.long)], 1)
-        out = model(**{**prompt, "input_ids": ids, "attention_mask": None}, latents=latents)
-        logp = log_softmax(out.logits[0, -1])
-        p_stop, free = np.exp(logp[c.latent_end_id]), span != max_latents
-        if span is None:
-            token = max((t for t in range(len(logp)) if t not in never), key=lambda t: logp[t])
-            logprob, span = logp[token], 0 if token == c.latent_start_id else None
-        elif p_stop > 0.5 or not free:
-            token, logprob, span = c.latent_end_id, np.log(p_stop) * free, None
-        else:
-            token, logprob, span = c.latent_id, np.log(1 - p_stop), span + 1
-            latents = torch.cat([latents, model.to_latent(out.hidden_states[-1][:, -1])])
-        tokens.append(token), logprobs.append(logprob), sampled.append(free)
-    return tokens, latents, logprobs, sampled, "eos" if tokens[-1] in eos else "length"
+    """What `decode_slowly` says, with the log-probabilities of one forward over it: for `check_row`."""
+    tokens, latents = decode_slowly(model, prompt, max_new_tokens, max_latents, eos)
+    finish = "eos" if tokens[-1] in eos else "length"
+    lengths, tokens = torch.tensor([len(tokens)]), torch.tensor([tokens])
+    slow = Rollout(tokens, None, [latents], None, [finish], lengths)
+    expected, predicted = replay(model, prompt, slow, 0, max_latents, 1.0)
+    torch.testing.assert_close(latents, predicted, atol=1e-4, rtol=0)  # z_{k+1} = h_{p+k}
+    return expected
 
 
 def check_row(rollout, r, expected):
@@ -208,28 +190,39 @@ def test_limits_and_ends(model, tokenizer, eos):
 
 
 def test_replace_feeds_other_vectors(model, tokenizer, eos, monkeypatch):
-    """Breaks if given vectors are not what is fed and recorded, or reach another row or a later latent."""
+    """Breaks if given vectors are not what is fed and recorded, or reach another row,
+    or if span and place in it are miscounted."""
     monkeypatch.setattr(
         latent_decode, "CHUNK", 4
     )  # rows leave early, and vectors are still given after that
     batch, other, sizes = (
         make_batch(tokenizer, ROWS, "left"),
-        torch.randn(24, 9, 96),
+        torch.randn(24, 3, 3, 96),
         rows_fed(shuffle(model, 4)),
     )
     args = dict(max_new_tokens=30, max_latents=3, eos_token_id=eos, n=4, temperature=1.0)
-    rollout = generate(
-        model, batch, **args, replace=other, generator=torch.Generator().manual_seed(0)
-    )
-    assert min(sizes[1:]) < 24 and max(map(len, rollout.latents)) > 9  # sizes[0] is the prompts'
+    places = [[] for _ in range(24)]  # (span, place in the span) of each latent, as `feed` is told
+
+    def feed(model, state):
+        places_now = zip(state.row.tolist(), state.span.tolist(), state.count.tolist())
+        for r, span, count in places_now:
+            places[r].append((span, count))
+        return other[state.row, state.span.clamp(0, 2), state.count.clamp(max=2)]
+
+    rollout = generate(model, batch, **args, feed=feed, generator=torch.Generator().manual_seed(0))
+    assert min(sizes[1:]) < 24 and max(map(len, rollout.latents)) > 6  # sizes[0] is the prompts'
     for r in range(24):
         expected, predicted = replay(
             model, make_batch(tokenizer, [ROWS[r // 4]]), rollout, r, 3, 1.0
         )
         check_row(rollout, r, expected)
-        z = rollout.latents[r]
-        assert torch.equal(z[:9], other[r, : len(z)])
-        torch.testing.assert_close(z[9:], predicted[9:], atol=1e-4, rtol=0)
+        tokens, steps = rollout.tokens[r].tolist(), iter(places[r])
+        fed = [place for token, place in zip(tokens, steps) if token == model.config.latent_id]
+        lengths = spans(tokens, model.config)
+        assert fed[: sum(lengths)] == [(m, j) for m, n in enumerate(lengths) for j in range(n)]
+        assert len(fed) == len(rollout.latents[r])
+        for z, (m, j) in zip(rollout.latents[r], fed):
+            assert torch.equal(z, other[r, min(m, 2), min(j, 2)])
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.5])
@@ -361,9 +354,7 @@ def decide(logits, u, in_span=False, count=0, **more):
         torch.full((len(u),), in_span),
         torch.full((len(u),), count),
         u,
-        ids=IDS,
-        banned=BANNED,
-        **more,
+        Rule(*IDS, BANNED, **more),
     )
     return [x.numpy() for x in got]
 
@@ -425,6 +416,29 @@ def test_choose_in_a_span(temperature):
     ):  # p = 1, 0: the -inf of the other must not get in
         token, chosen, sampled = decide(logits, [0.0, 1 - 2**-24], True, temperature=temperature)
         assert token.tolist() == [only] * 2 and not chosen.any() and sampled.all()
+
+
+def test_a_greedy_span_ends_where_the_end_is_the_most_probable_word():
+    """Breaks if greedy decoding is not the limit of sampling: p(LE) < 1/2 may still be the largest, and
+    p(LE) = .45 beside a word of .5 is not."""
+    for p_word, stops in ((0.3, True), (0.5, False)):
+        p = torch.full((V,), (1 - 0.45 - p_word) / (V - 2))
+        p[IDS[2]], p[5] = 0.45, p_word
+        greedy = decide(p.log(), [0.3], True, temperature=0.0)
+        limit = decide(p.log(), torch.linspace(0, 0.999, 50), True, temperature=1e-4)
+        assert greedy[0].tolist() == [IDS[2] if stops else IDS[1]]
+        assert (limit[0] == greedy[0]).all()
+        np.testing.assert_allclose(np.exp(greedy[1]), 0.45 if stops else 0.55, rtol=1e-5)
+
+
+def test_greedy_is_the_limit_of_sampling(model, tokenizer, eos):
+    """Breaks if temperature 1e-4 and 0 decode differently anywhere, in words or in spans."""
+    batch = make_batch(tokenizer, ROWS, "left")
+    for seed in range(4):
+        shuffle(model, seed)
+        args = dict(max_new_tokens=36, max_latents=3, eos_token_id=eos)
+        cold = generate(model, batch, **args, temperature=1e-4)
+        assert torch.equal(generate(model, batch, **args).tokens, cold.tokens)
 
 
 def test_choose_at_the_edges():
