@@ -79,8 +79,6 @@ class Config(DataConfig):
     batch: int = (
         4  # candidates generated together: 2 * n * batch rows; decides the random numbers  # ours
     )
-    later: str = LATER  # the words before the future frames under v  # ours
-    answers: bool = False  # keep the responses in the probe file
     judge_url: str = (
         ""  # OpenAI-compatible server for open answers; "" = exact match alone; needs judge_model
     )
@@ -186,18 +184,18 @@ def noise_table(n, max_p_t, min_gain):
     )
 
 
-def with_future(row, later=LATER):
+def with_future(row):
     """Condition v of a Row: its future frames as images behind the last picture of the prompt. sec. 3.2; words ours."""
     last = (
         max((i for i, part in enumerate(row.prompt) if not isinstance(part, str)), default=-1) + 1
     )
     future = [part for part in row.response if isinstance(part, Frame)]
     return dataclasses.replace(
-        row, prompt=[*row.prompt[:last], later, *future, *row.prompt[last:]], response=[]
+        row, prompt=[*row.prompt[:last], LATER, *future, *row.prompt[last:]], response=[]
     )
 
 
-def read_answer(response):
+def final_answer(response):
     """A response with its special tokens -> the answer's text or None, as the file's docstring says. Source: ours."""
     answer = answer_of(response)
     if answer is not None or not response.rstrip().endswith(("<|im_end|>", "<|endoftext|>")):
@@ -211,7 +209,7 @@ def mark(rows, responses, judge=None):
 
     judge: a rewards.Judge or None; asked once for equal answers, and only where the rule says no.
     """
-    said = [[f"<answer>{read_answer(r) or ''}</answer>" for r in mine] for mine in responses]
+    said = [[f"<answer>{final_answer(r) or ''}</answer>" for r in mine] for mine in responses]
     asked = (
         {}
         if judge is None
@@ -255,34 +253,51 @@ def mean_logprob(model, batch, empty):
     return means
 
 
-def read_pool(config):
-    """The pool -> records as they stand, ids, and a Row each, or a data.Skipped that says why there is none. Ours.
+class Pool:
+    """The candidates: records as they stand, ids, and a Row each. Source: ours.
 
-    An id is the record's own, else "file name:index". Raises SystemExit without --data, ValueError for ids used twice.
+    Where there is no Row, a Skipped says why. An id is the record's own, else "file name:index".
+    Raises SystemExit without --data, ValueError for ids used twice.
     """
-    if not config.data:
-        raise SystemExit(
-            "--data is missing: a .json, .jsonl or .parquet file of training records (see data.py)"
-        )
-    records, ids, rows = read_records(config.data), [], []
-    root = config.media_root or os.path.dirname(os.path.abspath(config.data))
-    for i, record in enumerate(records):
-        where, known = f"{config.data}:{i}", isinstance(record, dict) and "id" in record
-        ids.append(str(record["id"]) if known else f"{os.path.basename(config.data)}:{i}")
-        try:
-            row = read_record(record, where, root)
-            if not any(isinstance(part, Frame) for part in row.response):
-                row = Skipped(where, "no future frame, so there is no condition v")
-            elif row.options and pick(row.answer, row.options) is None:
-                row = Skipped(where, f"the answer {row.answer!r} is none of {row.options}")
-        except RecordError as e:
-            row = Skipped(where, str(e).removeprefix(f"{where}: "))
-        rows.append(row)
-    if len(set(ids)) < len(ids):
-        raise ValueError(
-            f"{config.data}: ids are not unique, e.g. {Counter(ids).most_common(1)[0][0]!r}"
-        )
-    return records, ids, rows
+
+    def __init__(self, config):
+        if not config.data:
+            raise SystemExit(
+                "--data is missing: a .json, .jsonl or .parquet file of training records"
+                " (see common/formats.py)"
+            )
+        self.records, self.ids, self.rows = read_records(config.data), [], []
+        root = config.media_root or os.path.dirname(os.path.abspath(config.data))
+        name = os.path.basename(config.data)
+        for i, record in enumerate(self.records):
+            has_id = isinstance(record, dict) and "id" in record
+            self.ids.append(str(record["id"]) if has_id else f"{name}:{i}")
+            self.rows.append(candidate(record, f"{config.data}:{i}", root))
+        self.row = dict(zip(self.ids, self.rows))
+        if len(self.row) < len(self.ids):
+            twice = Counter(self.ids).most_common(1)[0][0]
+            raise ValueError(f"{config.data}: ids are not unique, e.g. {twice!r}")
+
+    def of(self, ids):
+        """The rows of some ids."""
+        return [self.row[id] for id in ids]
+
+    def blocks(self, size):
+        """Neighbours in the pool that are generated together: lists of ids."""
+        return [self.ids[i : i + size] for i in range(0, len(self.ids), size)]
+
+
+def candidate(record, where, media_root):
+    """A record -> its Row, or a Skipped if it cannot be probed. Source: ours."""
+    try:
+        row = read_record(record, where, media_root)
+    except RecordError as e:
+        return Skipped(where, str(e).removeprefix(f"{where}: "))
+    if not any(isinstance(part, Frame) for part in row.response):
+        return Skipped(where, "no future frame, so there is no condition v")
+    if row.options and pick(row.answer, row.options) is None:
+        return Skipped(where, f"the answer {row.answer!r} is none of {row.options}")
+    return row
 
 
 def prompt_hash(row):
@@ -347,7 +362,7 @@ def results(rows, responses, judge, config):
     )
     found = []
     for row, both, t, v in zip(rows, responses, marks[::2], marks[1::2]):
-        unjudged, empty = (t + v).count(None), sum(not read_answer(r) for r in both[0] + both[1])
+        unjudged, empty = (t + v).count(None), sum(not final_answer(r) for r in both[0] + both[1])
         line = (
             dict(unjudged=unjudged, no_answer=empty)
             if unjudged
@@ -355,213 +370,231 @@ def results(rows, responses, judge, config):
         )
         if unjudged:
             tqdm.write(f"unjudged {row.where}: {unjudged} of {len(t + v)} rollouts")
-        if unjudged or config.answers:
+        if unjudged:
             line["responses"] = both
         found.append(line)
     return found
 
 
 def probe(config, judge=None):
-    """Score the candidates of the pool that have no score yet -> {id: line}. sec. 3.2.
+    """Score the candidates of the pool that have no score yet -> {id: line}. Source: sec. 3.2.
 
-    judge: default a rewards.Judge if judge_url is set. Raises SystemExit if OUT holds other settings or another pool.
+    judge: default a Judge if judge_url is set. Raises SystemExit if OUT holds other settings or another
+    pool.
     """
     rank, world, device = set_up_ranks()
-    folder, counts = newest(config.model), config.score == "counts"
-    _, ids, rows = read_pool(config)
-    place = {id: i for i, id in enumerate(ids)}
-    if judge is None and bool(config.judge_url) != bool(config.judge_model):
-        raise SystemExit(
-            "--judge_url and --judge_model go together"
-        )  # else rule and judge would mix in one file
-    if judge is None and config.judge_url:
-        judge = Judge(config.judge_url, config.judge_model)
-    os.makedirs(config.out, exist_ok=True)
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in HARMLESS}
-    written = os.path.join(
-        folder, "config.json"
-    )  # a model trained anew in the same folder is another model
-    settings.update(
-        model=folder, written=os.path.getmtime(written) if os.path.exists(written) else None
-    )
+    pool = Pool(config)
+    if judge is None:
+        judge = make_judge(config)
     path = os.path.join(config.out, config.name)
-    done = read_probe(config, ids, rows)
-    if done:
-        old = (
-            json.load(open(path + ".settings.json"))
-            if os.path.exists(path + ".settings.json")
-            else {}
-        )
-        changed = sorted(k for k in {*old, *settings} if old.get(k) != settings.get(k))
-        if changed:
-            raise SystemExit(
-                f"{config.out} holds a probe with other values of {', '.join(changed)}: choose another --out"
-            )
+    settings = settings_of(config)
+    done = read_probe(config, pool.ids, pool.rows)
+    refuse_other_settings(path, settings, done)
     if world > 1:
         dist.barrier()  # nobody writes before everybody has read
     if rank == 0:
         write(path + ".settings.json", json.dumps(settings, indent=1))
-        print(
-            noise_table(config.rollouts, *limits(config, config.rollouts))
-            if counts
-            else "one forward a condition"
-        )
-        if (
-            counts
-            and judge is None
-            and any(isinstance(row, Row) and not row.options for row in rows)
-        ):
-            print("open answers are judged by exact match alone: no --judge_url")
-    decode = {
-        k: settings[k] for k in ("temperature", "top_p", "max_new_tokens", "max_latents", "batch")
-    }
-    common = dict(
-        n=config.rollouts, seed=config.seed, decode=decode, model=folder, judge=config.judge_model
-    )
+        announce(config, pool, judge)
 
-    def append(f, new):
-        for id, line in new.items():
-            row = rows[place[id]]
-            if "skipped" in line:
-                tqdm.write(f"skipped {row.where}: {line['skipped']}")
-            f.write(
-                json.dumps(
-                    dict(
-                        id=id,
-                        **line,
-                        **common,
-                        prompt=prompt_hash(row) if isinstance(row, Row) else None,
-                    ),
-                    ensure_ascii=False,
-                )
-                + "\n"
-            )
-        f.flush()
+    with Pen(path, rank, pool, config, settings) as pen:
+        # what the judge gave no verdict on is judged again, without generating
+        if rank == 0 and judge:
+            waiting = [id for id in pool.ids if "unjudged" in done.get(id, {})]
+            responses = [done[id]["responses"] for id in waiting]
+            pen.write(waiting, results(pool.of(waiting), responses, judge, config))
+        # a block is generated as a whole, also where only a part of it is missing
+        missing = {id for id in pool.ids if id not in done or "skipped" in done[id]}
+        blocks = [block for block in pool.blocks(config.batch) if missing.intersection(block)]
+        probe_blocks(blocks[rank::world], missing, pool, pen, judge, config, device)
 
-    # the unit of work is a block of the pool: generated as a whole, also where only a part of it is missing
-    blocks = [ids[i : i + config.batch] for i in range(0, len(ids), config.batch)]
-    missing = {id for id in ids if id not in done or "skipped" in done[id]}
-    mine = [block for block in blocks if missing.intersection(block)][rank::world]
-    usable, prompts, plan = (
-        [[id for id in block if isinstance(rows[place[id]], Row)] for block in mine],
-        [],
-        [],
-    )
-    for good in usable:
-        before = len(prompts)
-        for row in (rows[place[id]] for id in good):
-            prompts += [
-                dataclasses.replace(row, response=[]),
-                with_future(row, config.later),
-            ]  # t, v, t, v, ...
-        plan.append(list(range(before, len(prompts))))
-    batches = []
-    if mine:
-        dtype = torch.bfloat16 if config.bf16 and device.type == "cuda" else torch.float32
-        attention = best_attention() if dtype == torch.bfloat16 else "sdpa"
-        model, tokenizer = load(folder, dtype=dtype, attn_implementation=attention)
-        model.to(device).eval()
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        empty = [
-            x for x in encode(Row("", "", [], [], ""), tokenizer, config)["labels"] if x != -100
-        ]
-        batches = loader(
-            Samples(prompts, tokenizer, config, train=not counts),
-            plan,
-            config.workers,
-            pad_id=pad,
-            side="left" if counts else "right",
-        )
-    bar = tqdm(
-        total=sum(map(len, mine)),
-        desc=config.name,
-        unit=" candidates",
-        disable=rank > 0,
-        mininterval=2,
-    )
-    with (
-        open(f"{path}_{rank}.jsonl", "a", encoding="utf-8") as f,
-        open(f"{path}.seconds_{rank}.jsonl", "a", 1) as clock,
-    ):
-        unjudged = (
-            [id for id in ids if "unjudged" in done.get(id, {})] if rank == 0 and judge else []
-        )
-        append(
-            f,
-            dict(
-                zip(
-                    unjudged,
-                    results(
-                        [rows[place[id]] for id in unjudged],
-                        [done[id]["responses"] for id in unjudged],
-                        judge,
-                        config,
-                    ),
-                )
-            ),
-        )
-        for block, good, batch in zip(mine, usable, batches):
-            began = time.time()
-            new = {id: dict(skipped=rows[place[id]].why) for id in block if id not in good}
-            lost = iter(batch["skipped"])
-            for k in sorted({*range(2 * len(good))} - {*batch["kept"]}):
-                new[good[k // 2]] = dict(skipped=next(lost).why)
-            todo = [id for id in good if id in missing and id not in new]
-            if todo:
-                values = dict(
-                    zip(
-                        batch["kept"],
-                        measure(model, tokenizer, to_device(batch, device), config, block, empty),
-                    )
-                )
-                pairs = [
-                    (values[2 * good.index(id)], values[2 * good.index(id) + 1]) for id in todo
-                ]
-                new.update(
-                    zip(
-                        todo,
-                        results([rows[place[id]] for id in todo], pairs, judge, config)
-                        if counts
-                        else [dict(logp_t=t, logp_v=v) for t, v in pairs],
-                    )
-                )
-            append(f, {id: new[id] for id in block if id in missing})
-            clock.write(json.dumps(dict(ids=block, seconds=round(time.time() - began, 4))) + "\n")
-            bar.update(len(block))
     if world > 1:
         dist.barrier()
     if rank == 0:
-        done = read_probe(config, ids, rows)
-        order = sorted(done, key=lambda id: place.get(id, len(place)))
-        write(
-            path + ".jsonl",
-            "".join(json.dumps(done[id], ensure_ascii=False) + "\n" for id in order),
-        )
-        for part in glob.glob(glob.escape(path) + "_*.jsonl"):
-            os.remove(part)
-        seconds = sum(
-            line["seconds"]
-            for clock in glob.glob(glob.escape(path) + ".seconds_*.jsonl")
-            for line in read_lines(clock)
-        )
-        count = Counter(
-            next((why for why in ("skipped", "unjudged") if why in done[id]), "done") for id in ids
-        )
-        print(
-            f"{path}.jsonl: {len(ids)} candidates, {', '.join(f'{n} {what}' for what, n in sorted(count.items()))}, "
-            f"{seconds:.0f} s over all runs and ranks"
-        )
-        if judge is not None and judge.failures:
-            print(
-                "no verdict from the judge: "
-                + ", ".join(f"{n} x {why}" for why, n in judge.failures.most_common())
-            )
+        done = merge(path, pool, config)
+        report_counts(path, pool, done, judge)
     return done
 
 
-def measure(model, tokenizer, batch, config, block, empty):
+def make_judge(config):
+    """The judge of the settings or None. Rule and judge must not mix in one file, so both flags or none."""
+    if bool(config.judge_url) != bool(config.judge_model):
+        raise SystemExit("--judge_url and --judge_model go together")
+    return Judge(config.judge_url, config.judge_model) if config.judge_url else None
+
+
+def settings_of(config):
+    """What two runs on one probe file must share, as a dict. Source: ours."""
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in HARMLESS}
+    folder = newest(config.model)
+    weights = os.path.join(
+        folder, "config.json"
+    )  # a model trained anew in a folder is another model
+    written = os.path.getmtime(weights) if os.path.exists(weights) else None
+    return dict(settings, model=folder, written=written)
+
+
+def refuse_other_settings(path, settings, done):
+    """Raises SystemExit if the results in OUT were made with other settings."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if not done:
+        return
+    old = {}
+    if os.path.exists(path + ".settings.json"):
+        with open(path + ".settings.json") as f:
+            old = json.load(f)
+    changed = sorted(k for k in {*old, *settings} if old.get(k) != settings.get(k))
+    if changed:
+        raise SystemExit(
+            f"{os.path.dirname(path)} holds a probe with other values of {', '.join(changed)}: "
+            "choose another --out"
+        )
+
+
+def announce(config, pool, judge):
+    """What one should know before the hours are spent."""
+    if config.score != "counts":
+        print("one forward a condition")
+        return
+    print(noise_table(config.rollouts, *limits(config, config.rollouts)))
+    rows = [row for row in pool.rows if isinstance(row, Row)]
+    if judge is None and any(not row.options for row in rows):
+        print("open answers are judged by exact match alone: no --judge_url")
+
+
+class Pen:
+    """Writes the lines of one rank: each with the settings it was made with. Source: ours."""
+
+    def __init__(self, path, rank, pool, config, settings):
+        self.pool = pool
+        names = ("temperature", "top_p", "max_new_tokens", "max_latents", "batch")
+        self.common = dict(
+            n=config.rollouts,
+            seed=config.seed,
+            decode={name: settings[name] for name in names},
+            model=settings["model"],
+            judge=config.judge_model,
+        )
+        self.lines = open(f"{path}_{rank}.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self.clock = open(f"{path}.seconds_{rank}.jsonl", "a", 1)  # noqa: SIM115
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.lines.close()
+        self.clock.close()
+
+    def write(self, ids, lines):
+        """A line for each id: {p_t, p_v, ...}, {unjudged, ...} or {skipped: why}."""
+        for id, line, row in zip(ids, lines, self.pool.of(ids)):
+            if "skipped" in line:
+                tqdm.write(f"skipped {row.where}: {line['skipped']}")
+            prompt = prompt_hash(row) if isinstance(row, Row) else None
+            line = dict(id=id, **line, **self.common, prompt=prompt)
+            self.lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.lines.flush()
+
+    def tick(self, block, began):
+        """How long a block took; kept apart, so that the probe file does not differ from run to run."""
+        seconds = round(time.time() - began, 4)
+        self.clock.write(json.dumps(dict(ids=block, seconds=seconds)) + "\n")
+
+
+def probe_blocks(blocks, missing, pool, pen, judge, config, device):
+    """Generate and judge this rank's blocks, one after another."""
+    if not blocks:
+        return
+    model, tokenizer = load_to_decode(config, device)
+    usable, prompts, plan = [], [], []
+    for block in blocks:
+        usable.append([id for id in block if isinstance(pool.row[id], Row)])
+        before = len(prompts)
+        for row in pool.of(usable[-1]):
+            prompts += [dataclasses.replace(row, response=[]), with_future(row)]  # t, v, t, v, ...
+        plan.append(list(range(before, len(prompts))))
+    counts = config.score == "counts"
+    samples = Samples(prompts, tokenizer, config, train=not counts)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    side = "left" if counts else "right"
+    batches = loader(samples, plan, config.workers, pad_id=pad, side=side)
+
+    rank = int(os.environ.get("RANK", 0))
+    total = sum(len(block) for block in blocks)
+    with tqdm(
+        total=total, desc=config.name, unit=" candidates", disable=rank > 0, mininterval=2
+    ) as bar:
+        for block, good, batch in zip(blocks, usable, batches):
+            began = time.time()
+            lines = {id: dict(skipped=pool.row[id].why) for id in block if id not in good}
+            lines.update(unreadable(good, batch))
+            todo = [id for id in good if id in missing and id not in lines]
+            if todo:
+                values = measure(model, tokenizer, to_device(batch, device), config, block)
+                value_of = dict(zip(batch["kept"], values))
+                places = [good.index(id) for id in todo]
+                pairs = [(value_of[2 * k], value_of[2 * k + 1]) for k in places]
+                lines.update(zip(todo, score_pairs(pool.of(todo), pairs, judge, config)))
+            ids = [id for id in block if id in missing]
+            pen.write(ids, [lines[id] for id in ids])
+            pen.tick(block, began)
+            bar.update(len(block))
+
+
+def load_to_decode(config, device):
+    """The probed model and its tokenizer, on the device."""
+    bf16 = config.bf16 and device.type == "cuda"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    attention = best_attention() if bf16 else "sdpa"
+    model, tokenizer = load(newest(config.model), dtype=dtype, attn_implementation=attention)
+    return model.to(device).eval(), tokenizer
+
+
+def unreadable(ids, batch):
+    """The candidates of a block of which a prompt (t or v) could not be read -> {id: line}."""
+    reasons = iter(batch["skipped"])
+    lost = sorted({*range(2 * len(ids))} - {*batch["kept"]})
+    return {ids[k // 2]: dict(skipped=next(reasons).why) for k in lost}
+
+
+def score_pairs(rows, pairs, judge, config):
+    """Rows and what was measured under (t, v) -> the content of their lines. Source: sec. 3.2."""
+    if config.score == "counts":
+        return results(rows, pairs, judge, config)
+    return [dict(logp_t=t, logp_v=v) for t, v in pairs]
+
+
+def merge(path, pool, config):
+    """The ranks' files -> one, in the pool's order -> {id: line}."""
+    done = read_probe(config, pool.ids, pool.rows)
+    place = {id: i for i, id in enumerate(pool.ids)}
+    order = sorted(done, key=lambda id: place.get(id, len(place)))
+    write(path + ".jsonl", "".join(json.dumps(done[id], ensure_ascii=False) + "\n" for id in order))
+    for part in glob.glob(glob.escape(path) + "_*.jsonl"):
+        os.remove(part)
+    return done
+
+
+def report_counts(path, pool, done, judge):
+    """Print how many candidates are done, skipped, unjudged, and what it took."""
+    clocks = glob.glob(glob.escape(path) + ".seconds_*.jsonl")
+    seconds = sum(line["seconds"] for clock in clocks for line in read_lines(clock))
+    count = Counter()
+    for id in pool.ids:
+        count[next((why for why in ("skipped", "unjudged") if why in done[id]), "done")] += 1
+    counts = ", ".join(f"{n} {what}" for what, n in sorted(count.items()))
+    print(
+        f"{path}.jsonl: {len(pool.ids)} candidates, {counts}, {seconds:.0f} s over all runs and ranks"
+    )
+    if judge is not None and judge.failures:
+        reasons = ", ".join(f"{n} x {why}" for why, n in judge.failures.most_common())
+        print(f"no verdict from the judge: {reasons}")
+
+
+def measure(model, tokenizer, batch, config, block):
     """A batch of prompts -> for each of them its n responses (counts) or its mean log-probability (logprob). Ours."""
     if config.score == "logprob":
+        labels = encode(Row("", "", [], [], ""), tokenizer, config)["labels"]
+        empty = [label for label in labels if label != -100]
         return [round(x, 6) for x in mean_logprob(model, batch, empty)]
     seed = hashlib.sha256(json.dumps([config.seed, *block]).encode()).digest()[:7]  # 56 bits
     out = generate(
@@ -605,12 +638,13 @@ def fate(line, chosen, max_p_t, min_gain):
 
 
 def cut(config):
-    """Choose from the probe's file; write the rows and the summary -> the chosen records, best first. sec. 3.2, Fig. 6.
+    """Choose from the probe's file; write the rows and the summary -> the chosen records, best first.
 
-    The records are those of the pool, untouched: their relative clip paths still start at the pool's folder.
+    The records are those of the pool, untouched: their relative clip paths still start at the pool's
+    folder. Source: sec. 3.2, Fig. 6.
     """
-    records, ids, rows = read_pool(config)
-    lines, counts = read_probe(config, ids, rows), config.score == "counts"
+    pool = Pool(config)
+    lines = read_probe(config, pool.ids, pool.rows)
     if not lines:
         raise SystemExit(f"{config.out} holds no {config.name}.jsonl: run --step probe first")
     n = next(iter(lines.values()))["n"]
@@ -618,86 +652,82 @@ def cut(config):
     for line in lines.values():
         if "logp_t" in line:
             line.update(p_t=line["logp_t"], p_v=line["logp_v"])
-    scored = [lines[id] for id in ids if "p_t" in lines.get(id, {})]
-    chosen = {
-        line["id"]: line for line in select(scored, config.k, max_p_t, min_gain)
-    }  # in their order
-    fates = {id: fate(lines.get(id), id in chosen, max_p_t, min_gain) for id in ids}
+    scored = [lines[id] for id in pool.ids if "p_t" in lines.get(id, {})]
+    chosen = [line["id"] for line in select(scored, config.k, max_p_t, min_gain)]  # best first
+    fates = {id: fate(lines.get(id), id in {*chosen}, max_p_t, min_gain) for id in pool.ids}
 
+    counts = config.score == "counts"
     suffix, kind = "" if counts else "_logprob", os.path.splitext(config.data)[1]
     out, summary = (os.path.join(config.out, name + suffix) for name in ("selected", "select"))
-    place = {id: i for i, id in enumerate(ids)}
-    picked = [records[place[id]] for id in chosen]
-    if kind == ".parquet":
-        import pyarrow.parquet
+    picked = write_selected(out + kind, pool, chosen, config.data)
 
-        table = pyarrow.parquet.read_table(config.data)
-        pyarrow.parquet.write_table(table.take([place[id] for id in chosen]), out + ".part")
-        os.replace(out + ".part", out + kind)
-    else:
-        texts = [json.dumps(record, ensure_ascii=False) for record in picked]
-        write(
-            out + kind,
-            "".join(text + "\n" for text in texts)
-            if kind == ".jsonl"
-            else "[" + ",\n ".join(texts) + "]\n",
-        )
-
-    about = [
-        ("?", "?")
-        if isinstance(row, Skipped)
-        else (row.group, sum(isinstance(x, Frame) for x in row.response))
-        for row in rows
-    ]
-    keys = {
-        "all": ["all"] * len(ids),
-        "category": [group for group, _ in about],
-        "future frames": [m for _, m in about],
-    }
-    if counts:  # Fig. 6
-        keys["gain"] = [
-            visual_gain(lines[id]["p_t"], lines[id]["p_v"]) if "p_t" in lines.get(id, {}) else "?"
-            for id in ids
-        ]
-    tables = {
-        by: {
-            key: Counter(fates[id] for id, k in zip(ids, of) if k == key)
-            for key in sorted(set(of), key=lambda key: (isinstance(key, str), key))
-        }
-        for by, of in keys.items()
-    }
+    tables = tabulate(pool, lines, fates, with_gain=counts)
     named = {
         id: lines[id].get("skipped") or f"{lines[id]['unjudged']} rollouts unjudged"
-        for id in ids
+        for id in pool.ids
         if fates[id] in ("unjudged", "skipped")
     }
-    text = f"{len(chosen)} of {len(ids)} candidates chosen by {config.score}"
+    text = f"{len(chosen)} of {len(pool.ids)} candidates chosen by {config.score}"
     if counts:
         empty = sum(line.get("no_answer", 0) for line in lines.values())
-        text += f"; {empty} rollouts without an answer (wrong)\n" + noise_table(
-            n, max_p_t, min_gain
-        )
-    for by, table in tables.items():
-        text += (
-            f"\n\n{by:<16}"
-            + "".join(f"{f:>14}" for f in FATES)
-            + "".join(
-                f"\n{key:<16}" + "".join(f"{count[f]:>14}" for f in FATES)
-                for key, count in table.items()
-            )
-        )
+        text += f"; {empty} rollouts without an answer (wrong)\n{noise_table(n, max_p_t, min_gain)}"
+    text += "".join(table_text(by, table) for by, table in tables.items())
     text += "\n" + "".join(f"\n{id}: {why}" for id, why in named.items())
     write(summary + ".txt", text + "\n")
-    told = dict(
-        score=config.score, k=config.k, n=n, max_p_t=max_p_t if counts else None, min_gain=min_gain
-    )
-    told.update(chosen=[*chosen], tables=tables, named=named)
-    write(summary + ".json", json.dumps(told, indent=1, ensure_ascii=False))
+    settings = dict(score=config.score, k=config.k, n=n, min_gain=min_gain)
+    settings.update(max_p_t=max_p_t if counts else None)
+    content = dict(settings, chosen=chosen, tables=tables, named=named)
+    write(summary + ".json", json.dumps(content, indent=1, ensure_ascii=False))
     draw(scored, fates, tables, summary + ".png")
-    print(
-        f"{text}\n\n{out}{kind}, whose clip paths start at {config.media_root or os.path.dirname(config.data) or '.'}"
-    )
+    root = config.media_root or os.path.dirname(config.data) or "."
+    print(f"{text}\n\n{out}{kind}, whose clip paths start at {root}")
     return picked
+
+
+def write_selected(path, pool, chosen, source):
+    """The chosen records in the format of the pool -> the records. path: .jsonl, .json or .parquet."""
+    place = {id: i for i, id in enumerate(pool.ids)}
+    picked = [pool.records[place[id]] for id in chosen]
+    texts = [json.dumps(record, ensure_ascii=False, default=str) for record in picked]
+    if path.endswith(".parquet"):
+        import pyarrow.parquet
+
+        table = pyarrow.parquet.read_table(source)
+        pyarrow.parquet.write_table(table.take([place[id] for id in chosen]), path + ".part")
+        os.replace(path + ".part", path)
+    elif path.endswith(".jsonl"):
+        write(path, "".join(text + "\n" for text in texts))
+    else:
+        write(path, "[" + ",\n ".join(texts) + "]\n")
+    return picked
+
+
+def tabulate(pool, lines, fates, with_gain):
+    """How many candidates had which fate -> {by: {key: Counter}}; by all, category, future frames, gain."""
+    keys = {"all": {}, "category": {}, "future frames": {}} | ({"gain": {}} if with_gain else {})
+    for id in pool.ids:
+        row, line = pool.row[id], lines.get(id, {})
+        keys["all"][id], readable = "all", isinstance(row, Row)
+        keys["category"][id] = row.group if readable else "?"
+        frames = [part for part in row.response if isinstance(part, Frame)] if readable else []
+        keys["future frames"][id] = len(frames) if readable else "?"
+        if with_gain:  # Fig. 6
+            keys["gain"][id] = visual_gain(line["p_t"], line["p_v"]) if "p_t" in line else "?"
+    tables = {}
+    for by, key_of in keys.items():
+        order = sorted(set(key_of.values()), key=lambda key: (isinstance(key, str), key))
+        tables[by] = {key: Counter() for key in order}
+        for id, key in key_of.items():
+            tables[by][key][fates[id]] += 1
+    return tables
+
+
+def table_text(by, table):
+    """One table of `tabulate` as text."""
+    lines = [f"\n\n{by:<16}" + "".join(f"{fate:>14}" for fate in FATES)]
+    for key, count in table.items():
+        lines.append(f"{key:<16}" + "".join(f"{count[fate]:>14}" for fate in FATES))
+    return "\n".join(lines)
 
 
 def draw(scored, fates, tables, png):

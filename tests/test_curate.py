@@ -19,7 +19,7 @@ import curate
 from common import formats
 from common.clips import key_frame_positions, read_clip
 from common.formats import read_rows
-from curate import false_keep_rate, keep, mark, read_answer, select, visual_gain
+from curate import false_keep_rate, keep, mark, final_answer, select, visual_gain
 from data import Samples, collate, encode, model_inputs
 from model import load
 from toy import __main__ as demo
@@ -172,7 +172,7 @@ def test_false_keep_rate_of_the_paper():
 )
 def test_read_answer(response, answer):
     """Breaks if an untagged answer is lost, a cut-off response has one, or a tag is part of it."""
-    assert read_answer(response) == answer
+    assert final_answer(response) == answer
 
 
 class Answers:
@@ -332,7 +332,6 @@ def test_settings_and_pools_do_not_mix(world, probed, tmp_path):
         dict(rollouts=3),
         dict(seed=1),
         dict(temperature=1.0),
-        dict(later="later"),
         dict(judge_model="x", judge_url="http://x/v1"),
     ):
         with pytest.raises(SystemExit, match="other values of " + next(iter(change))):
@@ -512,7 +511,7 @@ def test_cut_keeps_the_format(world, probed, tmp_path, kind):
 
 def test_logprob_score_by_transformers(world, tmp_path):
     """Breaks if the score is not the mean log-probability of the answer's words behind <answer>, under t and under v."""
-    c = config(world, tmp_path, score="logprob", answers=True)
+    c = config(world, tmp_path, score="logprob")
     lines = curate.probe(c)
     model, tokenizer = load(world["model"])
     for row in read_rows(world["test"]):
