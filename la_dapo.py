@@ -8,7 +8,7 @@
 
     python la_dapo.py --model runs/sft --data train.json --out runs/rl              # one process: CPU or one GPU
     torchrun --nproc_per_node 8 la_dapo.py --model runs/sft --data train.json --out runs/rl --zero
-    ablations, one flag each: --no-filter (GRPO)  --lambda_c 0  --lambda_d 0  --no-replay  --adjoint_terms -1
+    ablations, one flag each: --no-filter (no group filter; all else stays)  --lambda_c 0  --lambda_d 0  --adjoint_terms -1
                               --latent_sigma 0.1  --kl 0
 
 Which path carries which gradient. The log-probability of an answer depends on the weights twice: at each chosen token, and
@@ -31,7 +31,7 @@ Where this differs from the paper:
  2. Optional, off by default: `adjoint_terms`, `latent_sigma`.
  3. The KL term holds latents constant, on both sides.
 Where this differs from the official code:
- 4. Recorded latents are fed again when log-probabilities are taken (`--no-replay` for what official does).
+ 4. Recorded latents are fed again when log-probabilities are taken; official feeds the `<|latent|>` token.
  5. Every chosen token of the step weighs the same, over all ranks and micro-batches.
  6. A prompt is encoded once for its whole group, in the rollout and in the update; rollouts of a group that came out
     equal are replayed once and counted, where latents are deterministic.
@@ -103,7 +103,7 @@ class Config(DataConfig):
     judge_url: str = ""  # OpenAI-compatible server that judges open answers; key: JUDGE_API_KEY  # paper sec. 3.3
     judge_model: str = ""  # its model's name; "" = no judge
     # objective
-    filter: bool = True  # DAPO: only groups whose mean accuracy lies between low and high; --no-filter: GRPO  # paper
+    filter: bool = True  # DAPO: only groups whose mean accuracy lies between low and high; --no-filter: all groups; token mean, clip-higher and dual clip stay  # paper
     low: float = 0.1  # paper Table 9
     high: float = 0.9  # paper Table 9
     eps_low: float = 0.2  # paper Table 9
@@ -114,9 +114,6 @@ class Config(DataConfig):
         0  # gradient through the latents: 0 none (paper), k truncated, -1 exact  # ours
     )
     latent_sigma: float = 0.0  # Gaussian exploration on latents; 0 = paper  # ours
-    replay: bool = (
-        True  # --no-replay: feed the token's embedding instead of the latents, as official does
-    )
     # optimisation
     steps: int = 0  # 0 = from epochs  # ours
     epochs: float = 1.0  # passes over the prompts  # paper Table 9
@@ -165,18 +162,14 @@ class Config(DataConfig):
             )
         if self.judge_url and not self.judge_model:
             raise ValueError("judge_url needs judge_model, the name of a model there")
-        if not self.replay and self.minibatches * self.inner_epochs > 1:
-            raise ValueError(
-                "--no-replay takes the old log-probabilities at the update itself: one update a step only"
-            )
         if self.adjoint_terms < -1 or self.latent_sigma < 0:
             raise ValueError(
                 f"adjoint_terms {self.adjoint_terms} or latent_sigma {self.latent_sigma} is out of range"
             )
-        if self.adjoint_terms and (self.latent_sigma or not self.replay):
+        if self.adjoint_terms and self.latent_sigma:
             raise ValueError(
-                "adjoint_terms is the gradient through deterministic, replayed latents: with latent_sigma the "
-                "log-density already carries it, and with --no-replay there are none"
+                "adjoint_terms is the gradient through deterministic latents: with latent_sigma the "
+                "log-density already carries it"
             )
 
     @property
@@ -379,12 +372,9 @@ def policy_loss(model, prepared, ref, n_tokens, config, stats):
     ref: (R, T) log-probabilities of the reference, or None; n_tokens: chosen tokens of the step, over all ranks.
     """
     batch, rollout, prompt_of, A, times = prepared
-    new = replay(
-        model, to_device(batch, A.device), rollout, config.temperature, prompt_of, config.replay
-    )
+    new = replay(model, to_device(batch, A.device), rollout, config.temperature, prompt_of)
     weight = rollout.sampled * times / n_tokens  # (R, T)
-    # official's mistake is on both sides of its ratio
-    old = rollout.logprobs if config.replay else new.logprobs.detach()
+    old = rollout.logprobs
     surrogate, r = clipped_surrogate(
         new.logprobs, old, A, config.eps_low, config.eps_high, config.dual_clip
     )
@@ -427,12 +417,7 @@ def update(model, optimizer, trained, groups, ref_model, lr, config, pad, device
             with torch.no_grad(), autocast():
                 refs = [
                     token_logprobs(
-                        ref_model,
-                        to_device(p[0], device),
-                        p[1],
-                        config.temperature,
-                        p[2],
-                        config.replay,
+                        ref_model, to_device(p[0], device), p[1], config.temperature, p[2]
                     )
                     for p in prepared
                 ]

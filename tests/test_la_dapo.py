@@ -171,7 +171,9 @@ def test_replay_is_exact(model, tokenizer, head, sigma):
     with torch.no_grad():
         again = token_logprobs(model, batch, rollout, 0.9)
         pause = model.get_input_embeddings().weight[model.config.latent_id]
-        official = dataclasses.replace(rollout, latents=[pause.expand_as(z) for z in rollout.latents])
+        official = dataclasses.replace(
+            rollout, latents=[pause.expand_as(z) for z in rollout.latents]
+        )
         without = token_logprobs(model, batch, official, 0.9)
     assert again.shape == rollout.tokens.shape and not again[~rollout.sampled].any()
     torch.testing.assert_close(again, rollout.logprobs, atol=1e-4, rtol=0)
@@ -771,9 +773,7 @@ def test_bad_settings_are_refused(world, loud, tmp_path):
     for bad in (
         dict(temperature=0.0),
         dict(adjoint_terms=-1, latent_sigma=0.1),
-        dict(adjoint_terms=2, replay=False),
         dict(adjoint_terms=-2),
-        dict(replay=False, adjoint_terms=0, minibatches=2),
         dict(judge_url="http://x"),
         dict(prompts=-1),
         dict(steps=-1),
@@ -789,7 +789,6 @@ def test_bad_settings_are_refused(world, loud, tmp_path):
 @pytest.mark.parametrize(
     "more",
     [
-        dict(replay=False, adjoint_terms=0),
         dict(latent_sigma=0.1, adjoint_terms=0),
         dict(share=True),
         dict(adjoint_terms=1),
