@@ -6,7 +6,7 @@ demo: .venv/ready
 	.venv/bin/python -m toy
 
 test: .venv/ready
-	.venv/bin/python -m pytest -q -m "not slow"
+	.venv/bin/python -m pytest -q -n 2 -m "not slow"
 
 test-slow: .venv/ready
 	.venv/bin/python -m pytest -q -m slow
