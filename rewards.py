@@ -21,6 +21,7 @@ Axis letters: G rollouts of a group, N latents of a rollout, T latents two rollo
 """
 
 import functools
+import math
 import re
 
 import torch
@@ -89,16 +90,19 @@ def repetition_score(text):
 def pick(answer, options):
     """An answer's text -> index of the option it means, or None. Source: ours.
 
-    The option's text (any case, outer punctuation ignored), else its letter: "B", "(b)", "B) red", "B. red".
+    The option's text (any case, outer punctuation ignored), else its letter: "B", "(b)", "B) red".
+    A letter counts only if nothing contradicts it: what follows is empty or that option's text.
     """
     if answer is None:
         return None
-    texts = [_plain(o) for o in options]
+    texts = [_plain(option) for option in options]
     if _plain(answer) in texts:
         return texts.index(_plain(answer))
-    found = re.match(r"\(?([A-Za-z])(?:[).:]|\s*$)", answer)
-    index = ord(found.group(1).upper()) - 65 if found else -1
-    return index if 0 <= index < len(options) else None
+    letter = re.match(r"\(?([A-Za-z])(?:[).:]|\s*$)", answer)
+    index = ord(letter.group(1).upper()) - 65 if letter else -1
+    if not 0 <= index < len(options):
+        return None
+    return index if _plain(answer[letter.end() :]) in ("", texts[index]) else None
 
 
 def _plain(text):
@@ -120,35 +124,40 @@ def accuracy_reward(response, gold, options=None):
     return float(pick(answer, options) == wanted)
 
 
-def contrastive_reward(latents, correct, tau=0.5):
-    """Eq. (4)-(5): imagine what the group's correct rollouts imagine, not what its wrong ones do -> (G,).
+def similarity(latents):
+    """Eq. (4): s_ij, how alike two rollouts imagine -> (g, g) in [0, 1].
 
-    latents: G tensors (N_i, D), or None where there are none; correct: G bools. Official's edge cases: without latents
-    the reward is 0 and the rollout is nobody's neighbour; a lone correct rollout is its own positive (s+ = 1); negatives are
-    all wrong rollouts, i itself included; without positives 1 / (1 + sum); without negatives s+ / tau; a group of one: 0.
+    latents: g tensors (N_i, D), none of them empty. Spans are concatenated; compared are the T latents
+    that both have, one after another.
     """
-    G = len(latents)
-    has = [z is not None and len(z) > 0 for z in latents]
-    reward = torch.zeros(G)
-    if G < 2 or not any(has):
+    n = torch.tensor([len(z) for z in latents], device=latents[0].device)
+    z = torch.nn.utils.rnn.pad_sequence([z.detach().float() for z in latents], True)  # (g, T, D)
+    z = F.normalize(z, dim=-1).flatten(1)  # (g, T * D); padding adds 0 to a dot product
+    return (1 + z @ z.T / torch.minimum(n[:, None], n[None])) / 2
+
+
+def contrastive_reward(latents, correct, tau=0.5):
+    """Eq. (5): imagine what the group's correct rollouts imagine, not what its wrong ones do -> (G,).
+
+    latents: G tensors (N_i, D), or None where there are none; correct: G bools. The edge cases are
+    official's: without latents the reward is 0 and the rollout is nobody's neighbour; a group of one: 0.
+    """
+    reward = torch.zeros(len(latents))
+    rows = [i for i, z in enumerate(latents) if z is not None and len(z)]
+    if len(latents) < 2 or not rows:
         return reward
-    rows = [i for i in range(G) if has[i]]
-    n = torch.tensor([len(latents[i]) for i in rows], device=latents[rows[0]].device)
-    z = torch.nn.utils.rnn.pad_sequence(
-        [latents[i].detach().float() for i in rows], True
-    )  # (g, T, D)
-    z = F.normalize(z, dim=-1).flatten(1)  # (g, T * D)
-    dot = z @ z.T  # (g, g) padding adds 0: the sum over t runs over the T both have
-    s = ((1 + dot / torch.minimum(n[:, None], n[None])) / 2).cpu()  # (g, g) Eq. (4)
-    right = torch.tensor([bool(correct[i]) for i in rows])
-    others = right[None] & ~torch.eye(len(rows), dtype=torch.bool)  # (g, g): j in P_i
-    best = s.masked_fill(~others, -torch.inf).amax(1)  # s_i+
-    best = torch.where(right & ~others.any(1), 1.0, best)
-    negatives = ((s / tau).exp() * ~right[None]).sum(1)
-    positive = torch.where(
-        best.isfinite(), (best / tau).exp(), 1.0
-    )  # without positives the numerator is 1
-    reward[rows] = positive / (positive + negatives) if (~right).any() else best / tau  # Eq. (5)
+    s = similarity([latents[i] for i in rows]).tolist()
+    right = [bool(correct[i]) for i in rows]
+    for a, i in enumerate(rows):
+        positives = [s[a][b] for b in range(len(rows)) if right[b] and b != a]  # P_i
+        if right[a] and not positives:
+            positives = [1.0]  # a lone correct rollout is its own positive
+        negatives = [
+            s[a][b] for b in range(len(rows)) if not right[b]
+        ]  # N_i: i itself, if wrong, too
+        minus = sum(math.exp(s_ij / tau) for s_ij in negatives)
+        plus = math.exp(max(positives) / tau) if positives else 1.0  # s_i+; without positives 1
+        reward[i] = plus / (plus + minus) if negatives else max(positives) / tau
     return reward
 
 
