@@ -35,7 +35,6 @@ Axis letters: T frames, H and W pixels, P patches (before the 2x2 merge), B rows
 import dataclasses
 import functools
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -227,38 +226,27 @@ class Samples(Dataset):
             return Skipped(self.rows[i].where, str(e))
 
 
-def collate(samples, pad_id, side="right", pack=False, keep=False):
+def collate(samples, pad_id, side="right", keep=False):
     """Encoded samples -> a batch of HF-named tensors, plus `rows` and `skipped`. Source: ours.
 
     input_ids, attention_mask, labels (B, L); pixel_values / image_grid_thw, pixel_values_videos / video_grid_thw,
-    future_pixel_values / future_grid_thw where there are any. side: "left" to generate, "right" to train. pack: all
-    samples one after another in a single row, with seq_lens. keep: also hand on the encoded `samples`. `kept`: which of
-    the samples are in the batch. If every sample was skipped, a one-token row without a label stands in, so that each rank
+    future_pixel_values / future_grid_thw where there are any. side: "left" to generate, "right" to train.
+    keep: also hand on the encoded `samples`. `kept`: which of the samples are in the batch. If every sample was skipped, a one-token row without a label stands in, so that each rank
     still takes its step.
     """
     skipped = [s for s in samples if isinstance(s, Skipped)]
     good = [s for s in samples if not isinstance(s, Skipped)]
     ids = [torch.tensor(s["ids"]) for s in good] or [torch.tensor([pad_id])]
     labels = [torch.tensor(s["labels"]) for s in good] or [torch.tensor([-100])]
-    if pack:
-        batch = dict(
-            input_ids=torch.cat(ids)[None],
-            labels=torch.cat(labels)[None],
-            seq_lens=[len(x) for x in ids],
-        )
-        batch["labels"][
-            0, np.cumsum([0, *batch["seq_lens"][:-1]])
-        ] = -100  # nothing predicts a sample's first token
-    else:
 
-        def pad(rows, value):
-            return torch.nn.utils.rnn.pad_sequence(rows, True, value, padding_side=side)
+    def pad(rows, value):
+        return torch.nn.utils.rnn.pad_sequence(rows, True, value, padding_side=side)
 
-        batch = dict(
-            input_ids=pad(ids, pad_id),
-            labels=pad(labels, -100),
-            attention_mask=pad([torch.ones_like(x) for x in ids], 0),
-        )  # (B, L)
+    batch = dict(
+        input_ids=pad(ids, pad_id),
+        labels=pad(labels, -100),
+        attention_mask=pad([torch.ones_like(x) for x in ids], 0),
+    )  # (B, L)
     for kind, pixels, grid in (
         ("images", "pixel_values", "image_grid_thw"),
         ("videos", "pixel_values_videos", "video_grid_thw"),
@@ -290,7 +278,6 @@ MODEL_KEYS = (
     "image_grid_thw",
     "pixel_values_videos",
     "video_grid_thw",
-    "seq_lens",
 )
 
 

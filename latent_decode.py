@@ -235,9 +235,7 @@ class Rollout:
 
     tokens: torch.Tensor  # (R, T) generated tokens only, padded after the end of turn
     sampled: torch.Tensor  # (R, T) bool: the policy chose it; False where forced or padding
-    latents: (
-        list  # R tensors (N_i, D), one row a `<|latent|>` token, after head and noise
-    )
+    latents: list  # R tensors (N_i, D), one row a `<|latent|>` token, after head and noise
     logprobs: torch.Tensor  # (R, T) under the full softmax at the temperature; 0 where not chosen
     finish: list  # R of "eos" | "length"
     lengths: torch.Tensor  # (R,) generated tokens incl. the end of turn

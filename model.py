@@ -31,7 +31,6 @@ import os
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -154,30 +153,11 @@ class FutureL1(Qwen3VLForConditionalGeneration):
             deepstack.append(joint)
         return x, visual, deepstack
 
-    def positions(
-        self,
-        input_ids,
-        attention_mask=None,
-        image_grid_thw=None,
-        video_grid_thw=None,
-        seq_lens=None,
-    ):
+    def positions(self, input_ids, attention_mask=None, image_grid_thw=None, video_grid_thw=None):
         """M-RoPE positions (3, B, T) and each row's offset (B, 1) for the words after it. Source: Qwen3-VL.
 
-        Latents count as text. seq_lens: lengths of the samples packed one after another into the one row (then
-        (4, 1, T), the first plane being the plain position in the sample, by which transformers separates them).
+        Latents count as text.
         """
-        if seq_lens is not None:
-            rows = nn.utils.rnn.pad_sequence(
-                input_ids[0].split(seq_lens), batch_first=True
-            )  # (samples, longest)
-            mask = (
-                torch.arange(rows.shape[1], device=rows.device)
-                < torch.tensor(seq_lens, device=rows.device)[:, None]
-            )
-            pos, delta = self.positions(rows, mask.long(), image_grid_thw, video_grid_thw)
-            plain = torch.arange(rows.shape[1], device=rows.device).expand(1, *rows.shape)
-            return torch.cat([plain, pos])[:, mask][:, None], delta  # (4, 1, T)
         kind = (input_ids == self.config.image_token_id).int() + 2 * (
             input_ids == self.config.video_token_id
         ).int()
@@ -201,7 +181,6 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         past_key_values=None,
         position_ids=None,
         use_cache=False,
-        seq_lens=None,
     ):
         """-> last hidden states after the final norm (B, T, D), the cache or None. Arguments as `forward`."""
         x, visual, deepstack = self.embed(
@@ -210,7 +189,7 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if position_ids is None and past == 0:
             position_ids, self.model.rope_deltas = self.positions(
-                input_ids, attention_mask, image_grid_thw, video_grid_thw, seq_lens
+                input_ids, attention_mask, image_grid_thw, video_grid_thw
             )
         elif (
             position_ids is None
@@ -247,17 +226,14 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         pixel_values_videos=None,
         video_grid_thw=None,
         latents=None,
-        labels=None,
         past_key_values=None,
         position_ids=None,
         use_cache=None,
         logits_to_keep=0,
         mm_token_type_ids=None,
-        seq_lens=None,
     ):
         """Logits (B, T, V), with `latents` (N, D) fed at the `<|latent|>` positions, row by row in order.
 
-        labels (B, T), -100 = no label, aligned with input_ids (the shift is inside) -> `.loss`, the mean of Eq. (2).
         `.hidden_states[-1]` is h (B, T, D). logits_to_keep: only the last k positions, 0 = all. mm_token_type_ids
         is accepted because HF processors return it; it is recomputed. Raises ValueError on a count mismatch.
         """
@@ -272,16 +248,9 @@ class FutureL1(Qwen3VLForConditionalGeneration):
             past_key_values,
             position_ids,
             bool(use_cache) or past_key_values is not None,
-            seq_lens,
         )
         logits = self.lm_head(h[:, -logits_to_keep:])
-        loss = None
-        if labels is not None:
-            where, words = _next_words(labels)
-            loss = F.cross_entropy(self.lm_head(h[:, :-1][where]).float(), words)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=cache, hidden_states=(h,)
-        )
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache, hidden_states=(h,))
 
     def generate(self, *args, **kwargs):
         """Not here: transformers' own loop knows no latents. Raises TypeError that says where to go. Source: ours."""
@@ -289,92 +258,6 @@ class FutureL1(Qwen3VLForConditionalGeneration):
             "latent_decode.generate decodes words and latents; for words alone, load the folder as "
             "transformers' Qwen3VLForConditionalGeneration"
         )
-
-    # ------------------------------------------------------------------------------------------------- Eq. (1)-(3)
-
-    def sft_loss(
-        self,
-        input_ids,
-        attention_mask=None,
-        pixel_values=None,
-        image_grid_thw=None,
-        pixel_values_videos=None,
-        video_grid_thw=None,
-        latents=None,
-        labels=None,
-        lam=0.1,
-        *,
-        targets=None,
-        latent_loss="mse",
-        latent_var=None,
-        stop_term=False,
-        seq_lens=None,
-    ):
-        """Eq. (1)-(3) on one batch -> dict(loss, ce, latent: means; ce_sum, n_text, latent_sum, n_latent).
-
-        latents (N, D): what is fed, the true e* under teacher forcing. targets (N, D): what Eq. (3) compares with,
-        default `latents`. latent_loss: mse (paper) | nmse (mse / latent_var, default: this batch's variance) | cosine.
-        stop_term: also train "do not stop yet", - log(1 - p(<|latent_end|>)) on each step that feeds a latent, as
-        further members of T. Sums and counts let a caller normalise over micro-batches and ranks.
-        Raises ValueError on a count mismatch or an unknown latent_loss.
-        """
-        if latent_loss not in ("mse", "nmse", "cosine"):
-            raise ValueError(f"latent_loss is {latent_loss!r}, expected mse, nmse or cosine")
-        h, _ = self.hidden(
-            input_ids,
-            attention_mask,
-            pixel_values,
-            image_grid_thw,
-            pixel_values_videos,
-            video_grid_thw,
-            latents,
-            seq_lens=seq_lens,
-        )
-        where, words = _next_words(labels)
-        logits = self.lm_head(
-            h[:, :-1][where]
-        ).float()  # (n_text, V): only positions that carry a label
-        ce_sum, n_text = F.cross_entropy(logits, words, reduction="sum"), words.numel()  # Eq. (2)
-
-        h_before = h[:, :-1][
-            input_ids[:, 1:] == self.config.latent_id
-        ]  # (N, D): the state at t - 1 predicts t
-        z = self.to_latent(h_before).float()
-        e = latents if targets is None else targets
-        e = z.new_zeros(0, z.shape[-1]) if e is None else e.detach().float()
-        if latent_loss == "cosine":
-            distance = 1 - F.cosine_similarity(z, e, dim=-1)  # (N,)
-        else:
-            distance = (z - e).pow(2).mean(-1)  # (N,) Eq. (3), mean over D (deviation 2)
-        if latent_loss == "nmse" and len(e):
-            if latent_var is None and len(e) < 2:
-                raise ValueError(
-                    "nmse over one latent has no variance to divide by: pass latent_var"
-                )
-            distance = distance / (target_variance(e) if latent_var is None else latent_var)
-        latent_sum, n_latent = distance.sum(), len(distance)
-
-        if stop_term:
-            log_stop = (
-                self.lm_head(h_before).float().log_softmax(-1)[:, self.config.latent_end_id]
-            )  # (N,)
-            ce_sum, n_text = ce_sum - log_continue(log_stop).sum(), n_text + n_latent
-        ce, latent = ce_sum / max(n_text, 1), latent_sum / max(n_latent, 1)
-        return dict(
-            loss=ce + lam * latent,
-            ce=ce,
-            latent=latent,  # Eq. (1)
-            ce_sum=ce_sum,
-            n_text=n_text,
-            latent_sum=latent_sum,
-            n_latent=n_latent,
-        )
-
-
-def _next_words(labels):
-    """labels (B, T) -> mask (B, T-1) of the positions whose next token is a label, and those labels (n,)."""
-    where = labels[:, 1:] != -100
-    return where, labels[:, 1:][where]
 
 
 def _check_count(token, where, name, rows):

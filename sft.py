@@ -1,6 +1,6 @@
 """Supervised fine-tuning: words by cross-entropy, latents by alignment with real future frames (paper sec. 3.2).
 
-    L_SFT = L_CE + lam * L_latent                          Eq. (1); the three terms are `FutureL1.sft_loss`
+    L_SFT = L_CE + lam * L_latent                          Eq. (1); the three terms are `sft_loss`
 
     python sft.py --model DIR --data train.json                        # one process: CPU or one GPU
     torchrun --nproc_per_node 8 sft.py --model Qwen/Qwen3-VL-8B-Instruct --data train.json --zero
@@ -35,6 +35,7 @@ import time
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -52,7 +53,7 @@ from common.runs import (
     trim_log,
 )
 from data import DataConfig, Samples, collate, loader, model_inputs, to_device
-from model import best_attention, load, target_variance
+from model import best_attention, load, log_continue, target_variance
 
 
 @dataclasses.dataclass
@@ -68,7 +69,6 @@ class Config(DataConfig):
     steps: int = 0  # optimizer steps; 0 = from epochs  # ours
     global_batch: int = 128  # samples a step over all ranks  # paper Table 8
     micro_batch: int = 1  # samples a forward on one rank  # ours
-    pack: bool = False  # samples of a micro-batch in one sequence instead of padded rows  # ours
     lr: float = 1e-5  # peak  # paper Table 8
     warmup: float = 0.1  # share of the steps, linear; then cosine to 0  # paper Table 8
     beta1: float = 0.9  # paper Table 8
@@ -77,7 +77,7 @@ class Config(DataConfig):
     clip: float = 1.0  # gradient norm  # paper Table 8
     # method
     lam: float = 0.1  # weight of the latent term, Eq. (1)  # paper Table 8
-    latent_loss: str = "mse"  # mse (paper) | nmse (over the targets' variance) | cosine  # ours
+    latent_loss: str = "mse"  # mse (paper) | nmse (over the targets' variance)  # ours
     latent_head: str = ""  # "" = none (paper) | linear  # ours
     spans: bool = True  # --no-spans: text-only SFT, the paper's baseline
     stop_term: bool = False  # also train "do not stop yet" inside spans  # ours
@@ -99,9 +99,56 @@ class Config(DataConfig):
     save_every: int = 50  # steps between checkpoints; the last two are kept  # ours
     wandb: bool = False  # also log to Weights & Biases  # ours
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.latent_loss not in ("mse", "nmse"):
+            raise ValueError(f"latent_loss is {self.latent_loss!r}, expected mse or nmse")
+
     @property
     def label(self):
         return "pause" if self.pause_tokens else "latent" if self.spans else "text"
+
+
+def sft_loss(
+    model, *, labels, latents=None, lam=0.1, targets=None, latent_var=1.0, stop_term=False, **inputs
+):
+    """Eq. (1)-(3) on one batch -> dict(loss, ce, latent: means; ce_sum, n_text, latent_sum, n_latent).
+
+    inputs: HF-named tensors (input_ids, attention_mask, pixel_values, image_grid_thw, ...).
+    labels (B, T): -100 = no label, aligned with input_ids (the shift is inside).
+    latents (N, D): what is fed, the true e* under teacher forcing.
+    targets (N, D): what Eq. (3) compares with, default `latents`; no gradient goes there.
+    latent_var: Eq. (3) is divided by it; 1 = the paper's.
+    stop_term: also train "do not stop yet", - log(1 - p(<|latent_end|>)) on each step that feeds a
+    latent, as further members of T.
+    The sums and counts are what is trained: the loop divides sums by the counts of the whole step.
+    Raises ValueError on a count mismatch.
+    """
+    h, _ = model.hidden(**inputs, latents=latents)  # (B, T, D)
+
+    # Eq. (2): words, answer and control tokens; only positions that carry a label reach the head
+    has_label = labels[:, 1:] != -100  # (B, T - 1): the state at t - 1 predicts t
+    words = labels[:, 1:][has_label]  # (n_text,)
+    logits = model.lm_head(h[:, :-1][has_label]).float()  # (n_text, V)
+    ce_sum, n_text = F.cross_entropy(logits, words, reduction="sum"), words.numel()
+
+    # Eq. (3), as a mean over D
+    is_latent = inputs["input_ids"][:, 1:] == model.config.latent_id  # (B, T - 1)
+    h_before = h[:, :-1][is_latent]  # (N, D)
+    z = model.to_latent(h_before).float()  # (N, D)
+    e = latents if targets is None else targets
+    e = z.new_zeros(0, z.shape[-1]) if e is None else e.detach().float()
+    distance = (z - e).pow(2).mean(-1) / latent_var  # (N,)
+    latent_sum, n_latent = distance.sum(), len(distance)
+
+    if stop_term:
+        log_stop = model.lm_head(h_before).float().log_softmax(-1)[:, model.config.latent_end_id]
+        ce_sum = ce_sum - log_continue(log_stop).sum()
+        n_text = n_text + n_latent
+
+    ce, latent = ce_sum / max(n_text, 1), latent_sum / max(n_latent, 1)
+    means = dict(loss=ce + lam * latent, ce=ce, latent=latent)  # Eq. (1)
+    return dict(means, ce_sum=ce_sum, n_text=n_text, latent_sum=latent_sum, n_latent=n_latent)
 
 
 class Step(torch.nn.Module):
@@ -137,14 +184,14 @@ class Step(torch.nn.Module):
                         h[:, :-1][is_latent[:, 1:]]
                     )  # (N, D): the state before each latent predicts it
                     fed = torch.where(own[row_of, None], z.to(e.dtype), e)
-        out = m.sft_loss(
+        out = sft_loss(
+            m,
             **inputs,
             latents=fed,
             targets=e,
             labels=batch["labels"],
             lam=lam,
-            latent_loss=c.latent_loss,
-            latent_var=self.latent_var,
+            latent_var=self.latent_var or 1.0,
             stop_term=c.stop_term,
         )
         return out["ce_sum"], lam * out["latent_sum"], out["latent_sum"].detach()
@@ -181,11 +228,7 @@ def micro_batches(order, first_step, steps, global_batch, micro_batch, rank, wor
 def print_row(batch, tokenizer, latent_id):
     """One training row as a table: token, label, what is fed, text. Runs of equal tokens share a line."""
     print("row 0:   token   label  fed      text")
-    real = (
-        batch["attention_mask"][0].bool()
-        if "attention_mask" in batch
-        else slice(0, batch["seq_lens"][0])
-    )
+    real = batch["attention_mask"][0].bool()
     ids, labels, runs = batch["input_ids"][0][real].tolist(), batch["labels"][0][real].tolist(), []
     for token, label in zip(ids, labels):
         if runs and runs[-1][:2] == [token, label]:
@@ -214,10 +257,6 @@ def train(config, rows=None):
     """
     rank, world, device = set_up_ranks()
     master = rank == 0
-    if config.pack and config.self_forcing:
-        raise ValueError(
-            "self_forcing picks rows, and a packed batch has only one: use one of the two"
-        )
     rows = rows_of(config) if rows is None else rows
     checkpoint, resumed, fingerprint = resume_point(config, rows, world)
     if config.resume and not checkpoint and master:
@@ -252,7 +291,7 @@ def train(config, rows=None):
         micro_batches(order, first, steps, config.global_batch, config.micro_batch, rank, world)
     )
     accumulate = len(plan) // max(1, steps - first)
-    batches = iter(loader(samples, plan, config.workers, pad_id=pad, pack=config.pack))
+    batches = iter(loader(samples, plan, config.workers, pad_id=pad))
 
     latent_var = resumed["latent_var"] if resumed else None
     if (

@@ -551,9 +551,7 @@ def test_noise_repeats_after_a_kill(world, tmp_path, monkeypatch):
         fed.append(
             {
                 tuple(ids.tolist()): r.clone()
-                for ids, r in zip(
-                    batch["pixel_values"].view(len(feed.vectors), -1), feed.vectors
-                )
+                for ids, r in zip(batch["pixel_values"].view(len(feed.vectors), -1), feed.vectors)
             }
         )
         return generate(model, batch, feed=feed, **kwargs)

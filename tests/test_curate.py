@@ -19,7 +19,7 @@ import curate
 from common import formats
 from common.clips import key_frame_positions, read_clip
 from common.formats import read_rows
-from curate import false_keep_rate, keep, mark, final_answer, select, visual_gain
+from curate import false_keep_rate, final_answer, keep, mark, select, visual_gain
 from data import Samples, collate, encode, model_inputs
 from model import load
 from toy import __main__ as demo

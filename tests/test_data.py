@@ -810,26 +810,16 @@ def test_padding(side, ids, labels, mask):
         assert batch[pixels].mean(1).tolist() == [1.0] * 4 + [-1.0] * 4
 
 
-def test_packing():
-    """A label at a sample's start would teach the last token of one sample to predict the first of the next."""
-    batch = data.collate(
-        [sample([1, 2, 3], [1, 2, 3]), sample([4], [4]), sample([5, 6], [5, 6])], 9, pack=True
-    )
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6]] and batch["seq_lens"] == [3, 1, 2]
-    assert batch["labels"].tolist() == [[-100, 2, 3, -100, -100, 6]] and "pixel_values" not in batch
-
-
-@pytest.mark.parametrize("pack", [False, True])
-def test_nothing_but_skipped_samples(pack):
+def test_nothing_but_skipped_samples():
     """Without the stand-in row one rank would leave its step out, and all others would wait for it forever."""
-    batch = data.collate([Skipped("f:0", "why"), Skipped("f:1", "why")], 9, pack=pack)
+    batch = data.collate([Skipped("f:0", "why"), Skipped("f:1", "why")], 9)
     assert (
         batch["input_ids"].tolist() == [[9]]
         and batch["labels"].tolist() == [[-100]]
         and batch["rows"] == []
     )
     assert [s.where for s in batch["skipped"]] == ["f:0", "f:1"]
-    assert batch["seq_lens"] == [1] if pack else batch["attention_mask"].tolist() == [[1]]
+    assert batch["attention_mask"].tolist() == [[1]]
 
 
 def test_workers_change_nothing(film, words, data_config):

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForImageTextToText, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from model import LATENT_IDS, FutureL1, add_latent_tokens, load
+from sft import sft_loss
 from toy import tiny
 
 SPAN = "<|latent_start|> <|latent|> <|latent|> <|latent_end|>"
@@ -284,7 +285,7 @@ def sample(model, tokenizer):
 
 
 @pytest.mark.parametrize("head", [False, True])
-@pytest.mark.parametrize("kind", ["mse", "nmse", "nmse, given", "cosine"])
+@pytest.mark.parametrize("kind", ["mse", "nmse"])
 def test_loss_by_hand(model, sample, kind, head):
     """Eq. (1)-(3). Breaks if the mean, the state compared, the labels' shift, the order or the weights are wrong."""
     if head:
@@ -292,7 +293,7 @@ def test_loss_by_hand(model, sample, kind, head):
         torch.nn.init.normal_(model.latent_head.weight, std=0.1)
         torch.nn.init.normal_(model.latent_head.bias)
     args = dict(**sample["batch"], latents=sample["latents"], labels=sample["labels"])
-    out, e = model(**args), sample["latents"].numpy()
+    out, e = model(**sample["batch"], latents=sample["latents"]), sample["latents"].numpy()
     h, logp, ce, z, go = (
         model.to_latent(out.hidden_states[-1]).detach().numpy(),
         log_softmax(out.logits),
@@ -308,14 +309,8 @@ def test_loss_by_hand(model, sample, kind, head):
                 z.append(h[r, t - 1])
                 go.append(-np.log(1 - np.exp(logp[r, t - 1, model.config.latent_end_id])))
     ce, z, go = np.array(ce), np.array(z), np.array(go)
-    distance = dict(
-        mse=((z - e) ** 2).mean(1),
-        cosine=1 - (z * e).sum(1) / np.sqrt((z * z).sum(1) * (e * e).sum(1)),
-        nmse=((z - e) ** 2).mean(1) / e.var(0).mean(),
-    ).get(kind, ((z - e) ** 2).mean(1) / 2.5)
-    args.update(
-        latent_loss=kind.split(",")[0], lam=0.3, latent_var=2.5 if "given" in kind else None
-    )
+    distance = ((z - e) ** 2).mean(1) / (2.5 if kind == "nmse" else 1)
+    args.update(lam=0.3, latent_var=2.5 if kind == "nmse" else 1.0)
 
     def check(got, words, n_text):
         assert (got["n_text"], got["n_latent"]) == (n_text, 5)
@@ -328,10 +323,10 @@ def test_loss_by_hand(model, sample, kind, head):
         ).items():
             assert got[key].item() == pytest.approx(value, rel=1e-5), key
 
-    got = model.sft_loss(**args)
+    got = sft_loss(model, **args)
     check(got, ce.sum(), 10)
-    check(model.sft_loss(**args, stop_term=True), ce.sum() + go.sum(), 10 + 5)
-    assert out.loss.item() == pytest.approx(ce.mean(), rel=1e-5) and go.sum() > 1e-3
+    check(sft_loss(model, **args, stop_term=True), ce.sum() + go.sum(), 10 + 5)
+    assert go.sum() > 1e-3
 
     at_t = h[sample["batch"]["input_ids"].numpy() == model.config.latent_id]
     assert (
@@ -341,16 +336,15 @@ def test_loss_by_hand(model, sample, kind, head):
         [1, 0, 2, 3, 4],
         [4, 0, 1, 2, 3],
     ):  # two frames swapped; all of them one position off
-        off = model.sft_loss(**args, targets=sample["latents"][order])
+        off = sft_loss(model, **args, targets=sample["latents"][order])
         assert off["ce"] == got["ce"] and abs(off["latent"] - got["latent"]) > 1e-4
 
 
-@pytest.mark.parametrize("kind", ["mse", "nmse", "cosine"])
-def test_batch_without_latents(model, tokenizer, kind):
+def test_batch_without_latents(model, tokenizer):
     """Breaks if a text-only batch gives NaN, or leaves the head without a gradient (DDP would hang)."""
     model.add_latent_head()
     batch = make_batch(tokenizer, ROWS["images"])
-    got = model.sft_loss(**batch, labels=batch["input_ids"], latent_loss=kind, stop_term=True)
+    got = sft_loss(model, **batch, labels=batch["input_ids"], latent_var=2.0, stop_term=True)
     assert (
         got["latent"] == 0
         and got["n_latent"] == 0
@@ -359,8 +353,6 @@ def test_batch_without_latents(model, tokenizer, kind):
     )
     got["loss"].backward()
     assert not model.latent_head.weight.grad.any() and not model.latent_head.bias.grad.any()
-    with pytest.raises(ValueError, match="l1"):
-        model.sft_loss(**batch, labels=batch["input_ids"], latent_loss="l1")
 
 
 def test_gradient_reaches_the_states_and_not_the_targets(model, sample):
@@ -369,14 +361,14 @@ def test_gradient_reaches_the_states_and_not_the_targets(model, sample):
     args = dict(
         **sample["batch"], latents=sample["latents"], labels=sample["labels"], targets=targets
     )
-    got = model.sft_loss(**args)
+    got = sft_loss(model, **args)
     got["latent"].backward()
     assert targets.grad is None
     grads = {name: p.grad for name, p in model.named_parameters()}
     assert grads["lm_head.weight"] is None  # Eq. (3) has no words in it
     assert all(g.abs().sum() > 0 for name, g in grads.items() if "language_model" in name)
     assert got["latent"].item() == pytest.approx(
-        model.sft_loss(**{**args, "targets": targets + 0})["latent"].item()
+        sft_loss(model, **{**args, "targets": targets + 0})["latent"].item()
     )
 
 
@@ -398,35 +390,6 @@ def test_continuing_a_cache_equals_one_forward(model, tokenizer, rows):
         )
         parts.append(out.logits)
     torch.testing.assert_close(torch.cat(parts, 1), whole[:, P:], atol=1e-4, rtol=0)
-
-
-def test_packing_equals_separate_rows(model, tokenizer):
-    """Breaks if packed samples see each other, restart at wrong positions, or their losses add up to another sum."""
-    rows = [
-        ["which", IMAGE, SPAN, "red"],
-        ["up", SPAN, VIDEO],
-        ["the ball", WIDE, VIDEO, SPAN, "blue ?"],
-    ]
-    batch, z = make_batch(tokenizer, rows), torch.randn(6, 96)
-    real = batch["attention_mask"].bool()
-    labels = batch["input_ids"].masked_fill(
-        ~real | (batch["input_ids"] == model.config.latent_id), -100
-    )
-    labels[:, 0] = -100
-    packed = {
-        **batch,
-        "input_ids": batch["input_ids"][real][None],
-        "attention_mask": None,
-        "latents": z,
-        "seq_lens": real.sum(1).tolist(),
-    }
-    separate = model(**batch, latents=z).logits[real]
-    torch.testing.assert_close(model(**packed).logits[0], separate, atol=1e-4, rtol=0)
-    a = model.sft_loss(**batch, latents=z, labels=labels, stop_term=True)
-    b = model.sft_loss(**packed, labels=labels[real][None], stop_term=True)
-    assert (a["n_text"], a["n_latent"]) == (b["n_text"], b["n_latent"])
-    for key in ("ce_sum", "latent_sum"):
-        torch.testing.assert_close(a[key], b[key], rtol=1e-5, atol=0)
 
 
 def test_transformers_own_generate_is_refused(model):
