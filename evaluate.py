@@ -47,7 +47,7 @@ from common.benchmarks import PAPER, read_benchmark
 from common.clips import ClipError, film, load_frames, normalise, resize_and_cut
 from common.formats import answer_of
 from common.judge import ScoreJudge
-from common.report import as_text, paper_rows, score_rows, write_report
+from common.report import as_text, paper_rows, score_rows, used, write_report
 from common.runs import newest, parse_config, read_lines, set_up_ranks, write_json
 from data import DataConfig, Samples, loader, model_inputs, to_device
 from latent_decode import generate
@@ -70,7 +70,8 @@ class Config(DataConfig):
         False  # a sample that cannot be read ends the run, instead of a line that says so  # ours
     )
     average: str = ""  # over all: micro | macro (mean of the groups); "" = the benchmark's own, MLVU macro, else micro
-    num_frames: int = 0  # frames of a clip that enters as a video; 0 = 32 for FutureBench, else 16  # paper sec. 4
+    num_frames: int = 0  # frames of a video; 0 = 32 for FutureBench, else 16  # paper sec. 4
+    video_max_tokens: int = 0  # of a video; 0 = 12288 for FutureBench, as official, else 4096
     batch: int = 8  # prompts decoded together on one rank  # ours
     max_new_tokens: int = 0  # 0 = 4096 for TwiFF-Bench, else 2048  # paper sec. 4
     max_latents: int = 8  # longest span: 2 * l_max  # official
@@ -97,7 +98,9 @@ class Config(DataConfig):
     cuda_graph: bool = False  # replay a captured decoding step; not yet measured on a GPU  # ours
 
     def __post_init__(self):
-        self.num_frames = self.num_frames or (32 if self.benchmark == "futurebench" else 16)
+        future = self.benchmark == "futurebench"
+        self.num_frames = self.num_frames or (32 if future else 16)
+        self.video_max_tokens = self.video_max_tokens or (12288 if future else 4096)
         self.max_new_tokens = self.max_new_tokens or (
             4096 if self.benchmark == "twiffbench" else 2048
         )
@@ -359,6 +362,7 @@ def evaluate(config, rows=None):
         if config.benchmark in PAPER:
             print(
                 f"\nbeside what the paper published (not run here)\n{as_text(*paper_rows(summary))}"
+                f"\n{used(summary)}"
             )
     return table
 

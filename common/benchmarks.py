@@ -30,6 +30,12 @@ HOPS = {
 }  # FutureBench's four splits
 
 
+CLIPS = "first_part_video"  # FutureBench: the clips, cut before what is asked about
+WHOLE = "video_dataset"  # the whole videos, in which the answer is seen
+
+ASK_LETTER = "\nReply with the letter of the right option only, and put it between <answer> and </answer>."  # ours; official appends a sentence to the same effect
+
+
 # Published by the paper (Qwen3-VL-8B), never run here: {benchmark: (columns, {row: values})}
 PAPER = {
     "futurebench": (
@@ -186,11 +192,29 @@ def files_of(data):
     ]  # the stored form: pictures as bytes, not decoded
 
 
+def clips_folder(name, path, media_root):
+    """Where the clips of a benchmark's file lie: media_root, else the folder of the file. Ours.
+
+    FutureBench: else `first_part_video` beside the file. Raises ValueError for the whole videos.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    if name != "futurebench":
+        return folder if media_root is None else media_root
+    root = os.path.join(folder, CLIPS) if media_root is None else media_root
+    if os.path.basename(os.path.abspath(root)) == WHOLE:
+        raise ValueError(
+            f"media root {root}: {WHOLE} holds the whole videos, in which the model would see the "
+            f"answer; FutureBench is asked on the cut clips in {CLIPS}"
+        )
+    return root
+
+
 def read_benchmark(name, data, media_root=None):
     """-> (rows, how groups are averaged: micro | macro). Source: DESIGN.md section 5, READERS.
 
-    name: one of BENCHMARKS; data: a file, a folder of files, or a hub id; media_root as in data.read_rows. An id that comes
-    again gets a number. Raises ValueError for an unknown name, and as `files_of` and data.read_record do.
+    name: one of BENCHMARKS. data: a file, a folder of files, or a hub id. media_root: where
+    relative clip paths start, default as in `clips_folder`. An id that comes again gets a number.
+    Raises ValueError for an unknown name, and as `files_of`, `clips_folder` and `read_record` do.
     """
     if name not in BENCHMARKS:
         raise ValueError(
@@ -200,7 +224,7 @@ def read_benchmark(name, data, media_root=None):
         return read_rows(data, media_root), "micro"
     rows, averages, seen = [], set(), {}
     for path, records in files_of(data):
-        root = os.path.dirname(os.path.abspath(path)) if media_root is None else media_root
+        root = clips_folder(name, path, media_root)
         for n, record in enumerate(records):
             where, reader = f"{path}:{n}", None
             if name == "mcq" and isinstance(record, dict):
@@ -218,6 +242,7 @@ def read_benchmark(name, data, media_root=None):
                 row.id = f"{os.path.basename(path)}:{n}"
             if name == "futurebench":
                 row.group = HOPS.get(row.group, row.group)
+                row.prompt.append(ASK_LETTER)
             seen[row.id] = seen.get(row.id, 0) + 1
             row.id += f"#{seen[row.id]}" if seen[row.id] > 1 else ""
             rows.append(row)

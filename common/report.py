@@ -48,6 +48,15 @@ def paper_rows(summary):
     ]
 
 
+def used(summary):
+    """What our row was made with, as a line beside the paper's. Source: ours."""
+    video, image = summary["pixels"]["video"][1], summary["pixels"]["image"][1]
+    return (
+        f"ours: {summary['frames']} frames a video at most, {video:,} pixels a video, "
+        f"{image:,} pixels a picture"
+    )
+
+
 def as_text(head, rows):
     """A table as text: the first column to the left, the others to the right. Source: ours."""
     rows = [[str(cell) for cell in row] for row in [head, *rows]]
@@ -284,6 +293,7 @@ def write_report(path, summary, lines, rows):
     columns, beside = paper_rows(summary)
     paper = (
         f"<h2>Beside what the paper published (not run here)</h2>{_table(columns, beside)}"
+        f'<p class="key">{escape(used(summary))}</p>'
         if beside
         else ""
     )

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import threading
 import time
 
@@ -18,7 +19,7 @@ import evaluate
 import latent_decode
 import sample
 from common import clips, report, runs
-from common.benchmarks import PAPER, READERS, normal_form, read_benchmark
+from common.benchmarks import ASK_LETTER, CLIPS, PAPER, READERS, normal_form, read_benchmark
 from common.clips import read_uniform
 from common.formats import Clip, Frame, RecordError, Row
 from common.judge import ScoreJudge, read_scores, score_messages
@@ -391,6 +392,9 @@ def futurebench(folder):
         )
         for i, (kind, clip) in enumerate(kinds)
     ]
+    (folder / CLIPS).mkdir(exist_ok=True)
+    for clip in ("0.mp4", "1.mp4", "2.mp4", "broken.mp4"):
+        shutil.copy(folder / clip, folder / CLIPS / clip)
     (folder / "futurebench.json").write_text(json.dumps(records))
     return str(folder / "futurebench.json")
 
@@ -453,6 +457,7 @@ def test_futurebench_to_the_letter(scripted, tmp_path, monkeypatch, capsys):
     )
     out = capsys.readouterr().out
     assert "5 of 7 samples found" in out and "beside what the paper published (not run here)" in out
+    assert "ours: 32 frames a video at most, 131,072 pixels a video" in out
     rows = [line.split("  ") for line in out.splitlines()]
     ours, theirs = (
         next([c.strip() for c in row if c.strip()] for row in rows if row[0].startswith(name))
@@ -484,6 +489,24 @@ def test_futurebench_to_the_letter(scripted, tmp_path, monkeypatch, capsys):
                 folder, tmp_path / "strict", benchmark="futurebench", data=config.data, strict=True
             )
         )
+
+
+def test_futurebench_is_asked_on_the_cut_clips(scripted):
+    """Breaks if the model is shown the whole video, is not asked for a letter, or sees fewer pixels."""
+    folder, _ = scripted
+    data = futurebench(folder)
+    rows, _ = read_benchmark("futurebench", data)
+    assert rows[0].prompt[0] == Clip(str(folder / "first_part_video" / "0.mp4"))
+    assert rows[0].prompt[-1] == ASK_LETTER and "letter" in ASK_LETTER
+    assert "<answer>" in ASK_LETTER and ASK_LETTER not in rows[0].question
+    rows, _ = read_benchmark("futurebench", data, "/clips")
+    assert rows[0].prompt[0] == Clip("/clips/0.mp4")
+    for root in ("V1/video_dataset", "V1/video_dataset/"):
+        with pytest.raises(ValueError, match="video_dataset.*would see the answer.*first_part"):
+            read_benchmark("futurebench", data, root)
+    budgets = [evaluate.Config(benchmark=b).video_max_tokens for b in ("futurebench", "mcq")]
+    assert budgets == [12288, 4096]
+    assert evaluate.Config(benchmark="futurebench", video_max_tokens=9).video_max_tokens == 9
 
 
 def test_the_prompt_hash_is_of_the_prompts(scripted, tmp_path, monkeypatch):
