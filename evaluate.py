@@ -8,9 +8,10 @@
 Without --benchmark: every format of data.py whose rows have options. Writes one line a sample to OUT/samples*.jsonl as it is
 done (a second run skips what is there), then OUT/summary.json, OUT/report.html and the table: scores by group and over all.
 
-Three readings of an answer, all of the first closed <answer>: `accuracy` counts what training rewards (rewards.pick: an
-option's text, or its letter and nothing but that option's text after it); `strict` also a letter standing alone somewhere in
-it; `official` the first of A-D anywhere in it, be it in a word: the one the paper's figures are made with.
+Readings of an answer, all of the first closed <answer>: `accuracy` counts what training rewards
+(rewards.pick); `strict` the only letter that stands alone in it, or an option's text; `official`,
+for FutureBench alone, the first of A-D anywhere in it, be it in a word: the one the paper's figures
+are made with.
 
 `--latents` asks whether the answer depends on what is imagined. A span is fed: generated (the model's own states) | zero |
 noise (Gaussian, scale of the true embeddings) | shuffled (the true futures of the next sample in the batch) | true (its own
@@ -124,19 +125,31 @@ def official_letter(text):
 def strict_letter(text, options):
     """A response -> the letter that its first closed <answer> means, or "". Source: ours.
 
-    What `pick` finds (an option's text or letter, any case); else the only option letter that stands alone as a word, any
-    case, where an "a" before another word is an article: "The answer is C." is C, "B or C" and "A red wall" are none.
+    An option's whole text means that option. Else it is the only option letter that stands alone
+    as a word, any case, outside an option's text: "The answer is C." is C. Two letters are none:
+    "B or C", "C. is wrong, the answer is D". An "a" directly before an option's text is an
+    article ("A red wall" is none), and so is a lower-case one between words ("it's a trap").
     """
-    answer = answer_of(text)
-    index = pick(answer, options)
-    if index is not None:
-        return chr(65 + index)
-    letters = "".join(chr(65 + i) for i in range(len(options)))
-    said = re.sub(r"\b[aA]\s+(?=[a-z]{2})", " ", answer or "")
-    found = {
-        letter.upper() for letter in re.findall(rf"(?<![\w'])[{letters}](?![\w'])", said, re.I)
-    }
-    return found.pop() if len(found) == 1 else ""
+    answer, texts = answer_of(text) or "", [plain(o) for o in options]
+    if plain(answer) in texts:
+        return chr(65 + texts.index(plain(answer)))
+    answer = plain(re.sub(r"(?<=\w )a (?=[a-z]{2})", "", answer))
+
+    # texts of several words may hold a letter of their own: "C opens the door"
+    bare = sorted({re.sub(r"^an? ", "", t) for t in texts if t}, key=len, reverse=True)
+    either = "|".join(map(re.escape, bare))
+    phrases = "|".join(re.escape(t) for t in bare if " " in t)
+    answer = re.sub(rf"(?<![\w'])a (?=(?:{either})(?!\w))", "", answer)
+    answer = re.sub(rf"(?<![\w'])(?:{phrases})(?!\w)", " ", answer) if phrases else answer
+
+    last = chr(96 + len(options))
+    letters = set(re.findall(rf"(?<![\w'])[a-{last}](?![\w'])", answer))
+    return letters.pop().upper() if len(letters) == 1 else ""
+
+
+def plain(text):
+    """Lower case, single spaces, no punctuation around it."""
+    return " ".join(text.lower().split()).strip(" .,:;!?\"'()")
 
 
 def wilson(right, n, z=1.96):
@@ -215,11 +228,9 @@ def summarise(lines, average="micro", seed=0):
                 s["bootstrap"] if len(parts) > 1 else wilson(s["right"], len(read))
             )
             s["unparsed"] = sum(line["picked"] is None for line in read)
-            for name in (
-                ("strict", "official")
-                if all(name in line for line in read for name in ("strict", "gold"))
-                else ()
-            ):
+            for name in ("strict", "official"):
+                if not read or not all(name in line for line in read):
+                    continue
                 s[name] = mean(lambda line: line[name] == line["gold"])
                 s[f"{name}_unparsed"] = sum(not line[name] for line in read)
         for name in ("spans", "latents", "tokens"):
@@ -514,7 +525,7 @@ def respond(config, folder, rows, done, rank, world, device):
                     line = dict(
                         id=row.id,
                         group=row.group,
-                        **read_answer(row, text),
+                        **read_answer(row, text, config.benchmark == "futurebench"),
                         answer=row.answer,
                         response=re.sub(f"(?:{re.escape(LATENT)}\\s*)+", LATENT, text),
                     )
@@ -555,8 +566,12 @@ def chosen(rows, n):
     return {id for _, id in sorted(order, key=lambda pair: pair[0])[:n]}
 
 
-def read_answer(row, text):
-    """What a result line says of a response's answer: three readings with options, else whether there is one. Ours."""
+def read_answer(row, text, official=False):
+    """A response -> what its result line says of the answer, as a dict. Source: ours.
+
+    With options: the readings of the answer, `official` where it is asked for. Else whether there
+    is an answer.
+    """
     if not row.options:
         return dict(parsed=answer_of(text) is not None)
     picked, gold = pick(answer_of(text), row.options), pick(row.answer, row.options)
@@ -565,7 +580,7 @@ def read_answer(row, text):
         picked=picked,
         gold=chr(65 + gold),
         strict=strict_letter(text, row.options),
-        official=official_letter(text),
+        **(dict(official=official_letter(text)) if official else {}),
     )
 
 

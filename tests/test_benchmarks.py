@@ -62,12 +62,43 @@ SPAN = f"{LATENT_START} {LATENT} {LATENT} {LATENT_END}"
         ("answer", "", "D"),
         ("\n D \n", "D", "D"),
         ("option_b", "", ""),
+        ("A is the correct option", "A", "A"),
+        ("A because it hits red", "A", "A"),
+        ("It hits a wall, so (c)", "", "C"),
+        ("a green wall, so b", "", "B"),
+        ("a green wall", "", ""),
+        ("B. A green wall", "B", "B"),
+        ("C. is wrong, the answer is D", "C", ""),
+        ("B) green wall", "B", "B"),
+        ("C) green wall", "C", "C"),
     ],
 )
 def test_letters(answer, official, strict):
     """Breaks if official is not the first of [ABCD] anywhere, or strict reads a letter out of a word or an article."""
     text = f"<reason>A B C</reason>{SPAN}<answer>{answer}</answer><answer>D</answer>"
     assert (official_letter(text), strict_letter(text, OPTIONS)) == (official, strict)
+
+
+def test_an_options_text_holds_no_letter():
+    """Breaks if the C of EgoSchema's texts ("C eats") is taken for the answer's letter."""
+    options = ["C eats", "C runs", "a dog sits", "x", "y"]
+    for answer, letter in (("The answer is A. C eats", "A"), ("b: C runs", "B"), ("C eats", "A")):
+        assert strict_letter(f"<answer>{answer}</answer>", options) == letter
+    assert strict_letter("<answer>A dog sits there</answer>", options) == ""
+    assert strict_letter("<answer>E</answer>", options) == "E"
+
+
+def test_official_is_futurebenchs(scripted, tmp_path, monkeypatch):
+    """Breaks if a benchmark with a fifth option shows a column that only knows A to D."""
+    folder, tokenizer = scripted
+    play(monkeypatch, tokenizer, {"q0": "<answer> D </answer>"})
+    path = str(folder / "0.mp4")
+    rows = [Row("f:0", "0", [Clip(path), "what q0 ?"], [], "D", "what q0 ?", list("stuvw"))]
+    table = evaluate.evaluate(settings(folder, tmp_path), rows=rows)
+    assert table["all"]["strict"] == 1 and "official" not in table["all"]
+    assert "official" not in evaluate.format_table(table)
+    assert "official" not in (tmp_path / "report.html").read_text()
+    assert "official" in evaluate.format_table(summarise(LINES))
 
 
 def test_letters_need_a_closed_answer():
