@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from common.benchmarks import PAPER, read_benchmark
 from common.clips import ClipError, film, load_frames, normalise, resize_and_cut
-from common.formats import answer_of
+from common.formats import Skipped, answer_of
 from common.judge import ScoreJudge
 from common.report import as_text, paper_rows, score_rows, used, write_report
 from common.runs import newest, parse_config, read_lines, set_up_ranks, write_json
@@ -305,14 +305,14 @@ def evaluate(config, rows=None):
     if config.judge_only and not twiff:
         raise SystemExit("--judge_only is for --benchmark twiffbench: nothing else is judged")
     average = "micro"
+    bad = []
     if rows is None:
-        rows, average = read_benchmark(config.benchmark, config.data, config.media_root or None)
+        root = config.media_root or None
+        rows, average = read_benchmark(config.benchmark, config.data, root, bad)
+    name_bad(bad, len(rows) + len(bad), "cannot be used and are outside the scores")
     rows, average = rows[: config.limit or None], config.average or average
-    for row in rows:
-        if not row.options and not twiff:
-            raise ValueError(f"{row.where}: no options; multiple choice needs them")
-        if not twiff and pick(row.answer, row.options) is None:
-            raise ValueError(f"{row.where}: the answer {row.answer!r} is none of {row.options}")
+    if not twiff:
+        check_options(rows)
     if len({row.id for row in rows}) < len(rows):
         raise ValueError(
             f"{config.data}: ids are not unique, so a resumed run could not tell its samples apart"
@@ -361,6 +361,7 @@ def evaluate(config, rows=None):
     table = summarise(lines, average, config.seed)
     if rank == 0:
         summary = dict(settings, **about(rows, lines, settings), average=average, scores=table)
+        summary["unusable"] = [s._asdict() for s in bad]
         write_json(os.path.join(config.out, "summary.json"), summary)
         write_report(os.path.join(config.out, "report.html"), summary, lines, rows)
         print(format_table(table))
@@ -376,6 +377,34 @@ def evaluate(config, rows=None):
                 f"\n{used(summary)}"
             )
     return table
+
+
+MAX_BAD = 0.05  # share of records that may be unusable before a file is taken for misread
+
+
+def name_bad(bad, total, what):
+    """Name each record of `bad` ([Skipped]). Raises ValueError if they are too many of `total`."""
+    if not bad:
+        return
+    if len(bad) > MAX_BAD * total:
+        raise ValueError(f"{len(bad)} of {total} records {what}, among them {bad[0].why}")
+    print(f"{len(bad)} of {total} records {what}:", *(s.why for s in bad), sep="\n  ")
+
+
+def check_options(rows):
+    """Name the rows whose answer is none of their options: they are scored wrong.
+
+    Raises ValueError for a row without options, and if such rows are too many.
+    """
+    for row in rows:
+        if not row.options:
+            raise ValueError(f"{row.where}: no options; multiple choice needs them")
+    bad = [
+        Skipped(row.where, f"{row.where}: the answer {row.answer!r} is none of {row.options}")
+        for row in rows
+        if pick(row.answer, row.options) is None
+    ]
+    name_bad(bad, len(rows), "have an answer that is no option and are scored wrong")
 
 
 def settings_of(config, folder):
@@ -437,6 +466,7 @@ def about(rows, lines, settings):
         commit=commit,
         seconds=seconds,
         missing=[dict(id=line["id"], why=line["skipped"]) for line in lines if "skipped" in line],
+        no_option=[r.id for r in rows if r.options and pick(r.answer, r.options) is None],
         unparsed=sum(
             line["picked"] is None if "picked" in line else not line["parsed"] for line in read
         ),
@@ -576,9 +606,9 @@ def read_answer(row, text, official=False):
         return dict(parsed=answer_of(text) is not None)
     picked, gold = pick(answer_of(text), row.options), pick(row.answer, row.options)
     return dict(
-        right=picked == gold,
+        right=gold is not None and picked == gold,
         picked=picked,
-        gold=chr(65 + gold),
+        gold=None if gold is None else chr(65 + gold),
         strict=strict_letter(text, row.options),
         **(dict(official=official_letter(text)) if official else {}),
     )

@@ -10,6 +10,7 @@ import re
 import shutil
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -257,6 +258,50 @@ RECORDS = {  # name: (a record with the fields of the public release, what it sh
             group="plotQA",
         ),
     ),
+    "SEED-Bench-R1": (
+        dict(
+            sample_id="s_2",
+            task_goal="bake",
+            choice_a="attach stopwatch",
+            choice_b="place tray",
+            choice_c="operate oven",
+            choice_d="set stopwatch",
+            golden_choice_idx="C",
+            answer="operate oven",
+            task_progress_metadata=[dict(narration_text="open oven", start_frame=0, stop_frame=28)],
+            video_source="Ego4D",
+            video_basename="s_2.mp4",
+            current_observation_basename="s_2.png",
+            question="What next?",
+            task_level="L1",
+        ),
+        dict(
+            id="s_2",
+            video="videos/Ego4D/s_2.mp4",
+            picture="images/Ego4D/s_2.png",
+            question="What next?",
+            options=["attach stopwatch", "place tray", "operate oven", "set stopwatch"],
+            answer="C",
+            group="L1",
+        ),
+    ),
+    "MLVU_dev": (
+        dict(
+            video_name="AR_1.mp4",
+            duration=1.0,
+            question="Which?\n(A) red\n(B) blue 2\n(C) x.",
+            answer="B",
+            task_type="order",
+        ),
+        dict(
+            id="f-3",
+            video="AR_1.mp4",
+            question="Which?\n(A) red\n(B) blue 2\n(C) x.",
+            options=["red", "blue 2", "x."],
+            answer="B",
+            group="order",
+        ),
+    ),
     "MVBench": (
         dict(
             video="Z.mp4",
@@ -288,7 +333,7 @@ def test_readers(name):
     assert (
         got == wanted
         and reader is READERS[name]
-        and (reader.average == "macro") == (name == "MLVU")
+        and (reader.average == "macro") == name.startswith("MLVU")
     )
 
 
@@ -322,6 +367,72 @@ def test_a_folder_of_tasks(tmp_path):
         "2_needle-1",
     ]
     assert rows[2].prompt[0] == Clip("/videos/2_needle/m_1.mp4") and rows[2].group == "needle"
+
+
+def test_mlvu_as_released(world, tmp_path, capsys):
+    """Breaks if MLVU's generation files are read, or one of its bad rows ends the run or is lost.
+
+    Of 40 records one has no answer (outside the score), one an answer that is no option (wrong).
+    """
+    from tests.test_evaluate import config
+
+    record = dict(RECORDS["MLVU"][0], candidates=["red", "blue"], answer="red")
+    records = [dict(record) for _ in range(40)]
+    records[3]["answer"], records[7]["answer"] = "", "a drone"
+    (tmp_path / "1_plotQA.json").write_text(json.dumps(records))
+    for name in ("8_sub_scene", "9_summary"):
+        (tmp_path / f"{name}.json").write_text(json.dumps([dict(question="?", answer="long")]))
+    with pytest.raises(RecordError, match="1_plotQA.json:3: the answer is empty"):
+        read_benchmark("mcq", str(tmp_path))
+    bad = []
+    rows, average = read_benchmark("mcq", str(tmp_path), bad=bad)
+    assert [s.where for s in bad] == [f"{tmp_path}/1_plotQA.json:3"] and average == "macro"
+    assert len(rows) == 39 and "9_summary.json: MLVU's generation" in capsys.readouterr().out
+
+    out = tmp_path / "out"
+    evaluate.evaluate(config(world, out, benchmark="mcq", data=str(tmp_path)))
+    summary, printed = json.load(open(out / "summary.json")), capsys.readouterr().out
+    assert summary["no_option"] == ["1_plotQA-7"] and summary["total"] == 39
+    assert "1_plotQA.json:3: the answer is empty" in summary["unusable"][0]["why"]
+    assert "1_plotQA.json:3: the answer is empty" in printed and "'a drone' is none" in printed
+    row = next(r for r in rows if r.id == "1_plotQA-7")
+    line = evaluate.read_answer(row, "<answer>C</answer>")
+    assert line["right"] is False and line["strict"] != line["gold"] is None
+    records[9]["answer"] = records[10]["answer"] = ""
+    (tmp_path / "1_plotQA.json").write_text(json.dumps(records))
+    with pytest.raises(ValueError, match="3 of 40 records cannot be used"):
+        evaluate.evaluate(config(world, out, benchmark="mcq", data=str(tmp_path)))
+
+
+def test_other_releases_with_candidates_are_refused(tmp_path):
+    """Breaks if TVBench or LongVideoBench is read as MVBench, with clips from nowhere."""
+    (tmp_path / "scene_shuffle.json").write_text(json.dumps([RECORDS["MVBench"][0]]))
+    with pytest.raises(RecordError, match="'scene_shuffle' is none of MVBench's 20 tasks"):
+        read_benchmark("mcq", str(tmp_path / "scene_shuffle.json"))
+
+
+def test_a_picture_after_the_clip(tmp_path):
+    """Breaks if SEED-Bench-R1's last frame is not shown, or a clip is where nothing was done yet."""
+    record = RECORDS["SEED-Bench-R1"][0]
+    records = [record, dict(record, sample_id="s_3", task_progress_metadata=[])]
+    (tmp_path / "L1.jsonl").write_text("\n".join(map(json.dumps, records)))
+    rows, _ = read_benchmark("mcq", str(tmp_path / "L1.jsonl"), "/d")
+    frame = Frame("/d/images/Ego4D/s_2.png")
+    assert rows[0].prompt[:2] == [Clip("/d/videos/Ego4D/s_2.mp4"), frame]
+    assert rows[1].prompt[0] == frame and len(rows[1].prompt) == 2 and rows[0].answer == "C"
+
+
+def test_a_hub_id_with_a_config(monkeypatch):
+    """Breaks if org/name:config is not that config of the dataset, or its name is lost as task."""
+    split = types.SimpleNamespace(
+        data=types.SimpleNamespace(to_pylist=lambda: [RECORDS["MVBench"][0]])
+    )
+    asked = []
+    hub = types.SimpleNamespace(load_dataset=lambda *a: asked.append(a) or dict(test=split))
+    monkeypatch.setitem(__import__("sys").modules, "datasets", hub)
+    rows, _ = read_benchmark("mcq", "OpenGVLab/MVBench:state_change", "/videos")
+    assert asked == [("OpenGVLab/MVBench", "state_change")] and rows[0].group == "state_change"
+    assert rows[0].prompt[0] == Clip("/videos/perception/videos/Z.mp4", 1.0, 2.0)
 
 
 def test_a_part_of_a_clip(tmp_path):
