@@ -36,27 +36,29 @@ def read_verdict(reply):
 
 
 class Judge:
-    """Asks an OpenAI-compatible server whether answers are right. Source: sec. 3.3 (yes/no LLM judge); the rest ours.
+    """Asks an OpenAI-compatible server whether answers are right. Source: sec. 3.3; the rest ours.
 
-    judge([(question, gold, answer), ...]) -> [True | False | None, ...], in order, `concurrency` requests at a time. A
-    failed or ambiguous reply is asked again `retries` times, waiting backoff, 2 backoff, ... seconds; then None, and its
-    reason is counted in `failures`. A request the server refuses (wrong key, unknown model) is not repeated. The key is
-    read from JUDGE_API_KEY or OPENAI_API_KEY and appears in no message, log or checkpoint. Raises ImportError without
-    the openai package.
+    judge([(question, gold, answer), ...]) -> [True | False | None, ...], in order, `concurrency`
+    requests at a time. A failed request is repeated `retries` times by the client, which heeds the
+    server's Retry-After. An unreadable reply is asked for again `retries` times, after backoff,
+    2 backoff, ... seconds. Then the verdict is None and its reason is counted in `failures`. What
+    the server refuses (wrong key, unknown model) is not repeated. `args` are merged into each
+    request, {"temperature": None} leaves our 0 out. The key is read from JUDGE_API_KEY or
+    OPENAI_API_KEY and appears in no message, log or checkpoint. Raises ImportError without the
+    openai package.
     """
 
-    def __init__(self, base_url, model, *, concurrency=16, retries=3, timeout=60.0, backoff=1.0):
+    def __init__(
+        self, base_url, model, *, concurrency=16, retries=3, timeout=60.0, backoff=1.0, args=None
+    ):
         import openai
 
-        self.model, self.concurrency, self.retries, self.backoff = (
-            model,
-            concurrency,
-            retries,
-            backoff,
-        )
+        self.model, self.concurrency = model, concurrency
+        self.retries, self.backoff = retries, backoff
+        self.args = {k: v for k, v in {"temperature": 0, **(args or {})}.items() if v is not None}
         key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "none"
         self.client = openai.OpenAI(
-            base_url=base_url or None, api_key=key, timeout=timeout, max_retries=0
+            base_url=base_url or None, api_key=key, timeout=timeout, max_retries=retries
         )
         self.failures, self._error = Counter(), openai.APIError
 
@@ -77,28 +79,27 @@ class Judge:
         )
 
     def request(self, messages, read):
-        """Chat messages -> (read(reply), None), asked again while that is None; or (None, why). Source: ours."""
+        """Chat messages -> (read(reply), None), asked again while that is None; or (None, why).
+
+        Source: ours.
+        """
+        why = None
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(self.backoff * 2 ** (attempt - 1))
             try:
                 reply = self.client.chat.completions.create(
-                    model=self.model, messages=messages, temperature=0
+                    model=self.model, messages=messages, **self.args
                 )
                 value, why = read(reply.choices[0].message.content), "ambiguous reply"
                 if value is not None:
                     return value, None
-            except self._error as e:
+            except self._error as e:  # the client has repeated what may be repeated
+                # never the error's text: servers echo keys in it
                 code = getattr(e, "status_code", None)
-                why = f"{type(e).__name__}{f' {code}' if code else ''}"  # never its text: servers echo keys in it
-                if code and 400 <= code < 500 and code not in (408, 409, 429):
-                    break
-            except (
-                AttributeError,
-                LookupError,
-                TypeError,
-                ValueError,
-            ) as e:  # a reply that is not a chat completion
+                return None, f"{type(e).__name__}{f' {code}' if code else ''}"
+            except (AttributeError, LookupError, TypeError, ValueError) as e:
+                # a reply that is not a chat completion
                 why = f"malformed reply ({type(e).__name__})"
         return None, why
 
@@ -203,11 +204,11 @@ def _two(value):
 
 
 class ScoreJudge(Judge):
-    """Asks an OpenAI-compatible server for TwiFF-Bench's two scores. Source: TwiFF-Bench; the transport is rewards.Judge's.
+    """Asks an OpenAI-compatible server for TwiFF-Bench's two scores. Source: TwiFF-Bench; the transport is Judge's.
 
     judge([(row, response), ...]) -> [(scores, None) | (None, why), ...] in order. Replies that could be read are kept in
     `cache`, a JSON lines file, under the hash of model and messages, so that asking again costs nothing. Retries, waits and
-    what is not repeated: as in rewards.Judge; reasons of failure are counted in `failures`.
+    what is not repeated: as in Judge; reasons of failure are counted in `failures`.
     """
 
     def __init__(self, base_url, model, *, cache, images=True, **kwargs):
@@ -232,9 +233,9 @@ class ScoreJudge(Judge):
             messages = score_messages(row, response, self.images)
         except ClipError as e:
             return None, f"unreadable frames ({type(e).__name__}: {e})"
-        key = hashlib.sha256(
-            json.dumps([self.model, messages], sort_keys=True).encode()
-        ).hexdigest()
+        asked = [self.model, messages]
+        asked += [self.args] if self.args != {"temperature": 0} else []
+        key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         if key in self.known:
             return read_scores(self.known[key]), None
 

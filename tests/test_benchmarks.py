@@ -23,7 +23,7 @@ from common import clips, report, runs
 from common.benchmarks import ASK_LETTER, CLIPS, PAPER, READERS, normal_form, read_benchmark
 from common.clips import read_uniform
 from common.formats import Clip, Frame, RecordError, Row
-from common.judge import ScoreJudge, read_scores, score_messages
+from common.judge import Judge, ScoreJudge, read_scores, score_messages
 from evaluate import bootstrap, official_letter, strict_letter, summarise
 from latent_decode import Rollout
 from model import LATENT, LATENT_END, LATENT_START
@@ -808,7 +808,7 @@ def test_read_scores(reply, chain, answer):
 @pytest.fixture
 def server():
     """A chat server on this machine: replies[word in the request] is a text, a status, or a wait in seconds."""
-    state = dict(replies={}, requests=[])
+    state = dict(replies={}, requests=[], headers={})
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
@@ -830,6 +830,8 @@ def server():
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
+                for name, value in state["headers"].items():
+                    self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(data)
             except (BrokenPipeError, ConnectionResetError):  # the client gave up waiting
@@ -843,6 +845,31 @@ def server():
     yield dict(state, url=f"http://127.0.0.1:{httpd.server_port}/v1")
     httpd.shutdown()
     httpd.server_close()
+
+
+def test_a_failed_request_is_the_clients_to_repeat(server, monkeypatch):
+    """Breaks if our loop multiplies the client's retries, or a server's Retry-After is not heeded."""
+    waits = []
+    monkeypatch.setattr("common.judge.time.sleep", waits.append)
+    server["replies"].update(q=503)
+    judge = Judge(server["url"], "m", retries=2, timeout=5.0)
+    assert judge([("q", "g", "a")]) == [None] and len(server["requests"]) == 3
+    assert judge.client.max_retries == 2 and judge.failures == {"InternalServerError 503": 1}
+    server["replies"].update(q=[429, "yes"])
+    server["headers"]["Retry-After"] = "7"
+    assert judge([("q", "g", "a")]) == [True] and waits[-1] == 7
+
+
+def test_arguments_of_the_request(server, tmp_path):
+    """Breaks if a judge that takes no temperature cannot be asked, or is answered from another's cache."""
+    server["replies"].update(truth='{"chain": 1, "answer": 2}')
+    row = Row("f:0", "0", ["what ?"], [], "truth", "what ?")
+    cases = (None, dict(temperature=1, seed=3), dict(temperature=None))
+    for args in cases:
+        judge = ScoreJudge(server["url"], "m", cache=str(tmp_path / "cache.jsonl"), args=args)
+        assert judge([(row, "x")]) == [(dict(chain=1, answer=2), None)]
+    asked = [{k: r[k] for k in r if k not in ("model", "messages")} for r in server["requests"]]
+    assert asked == [dict(temperature=0), dict(temperature=1, seed=3), {}]
 
 
 def png(seed):
