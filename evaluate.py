@@ -2,8 +2,10 @@
 
     python evaluate.py --benchmark futurebench --model runs/sft --data futurebench.json --media_root videos --out runs/fb
     torchrun --nproc_per_node 8 evaluate.py --benchmark mcq --model DIR --data videomme.parquet --out runs/vm --batch 8
-    python evaluate.py --benchmark twiffbench --model DIR --data Liu-Junhua/TwiFF-Bench --out runs/tw --no-judge
-    python evaluate.py --benchmark twiffbench --judge-only --data Liu-Junhua/TwiFF-Bench --out runs/tw --judge_model NAME
+    python evaluate.py --benchmark twiffbench --model DIR --data Liu-Junhua/TwiFF-Bench --out runs/tw
+
+TwiFF-Bench is judged after that: `python -m common.judge runs/tw --model NAME`, then the same
+command again, which finds all samples done, loads no model and shows the scores.
 
 Without --benchmark: every format of data.py whose rows have options. Writes one line a sample to OUT/samples*.jsonl as it is
 done (a second run skips what is there), then OUT/summary.json, OUT/report.html and the table: scores by group and over all.
@@ -19,7 +21,7 @@ true futures) | pause (the `<|latent|>` token's embedding) | none (no span can b
 span is; the vectors are dealt out one after another, so where a frame has several latents a span that is closed early shifts
 what the next one gets.
 
-Where this differs from the paper and the official code: 1. A sample that cannot be read (--strict: it ends the run), whose
+Where this differs from the paper and the official code: 1. A sample that cannot be read, whose
 answer cannot be parsed, or that the judge fails on is named and counted in the summary, never dropped in silence; what
 could not be read is tried again by the next run. 2. Samples that were not read or not judged are outside the scores: see
 `found` and `total`. 3. Intervals are given: `bootstrap` (1,000 draws, seeded; printed); Wilson's for shares (`low`, `high`).
@@ -47,7 +49,7 @@ from tqdm import tqdm
 from common.benchmarks import PAPER, read_benchmark
 from common.clips import ClipError, film, load_frames, normalise, resize_and_cut
 from common.formats import Skipped, answer_of
-from common.judge import ScoreJudge
+from common.judge import add_verdicts
 from common.report import as_text, paper_rows, score_rows, used, write_report
 from common.runs import newest, parse_config, read_lines, set_up_ranks, write_json
 from data import DataConfig, Samples, loader, model_inputs, to_device
@@ -65,12 +67,7 @@ class Config(DataConfig):
     )
     media_root: str = ""  # where relative clip paths start; "" = the folder of the data file
     out: str = "runs/eval"  # the evaluation's folder
-    resume: bool = True  # skip what is already in `out`; --no-resume refuses a folder that holds results  # ours
     limit: int = 0  # only the first samples; 0 = all  # ours
-    strict: bool = (
-        False  # a sample that cannot be read ends the run, instead of a line that says so  # ours
-    )
-    average: str = ""  # over all: micro | macro (mean of the groups); "" = the benchmark's own, MLVU macro, else micro
     num_frames: int = 0  # frames of a video; 0 = 32 for FutureBench, else 16  # paper sec. 4
     video_max_tokens: int = 0  # of a video; 0 = 12288 for FutureBench, as official, else 4096
     batch: int = 8  # prompts decoded together on one rank  # ours
@@ -81,20 +78,6 @@ class Config(DataConfig):
     report: int = (
         24  # samples shown in report.html, spread over the groups; 0 = only its tables  # ours
     )
-    judge: bool = (
-        True  # TwiFF-Bench: ask the judge; --no-judge leaves that to a later run with --judge-only
-    )
-    judge_only: bool = False  # TwiFF-Bench: judge the responses that are in `out`; loads no model
-    judge_url: str = ""  # an OpenAI-compatible server, ".../v1"; "" = OpenAI's. The key: JUDGE_API_KEY or OPENAI_API_KEY
-    judge_model: str = ""  # the judge's name there
-    judge_images: bool = (
-        True  # show it the frames; --no-judge_images for a judge that only reads  # ours
-    )
-    judge_retries: int = (
-        3  # after a failed request or an unreadable reply, with growing waits  # ours
-    )
-    judge_timeout: float = 120.0  # seconds a request  # ours
-    judge_concurrency: int = 16  # requests at a time  # ours
     bf16: bool = True  # weights on CUDA  # paper Table 8
     cuda_graph: bool = False  # replay a captured decoding step; not yet measured on a GPU  # ours
 
@@ -106,11 +89,8 @@ class Config(DataConfig):
             4096 if self.benchmark == "twiffbench" else 2048
         )
         super().__post_init__()
-        for name, known in (("latents", LATENTS), ("average", ("", "micro", "macro"))):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(k for k in known if k)}"
-                )
+        if self.latents not in LATENTS:
+            raise ValueError(f"latents is {self.latents!r}, expected one of {', '.join(LATENTS)}")
 
 
 LATENTS = ("generated", "zero", "noise", "shuffled", "true", "pause", "none")
@@ -291,92 +271,106 @@ def replacement(kind, model, rows, config, generator):
 
 
 def evaluate(config, rows=None):
-    """Run the evaluation -> {group: scores}; every rank gets it, the judge's only rank 0. Raises SystemExit, ValueError."""
+    """Run the evaluation -> {group: scores}, the same on every rank. Raises SystemExit, ValueError.
+
+    A folder with results of the same settings is continued; of other settings: refused.
+    """
     rank, world, device = set_up_ranks()
-    twiff = config.benchmark == "twiffbench"
-    if not config.data and rows is None:
-        raise SystemExit(
-            "--data is missing: a .json, .jsonl or .parquet file of records with options (see data.py)"
-        )
-    if twiff and (config.judge or config.judge_only) and not config.judge_model:
-        raise SystemExit(
-            "TwiFF-Bench is scored by a judge: give --judge_model (and --judge_url), or pass --no-judge"
-        )
-    if config.judge_only and not twiff:
-        raise SystemExit("--judge_only is for --benchmark twiffbench: nothing else is judged")
-    average = "micro"
-    bad = []
+    rows, average, bad = rows_of(config, rows)
+    folder = newest(config.model)
+    settings = settings_of(config, folder)
+    done = finished(config.out, settings)
+
+    # nobody writes before everybody has read
+    if world > 1:
+        dist.barrier()
+    os.makedirs(config.out, exist_ok=True)
+    if rank == 0:
+        write_json(os.path.join(config.out, "settings.json"), settings)
+    lines = respond(config, folder, rows, done, rank, world, device)
+
+    # all ranks' lines, in the rows' order
+    if world > 1:
+        gathered = [None] * world
+        dist.all_gather_object(gathered, lines)
+        lines = sum(gathered, [])
+    line_of = done | {line["id"]: line for line in lines}
+    lines = [line_of[row.id] for row in rows if row.id in line_of]
+    add_verdicts(config.out, lines)
+
+    table = summarise(lines, average, config.seed)
+    if rank == 0:
+        summary = dict(settings, **about(rows, lines, settings), average=average, scores=table)
+        summary["unusable"] = [s._asdict() for s in bad]
+        show(config.out, summary, lines, rows)
+    return table
+
+
+def rows_of(config, rows=None):
+    """-> (rows, micro | macro, the records that cannot be used [Skipped]), the latter named.
+
+    Raises SystemExit without data, ValueError for rows that cannot be scored.
+    """
+    average, bad = "micro", []
     if rows is None:
+        if not config.data:
+            raise SystemExit(
+                "--data is missing: a .json, .jsonl or .parquet file of records with options "
+                "(see data.py)"
+            )
         root = config.media_root or None
         rows, average = read_benchmark(config.benchmark, config.data, root, bad)
     name_bad(bad, len(rows) + len(bad), "cannot be used and are outside the scores")
-    rows, average = rows[: config.limit or None], config.average or average
-    if not twiff:
+    rows = rows[: config.limit or None]
+    if config.benchmark != "twiffbench":
         check_options(rows)
     if len({row.id for row in rows}) < len(rows):
         raise ValueError(
             f"{config.data}: ids are not unique, so a resumed run could not tell its samples apart"
         )
-    settings_path, done = os.path.join(config.out, "settings.json"), {}
-    for path in glob.glob(os.path.join(glob.escape(config.out), "samples*.jsonl")):
-        for line in read_lines(path):
-            if "skipped" not in line or config.judge_only and line["id"] not in done:
-                done[line["id"]] = line
-    if done and not config.resume and not config.judge_only:
+    return rows, average, bad
+
+
+def finished(out, settings):
+    """The result lines in a folder, without those of unreadable samples: {id: line}.
+
+    Raises SystemExit if they were made with other settings.
+    """
+    done = {}
+    for path in glob.glob(os.path.join(glob.escape(out), "samples*.jsonl")):
+        done |= {line["id"]: line for line in read_lines(path) if "skipped" not in line}
+    if not done:
+        return done
+    path, before = os.path.join(out, "settings.json"), {}
+    if os.path.exists(path):
+        with open(path) as f:
+            before = json.load(f)
+    names = sorted(before.keys() | settings.keys())
+    changed = [name for name in names if before.get(name) != settings.get(name)]
+    if changed:
         raise SystemExit(
-            f"{config.out} already holds {len(done)} results: choose another --out, or pass --resume"
+            f"{out} holds results with other settings of {', '.join(changed)}: choose another --out"
         )
-    if config.judge_only:
-        if not done:
-            raise SystemExit(
-                f"{config.out} holds no responses to judge (samples*.jsonl): run with --no-judge first"
-            )
-        with open(settings_path) as f:
-            settings, lines = json.load(f), []
-    else:
-        folder = newest(config.model)
-        settings = settings_of(config, folder)
-        if done and (
-            not os.path.exists(settings_path) or json.load(open(settings_path)) != settings
-        ):
-            raise SystemExit(
-                f"{config.out} holds results of other settings (settings.json): choose another --out"
-            )
-        if world > 1:
-            dist.barrier()  # nobody writes before everybody has read
-        os.makedirs(config.out, exist_ok=True)
-        if rank == 0:
-            write_json(settings_path, settings)
-        lines = respond(config, folder, rows, done, rank, world, device)
-    if world > 1:
-        gathered = [None] * world
-        dist.all_gather_object(gathered, lines)
-        lines = sum(gathered, [])
-    found = {line["id"]: line for line in [*done.values(), *lines]}
-    lines = [found[row.id] for row in rows if row.id in found]
-    if (
-        twiff and (config.judge or config.judge_only) and rank == 0
-    ):  # the others are done: a judge may take long
-        ask_judge(config, rows, lines)
-    table = summarise(lines, average, config.seed)
-    if rank == 0:
-        summary = dict(settings, **about(rows, lines, settings), average=average, scores=table)
-        summary["unusable"] = [s._asdict() for s in bad]
-        write_json(os.path.join(config.out, "summary.json"), summary)
-        write_report(os.path.join(config.out, "report.html"), summary, lines, rows)
-        print(format_table(table))
-        print(
-            f"{summary['found']} of {summary['total']} samples found; {summary['seconds']['all']:.3g} s and "
-            f"{table['all']['tokens']:.1f} tokens an answer; all = {average} average; {config.out}/report.html"
-        )
-        if waiting := table["all"].get("waiting"):
-            print(f"{waiting} responses wait for a judge: --judge-only --judge_model NAME")
-        if config.benchmark in PAPER:
-            print(
-                f"\nbeside what the paper published (not run here)\n{as_text(*paper_rows(summary))}"
-                f"\n{used(summary)}"
-            )
-    return table
+    return done
+
+
+def show(out, summary, lines, rows):
+    """Write summary.json and report.html, and print the scores."""
+    write_json(os.path.join(out, "summary.json"), summary)
+    write_report(os.path.join(out, "report.html"), summary, lines, rows)
+    every = summary["scores"]["all"]
+    print(format_table(summary["scores"]))
+    print(
+        f"{summary['found']} of {summary['total']} samples found; "
+        f"{summary['seconds']['all']:.3g} s and {every['tokens']:.1f} tokens an answer; "
+        f"all = {summary['average']} average; {out}/report.html"
+    )
+    if waiting := every.get("waiting"):
+        print(f"{waiting} responses wait for a judge: python -m common.judge {out} --model NAME")
+    if summary["benchmark"] in PAPER:
+        print("\nbeside what the paper published (not run here)")
+        print(as_text(*paper_rows(summary)))
+        print(used(summary))
 
 
 MAX_BAD = 0.05  # share of records that may be unusable before a file is taken for misread
@@ -409,13 +403,9 @@ def check_options(rows):
 
 def settings_of(config, folder):
     """What two runs must share for their samples to be of one kind, as a dict. Source: ours."""
-    free = {"out", "workers", "resume", "cuda_graph", "strict", "average", "report"}
+    free = {"out", "workers", "cuda_graph", "report"}
     free |= {"batch", "limit"} if config.latents not in ("noise", "shuffled") else set()
-    settings = {
-        k: v
-        for k, v in dataclasses.asdict(config).items()
-        if k not in free and not k.startswith("judge")
-    }
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
     written = os.path.join(
         folder, "config.json"
     )  # a model trained anew in the same folder is another model
@@ -490,7 +480,7 @@ def about(rows, lines, settings):
 
 
 def respond(config, folder, rows, done, rank, world, device):
-    """Generate what is missing, appending a line a sample -> this rank's new lines. Raises SystemExit with `strict`."""
+    """Generate what is missing, appending a line a sample -> this rank's new lines."""
     # prompts of like length together: less padding, and rows that finish together
     todo = sorted(rows, key=lambda row: (row.group, len(row.question)))
     if config.latents not in (
@@ -527,8 +517,6 @@ def respond(config, folder, rows, done, rank, world, device):
             skipped = {s.where: s.why for s in batch["skipped"]}
             for row in (todo[i] for i in indices):
                 if row.where in skipped:
-                    if config.strict:
-                        raise SystemExit(f"{row.where}: {skipped[row.where]} (--strict)")
                     tqdm.write(f"skipped {row.where}: {skipped[row.where]}")
                     new.append(dict(id=row.id, group=row.group, skipped=skipped[row.where]))
             if batch["rows"]:
@@ -612,35 +600,6 @@ def read_answer(row, text, official=False):
         strict=strict_letter(text, row.options),
         **(dict(official=official_letter(text)) if official else {}),
     )
-
-
-def ask_judge(config, rows, lines):
-    """Give each TwiFF-Bench line that was read its `judged` scores, or `why` there are none. Source: ours."""
-    by_id = {row.id: row for row in rows}
-    read = [line for line in lines if "skipped" not in line]
-    judge = ScoreJudge(
-        config.judge_url,
-        config.judge_model,
-        cache=os.path.join(config.out, "judge_replies.jsonl"),
-        images=config.judge_images,
-        concurrency=config.judge_concurrency,
-        retries=config.judge_retries,
-        timeout=config.judge_timeout,
-    )
-    for line, (scores, why) in zip(
-        read, judge([(by_id[line["id"]], line["response"]) for line in read])
-    ):
-        line.update(
-            dict(judged=dict(scores, average=sum(scores.values()) / 2)) if scores else dict(why=why)
-        )
-    with open(os.path.join(config.out, "judged.jsonl.part"), "w", encoding="utf-8") as f:
-        f.writelines(
-            json.dumps({k: line.get(k) for k in ("id", "group", "judged", "why")}) + "\n"
-            for line in read
-        )
-    os.replace(f.name, f.name.removesuffix(".part"))
-    for why, n in judge.failures.items():
-        print(f"judge: {n} x {why}")
 
 
 def imagined(model, row, latents, lengths, budget):

@@ -1,11 +1,21 @@
-"""The yes/no judge of open answers, and TwiFF-Bench's two scores."""
+"""The yes/no judge of open answers, and TwiFF-Bench's two scores.
+
+    python -m common.judge runs/twiff --model NAME --url http://HOST/v1
+
+asks for the scores of the responses that evaluate.py left in runs/twiff, writes them to
+runs/twiff/judged.jsonl and loads no model; evaluate.py, run again, shows them. The key is read from
+JUDGE_API_KEY or OPENAI_API_KEY. Replies are kept, so that asking again costs what failed alone.
+"""
 
 import base64
+import dataclasses
+import glob
 import hashlib
 import json
 import math
 import os
 import re
+import sys
 import threading
 import time
 from collections import Counter
@@ -13,9 +23,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
+from common.benchmarks import read_benchmark
 from common.clips import ClipError, jpeg, pixels_of
 from common.formats import Frame, answer_of
-from common.runs import read_lines
+from common.runs import parse_config, read_lines, write
 
 JUDGE_PROMPT = (
     "You check answers to questions about videos. You are given, as JSON, a question, its reference answer and a "
@@ -247,3 +258,84 @@ class ScoreJudge(Judge):
             return scores
 
         return self.request(messages, read)
+
+
+@dataclasses.dataclass
+class Config:
+    model: str = ""  # the judge's name at the server
+    url: str = ""  # an OpenAI-compatible server, ".../v1"; "" = OpenAI's
+    args: str = "{}"  # JSON merged into each request, such as {"temperature": null}  # ours
+    images: bool = True  # show it the frames; --no-images for a judge that only reads  # ours
+    retries: int = 3  # after a failed request or an unreadable reply  # ours
+    timeout: float = 120.0  # seconds a request  # ours
+    concurrency: int = 16  # requests at a time  # ours
+
+
+def score_run(run, config):
+    """Judge the responses in an evaluation's folder -> its judged.jsonl. Source: ours.
+
+    Raises SystemExit if there is nothing to judge or no judge.
+    """
+    settings_path = os.path.join(run, "settings.json")
+    if not os.path.exists(settings_path):
+        raise SystemExit(f"{settings_path}: no such file (evaluate.py writes it)")
+    with open(settings_path) as f:
+        settings = json.load(f)
+    if settings["benchmark"] != "twiffbench":
+        raise SystemExit(f"{run}: only --benchmark twiffbench is judged")
+    if not config.model:
+        raise SystemExit("--model is missing: the judge's name at the server")
+
+    # the responses, and the rows they answer
+    lines = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(run), "samples*.jsonl"))):
+        lines |= {line["id"]: line for line in read_lines(path) if "skipped" not in line}
+    if not lines:
+        raise SystemExit(f"{run} holds no responses to judge (samples*.jsonl)")
+    root = settings["media_root"] or None
+    rows, _ = read_benchmark("twiffbench", settings["data"], root, bad=[])
+    rows = [row for row in rows if row.id in lines]
+
+    judge = ScoreJudge(
+        config.url,
+        config.model,
+        cache=os.path.join(run, "judge_replies.jsonl"),
+        images=config.images,
+        concurrency=config.concurrency,
+        retries=config.retries,
+        timeout=config.timeout,
+        args=json.loads(config.args),
+    )
+    verdicts = judge([(row, lines[row.id]["response"]) for row in rows])
+    text = ""
+    for row, (scores, why) in zip(rows, verdicts):
+        judged = scores and dict(scores, average=sum(scores.values()) / 2)
+        verdict = dict(id=row.id, group=row.group, judged=judged, why=why)
+        text += json.dumps(dict(verdict, response=stamp(lines[row.id]["response"]))) + "\n"
+    write(os.path.join(run, "judged.jsonl"), text)
+    for why, n in judge.failures.items():
+        print(f"judge: {n} x {why}")
+    print(f"{sum(scores is not None for scores, _ in verdicts)} of {len(rows)} responses judged")
+
+
+def add_verdicts(run, lines):
+    """Give each result line its `judged` scores, or `why` there are none, from judged.jsonl. Ours.
+
+    A verdict on another response, one that has been made anew since, is left out.
+    """
+    path = os.path.join(run, "judged.jsonl")
+    verdicts = {v["id"]: v for v in read_lines(path)} if os.path.exists(path) else {}
+    for line in lines:
+        verdict = verdicts.get(line["id"])
+        if verdict and "response" in line and verdict["response"] == stamp(line["response"]):
+            line |= {k: verdict[k] for k in ("judged", "why") if verdict[k]}
+
+
+def stamp(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        raise SystemExit("usage: python -m common.judge RUN --model NAME [--url URL] ...")
+    score_run(sys.argv[1], parse_config(Config, sys.argv[2:]))
