@@ -141,81 +141,82 @@ def wilson(right, n, z=1.96):
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def bootstrap(groups, seed=0, draws=1000, top=1.0):
+def bootstrap(groups, clips=None, seed=0, draws=1000, top=1.0):
     """95% interval of the mean of group means: [low, high]. Source: Efron 1979, percentiles.
 
-    groups: lists of values, each resampled on its own; one list = a micro average. No value at all: [0, top].
+    groups: lists of values, each resampled on its own; one list = a micro average. clips: the same
+    lists of the values' clips: questions on one clip are no independent draws, so clips are drawn,
+    with all their values; None = each value has its own. No value at all: [0, top].
     """
-    groups, rng = [np.asarray(g, float) for g in groups if len(g)], np.random.default_rng(seed)
-    if not groups:
+    rng, means = np.random.default_rng(seed), []
+    for k, values in enumerate(groups):
+        if not len(values):
+            continue
+        labels = clips[k] if clips else range(len(values))
+        _, clip = np.unique(labels, return_inverse=True)
+        total, n = np.bincount(clip, np.asarray(values, float)), np.bincount(clip)
+        picks = [rng.integers(len(n), size=len(n)) for _ in range(draws)]
+        means.append([total[pick].sum() / n[pick].sum() for pick in picks])  # (draws,)
+    if not means:
         return [0.0, top]
-    means = [
-        [rng.choice(g, len(g)).mean() for _ in range(draws)] for g in groups
-    ]  # (groups, draws)
     return [round(float(v), 6) for v in np.percentile(np.mean(means, 0), (2.5, 97.5))]
 
 
 def summarise(lines, average="micro", seed=0):
     """Result lines -> {group: scores}, "all" last. Source: sec. 4.
 
-    Of each group: n, accuracy (over the n that were read), low, high (Wilson), bootstrap, unparsed, skipped, strict and
-    official accuracy and unparsed, spans, latents and tokens an answer. Lines of TwiFF-Bench: chain, answer and average over
-    the n judged ones, failed (asked without an answer), waiting (not asked yet). average: "all" is micro, over the
-    samples, or macro, the mean of the groups (its low and high are then the bootstrap's).
+    Of each group: n, accuracy (over the n that were read), low, high (Wilson), bootstrap, unparsed,
+    skipped, strict and official accuracy and unparsed, spans, latents and tokens an answer. Lines
+    of TwiFF-Bench: chain, answer and average over the n judged ones, failed (asked without an
+    answer), waiting (not asked yet). average: "all" is micro, over the samples, or macro, the mean
+    of the groups (its low and high are then the bootstrap's).
     """
-    table, groups = {}, sorted({line["group"] for line in lines} - {"all"})
-    judged = any("parsed" in line for line in lines)
-    for group in [*groups, "all"]:
-        mine = [line for line in lines if group in ("all", line["group"])]
-        read = [line for line in mine if "skipped" not in line]
-        scored = [line for line in read if line.get("judged")] if judged else read
-        parts = [[line for line in scored if line["group"] == g] for g in groups]
-        parts = (
-            [part for part in parts if part]
-            if average == "macro" and group == "all" and groups
-            else [scored]
-        )
-
-        def mean(value):
-            return (
-                float(np.mean([np.mean([value(line) for line in part]) for part in parts]))
-                if scored
-                else 0.0
-            )
-
-        def interval(value, top=1.0):
-            return bootstrap([[value(line) for line in part] for part in parts], seed, top=top)
-
-        s = table[group] = dict(n=len(scored), skipped=len(mine) - len(read))
-        if judged:
-            for name in ("chain", "answer", "average"):
-                s[name] = mean(lambda line: line["judged"][name])
-            s.update(
-                failed=sum("why" in line for line in read),
-                unparsed=sum(not line["parsed"] for line in read),
-            )
-            s.update(
-                waiting=len(read) - len(scored) - s["failed"],
-                bootstrap=interval(lambda line: line["judged"]["average"], top=5.0),
-            )
-        else:
-            s["right"] = sum(line["right"] for line in read)
-            s.update(
-                accuracy=mean(lambda line: line["right"]),
-                bootstrap=interval(lambda line: line["right"]),
-            )
-            s["low"], s["high"] = (
-                s["bootstrap"] if len(parts) > 1 else wilson(s["right"], len(read))
-            )
-            s["unparsed"] = sum(line["picked"] is None for line in read)
-            for name in ("strict", "official"):
-                if not read or not all(name in line for line in read):
-                    continue
-                s[name] = mean(lambda line: line[name] == line["gold"])
-                s[f"{name}_unparsed"] = sum(not line[name] for line in read)
-        for name in ("spans", "latents", "tokens"):
-            s[name] = sum(line[name] for line in read) / max(1, len(read))
+    groups = sorted({line["group"] for line in lines} - {"all"})
+    table = {g: scores([line for line in lines if line["group"] == g], seed=seed) for g in groups}
+    table["all"] = scores(lines, groups if average == "macro" else (), seed)
     return table
+
+
+def scores(lines, groups=(), seed=0):
+    """The scores of result lines, as a dict: `summarise` says which. groups: weigh these alike."""
+    read = [line for line in lines if "skipped" not in line]
+    judged = any("parsed" in line for line in lines)
+    counted = [line for line in read if line.get("judged")] if judged else read
+    parts = [[line for line in counted if line["group"] == g] for g in groups]
+    parts = [part for part in parts if part] or [counted]
+
+    def mean(value):
+        if not counted:
+            return 0.0
+        return float(np.mean([np.mean([value(line) for line in part]) for part in parts]))
+
+    def interval(value, top=1.0):
+        clips = [[str(line.get("clip", i)) for i, line in enumerate(part)] for part in parts]
+        values = [[value(line) for line in part] for part in parts]
+        return bootstrap(values, clips, seed, top=top)
+
+    out = dict(n=len(counted), skipped=len(lines) - len(read))
+    if judged:
+        for name in ("chain", "answer", "average"):
+            out[name] = mean(lambda line, name=name: line["judged"][name])
+        out["failed"] = sum("why" in line for line in read)
+        out["unparsed"] = sum(not line["parsed"] for line in read)
+        out["waiting"] = len(read) - len(counted) - out["failed"]
+        out["bootstrap"] = interval(lambda line: line["judged"]["average"], top=5.0)
+    else:
+        out["right"] = sum(line["right"] for line in read)
+        out["accuracy"] = mean(lambda line: line["right"])
+        out["bootstrap"] = interval(lambda line: line["right"])
+        one = len(parts) == 1
+        out["low"], out["high"] = wilson(out["right"], len(read)) if one else out["bootstrap"]
+        out["unparsed"] = sum(line["picked"] is None for line in read)
+        for name in ("strict", "official"):
+            if read and all(name in line for line in read):
+                out[name] = mean(lambda line, name=name: line[name] == line["gold"])
+                out[f"{name}_unparsed"] = sum(not line[name] for line in read)
+    for name in ("spans", "latents", "tokens"):
+        out[name] = sum(line[name] for line in read) / max(1, len(read))
+    return out
 
 
 def format_table(table):
@@ -481,97 +482,116 @@ def about(rows, lines, settings):
 
 def respond(config, folder, rows, done, rank, world, device):
     """Generate what is missing, appending a line a sample -> this rank's new lines."""
-    # prompts of like length together: less padding, and rows that finish together
-    todo = sorted(rows, key=lambda row: (row.group, len(row.question)))
-    if config.latents not in (
-        "noise",
-        "shuffled",
-    ):  # these depend on the batch, so there a batch is run again as it was
-        todo = [row for row in todo if row.id not in done]
-    todo, shown = todo[rank::world], chosen(rows, config.report)
-    plan = [
-        list(range(i, min(i + config.batch, len(todo)))) for i in range(0, len(todo), config.batch)
-    ]
-    plan = [indices for indices in plan if any(todo[i].id not in done for i in indices)]
-    dtype = torch.bfloat16 if config.bf16 and device.type == "cuda" else torch.float32
-    lines = []
+    todo, plan = plan_of(config, rows, done, rank, world)
     if not plan:
-        return lines
+        return []
+
+    # the model, and what it is asked
+    dtype = torch.bfloat16 if config.bf16 and device.type == "cuda" else torch.float32
     attention = best_attention() if dtype == torch.bfloat16 else "sdpa"
     model, tokenizer = load(folder, dtype=dtype, attn_implementation=attention)
     model.to(device).eval()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    batches = loader(
-        Samples(todo, tokenizer, config, train=False), plan, config.workers, pad_id=pad, side="left"
-    )
-    path = os.path.join(config.out, f"samples_{rank}.jsonl")
-    bar = tqdm(
-        total=sum(map(len, plan)),
-        desc=f"evaluate {config.latents}",
-        disable=rank > 0,
-        mininterval=2,
-    )
-    with open(path, "a", encoding="utf-8") as f:
+    samples = Samples(todo, tokenizer, config, train=False)
+    batches = loader(samples, plan, config.workers, pad_id=pad, side="left")
+
+    # a line a sample, written as soon as its batch is done
+    lines, shown = [], chosen(rows, config.report)
+    total, title = sum(map(len, plan)), f"evaluate {config.latents}"
+    bar = tqdm(total=total, desc=title, disable=rank > 0, mininterval=2)
+    with open(os.path.join(config.out, f"samples_{rank}.jsonl"), "a", encoding="utf-8") as f:
         for indices, batch in zip(plan, batches):
-            began, new = time.time(), []
-            skipped = {s.where: s.why for s in batch["skipped"]}
-            for row in (todo[i] for i in indices):
-                if row.where in skipped:
-                    tqdm.write(f"skipped {row.where}: {skipped[row.where]}")
-                    new.append(dict(id=row.id, group=row.group, skipped=skipped[row.where]))
+            new = skipped_lines([todo[i] for i in indices], batch["skipped"])
             if batch["rows"]:
-                draw = hashlib.sha256(f"{config.seed} {todo[indices[0]].id}".encode()).digest()
-                replace = replacement(
-                    config.latents,
-                    model,
-                    batch["rows"],
-                    config,
-                    torch.Generator().manual_seed(int.from_bytes(draw[:7], "big")),
-                )
-                rollout = generate(
-                    model,
-                    model_inputs(to_device(batch, device)),
-                    replace=replace,
-                    max_new_tokens=config.max_new_tokens,
-                    max_latents=config.max_latents,
-                    banned=[model.config.latent_start_id] if config.latents == "none" else [],
-                    cuda_graph=config.cuda_graph,
-                )
-                seconds = (time.time() - began) / len(batch["rows"])
-                kept = [t[:n] for t, n in zip(rollout.tokens.cpu(), rollout.lengths)]
-                for i, (row, text) in enumerate(zip(batch["rows"], tokenizer.batch_decode(kept))):
-                    line = dict(
-                        id=row.id,
-                        group=row.group,
-                        **read_answer(row, text, config.benchmark == "futurebench"),
-                        answer=row.answer,
-                        response=re.sub(f"(?:{re.escape(LATENT)}\\s*)+", LATENT, text),
-                    )
-                    lengths = span_lengths(
-                        kept[i].tolist(), model.config.latent_start_id, model.config.latent_id
-                    )
-                    line.update(
-                        tokens=len(kept[i]),
-                        spans=len(lengths),
-                        latents=len(rollout.latents[i]),
-                        finish=rollout.finish[i],
-                        seconds=round(seconds, 5),
-                    )
-                    if row.id in shown:
-                        line["imagined"] = imagined(
-                            model, row, rollout.latents[i], lengths, config.budgets[1]
-                        )
-                        line["imagined"].update(
-                            format=format_reward(line["response"]),
-                            repetition=repetition_score(line["response"]),
-                        )
-                    new.append(line)
+                new += answer(config, model, tokenizer, batch, todo[indices[0]].id, shown)
             new = [line for line in new if line["id"] not in done]
             f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in new)
             f.flush()
             lines += new
             bar.update(len(indices))
+    bar.close()
     return lines
+
+
+def plan_of(config, rows, done, rank, world):
+    """-> (this rank's rows, batches of their indices of which a sample is missing). Source: ours.
+
+    Prompts of like length together: less padding, and rows that finish together. `noise` and
+    `shuffled` depend on the batch, so there a batch is run again as it was.
+    """
+    todo = sorted(rows, key=lambda row: (row.group, len(row.question)))
+    if config.latents not in ("noise", "shuffled"):
+        todo = [row for row in todo if row.id not in done]
+    todo, size = todo[rank::world], config.batch
+    plan = [list(range(i, min(i + size, len(todo)))) for i in range(0, len(todo), size)]
+    return todo, [indices for indices in plan if any(todo[i].id not in done for i in indices)]
+
+
+def skipped_lines(rows, skipped):
+    """The result lines of the rows that could not be read, each named."""
+    why, lines = {s.where: s.why for s in skipped}, []
+    for row in rows:
+        if row.where in why:
+            tqdm.write(f"skipped {row.where}: {why[row.where]}")
+            lines.append(dict(id=row.id, group=row.group, skipped=why[row.where]))
+    return lines
+
+
+def answer(config, model, tokenizer, batch, first, shown):
+    """Answer a batch -> its result lines. first: the batch's first id, it seeds what is drawn."""
+    began, rows = time.time(), batch["rows"]
+    draw = hashlib.sha256(f"{config.seed} {first}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(draw[:7], "big"))
+    rollout = generate(
+        model,
+        model_inputs(to_device(batch, model.device)),
+        replace=replacement(config.latents, model, rows, config, generator),
+        max_new_tokens=config.max_new_tokens,
+        max_latents=config.max_latents,
+        banned=[model.config.latent_start_id] if config.latents == "none" else [],
+        cuda_graph=config.cuda_graph,
+    )
+    seconds = round((time.time() - began) / len(rows), 5)
+    tokens = [t[:n] for t, n in zip(rollout.tokens.cpu(), rollout.lengths)]
+    lines = []
+    for i, (row, text) in enumerate(zip(rows, tokenizer.batch_decode(tokens))):
+        line = result_line(
+            config, model, row, text, tokens[i].tolist(), rollout, i, row.id in shown
+        )
+        lines.append(line | dict(seconds=seconds))
+    return lines
+
+
+def result_line(config, model, row, text, tokens, rollout, i, shown):
+    """What is kept of row i of a rollout, as a dict; `shown`: with what its spans are near to."""
+    latents, ids = rollout.latents[i], (model.config.latent_start_id, model.config.latent_id)
+    lengths = span_lengths(tokens, *ids)
+    line = dict(
+        id=row.id,
+        group=row.group,
+        clip=clip_of(row),
+        **read_answer(row, text, config.benchmark == "futurebench"),
+        answer=row.answer,
+        response=re.sub(f"(?:{re.escape(LATENT)}\\s*)+", LATENT, text),
+        tokens=len(tokens),
+        spans=len(lengths),
+        latents=len(latents),
+        finish=rollout.finish[i],
+    )
+    if shown:
+        line["imagined"] = imagined(model, row, latents, lengths, config.budgets[1])
+        line["imagined"]["format"] = format_reward(line["response"])
+        line["imagined"]["repetition"] = repetition_score(line["response"])
+    return line
+
+
+def clip_of(row):
+    """What a question is about: its first clip's or picture's path, else (bytes) its own id."""
+    for part in row.prompt:
+        source = getattr(part, "path", None) or getattr(part, "source", None)
+        if isinstance(source, str):
+            return source
+    return row.id
 
 
 def chosen(rows, n):

@@ -171,6 +171,22 @@ def test_bootstrap():
     ) == [0, 5]
 
 
+def test_the_bootstrap_draws_clips():
+    """Breaks if two questions on one clip count as two draws: their interval must not be narrower.
+
+    100 clips with two equal values each: the spread is that of 100 values, not of 200.
+    """
+    values, clips = [0, 1] * 50, [str(i) for i in range(100)]
+    once = bootstrap([values], [clips])
+    assert bootstrap([values * 2], [clips * 2]) == once == bootstrap([values])
+    assert np.diff(bootstrap([values * 2])) < 0.8 * np.diff(once)
+    lines = [dict(line("a", "A", "AB"[v], "A"), clip=c) for v, c in zip(values * 2, clips * 2)]
+    assert np.diff(summarise(lines)["all"]["bootstrap"]) == pytest.approx(np.diff(once))
+    rows = [[Clip("/v.mp4"), "?"], [Frame("/p.png", 3), "?"], [Frame(b"png"), "?"]]
+    shown = [evaluate.clip_of(Row("f:0", "id", prompt, [], "A")) for prompt in rows]
+    assert shown == ["/v.mp4", "/p.png", "id"]
+
+
 # ------------------------------------------------------------------------------------------------------------ readers
 
 RECORDS = {  # name: (a record with the fields of the public release, what it should become)
