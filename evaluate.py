@@ -15,11 +15,12 @@ Readings of an answer, all of the first closed <answer>: `accuracy` counts what 
 for FutureBench alone, the first of A-D anywhere in it, be it in a word: the one the paper's figures
 are made with.
 
-`--latents` asks whether the answer depends on what is imagined. A span is fed: generated (the model's own states) | zero |
-noise (Gaussian, scale of the true embeddings) | shuffled (the true futures of the next sample in the batch) | true (its own
-true futures) | pause (the `<|latent|>` token's embedding) | none (no span can be opened). The model still decides how long a
-span is; the vectors are dealt out one after another, so where a frame has several latents a span that is closed early shifts
-what the next one gets.
+`--latents` asks whether the answer depends on what is imagined. A span is fed: generated (the
+model's own states) | zero | noise (Gaussian, of the true embeddings' mean and deviation, measured
+once a run) | shuffled (the true futures of the next row about another clip) | true (its own true
+futures) | pause (the `<|latent|>` token's embedding) | none (no span can be opened). The model
+still decides how long a span is. What a row is fed depends on nothing but the row: no batch, no
+ranks.
 
 Where this differs from the paper and the official code: 1. A sample that cannot be read, whose
 answer cannot be parsed, or that the judge fails on is named and counted in the summary, never dropped in silence; what
@@ -224,51 +225,122 @@ def format_table(table):
     return as_text(*score_rows(table))
 
 
-def replacement(kind, model, rows, config, generator):
-    """What is fed instead of the row's own latents -> (B, K, D), or None for `generated` and `none`. Raises ValueError."""
-    if kind in ("generated", "none"):
-        return None
-    D, device = model.config.text_config.hidden_size, model.device
-    if kind == "pause":
-        return (
-            model.get_input_embeddings()
-            .weight[model.config.latent_id]
-            .detach()
-            .expand(len(rows), config.max_new_tokens, D)
-        )
-    if kind == "zero":
-        return torch.zeros(1, 1, D, device=device).expand(len(rows), config.max_new_tokens, D)
-    futures = []  # true embeddings, one (K_i, D) a row
+NEEDS_FUTURES = ("true", "shuffled", "noise")
+MEASURED = 64  # rows with futures that the scale of `noise` is measured on
+
+
+def check_futures(kind, rows):
+    """Raise ValueError if `--latents kind` cannot be fed for these rows. Loads nothing."""
+    if kind not in NEEDS_FUTURES:
+        return
     for row in rows:
-        frames = [p for p in row.response if not isinstance(p, str)]
-        if not frames:
+        if not future_frames(row):
             raise ValueError(
                 f"{row.where}: --latents {kind} needs the true future frames, this row has none"
             )
-        patches, grids = zip(*load_frames(frames, config.budgets[1], config.cache_frames))
-        futures.append(
-            model.encode_frames(
-                normalise(torch.cat(patches)).to(device), torch.stack(grids).to(device)
-            )
-        )
+    if kind == "shuffled" and len({clip_of(row) for row in rows}) < 2:
+        raise ValueError("--latents shuffled needs rows of at least two clips")
+
+
+def future_frames(row):
+    return [part for part in row.response if not isinstance(part, str)]
+
+
+def donors(rows):
+    """Whose futures `shuffled` feeds: {id: the next row in the row order about another clip}."""
+    order, out = [*rows, *rows], {}
+    for i, row in enumerate(rows):
+        others = order[i + 1 : i + len(rows)]
+        out[row.id] = next((r for r in others if clip_of(r) != clip_of(row)), None)
+    return out
+
+
+def true_vectors(model, row, config):
+    """The embeddings of a row's true futures, a frame each: [(n_m, D), ...]. Raises ClipError."""
+    pairs = load_frames(future_frames(row), config.budgets[1], config.cache_frames)
+    patches, grids = zip(*pairs)
+    e = model.encode_frames(
+        normalise(torch.cat(patches)).to(model.device), torch.stack(grids).to(model.device)
+    )
+    return list(e.split([int(grid.prod()) // 4 for grid in grids]))
+
+
+def measure_noise(model, rows, config):
+    """Mean and deviation (2, D) of the true embeddings, measured once a run and kept in its folder.
+
+    From the first MEASURED rows that can be read, so that no batch and no rank has its own scale.
+    """
+    path = os.path.join(config.out, "noise.json")
+    if os.path.exists(path):
+        with open(path) as f:
+            return torch.tensor(json.load(f), device=model.device)
+    vectors, n = [], 0
+    for row in rows:
+        try:
+            vectors += true_vectors(model, row, config)
+        except ClipError:  # named when its turn comes
+            continue
+        n += 1
+        if n == MEASURED:
+            break
+    if not vectors:
+        raise ValueError("--latents noise: no true future can be read, so it has no scale")
+    e = torch.cat(vectors).float()
+    scale = torch.stack([e.mean(0), e.std(0, unbiased=False)])
+    write_json(path, scale.tolist())
+    return scale
+
+
+def replacement(kind, model, rows, config, donor_of=None, scale=None):
+    """What is fed instead of the rows' own latents -> [frames of a row: [(n_m, D), ...]], or None.
+
+    None for `generated` and `none`. It depends on the row alone: not on its batch, nor on ranks.
+    donor_of: of `donors`; scale: of `measure_noise`. Raises ClipError. Source: ours.
+    """
+    if kind in ("generated", "none"):
+        return None
+    D = model.config.text_config.hidden_size
+    if kind == "zero":
+        return [[torch.zeros(1, D, device=model.device)] for _ in rows]
+    if kind == "pause":
+        pause = model.get_input_embeddings().weight[model.config.latent_id].detach()
+        return [[pause[None]] for _ in rows]
     if kind == "noise":
-        true = torch.cat(futures).float()
-        noise = torch.randn(len(rows), max(64, config.max_latents * 8), D, generator=generator).to(
-            device
-        )
-        return true.mean(0) + true.std(0, unbiased=False) * noise
-    K = max(len(f) for f in futures)
-    if kind == "shuffled":
-        if len(rows) < 2:
-            raise ValueError(
-                f"{rows[0].where}: alone in its batch, so there is no other sample to take the futures of"
-            )
-        futures = (
-            futures[1:] + futures[:1]
-        )  # the next row of the batch, which asks the same kind of question
-    return torch.stack(
-        [torch.cat([f, f[-1:].expand(K - len(f), D)]) for f in futures]
-    )  # a short one repeats its last
+        return [list(draw_noise(row, scale, config)) for row in rows]
+    return [true_vectors(model, donor_of[r.id] if donor_of else r, config) for r in rows]
+
+
+def draw_noise(row, scale, config, spans=8):
+    """Gaussian vectors of the true embeddings' scale (spans, max_latents, D), the row's own."""
+    draw = hashlib.sha256(f"{config.seed} {row.id}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(draw[:7], "big"))
+    noise = torch.randn(spans, config.max_latents, scale.shape[1], generator=generator)
+    return scale[0] + scale[1] * noise.to(scale.device)
+
+
+def feed_of(vectors):
+    """[frames of a row] -> feed(model, state): span m, place j is fed frame m's vector j.
+
+    The last frame and the last vector of a frame are repeated: min(m, M - 1), min(j, n_m - 1).
+    """
+    M, J = max(map(len, vectors)), max(len(v) for frames in vectors for v in frames)
+
+    def filled(frames):
+        rows = [torch.cat([v, v[-1:].expand(J - len(v), -1)]) for v in frames]
+        return torch.stack([*rows, *[rows[-1]] * (M - len(rows))])  # (M, J, D)
+
+    table = torch.stack([filled(frames) for frames in vectors])  # (B, M, J, D)
+
+    def feed(model, state):
+        return table[state.row, state.span.clamp(max=M - 1), state.count.clamp(max=J - 1)]
+
+    return feed
+
+
+def in_order(vectors, length):
+    """[frames of a row] -> (B, length, D): one vector after another, the last one repeated."""
+    rows = [torch.cat(frames)[:length] for frames in vectors]
+    return torch.stack([torch.cat([v, v[-1:].expand(length - len(v), -1)]) for v in rows])
 
 
 def evaluate(config, rows=None):
@@ -325,6 +397,7 @@ def rows_of(config, rows=None):
     rows = rows[: config.limit or None]
     if config.benchmark != "twiffbench":
         check_options(rows)
+    check_futures(config.latents, rows)
     if len({row.id for row in rows}) < len(rows):
         raise ValueError(
             f"{config.data}: ids are not unique, so a resumed run could not tell its samples apart"
@@ -405,7 +478,7 @@ def check_options(rows):
 def settings_of(config, folder):
     """What two runs must share for their samples to be of one kind, as a dict. Source: ours."""
     free = {"out", "workers", "cuda_graph", "report"}
-    free |= {"batch", "limit"} if config.latents not in ("noise", "shuffled") else set()
+    free |= {"batch"} if config.latents in ("noise", "shuffled") else {"batch", "limit"}
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
     written = os.path.join(
         folder, "config.json"
@@ -495,6 +568,12 @@ def respond(config, folder, rows, done, rank, world, device):
     samples = Samples(todo, tokenizer, config, train=False)
     batches = loader(samples, plan, config.workers, pad_id=pad, side="left")
 
+    kind = config.latents
+    ablation = dict(
+        donor_of=donors(rows) if kind == "shuffled" else None,
+        scale=measure_noise(model, rows, config) if kind == "noise" else None,
+    )
+
     # a line a sample, written as soon as its batch is done
     lines, shown = [], chosen(rows, config.report)
     total, title = sum(map(len, plan)), f"evaluate {config.latents}"
@@ -503,8 +582,7 @@ def respond(config, folder, rows, done, rank, world, device):
         for indices, batch in zip(plan, batches):
             new = skipped_lines([todo[i] for i in indices], batch["skipped"])
             if batch["rows"]:
-                new += answer(config, model, tokenizer, batch, todo[indices[0]].id, shown)
-            new = [line for line in new if line["id"] not in done]
+                new += answer(config, model, tokenizer, batch, ablation, shown)
             f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in new)
             f.flush()
             lines += new
@@ -514,17 +592,14 @@ def respond(config, folder, rows, done, rank, world, device):
 
 
 def plan_of(config, rows, done, rank, world):
-    """-> (this rank's rows, batches of their indices of which a sample is missing). Source: ours.
+    """-> (this rank's rows that are missing, batches of their indices). Source: ours.
 
-    Prompts of like length together: less padding, and rows that finish together. `noise` and
-    `shuffled` depend on the batch, so there a batch is run again as it was.
+    Prompts of like length together: less padding, and rows that finish together.
     """
-    todo = sorted(rows, key=lambda row: (row.group, len(row.question)))
-    if config.latents not in ("noise", "shuffled"):
-        todo = [row for row in todo if row.id not in done]
+    todo = [row for row in rows if row.id not in done]
+    todo.sort(key=lambda row: (row.group, len(row.question)))
     todo, size = todo[rank::world], config.batch
-    plan = [list(range(i, min(i + size, len(todo)))) for i in range(0, len(todo), size)]
-    return todo, [indices for indices in plan if any(todo[i].id not in done for i in indices)]
+    return todo, [list(range(i, min(i + size, len(todo)))) for i in range(0, len(todo), size)]
 
 
 def skipped_lines(rows, skipped):
@@ -537,15 +612,14 @@ def skipped_lines(rows, skipped):
     return lines
 
 
-def answer(config, model, tokenizer, batch, first, shown):
-    """Answer a batch -> its result lines. first: the batch's first id, it seeds what is drawn."""
+def answer(config, model, tokenizer, batch, ablation, shown):
+    """Answer a batch -> its result lines. ablation: the arguments of `replacement`."""
     began, rows = time.time(), batch["rows"]
-    draw = hashlib.sha256(f"{config.seed} {first}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(draw[:7], "big"))
+    vectors = replacement(config.latents, model, rows, config, **ablation)
     rollout = generate(
         model,
         model_inputs(to_device(batch, model.device)),
-        replace=replacement(config.latents, model, rows, config, generator),
+        replace=None if vectors is None else in_order(vectors, config.max_new_tokens),
         max_new_tokens=config.max_new_tokens,
         max_latents=config.max_latents,
         banned=[model.config.latent_start_id] if config.latents == "none" else [],

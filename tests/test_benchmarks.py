@@ -709,33 +709,25 @@ def test_video_mme_of_parquet(scripted, tmp_path, monkeypatch):
 
 
 def test_noise_repeats_after_a_kill(world, tmp_path, monkeypatch):
-    """Breaks if what is drawn for a sample depends on what was already done: here 4 of 8 lines are lost, amid a batch."""
+    """Breaks if what is drawn for a sample depends on what was done: here 4 of 8 lines are lost."""
     from tests.test_evaluate import config, lines_of
 
-    fed, generate = [], latent_decode.generate
+    drawn, draw = [], evaluate.draw_noise
 
-    def listen(model, batch, *, replace, **kwargs):
-        fed.append(
-            {
-                tuple(ids.tolist()): r.clone()
-                for ids, r in zip(batch["pixel_values"].view(len(replace), -1), replace)
-            }
-        )
-        return generate(model, batch, replace=replace, **kwargs)
+    def listen(row, *args):
+        drawn.append((row.id, draw(row, *args)))
+        return drawn[-1][1]
 
-    monkeypatch.setattr(evaluate, "generate", listen)
+    monkeypatch.setattr(evaluate, "draw_noise", listen)
     whole = evaluate.evaluate(config(world, tmp_path, latents="noise", limit=8))
-    before, path, drawn = lines_of(tmp_path), tmp_path / "samples_0.jsonl", fed[:]
+    before, path, first = lines_of(tmp_path), tmp_path / "samples_0.jsonl", dict(drawn)
     kept = path.read_bytes().split(b"\n")[:4]
     path.write_bytes(b"\n".join(kept) + b'\n{"id": "half')
-    assert (
-        evaluate.evaluate(config(world, tmp_path, latents="noise", limit=8)) == whole
-        and lines_of(tmp_path) == before
-    )
-    assert len(path.read_text().splitlines()) == 8 and len(drawn) == 3 and len(fed) == 5
-    for old, new in zip(drawn[1:], fed[3:]):  # the second batch, half done, and the third
-        assert list(old) == list(new) and all(torch.equal(old[key], new[key]) for key in old)
-    assert not torch.equal(*[next(iter(d.values())) for d in drawn[:2]])
+    drawn.clear()
+    assert evaluate.evaluate(config(world, tmp_path, latents="noise", limit=8)) == whole
+    assert lines_of(tmp_path) == before and len(path.read_text().splitlines()) == 8
+    assert len(first) == 8 and len(drawn) == 4
+    assert all(torch.equal(first[id], noise) for id, noise in drawn)
 
 
 def test_none_opens_no_span(world, tmp_path, monkeypatch):
