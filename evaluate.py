@@ -2,23 +2,27 @@
 
     python evaluate.py --benchmark futurebench --model runs/sft --data futurebench.json --media_root videos --out runs/fb
     torchrun --nproc_per_node 8 evaluate.py --benchmark mcq --model DIR --data videomme.parquet --out runs/vm --batch 8
-    python evaluate.py --benchmark twiffbench --model DIR --data Liu-Junhua/TwiFF-Bench --out runs/tw --no-judge
-    python evaluate.py --benchmark twiffbench --judge-only --data Liu-Junhua/TwiFF-Bench --out runs/tw --judge_model NAME
+    python evaluate.py --benchmark twiffbench --model DIR --data Liu-Junhua/TwiFF-Bench --out runs/tw
+
+TwiFF-Bench is judged after that: `python -m common.judge runs/tw --model NAME`, then the same
+command again, which finds all samples done, loads no model and shows the scores.
 
 Without --benchmark: every format of data.py whose rows have options. Writes one line a sample to OUT/samples*.jsonl as it is
 done (a second run skips what is there), then OUT/summary.json, OUT/report.html and the table: scores by group and over all.
 
-Three readings of an answer, all of the first closed <answer>: `accuracy` counts what training rewards (rewards.pick: an
-option's text, or its letter and nothing but that option's text after it); `strict` also a letter standing alone somewhere in
-it; `official` the first of A-D anywhere in it, be it in a word: the one the paper's figures are made with.
+Readings of an answer, all of the first closed <answer>: `accuracy` counts what training rewards
+(rewards.pick); `strict` the only letter that stands alone in it, or an option's text; `official`,
+for FutureBench alone, the first of A-D anywhere in it, be it in a word: the one the paper's figures
+are made with.
 
-`--latents` asks whether the answer depends on what is imagined. A span is fed: generated (the model's own states) | zero |
-noise (Gaussian, scale of the true embeddings) | shuffled (the true futures of the next sample in the batch) | true (its own
-true futures) | pause (the `<|latent|>` token's embedding) | none (no span can be opened). The model still decides how long a
-span is; the vectors are dealt out one after another, so where a frame has several latents a span that is closed early shifts
-what the next one gets.
+`--latents` asks whether the answer depends on what is imagined. A span is fed: generated (the
+model's own states) | zero | noise (Gaussian, of the true embeddings' mean and deviation, measured
+once a run) | shuffled (the true futures of the next row about another clip) | true (its own true
+futures) | pause (the `<|latent|>` token's embedding) | none (no span can be opened). The model
+still decides how long a span is. What a row is fed depends on nothing but the row: no batch, no
+ranks.
 
-Where this differs from the paper and the official code: 1. A sample that cannot be read (--strict: it ends the run), whose
+Where this differs from the paper and the official code: 1. A sample that cannot be read, whose
 answer cannot be parsed, or that the judge fails on is named and counted in the summary, never dropped in silence; what
 could not be read is tried again by the next run. 2. Samples that were not read or not judged are outside the scores: see
 `found` and `total`. 3. Intervals are given: `bootstrap` (1,000 draws, seeded; printed); Wilson's for shares (`low`, `high`).
@@ -45,9 +49,9 @@ from tqdm import tqdm
 
 from common.benchmarks import PAPER, read_benchmark
 from common.clips import ClipError, film, load_frames, normalise, resize_and_cut
-from common.formats import answer_of
-from common.judge import ScoreJudge
-from common.report import as_text, paper_rows, score_rows, write_report
+from common.formats import Skipped, answer_of
+from common.judge import add_verdicts
+from common.report import as_text, paper_rows, score_rows, used, write_report
 from common.runs import newest, parse_config, read_lines, set_up_ranks, write_json
 from data import DataConfig, Samples, loader, model_inputs, to_device
 from latent_decode import generate, own_latent
@@ -64,13 +68,9 @@ class Config(DataConfig):
     )
     media_root: str = ""  # where relative clip paths start; "" = the folder of the data file
     out: str = "runs/eval"  # the evaluation's folder
-    resume: bool = True  # skip what is already in `out`; --no-resume refuses a folder that holds results  # ours
     limit: int = 0  # only the first samples; 0 = all  # ours
-    strict: bool = (
-        False  # a sample that cannot be read ends the run, instead of a line that says so  # ours
-    )
-    average: str = ""  # over all: micro | macro (mean of the groups); "" = the benchmark's own, MLVU macro, else micro
-    num_frames: int = 0  # frames of a clip that enters as a video; 0 = 32 for FutureBench, else 16  # paper sec. 4
+    num_frames: int = 0  # frames of a video; 0 = 32 for FutureBench, else 16  # paper sec. 4
+    video_max_tokens: int = 0  # of a video; 0 = 12288 for FutureBench, as official, else 4096
     batch: int = 8  # prompts decoded together on one rank  # ours
     max_new_tokens: int = 0  # 0 = 4096 for TwiFF-Bench, else 2048  # paper sec. 4
     max_latents: int = 8  # longest span: 2 * l_max  # official
@@ -79,34 +79,19 @@ class Config(DataConfig):
     report: int = (
         24  # samples shown in report.html, spread over the groups; 0 = only its tables  # ours
     )
-    judge: bool = (
-        True  # TwiFF-Bench: ask the judge; --no-judge leaves that to a later run with --judge-only
-    )
-    judge_only: bool = False  # TwiFF-Bench: judge the responses that are in `out`; loads no model
-    judge_url: str = ""  # an OpenAI-compatible server, ".../v1"; "" = OpenAI's. The key: JUDGE_API_KEY or OPENAI_API_KEY
-    judge_model: str = ""  # the judge's name there
-    judge_images: bool = (
-        True  # show it the frames; --no-judge_images for a judge that only reads  # ours
-    )
-    judge_retries: int = (
-        3  # after a failed request or an unreadable reply, with growing waits  # ours
-    )
-    judge_timeout: float = 120.0  # seconds a request  # ours
-    judge_concurrency: int = 16  # requests at a time  # ours
     bf16: bool = True  # weights on CUDA  # paper Table 8
     cuda_graph: bool = False  # replay a captured decoding step; not yet measured on a GPU  # ours
 
     def __post_init__(self):
-        self.num_frames = self.num_frames or (32 if self.benchmark == "futurebench" else 16)
+        future = self.benchmark == "futurebench"
+        self.num_frames = self.num_frames or (32 if future else 16)
+        self.video_max_tokens = self.video_max_tokens or (12288 if future else 4096)
         self.max_new_tokens = self.max_new_tokens or (
             4096 if self.benchmark == "twiffbench" else 2048
         )
         super().__post_init__()
-        for name, known in (("latents", LATENTS), ("average", ("", "micro", "macro"))):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, expected one of {', '.join(k for k in known if k)}"
-                )
+        if self.latents not in LATENTS:
+            raise ValueError(f"latents is {self.latents!r}, expected one of {', '.join(LATENTS)}")
 
 
 LATENTS = ("generated", "zero", "noise", "shuffled", "true", "pause", "none")
@@ -121,19 +106,31 @@ def official_letter(text):
 def strict_letter(text, options):
     """A response -> the letter that its first closed <answer> means, or "". Source: ours.
 
-    What `pick` finds (an option's text or letter, any case); else the only option letter that stands alone as a word, any
-    case, where an "a" before another word is an article: "The answer is C." is C, "B or C" and "A red wall" are none.
+    An option's whole text means that option. Else it is the only option letter that stands alone
+    as a word, any case, outside an option's text: "The answer is C." is C. Two letters are none:
+    "B or C", "C. is wrong, the answer is D". An "a" directly before an option's text is an
+    article ("A red wall" is none), and so is a lower-case one between words ("it's a trap").
     """
-    answer = answer_of(text)
-    index = pick(answer, options)
-    if index is not None:
-        return chr(65 + index)
-    letters = "".join(chr(65 + i) for i in range(len(options)))
-    said = re.sub(r"\b[aA]\s+(?=[a-z]{2})", " ", answer or "")
-    found = {
-        letter.upper() for letter in re.findall(rf"(?<![\w'])[{letters}](?![\w'])", said, re.I)
-    }
-    return found.pop() if len(found) == 1 else ""
+    answer, texts = answer_of(text) or "", [plain(o) for o in options]
+    if plain(answer) in texts:
+        return chr(65 + texts.index(plain(answer)))
+    answer = plain(re.sub(r"(?<=\w )a (?=[a-z]{2})", "", answer))
+
+    # texts of several words may hold a letter of their own: "C opens the door"
+    bare = sorted({re.sub(r"^an? ", "", t) for t in texts if t}, key=len, reverse=True)
+    either = "|".join(map(re.escape, bare))
+    phrases = "|".join(re.escape(t) for t in bare if " " in t)
+    answer = re.sub(rf"(?<![\w'])a (?=(?:{either})(?!\w))", "", answer)
+    answer = re.sub(rf"(?<![\w'])(?:{phrases})(?!\w)", " ", answer) if phrases else answer
+
+    last = chr(96 + len(options))
+    letters = set(re.findall(rf"(?<![\w'])[a-{last}](?![\w'])", answer))
+    return letters.pop().upper() if len(letters) == 1 else ""
+
+
+def plain(text):
+    """Lower case, single spaces, no punctuation around it."""
+    return " ".join(text.lower().split()).strip(" .,:;!?\"'()")
 
 
 def wilson(right, n, z=1.96):
@@ -145,83 +142,82 @@ def wilson(right, n, z=1.96):
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def bootstrap(groups, seed=0, draws=1000, top=1.0):
+def bootstrap(groups, clips=None, seed=0, draws=1000, top=1.0):
     """95% interval of the mean of group means: [low, high]. Source: Efron 1979, percentiles.
 
-    groups: lists of values, each resampled on its own; one list = a micro average. No value at all: [0, top].
+    groups: lists of values, each resampled on its own; one list = a micro average. clips: the same
+    lists of the values' clips: questions on one clip are no independent draws, so clips are drawn,
+    with all their values; None = each value has its own. No value at all: [0, top].
     """
-    groups, rng = [np.asarray(g, float) for g in groups if len(g)], np.random.default_rng(seed)
-    if not groups:
+    rng, means = np.random.default_rng(seed), []
+    for k, values in enumerate(groups):
+        if not len(values):
+            continue
+        labels = clips[k] if clips else range(len(values))
+        _, clip = np.unique(labels, return_inverse=True)
+        total, n = np.bincount(clip, np.asarray(values, float)), np.bincount(clip)
+        picks = [rng.integers(len(n), size=len(n)) for _ in range(draws)]
+        means.append([total[pick].sum() / n[pick].sum() for pick in picks])  # (draws,)
+    if not means:
         return [0.0, top]
-    means = [
-        [rng.choice(g, len(g)).mean() for _ in range(draws)] for g in groups
-    ]  # (groups, draws)
     return [round(float(v), 6) for v in np.percentile(np.mean(means, 0), (2.5, 97.5))]
 
 
 def summarise(lines, average="micro", seed=0):
     """Result lines -> {group: scores}, "all" last. Source: sec. 4.
 
-    Of each group: n, accuracy (over the n that were read), low, high (Wilson), bootstrap, unparsed, skipped, strict and
-    official accuracy and unparsed, spans, latents and tokens an answer. Lines of TwiFF-Bench: chain, answer and average over
-    the n judged ones, failed (asked without an answer), waiting (not asked yet). average: "all" is micro, over the
-    samples, or macro, the mean of the groups (its low and high are then the bootstrap's).
+    Of each group: n, accuracy (over the n that were read), low, high (Wilson), bootstrap, unparsed,
+    skipped, strict and official accuracy and unparsed, spans, latents and tokens an answer. Lines
+    of TwiFF-Bench: chain, answer and average over the n judged ones, failed (asked without an
+    answer), waiting (not asked yet). average: "all" is micro, over the samples, or macro, the mean
+    of the groups (its low and high are then the bootstrap's).
     """
-    table, groups = {}, sorted({line["group"] for line in lines} - {"all"})
-    judged = any("parsed" in line for line in lines)
-    for group in [*groups, "all"]:
-        mine = [line for line in lines if group in ("all", line["group"])]
-        read = [line for line in mine if "skipped" not in line]
-        scored = [line for line in read if line.get("judged")] if judged else read
-        parts = [[line for line in scored if line["group"] == g] for g in groups]
-        parts = (
-            [part for part in parts if part]
-            if average == "macro" and group == "all" and groups
-            else [scored]
-        )
-
-        def mean(value):
-            return (
-                float(np.mean([np.mean([value(line) for line in part]) for part in parts]))
-                if scored
-                else 0.0
-            )
-
-        def interval(value, top=1.0):
-            return bootstrap([[value(line) for line in part] for part in parts], seed, top=top)
-
-        s = table[group] = dict(n=len(scored), skipped=len(mine) - len(read))
-        if judged:
-            for name in ("chain", "answer", "average"):
-                s[name] = mean(lambda line: line["judged"][name])
-            s.update(
-                failed=sum("why" in line for line in read),
-                unparsed=sum(not line["parsed"] for line in read),
-            )
-            s.update(
-                waiting=len(read) - len(scored) - s["failed"],
-                bootstrap=interval(lambda line: line["judged"]["average"], top=5.0),
-            )
-        else:
-            s["right"] = sum(line["right"] for line in read)
-            s.update(
-                accuracy=mean(lambda line: line["right"]),
-                bootstrap=interval(lambda line: line["right"]),
-            )
-            s["low"], s["high"] = (
-                s["bootstrap"] if len(parts) > 1 else wilson(s["right"], len(read))
-            )
-            s["unparsed"] = sum(line["picked"] is None for line in read)
-            for name in (
-                ("strict", "official")
-                if all(name in line for line in read for name in ("strict", "gold"))
-                else ()
-            ):
-                s[name] = mean(lambda line: line[name] == line["gold"])
-                s[f"{name}_unparsed"] = sum(not line[name] for line in read)
-        for name in ("spans", "latents", "tokens"):
-            s[name] = sum(line[name] for line in read) / max(1, len(read))
+    groups = sorted({line["group"] for line in lines} - {"all"})
+    table = {g: scores([line for line in lines if line["group"] == g], seed=seed) for g in groups}
+    table["all"] = scores(lines, groups if average == "macro" else (), seed)
     return table
+
+
+def scores(lines, groups=(), seed=0):
+    """The scores of result lines, as a dict: `summarise` says which. groups: weigh these alike."""
+    read = [line for line in lines if "skipped" not in line]
+    judged = any("parsed" in line for line in lines)
+    counted = [line for line in read if line.get("judged")] if judged else read
+    parts = [[line for line in counted if line["group"] == g] for g in groups]
+    parts = [part for part in parts if part] or [counted]
+
+    def mean(value):
+        if not counted:
+            return 0.0
+        return float(np.mean([np.mean([value(line) for line in part]) for part in parts]))
+
+    def interval(value, top=1.0):
+        clips = [[str(line.get("clip", i)) for i, line in enumerate(part)] for part in parts]
+        values = [[value(line) for line in part] for part in parts]
+        return bootstrap(values, clips, seed, top=top)
+
+    out = dict(n=len(counted), skipped=len(lines) - len(read))
+    if judged:
+        for name in ("chain", "answer", "average"):
+            out[name] = mean(lambda line, name=name: line["judged"][name])
+        out["failed"] = sum("why" in line for line in read)
+        out["unparsed"] = sum(not line["parsed"] for line in read)
+        out["waiting"] = len(read) - len(counted) - out["failed"]
+        out["bootstrap"] = interval(lambda line: line["judged"]["average"], top=5.0)
+    else:
+        out["right"] = sum(line["right"] for line in read)
+        out["accuracy"] = mean(lambda line: line["right"])
+        out["bootstrap"] = interval(lambda line: line["right"])
+        one = len(parts) == 1
+        out["low"], out["high"] = wilson(out["right"], len(read)) if one else out["bootstrap"]
+        out["unparsed"] = sum(line["picked"] is None for line in read)
+        for name in ("strict", "official"):
+            if read and all(name in line for line in read):
+                out[name] = mean(lambda line, name=name: line[name] == line["gold"])
+                out[f"{name}_unparsed"] = sum(not line[name] for line in read)
+    for name in ("spans", "latents", "tokens"):
+        out[name] = sum(line[name] for line in read) / max(1, len(read))
+    return out
 
 
 def format_table(table):
@@ -229,169 +225,255 @@ def format_table(table):
     return as_text(*score_rows(table))
 
 
-def replacement(kind, model, rows, config, generator):
-    """What is fed instead of the row's own latents -> (B, K, D), or None for `generated` and `none`. Raises ValueError."""
-    if kind in ("generated", "none"):
-        return None
-    D, device = model.config.text_config.hidden_size, model.device
-    if kind == "pause":
-        return (
-            model.get_input_embeddings()
-            .weight[model.config.latent_id]
-            .detach()
-            .expand(len(rows), config.max_new_tokens, D)
-        )
-    if kind == "zero":
-        return torch.zeros(1, 1, D, device=device).expand(len(rows), config.max_new_tokens, D)
-    futures = []  # true embeddings, one (K_i, D) a row
+NEEDS_FUTURES = ("true", "shuffled", "noise")
+MEASURED = 64  # rows with futures that the scale of `noise` is measured on
+
+
+def check_futures(kind, rows):
+    """Raise ValueError if `--latents kind` cannot be fed for these rows. Loads nothing."""
+    if kind not in NEEDS_FUTURES:
+        return
     for row in rows:
-        frames = [p for p in row.response if not isinstance(p, str)]
-        if not frames:
+        if not future_frames(row):
             raise ValueError(
                 f"{row.where}: --latents {kind} needs the true future frames, this row has none"
             )
-        patches, grids = zip(*load_frames(frames, config.budgets[1], config.cache_frames))
-        futures.append(
-            model.encode_frames(
-                normalise(torch.cat(patches)).to(device), torch.stack(grids).to(device)
-            )
-        )
-    if kind == "noise":
-        true = torch.cat(futures).float()
-        noise = torch.randn(len(rows), max(64, config.max_latents * 8), D, generator=generator).to(
-            device
-        )
-        return true.mean(0) + true.std(0, unbiased=False) * noise
-    K = max(len(f) for f in futures)
-    if kind == "shuffled":
-        if len(rows) < 2:
-            raise ValueError(
-                f"{rows[0].where}: alone in its batch, so there is no other sample to take the futures of"
-            )
-        futures = (
-            futures[1:] + futures[:1]
-        )  # the next row of the batch, which asks the same kind of question
-    return torch.stack(
-        [torch.cat([f, f[-1:].expand(K - len(f), D)]) for f in futures]
-    )  # a short one repeats its last
+    if kind == "shuffled" and len({clip_of(row) for row in rows}) < 2:
+        raise ValueError("--latents shuffled needs rows of at least two clips")
 
 
-class Dealt:
-    """As `feed` of generate: a row's k-th latent is vectors[row, k]; later ones are its own. Ours.
+def future_frames(row):
+    return [part for part in row.response if not isinstance(part, str)]
 
-    vectors (B, K, D).
+
+def donors(rows):
+    """Whose futures `shuffled` feeds: {id: the next row in the row order about another clip}."""
+    order, out = [*rows, *rows], {}
+    for i, row in enumerate(rows):
+        others = order[i + 1 : i + len(rows)]
+        out[row.id] = next((r for r in others if clip_of(r) != clip_of(row)), None)
+    return out
+
+
+def true_vectors(model, row, config):
+    """The embeddings of a row's true futures, a frame each: [(n_m, D), ...]. Raises ClipError."""
+    pairs = load_frames(future_frames(row), config.budgets[1], config.cache_frames)
+    patches, grids = zip(*pairs)
+    e = model.encode_frames(
+        normalise(torch.cat(patches)).to(model.device), torch.stack(grids).to(model.device)
+    )
+    return list(e.split([int(grid.prod()) // 4 for grid in grids]))
+
+
+def measure_noise(model, rows, config):
+    """Mean and deviation (2, D) of the true embeddings, measured once a run and kept in its folder.
+
+    From the first MEASURED rows that can be read, so that no batch and no rank has its own scale.
     """
+    path = os.path.join(config.out, "noise.json")
+    if os.path.exists(path):
+        with open(path) as f:
+            return torch.tensor(json.load(f), device=model.device)
+    vectors, n = [], 0
+    for row in rows:
+        try:
+            vectors += true_vectors(model, row, config)
+        except ClipError:  # named when its turn comes
+            continue
+        n += 1
+        if n == MEASURED:
+            break
+    if not vectors:
+        raise ValueError("--latents noise: no true future can be read, so it has no scale")
+    e = torch.cat(vectors).float()
+    scale = torch.stack([e.mean(0), e.std(0, unbiased=False)])
+    write_json(path, scale.tolist())
+    return scale
 
-    def __init__(self, vectors):
-        self.vectors = vectors
-        self.closed, self.open = torch.zeros(2, len(vectors), dtype=torch.long).to(vectors.device)
 
-    def __call__(self, model, state):
-        row, count = state.row, state.count
-        ended = count < self.open[row]  # the span that was open has been closed
-        self.closed[row] += torch.where(ended, self.open[row], 0)
-        self.open[row] = count
-        k, K = self.closed[row] + count, self.vectors.shape[1]  # (R,) latents fed so far
-        z = model.to_latent(state.h)  # (R, D)
-        return torch.where((k < K)[:, None], self.vectors[row, k.clamp(max=K - 1)].to(z.dtype), z)
+def replacement(kind, model, rows, config, donor_of=None, scale=None):
+    """What is fed instead of the rows' own latents -> [frames of a row: [(n_m, D), ...]], or None.
+
+    None for `generated` and `none`. It depends on the row alone: not on its batch, nor on ranks.
+    donor_of: of `donors`; scale: of `measure_noise`. Raises ClipError. Source: ours.
+    """
+    if kind in ("generated", "none"):
+        return None
+    D = model.config.text_config.hidden_size
+    if kind == "zero":
+        return [[torch.zeros(1, D, device=model.device)] for _ in rows]
+    if kind == "pause":
+        pause = model.get_input_embeddings().weight[model.config.latent_id].detach()
+        return [[pause[None]] for _ in rows]
+    if kind == "noise":
+        return [list(draw_noise(row, scale, config)) for row in rows]
+    return [true_vectors(model, donor_of[r.id] if donor_of else r, config) for r in rows]
+
+
+def draw_noise(row, scale, config, spans=8):
+    """Gaussian vectors of the true embeddings' scale (spans, max_latents, D), the row's own."""
+    draw = hashlib.sha256(f"{config.seed} {row.id}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(draw[:7], "big"))
+    noise = torch.randn(spans, config.max_latents, scale.shape[1], generator=generator)
+    return scale[0] + scale[1] * noise.to(scale.device)
+
+
+def feed_of(vectors):
+    """[frames of a row] -> feed(model, state): span m, place j is fed frame m's vector j.
+
+    The last frame and the last vector of a frame are repeated: min(m, M - 1), min(j, n_m - 1).
+    """
+    M, J = max(map(len, vectors)), max(len(v) for frames in vectors for v in frames)
+
+    def filled(frames):
+        rows = [torch.cat([v, v[-1:].expand(J - len(v), -1)]) for v in frames]
+        return torch.stack([*rows, *[rows[-1]] * (M - len(rows))])  # (M, J, D)
+
+    table = torch.stack([filled(frames) for frames in vectors])  # (B, M, J, D)
+
+    def feed(model, state):
+        return table[state.row, state.span.clamp(0, M - 1), state.count.clamp(max=J - 1)]
+
+    return feed
 
 
 def evaluate(config, rows=None):
-    """Run the evaluation -> {group: scores}; every rank gets it, the judge's only rank 0. Raises SystemExit, ValueError."""
+    """Run the evaluation -> {group: scores}, the same on every rank. Raises SystemExit, ValueError.
+
+    A folder with results of the same settings is continued; of other settings: refused.
+    """
     rank, world, device = set_up_ranks()
-    twiff = config.benchmark == "twiffbench"
-    if not config.data and rows is None:
-        raise SystemExit(
-            "--data is missing: a .json, .jsonl or .parquet file of records with options (see data.py)"
-        )
-    if twiff and (config.judge or config.judge_only) and not config.judge_model:
-        raise SystemExit(
-            "TwiFF-Bench is scored by a judge: give --judge_model (and --judge_url), or pass --no-judge"
-        )
-    if config.judge_only and not twiff:
-        raise SystemExit("--judge_only is for --benchmark twiffbench: nothing else is judged")
-    average = "micro"
-    if rows is None:
-        rows, average = read_benchmark(config.benchmark, config.data, config.media_root or None)
-    rows, average = rows[: config.limit or None], config.average or average
-    for row in rows:
-        if not row.options and not twiff:
-            raise ValueError(f"{row.where}: no options; multiple choice needs them")
-        if not twiff and pick(row.answer, row.options) is None:
-            raise ValueError(f"{row.where}: the answer {row.answer!r} is none of {row.options}")
-    if len({row.id for row in rows}) < len(rows):
-        raise ValueError(
-            f"{config.data}: ids are not unique, so a resumed run could not tell its samples apart"
-        )
-    settings_path, done = os.path.join(config.out, "settings.json"), {}
-    for path in glob.glob(os.path.join(glob.escape(config.out), "samples*.jsonl")):
-        for line in read_lines(path):
-            if "skipped" not in line or config.judge_only and line["id"] not in done:
-                done[line["id"]] = line
-    if done and not config.resume and not config.judge_only:
-        raise SystemExit(
-            f"{config.out} already holds {len(done)} results: choose another --out, or pass --resume"
-        )
-    if config.judge_only:
-        if not done:
-            raise SystemExit(
-                f"{config.out} holds no responses to judge (samples*.jsonl): run with --no-judge first"
-            )
-        with open(settings_path) as f:
-            settings, lines = json.load(f), []
-    else:
-        folder = newest(config.model)
-        settings = settings_of(config, folder)
-        if done and (
-            not os.path.exists(settings_path) or json.load(open(settings_path)) != settings
-        ):
-            raise SystemExit(
-                f"{config.out} holds results of other settings (settings.json): choose another --out"
-            )
-        if world > 1:
-            dist.barrier()  # nobody writes before everybody has read
-        os.makedirs(config.out, exist_ok=True)
-        if rank == 0:
-            write_json(settings_path, settings)
-        lines = respond(config, folder, rows, done, rank, world, device)
+    rows, average, bad = rows_of(config, rows)
+    folder = newest(config.model)
+    settings = settings_of(config, folder)
+    done = finished(config.out, settings)
+
+    # nobody writes before everybody has read
+    if world > 1:
+        dist.barrier()
+    os.makedirs(config.out, exist_ok=True)
+    if rank == 0:
+        write_json(os.path.join(config.out, "settings.json"), settings)
+    lines = respond(config, folder, rows, done, rank, world, device)
+
+    # all ranks' lines, in the rows' order
     if world > 1:
         gathered = [None] * world
         dist.all_gather_object(gathered, lines)
         lines = sum(gathered, [])
-    found = {line["id"]: line for line in [*done.values(), *lines]}
-    lines = [found[row.id] for row in rows if row.id in found]
-    if (
-        twiff and (config.judge or config.judge_only) and rank == 0
-    ):  # the others are done: a judge may take long
-        ask_judge(config, rows, lines)
+    line_of = done | {line["id"]: line for line in lines}
+    lines = [line_of[row.id] for row in rows if row.id in line_of]
+    add_verdicts(config.out, lines)
+
     table = summarise(lines, average, config.seed)
     if rank == 0:
         summary = dict(settings, **about(rows, lines, settings), average=average, scores=table)
-        write_json(os.path.join(config.out, "summary.json"), summary)
-        write_report(os.path.join(config.out, "report.html"), summary, lines, rows)
-        print(format_table(table))
-        print(
-            f"{summary['found']} of {summary['total']} samples found; {summary['seconds']['all']:.3g} s and "
-            f"{table['all']['tokens']:.1f} tokens an answer; all = {average} average; {config.out}/report.html"
-        )
-        if waiting := table["all"].get("waiting"):
-            print(f"{waiting} responses wait for a judge: --judge-only --judge_model NAME")
-        if config.benchmark in PAPER:
-            print(
-                f"\nbeside what the paper published (not run here)\n{as_text(*paper_rows(summary))}"
-            )
+        summary["unusable"] = [s._asdict() for s in bad]
+        show(config.out, summary, lines, rows)
     return table
+
+
+def rows_of(config, rows=None):
+    """-> (rows, micro | macro, the records that cannot be used [Skipped]), the latter named.
+
+    Raises SystemExit without data, ValueError for rows that cannot be scored.
+    """
+    average, bad = "micro", []
+    if rows is None:
+        if not config.data:
+            raise SystemExit(
+                "--data is missing: a .json, .jsonl or .parquet file of records with options "
+                "(see data.py)"
+            )
+        root = config.media_root or None
+        rows, average = read_benchmark(config.benchmark, config.data, root, bad)
+    name_bad(bad, len(rows) + len(bad), "cannot be used and are outside the scores")
+    rows = rows[: config.limit or None]
+    if config.benchmark != "twiffbench":
+        check_options(rows)
+    check_futures(config.latents, rows)
+    if len({row.id for row in rows}) < len(rows):
+        raise ValueError(
+            f"{config.data}: ids are not unique, so a resumed run could not tell its samples apart"
+        )
+    return rows, average, bad
+
+
+def finished(out, settings):
+    """The result lines in a folder, without those of unreadable samples: {id: line}.
+
+    Raises SystemExit if they were made with other settings.
+    """
+    done = {}
+    for path in glob.glob(os.path.join(glob.escape(out), "samples*.jsonl")):
+        done |= {line["id"]: line for line in read_lines(path) if "skipped" not in line}
+    if not done:
+        return done
+    path, before = os.path.join(out, "settings.json"), {}
+    if os.path.exists(path):
+        with open(path) as f:
+            before = json.load(f)
+    names = sorted(before.keys() | settings.keys())
+    changed = [name for name in names if before.get(name) != settings.get(name)]
+    if changed:
+        raise SystemExit(
+            f"{out} holds results with other settings of {', '.join(changed)}: choose another --out"
+        )
+    return done
+
+
+def show(out, summary, lines, rows):
+    """Write summary.json and report.html, and print the scores."""
+    write_json(os.path.join(out, "summary.json"), summary)
+    write_report(os.path.join(out, "report.html"), summary, lines, rows)
+    every = summary["scores"]["all"]
+    print(format_table(summary["scores"]))
+    print(
+        f"{summary['found']} of {summary['total']} samples found; "
+        f"{summary['seconds']['all']:.3g} s and {every['tokens']:.1f} tokens an answer; "
+        f"all = {summary['average']} average; {out}/report.html"
+    )
+    if waiting := every.get("waiting"):
+        print(f"{waiting} responses wait for a judge: python -m common.judge {out} --model NAME")
+    if summary["benchmark"] in PAPER:
+        print("\nbeside what the paper published (not run here)")
+        print(as_text(*paper_rows(summary)))
+        print(used(summary))
+
+
+MAX_BAD = 0.05  # share of records that may be unusable before a file is taken for misread
+
+
+def name_bad(bad, total, what):
+    """Name each record of `bad` ([Skipped]). Raises ValueError if they are too many of `total`."""
+    if not bad:
+        return
+    if len(bad) > MAX_BAD * total:
+        raise ValueError(f"{len(bad)} of {total} records {what}, among them {bad[0].why}")
+    print(f"{len(bad)} of {total} records {what}:", *(s.why for s in bad), sep="\n  ")
+
+
+def check_options(rows):
+    """Name the rows whose answer is none of their options: they are scored wrong.
+
+    Raises ValueError for a row without options, and if such rows are too many.
+    """
+    for row in rows:
+        if not row.options:
+            raise ValueError(f"{row.where}: no options; multiple choice needs them")
+    bad = [
+        Skipped(row.where, f"{row.where}: the answer {row.answer!r} is none of {row.options}")
+        for row in rows
+        if pick(row.answer, row.options) is None
+    ]
+    name_bad(bad, len(rows), "have an answer that is no option and are scored wrong")
 
 
 def settings_of(config, folder):
     """What two runs must share for their samples to be of one kind, as a dict. Source: ours."""
-    free = {"out", "workers", "resume", "cuda_graph", "strict", "average", "report"}
-    free |= {"batch", "limit"} if config.latents not in ("noise", "shuffled") else set()
-    settings = {
-        k: v
-        for k, v in dataclasses.asdict(config).items()
-        if k not in free and not k.startswith("judge")
-    }
+    free = {"out", "workers", "cuda_graph", "report"}
+    free |= {"batch"} if config.latents in ("noise", "shuffled") else {"batch", "limit"}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
     written = os.path.join(
         folder, "config.json"
     )  # a model trained anew in the same folder is another model
@@ -442,6 +524,7 @@ def about(rows, lines, settings):
         commit=commit,
         seconds=seconds,
         missing=[dict(id=line["id"], why=line["skipped"]) for line in lines if "skipped" in line],
+        no_option=[r.id for r in rows if r.options and pick(r.answer, r.options) is None],
         unparsed=sum(
             line["picked"] is None if "picked" in line else not line["parsed"] for line in read
         ),
@@ -465,100 +548,118 @@ def about(rows, lines, settings):
 
 
 def respond(config, folder, rows, done, rank, world, device):
-    """Generate what is missing, appending a line a sample -> this rank's new lines. Raises SystemExit with `strict`."""
-    # prompts of like length together: less padding, and rows that finish together
-    todo = sorted(rows, key=lambda row: (row.group, len(row.question)))
-    if config.latents not in (
-        "noise",
-        "shuffled",
-    ):  # these depend on the batch, so there a batch is run again as it was
-        todo = [row for row in todo if row.id not in done]
-    todo, shown = todo[rank::world], chosen(rows, config.report)
-    plan = [
-        list(range(i, min(i + config.batch, len(todo)))) for i in range(0, len(todo), config.batch)
-    ]
-    plan = [indices for indices in plan if any(todo[i].id not in done for i in indices)]
-    dtype = torch.bfloat16 if config.bf16 and device.type == "cuda" else torch.float32
-    lines = []
+    """Generate what is missing, appending a line a sample -> this rank's new lines."""
+    todo, plan = plan_of(config, rows, done, rank, world)
     if not plan:
-        return lines
+        return []
+
+    # the model, and what it is asked
+    dtype = torch.bfloat16 if config.bf16 and device.type == "cuda" else torch.float32
     attention = best_attention() if dtype == torch.bfloat16 else "sdpa"
     model, tokenizer = load(folder, dtype=dtype, attn_implementation=attention)
     model.to(device).eval()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    batches = loader(
-        Samples(todo, tokenizer, config, train=False), plan, config.workers, pad_id=pad, side="left"
+    samples = Samples(todo, tokenizer, config, train=False)
+    batches = loader(samples, plan, config.workers, pad_id=pad, side="left")
+
+    kind = config.latents
+    ablation = dict(
+        donor_of=donors(rows) if kind == "shuffled" else None,
+        scale=measure_noise(model, rows, config) if kind == "noise" else None,
     )
-    path = os.path.join(config.out, f"samples_{rank}.jsonl")
-    bar = tqdm(
-        total=sum(map(len, plan)),
-        desc=f"evaluate {config.latents}",
-        disable=rank > 0,
-        mininterval=2,
-    )
-    with open(path, "a", encoding="utf-8") as f:
+
+    # a line a sample, written as soon as its batch is done
+    lines, shown = [], chosen(rows, config.report)
+    total, title = sum(map(len, plan)), f"evaluate {config.latents}"
+    bar = tqdm(total=total, desc=title, disable=rank > 0, mininterval=2)
+    with open(os.path.join(config.out, f"samples_{rank}.jsonl"), "a", encoding="utf-8") as f:
         for indices, batch in zip(plan, batches):
-            began, new = time.time(), []
-            skipped = {s.where: s.why for s in batch["skipped"]}
-            for row in (todo[i] for i in indices):
-                if row.where in skipped:
-                    if config.strict:
-                        raise SystemExit(f"{row.where}: {skipped[row.where]} (--strict)")
-                    tqdm.write(f"skipped {row.where}: {skipped[row.where]}")
-                    new.append(dict(id=row.id, group=row.group, skipped=skipped[row.where]))
+            new = skipped_lines([todo[i] for i in indices], batch["skipped"])
             if batch["rows"]:
-                draw = hashlib.sha256(f"{config.seed} {todo[indices[0]].id}".encode()).digest()
-                replace = replacement(
-                    config.latents,
-                    model,
-                    batch["rows"],
-                    config,
-                    torch.Generator().manual_seed(int.from_bytes(draw[:7], "big")),
-                )
-                rollout = generate(
-                    model,
-                    model_inputs(to_device(batch, device)),
-                    feed=own_latent if replace is None else Dealt(replace),
-                    max_new_tokens=config.max_new_tokens,
-                    max_latents=config.max_latents,
-                    banned=[model.config.latent_start_id] if config.latents == "none" else [],
-                    cuda_graph=config.cuda_graph,
-                )
-                seconds = (time.time() - began) / len(batch["rows"])
-                kept = [t[:n] for t, n in zip(rollout.tokens.cpu(), rollout.lengths)]
-                for i, (row, text) in enumerate(zip(batch["rows"], tokenizer.batch_decode(kept))):
-                    line = dict(
-                        id=row.id,
-                        group=row.group,
-                        **read_answer(row, text),
-                        answer=row.answer,
-                        response=re.sub(f"(?:{re.escape(LATENT)}\\s*)+", LATENT, text),
-                    )
-                    lengths = span_lengths(
-                        kept[i].tolist(), model.config.latent_start_id, model.config.latent_id
-                    )
-                    line.update(
-                        tokens=len(kept[i]),
-                        spans=len(lengths),
-                        latents=len(rollout.latents[i]),
-                        finish=rollout.finish[i],
-                        seconds=round(seconds, 5),
-                    )
-                    if row.id in shown:
-                        line["imagined"] = imagined(
-                            model, row, rollout.latents[i], lengths, config.budgets[1]
-                        )
-                        line["imagined"].update(
-                            format=format_reward(line["response"]),
-                            repetition=repetition_score(line["response"]),
-                        )
-                    new.append(line)
-            new = [line for line in new if line["id"] not in done]
+                new += answer(config, model, tokenizer, batch, ablation, shown)
             f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in new)
             f.flush()
             lines += new
             bar.update(len(indices))
+    bar.close()
     return lines
+
+
+def plan_of(config, rows, done, rank, world):
+    """-> (this rank's rows that are missing, batches of their indices). Source: ours.
+
+    Prompts of like length together: less padding, and rows that finish together.
+    """
+    todo = [row for row in rows if row.id not in done]
+    todo.sort(key=lambda row: (row.group, len(row.question)))
+    todo, size = todo[rank::world], config.batch
+    return todo, [list(range(i, min(i + size, len(todo)))) for i in range(0, len(todo), size)]
+
+
+def skipped_lines(rows, skipped):
+    """The result lines of the rows that could not be read, each named."""
+    why, lines = {s.where: s.why for s in skipped}, []
+    for row in rows:
+        if row.where in why:
+            tqdm.write(f"skipped {row.where}: {why[row.where]}")
+            lines.append(dict(id=row.id, group=row.group, skipped=why[row.where]))
+    return lines
+
+
+def answer(config, model, tokenizer, batch, ablation, shown):
+    """Answer a batch -> its result lines. ablation: the arguments of `replacement`."""
+    began, rows = time.time(), batch["rows"]
+    vectors = replacement(config.latents, model, rows, config, **ablation)
+    rollout = generate(
+        model,
+        model_inputs(to_device(batch, model.device)),
+        feed=own_latent if vectors is None else feed_of(vectors),
+        max_new_tokens=config.max_new_tokens,
+        max_latents=config.max_latents,
+        banned=[model.config.latent_start_id] if config.latents == "none" else [],
+        cuda_graph=config.cuda_graph,
+    )
+    seconds = round((time.time() - began) / len(rows), 5)
+    tokens = [t[:n] for t, n in zip(rollout.tokens.cpu(), rollout.lengths)]
+    lines = []
+    for i, (row, text) in enumerate(zip(rows, tokenizer.batch_decode(tokens))):
+        line = result_line(
+            config, model, row, text, tokens[i].tolist(), rollout, i, row.id in shown
+        )
+        lines.append(line | dict(seconds=seconds))
+    return lines
+
+
+def result_line(config, model, row, text, tokens, rollout, i, shown):
+    """What is kept of row i of a rollout, as a dict; `shown`: with what its spans are near to."""
+    latents, ids = rollout.latents[i], (model.config.latent_start_id, model.config.latent_id)
+    lengths = span_lengths(tokens, *ids)
+    line = dict(
+        id=row.id,
+        group=row.group,
+        clip=clip_of(row),
+        **read_answer(row, text, config.benchmark == "futurebench"),
+        answer=row.answer,
+        response=re.sub(f"(?:{re.escape(LATENT)}\\s*)+", LATENT, text),
+        tokens=len(tokens),
+        spans=len(lengths),
+        latents=len(latents),
+        finish=rollout.finish[i],
+    )
+    if shown:
+        line["imagined"] = imagined(model, row, latents, lengths, config.budgets[1])
+        line["imagined"]["format"] = format_reward(line["response"])
+        line["imagined"]["repetition"] = repetition_score(line["response"])
+    return line
+
+
+def clip_of(row):
+    """What a question is about: its first clip's or picture's path, else (bytes) its own id."""
+    for part in row.prompt:
+        source = getattr(part, "path", None) or getattr(part, "source", None)
+        if isinstance(source, str):
+            return source
+    return row.id
 
 
 def chosen(rows, n):
@@ -571,47 +672,22 @@ def chosen(rows, n):
     return {id for _, id in sorted(order, key=lambda pair: pair[0])[:n]}
 
 
-def read_answer(row, text):
-    """What a result line says of a response's answer: three readings with options, else whether there is one. Ours."""
+def read_answer(row, text, official=False):
+    """A response -> what its result line says of the answer, as a dict. Source: ours.
+
+    With options: the readings of the answer, `official` where it is asked for. Else whether there
+    is an answer.
+    """
     if not row.options:
         return dict(parsed=answer_of(text) is not None)
     picked, gold = pick(answer_of(text), row.options), pick(row.answer, row.options)
     return dict(
-        right=picked == gold,
+        right=gold is not None and picked == gold,
         picked=picked,
-        gold=chr(65 + gold),
+        gold=None if gold is None else chr(65 + gold),
         strict=strict_letter(text, row.options),
-        official=official_letter(text),
+        **(dict(official=official_letter(text)) if official else {}),
     )
-
-
-def ask_judge(config, rows, lines):
-    """Give each TwiFF-Bench line that was read its `judged` scores, or `why` there are none. Source: ours."""
-    by_id = {row.id: row for row in rows}
-    read = [line for line in lines if "skipped" not in line]
-    judge = ScoreJudge(
-        config.judge_url,
-        config.judge_model,
-        cache=os.path.join(config.out, "judge_replies.jsonl"),
-        images=config.judge_images,
-        concurrency=config.judge_concurrency,
-        retries=config.judge_retries,
-        timeout=config.judge_timeout,
-    )
-    for line, (scores, why) in zip(
-        read, judge([(by_id[line["id"]], line["response"]) for line in read])
-    ):
-        line.update(
-            dict(judged=dict(scores, average=sum(scores.values()) / 2)) if scores else dict(why=why)
-        )
-    with open(os.path.join(config.out, "judged.jsonl.part"), "w", encoding="utf-8") as f:
-        f.writelines(
-            json.dumps({k: line.get(k) for k in ("id", "group", "judged", "why")}) + "\n"
-            for line in read
-        )
-    os.replace(f.name, f.name.removesuffix(".part"))
-    for why, n in judge.failures.items():
-        print(f"judge: {n} x {why}")
 
 
 def imagined(model, row, latents, lengths, budget):

@@ -15,9 +15,10 @@ are indicative.
 import glob
 import os
 import re
+from collections import Counter
 from typing import NamedTuple
 
-from common.formats import Clip, RecordError, read_record, read_records, read_rows
+from common.formats import Clip, Frame, RecordError, Skipped, read_record, read_records
 
 BENCHMARKS = ("", "futurebench", "twiffbench", "mcq")
 
@@ -28,6 +29,12 @@ HOPS = {
     "hop3": "3-hop",
     "hop5": "interp",
 }  # FutureBench's four splits
+
+
+CLIPS = "first_part_video"  # FutureBench: the clips, cut before what is asked about
+WHOLE = "video_dataset"  # the whole videos, in which the answer is seen
+
+ASK_LETTER = "\nReply with the letter of the right option only, and put it between <answer> and </answer>."  # ours; official appends a sentence to the same effect
 
 
 # Published by the paper (Qwen3-VL-8B), never run here: {benchmark: (columns, {row: values})}
@@ -62,6 +69,8 @@ class Reader(NamedTuple):
     group: str
     average: str = "micro"
     index: bool = False  # the answer is a number from 0 on; else a letter or an option's text
+    answer: str = "answer"
+    picture: str = ""  # a picture shown after the clip, below the media root
 
 
 READERS = {  # the first that fits is taken
@@ -82,6 +91,23 @@ READERS = {  # the first that fits is taken
         ("a0", "a1", "a2", "a3", "a4"),
         "{type}",
         index=True,
+    ),
+    "SEED-Bench-R1": Reader(
+        ("video_basename", "current_observation_basename", "golden_choice_idx"),
+        "{sample_id}",
+        "videos/{video_source}/{video_basename}",
+        ("choice_a", "choice_b", "choice_c", "choice_d"),
+        "{task_level}",
+        answer="golden_choice_idx",
+        picture="images/{video_source}/{current_observation_basename}",
+    ),
+    "MLVU_dev": Reader(  # sy1998/MLVU_dev on the hub
+        ("video_name", "task_type"),
+        "{stem}-{n}",
+        "{video_name}",
+        "candidates",
+        "{task_type}",
+        "macro",
     ),
     "MLVU": Reader(
         ("candidates", "question_type"),
@@ -115,48 +141,68 @@ MVBENCH_FOLDERS = {  # where MVBench's release keeps the clips of a task (the fi
 
 
 def normal_form(record, where, stem="", n=0):
-    """A record of one of READERS' releases -> ({id, video, question, options, answer, group}, its Reader), else (record,
-    None). MVBench's {start, end} stay. Source: the public releases' fields. Raises RecordError naming a missing field."""
+    """A record of one of READERS' releases -> (its normal form, its Reader), else (record, None).
+
+    The normal form: {id, video, question, options, answer, group}, with MVBench's {start, end} and
+    SEED-Bench-R1's {picture}. Source: the public releases' fields. Raises RecordError naming a
+    missing field, and for MVBench's fields in a file that is none of its tasks.
+    """
     reader = next((r for r in READERS.values() if set(r.keys) <= set(record)), None)
     if reader is None:
         return record, None
-    fields = dict(
-        record,
-        stem=stem,
-        n=n,
-        folder=next((f for f, tasks in MVBENCH_FOLDERS.items() if stem in tasks), "."),
-    )
-    try:
-        options = (
-            record[reader.options]
-            if isinstance(reader.options, str)
-            else [record[key] for key in reader.options]
+    folder = next((f for f, tasks in MVBENCH_FOLDERS.items() if stem in tasks), None)
+    if reader is READERS["MVBench"] and folder is None:
+        raise RecordError(
+            f"{where}: {stem!r} is none of MVBench's 20 tasks; another release that has "
+            "'candidates' needs the normal form (id, video, question, options, answer, group)"
         )
+
+    # fields that go where the reader says
+    fields = dict(record, stem=stem, n=n, folder=folder)
+    try:
         out = {name: getattr(reader, name).format(**fields) for name in ("id", "video", "group")}
-        out |= dict(question=record["question"], answer=record["answer"])
+        out |= dict(question=record["question"], answer=record[reader.answer])
+        out["options"] = options_of(record, reader)
+        if reader.picture:
+            out["picture"] = reader.picture.format(**fields)
     except KeyError as e:
         raise RecordError(f"{where}: key {e} is missing (found {', '.join(sorted(record))})") from e
-    options = [str(o) for o in options]
-    if all(
-        re.match(rf"\(?{chr(65 + i)}[).:]\s*\S", o) for i, o in enumerate(options)
-    ):  # "A. red": the letter goes
-        options = [re.sub(r"^\(?[A-Z][).:]\s*", "", o) for o in options]
+
+    # an answer's number becomes a letter
     if reader.index:
-        if not re.fullmatch(r"\d+", str(out["answer"])) or int(out["answer"]) >= len(options):
+        last, answer = len(out["options"]) - 1, str(out["answer"])
+        if not re.fullmatch(r"\d+", answer) or int(answer) > last:
             raise RecordError(
-                f"{where}: 'answer' should be 0..{len(options) - 1}, found {out['answer']!r} (EgoSchema has "
-                "answers in its subset only)"
+                f"{where}: 'answer' should be 0..{last}, found {out['answer']!r} "
+                "(EgoSchema has answers in its subset only)"
             )
-        out["answer"] = chr(65 + int(out["answer"]))
-    return dict(
-        out, options=options, **{k: record[k] for k in ("start", "end") if k in record}
-    ), reader
+        out["answer"] = chr(65 + int(answer))
+    return out | {k: record[k] for k in ("start", "end") if k in record}, reader
+
+
+def options_of(record, reader):
+    """The texts of a record's options, without their letters. Raises KeyError.
+
+    MLVU_dev without candidates: the lines of the question that begin with (A), (B), ...
+    """
+    if not isinstance(reader.options, str):
+        options = [record[key] for key in reader.options]
+    elif reader is READERS["MLVU_dev"] and not record.get(reader.options):
+        options = re.findall(r"^\s*(\(?[A-H][).:]\s*\S.*?)\s*$", record["question"], re.M)
+    else:
+        options = record[reader.options]
+    options = [str(o) for o in options]
+    if all(re.match(rf"\(?{chr(65 + i)}[).:]\s*\S", o) for i, o in enumerate(options)):
+        options = [re.sub(r"^\(?[A-Z][).:]\s*", "", o) for o in options]
+    return options
 
 
 def files_of(data):
-    """A path or a hub id -> [(name, records)]: a file, each file of a folder, or a dataset's test split (by `datasets`).
+    """A path or a hub id -> [(name, records)]. Source: ours.
 
-    Raises FileNotFoundError for what is none of them, RecordError for what cannot be read. Source: ours.
+    A file, each file of a folder (of MLVU's the first seven: 8_ and 9_ have no options), or a hub
+    dataset's test split, `org/name` or `org/name:config` (by `datasets`). Raises FileNotFoundError
+    for what is none of them, RecordError for what cannot be read.
     """
     if os.path.isdir(data):
         paths = sorted(
@@ -166,10 +212,15 @@ def files_of(data):
         )
         if not paths:
             raise FileNotFoundError(f"{data}: no .json, .jsonl or .parquet file in this folder")
-        return [(path, read_records(path)) for path in paths]
+        open_ended = [
+            p for p in paths if re.match(r"[89]_(sub_scene|summary)", os.path.basename(p))
+        ]
+        for path in open_ended:
+            print(f"{path}: MLVU's generation tasks have no options, left out")
+        return [(path, read_records(path)) for path in paths if path not in open_ended]
     if (
         os.path.exists(data)
-        or not re.fullmatch(r"[\w.-]+/[\w.-]+", data)
+        or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", data)
         or data.endswith((".json", ".jsonl", ".parquet"))
     ):
         return [(data, read_records(data))]
@@ -179,49 +230,83 @@ def files_of(data):
         raise RecordError(
             f"{data}: no such file, and reading it from the hub needs datasets (pip install datasets)"
         ) from e
-    splits = datasets.load_dataset(data)
+    splits = datasets.load_dataset(*data.split(":"))
     split = "test" if "test" in splits else next(iter(splits))
-    return [
-        (data, splits[split].data.to_pylist())
-    ]  # the stored form: pictures as bytes, not decoded
+    # the stored form: pictures as bytes, not decoded
+    return [(data, splits[split].data.to_pylist())]
 
 
-def read_benchmark(name, data, media_root=None):
+def clips_folder(name, path, media_root):
+    """Where the clips of a benchmark's file lie: media_root, else the folder of the file. Ours.
+
+    FutureBench: else `first_part_video` beside the file. Raises ValueError for the whole videos.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    if name != "futurebench":
+        return folder if media_root is None else media_root
+    root = os.path.join(folder, CLIPS) if media_root is None else media_root
+    if os.path.basename(os.path.abspath(root)) == WHOLE:
+        raise ValueError(
+            f"media root {root}: {WHOLE} holds the whole videos, in which the model would see the "
+            f"answer; FutureBench is asked on the cut clips in {CLIPS}"
+        )
+    return root
+
+
+def read_benchmark(name, data, media_root=None, bad=None):
     """-> (rows, how groups are averaged: micro | macro). Source: DESIGN.md section 5, READERS.
 
-    name: one of BENCHMARKS; data: a file, a folder of files, or a hub id; media_root as in data.read_rows. An id that comes
-    again gets a number. Raises ValueError for an unknown name, and as `files_of` and data.read_record do.
+    name: one of BENCHMARKS. data: a file, a folder of files, or a hub id. media_root: where
+    relative clip paths start, default as in `clips_folder`. bad: a list that gets a Skipped for
+    each record that cannot be used; None = the first one raises RecordError. An id that comes again
+    gets a number. Raises ValueError for an unknown name, RecordError if no record can be used, and
+    as `files_of` and `clips_folder` do.
     """
     if name not in BENCHMARKS:
-        raise ValueError(
-            f"benchmark is {name!r}, expected one of {', '.join(b for b in BENCHMARKS if b)}"
-        )
-    if not name:
-        return read_rows(data, media_root), "micro"
-    rows, averages, seen = [], set(), {}
-    for path, records in files_of(data):
-        root = os.path.dirname(os.path.abspath(path)) if media_root is None else media_root
+        known = ", ".join(b for b in BENCHMARKS if b)
+        raise ValueError(f"benchmark is {name!r}, expected one of {known}")
+    rows, averages, seen, why = [], set(), Counter(), ""
+    for path, records in files_of(data) if name else [(data, read_records(data))]:
+        root = clips_folder(name, path, media_root)
         for n, record in enumerate(records):
-            where, reader = f"{path}:{n}", None
-            if name == "mcq" and isinstance(record, dict):
-                record, reader = normal_form(
-                    record, where, os.path.splitext(os.path.basename(path))[0], n
-                )
-            row = read_record(record, where, root)
-            if reader and record.get(
-                "end"
-            ):  # MVBench: the question is about a part of the clip, in seconds
-                row.prompt[0] = Clip(
-                    row.prompt[0].path, float(record.get("start") or 0), float(record["end"])
-                )
-            if row.id == where:  # the file names no id: short, and the same wherever the file lies
-                row.id = f"{os.path.basename(path)}:{n}"
-            if name == "futurebench":
-                row.group = HOPS.get(row.group, row.group)
-            seen[row.id] = seen.get(row.id, 0) + 1
+            try:
+                row, average = read_row(name, record, path, n, root)
+            except RecordError as e:
+                if bad is None:
+                    raise
+                bad.append(Skipped(f"{path}:{n}", str(e)))
+                why = f"; the last: {e}"
+                continue
+            seen[row.id] += 1
             row.id += f"#{seen[row.id]}" if seen[row.id] > 1 else ""
             rows.append(row)
-            averages.add(reader.average if reader else "micro")
+            averages.add(average)
     if not rows:
-        raise RecordError(f"{data}: no records")
+        raise RecordError(f"{data}: no records{why}")
     return rows, averages.pop() if len(averages) == 1 else "micro"
+
+
+def read_row(name, record, path, n, root):
+    """Record n of a benchmark's file -> (Row, micro | macro). Raises RecordError."""
+    where, reader, source = f"{path}:{n}", None, record
+    stem = os.path.splitext(os.path.basename(path))[0].split(":")[-1]
+    if name == "mcq" and isinstance(record, dict):
+        record, reader = normal_form(record, where, stem, n)
+    row = read_record(record, where, root)
+
+    # MVBench asks about a part of the clip, in seconds; SEED-Bench-R1 shows a picture after the
+    # clip, or instead of it where nothing has been done yet
+    if reader and record.get("end"):
+        start, end = float(record.get("start") or 0), float(record["end"])
+        row.prompt[0] = Clip(row.prompt[0].path, start, end)
+    if reader and record.get("picture"):
+        row.prompt.insert(1, Frame(os.path.join(root, record["picture"])))
+        row.prompt = row.prompt if source.get("task_progress_metadata") else row.prompt[1:]
+
+    # a file that names no id: short, and the same wherever the file lies
+    if name and row.id == where:
+        row.id = f"{os.path.basename(path)}:{n}"
+    if name == "futurebench":
+        row.group = HOPS.get(row.group, row.group)
+        row.prompt.append(ASK_LETTER)
+    return row, reader.average if reader else "micro"

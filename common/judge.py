@@ -1,11 +1,21 @@
-"""The yes/no judge of open answers, and TwiFF-Bench's two scores."""
+"""The yes/no judge of open answers, and TwiFF-Bench's two scores.
+
+    python -m common.judge runs/twiff --model NAME --url http://HOST/v1
+
+asks for the scores of the responses that evaluate.py left in runs/twiff, writes them to
+runs/twiff/judged.jsonl and loads no model; evaluate.py, run again, shows them. The key is read from
+JUDGE_API_KEY or OPENAI_API_KEY. Replies are kept, so that asking again costs what failed alone.
+"""
 
 import base64
+import dataclasses
+import glob
 import hashlib
 import json
 import math
 import os
 import re
+import sys
 import threading
 import time
 from collections import Counter
@@ -13,9 +23,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
+from common.benchmarks import read_benchmark
 from common.clips import ClipError, jpeg, pixels_of
 from common.formats import Frame, answer_of
-from common.runs import read_lines
+from common.runs import parse_config, read_lines, write
 
 JUDGE_PROMPT = (
     "You check answers to questions about videos. You are given, as JSON, a question, its reference answer and a "
@@ -36,27 +47,29 @@ def read_verdict(reply):
 
 
 class Judge:
-    """Asks an OpenAI-compatible server whether answers are right. Source: sec. 3.3 (yes/no LLM judge); the rest ours.
+    """Asks an OpenAI-compatible server whether answers are right. Source: sec. 3.3; the rest ours.
 
-    judge([(question, gold, answer), ...]) -> [True | False | None, ...], in order, `concurrency` requests at a time. A
-    failed or ambiguous reply is asked again `retries` times, waiting backoff, 2 backoff, ... seconds; then None, and its
-    reason is counted in `failures`. A request the server refuses (wrong key, unknown model) is not repeated. The key is
-    read from JUDGE_API_KEY or OPENAI_API_KEY and appears in no message, log or checkpoint. Raises ImportError without
-    the openai package.
+    judge([(question, gold, answer), ...]) -> [True | False | None, ...], in order, `concurrency`
+    requests at a time. A failed request is repeated `retries` times by the client, which heeds the
+    server's Retry-After. An unreadable reply is asked for again `retries` times, after backoff,
+    2 backoff, ... seconds. Then the verdict is None and its reason is counted in `failures`. What
+    the server refuses (wrong key, unknown model) is not repeated. `args` are merged into each
+    request, {"temperature": None} leaves our 0 out. The key is read from JUDGE_API_KEY or
+    OPENAI_API_KEY and appears in no message, log or checkpoint. Raises ImportError without the
+    openai package.
     """
 
-    def __init__(self, base_url, model, *, concurrency=16, retries=3, timeout=60.0, backoff=1.0):
+    def __init__(
+        self, base_url, model, *, concurrency=16, retries=3, timeout=60.0, backoff=1.0, args=None
+    ):
         import openai
 
-        self.model, self.concurrency, self.retries, self.backoff = (
-            model,
-            concurrency,
-            retries,
-            backoff,
-        )
+        self.model, self.concurrency = model, concurrency
+        self.retries, self.backoff = retries, backoff
+        self.args = {k: v for k, v in {"temperature": 0, **(args or {})}.items() if v is not None}
         key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "none"
         self.client = openai.OpenAI(
-            base_url=base_url or None, api_key=key, timeout=timeout, max_retries=0
+            base_url=base_url or None, api_key=key, timeout=timeout, max_retries=retries
         )
         self.failures, self._error = Counter(), openai.APIError
 
@@ -77,28 +90,27 @@ class Judge:
         )
 
     def request(self, messages, read):
-        """Chat messages -> (read(reply), None), asked again while that is None; or (None, why). Source: ours."""
+        """Chat messages -> (read(reply), None), asked again while that is None; or (None, why).
+
+        Source: ours.
+        """
+        why = None
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(self.backoff * 2 ** (attempt - 1))
             try:
                 reply = self.client.chat.completions.create(
-                    model=self.model, messages=messages, temperature=0
+                    model=self.model, messages=messages, **self.args
                 )
                 value, why = read(reply.choices[0].message.content), "ambiguous reply"
                 if value is not None:
                     return value, None
-            except self._error as e:
+            except self._error as e:  # the client has repeated what may be repeated
+                # never the error's text: servers echo keys in it
                 code = getattr(e, "status_code", None)
-                why = f"{type(e).__name__}{f' {code}' if code else ''}"  # never its text: servers echo keys in it
-                if code and 400 <= code < 500 and code not in (408, 409, 429):
-                    break
-            except (
-                AttributeError,
-                LookupError,
-                TypeError,
-                ValueError,
-            ) as e:  # a reply that is not a chat completion
+                return None, f"{type(e).__name__}{f' {code}' if code else ''}"
+            except (AttributeError, LookupError, TypeError, ValueError) as e:
+                # a reply that is not a chat completion
                 why = f"malformed reply ({type(e).__name__})"
         return None, why
 
@@ -203,11 +215,11 @@ def _two(value):
 
 
 class ScoreJudge(Judge):
-    """Asks an OpenAI-compatible server for TwiFF-Bench's two scores. Source: TwiFF-Bench; the transport is rewards.Judge's.
+    """Asks an OpenAI-compatible server for TwiFF-Bench's two scores. Source: TwiFF-Bench; the transport is Judge's.
 
     judge([(row, response), ...]) -> [(scores, None) | (None, why), ...] in order. Replies that could be read are kept in
     `cache`, a JSON lines file, under the hash of model and messages, so that asking again costs nothing. Retries, waits and
-    what is not repeated: as in rewards.Judge; reasons of failure are counted in `failures`.
+    what is not repeated: as in Judge; reasons of failure are counted in `failures`.
     """
 
     def __init__(self, base_url, model, *, cache, images=True, **kwargs):
@@ -232,9 +244,9 @@ class ScoreJudge(Judge):
             messages = score_messages(row, response, self.images)
         except ClipError as e:
             return None, f"unreadable frames ({type(e).__name__}: {e})"
-        key = hashlib.sha256(
-            json.dumps([self.model, messages], sort_keys=True).encode()
-        ).hexdigest()
+        asked = [self.model, messages]
+        asked += [self.args] if self.args != {"temperature": 0} else []
+        key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         if key in self.known:
             return read_scores(self.known[key]), None
 
@@ -246,3 +258,84 @@ class ScoreJudge(Judge):
             return scores
 
         return self.request(messages, read)
+
+
+@dataclasses.dataclass
+class Config:
+    model: str = ""  # the judge's name at the server
+    url: str = ""  # an OpenAI-compatible server, ".../v1"; "" = OpenAI's
+    args: str = "{}"  # JSON merged into each request, such as {"temperature": null}  # ours
+    images: bool = True  # show it the frames; --no-images for a judge that only reads  # ours
+    retries: int = 3  # after a failed request or an unreadable reply  # ours
+    timeout: float = 120.0  # seconds a request  # ours
+    concurrency: int = 16  # requests at a time  # ours
+
+
+def score_run(run, config):
+    """Judge the responses in an evaluation's folder -> its judged.jsonl. Source: ours.
+
+    Raises SystemExit if there is nothing to judge or no judge.
+    """
+    settings_path = os.path.join(run, "settings.json")
+    if not os.path.exists(settings_path):
+        raise SystemExit(f"{settings_path}: no such file (evaluate.py writes it)")
+    with open(settings_path) as f:
+        settings = json.load(f)
+    if settings["benchmark"] != "twiffbench":
+        raise SystemExit(f"{run}: only --benchmark twiffbench is judged")
+    if not config.model:
+        raise SystemExit("--model is missing: the judge's name at the server")
+
+    # the responses, and the rows they answer
+    lines = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(run), "samples*.jsonl"))):
+        lines |= {line["id"]: line for line in read_lines(path) if "skipped" not in line}
+    if not lines:
+        raise SystemExit(f"{run} holds no responses to judge (samples*.jsonl)")
+    root = settings["media_root"] or None
+    rows, _ = read_benchmark("twiffbench", settings["data"], root, bad=[])
+    rows = [row for row in rows if row.id in lines]
+
+    judge = ScoreJudge(
+        config.url,
+        config.model,
+        cache=os.path.join(run, "judge_replies.jsonl"),
+        images=config.images,
+        concurrency=config.concurrency,
+        retries=config.retries,
+        timeout=config.timeout,
+        args=json.loads(config.args),
+    )
+    verdicts = judge([(row, lines[row.id]["response"]) for row in rows])
+    text = ""
+    for row, (scores, why) in zip(rows, verdicts):
+        judged = scores and dict(scores, average=sum(scores.values()) / 2)
+        verdict = dict(id=row.id, group=row.group, judged=judged, why=why)
+        text += json.dumps(dict(verdict, response=stamp(lines[row.id]["response"]))) + "\n"
+    write(os.path.join(run, "judged.jsonl"), text)
+    for why, n in judge.failures.items():
+        print(f"judge: {n} x {why}")
+    print(f"{sum(scores is not None for scores, _ in verdicts)} of {len(rows)} responses judged")
+
+
+def add_verdicts(run, lines):
+    """Give each result line its `judged` scores, or `why` there are none, from judged.jsonl. Ours.
+
+    A verdict on another response, one that has been made anew since, is left out.
+    """
+    path = os.path.join(run, "judged.jsonl")
+    verdicts = {v["id"]: v for v in read_lines(path)} if os.path.exists(path) else {}
+    for line in lines:
+        verdict = verdicts.get(line["id"])
+        if verdict and "response" in line and verdict["response"] == stamp(line["response"]):
+            line |= {k: verdict[k] for k in ("judged", "why") if verdict[k]}
+
+
+def stamp(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        raise SystemExit("usage: python -m common.judge RUN --model NAME [--url URL] ...")
+    score_run(sys.argv[1], parse_config(Config, sys.argv[2:]))

@@ -48,6 +48,15 @@ def paper_rows(summary):
     ]
 
 
+def used(summary):
+    """What our row was made with, as a line beside the paper's. Source: ours."""
+    video, image = summary["pixels"]["video"][1], summary["pixels"]["image"][1]
+    return (
+        f"ours: {summary['frames']} frames a video at most, {video:,} pixels a video, "
+        f"{image:,} pixels a picture"
+    )
+
+
 def as_text(head, rows):
     """A table as text: the first column to the left, the others to the right. Source: ours."""
     rows = [[str(cell) for cell in row] for row in [head, *rows]]
@@ -117,14 +126,16 @@ def _table(head, rows):
 def score_rows(scores):
     """{group: scores} -> (head, rows of text) with every column the table and the report show. Source: ours."""
     judged = "chain" in next(iter(scores.values()))
+    readings = [k for k in ("strict", "official") if any(k in s for s in scores.values())]
+    official = "official" in readings
     head = [
         "group",
         "n",
         *(["chain", "answer", "average"] if judged else ["accuracy"]),
         "95% interval",
-        *([] if judged else ["strict", "official"]),
+        *readings,
         "unparsed",
-        "failed" if judged else "official unparsed",
+        *(["failed"] if judged else ["official unparsed"] if official else []),
         "skipped",
         "spans",
         "latents",
@@ -136,7 +147,7 @@ def score_rows(scores):
             f"{s[k]:.3f}" if s["n"] else "-"
             for k in (("chain", "answer", "average") if judged else ("accuracy",))
         ]
-        other = [] if judged else [f"{s[k]:.3f}" if k in s else "" for k in ("strict", "official")]
+        other = [f"{s[k]:.3f}" if k in s else "" for k in readings]
         interval = "{:.3f} - {:.3f}".format(*s["bootstrap"]) if s["n"] else "-"
         rows.append(
             [
@@ -146,7 +157,8 @@ def score_rows(scores):
                 interval,
                 *other,
                 s["unparsed"],
-                s["failed"] if judged else s.get("official_unparsed", ""),
+                *([s["failed"]] if judged else []),
+                *([s.get("official_unparsed", "")] if official else []),
                 s["skipped"],
                 f"{s['spans']:.2f}",
                 f"{s['latents']:.2f}",
@@ -240,7 +252,7 @@ def _sample(number, row, line, css):
             "right" if line["right"] else "unparsed" if line["picked"] is None else "wrong",
         )
         rewards = f"R_acc {float(good):.0f}, {rewards}; letters: " + ", ".join(
-            f"{name} {line[name] or '-'}" for name in ("strict", "official")
+            f"{name} {line[name] or '-'}" for name in ("strict", "official") if name in line
         )
     else:
         good = bool(judged) and judged["average"] >= 3
@@ -284,6 +296,7 @@ def write_report(path, summary, lines, rows):
     columns, beside = paper_rows(summary)
     paper = (
         f"<h2>Beside what the paper published (not run here)</h2>{_table(columns, beside)}"
+        f'<p class="key">{escape(used(summary))}</p>'
         if beside
         else ""
     )

@@ -7,8 +7,10 @@ import json
 import math
 import os
 import re
+import shutil
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -17,11 +19,11 @@ import torch
 import evaluate
 import latent_decode
 import sample
-from common import clips, report, runs
-from common.benchmarks import PAPER, READERS, normal_form, read_benchmark
+from common import clips, judge, report, runs
+from common.benchmarks import ASK_LETTER, CLIPS, PAPER, READERS, normal_form, read_benchmark
 from common.clips import read_uniform
 from common.formats import Clip, Frame, RecordError, Row
-from common.judge import ScoreJudge, read_scores, score_messages
+from common.judge import Judge, ScoreJudge, read_scores, score_messages
 from evaluate import bootstrap, official_letter, strict_letter, summarise
 from latent_decode import Rollout
 from model import LATENT, LATENT_END, LATENT_START
@@ -61,12 +63,43 @@ SPAN = f"{LATENT_START} {LATENT} {LATENT} {LATENT_END}"
         ("answer", "", "D"),
         ("\n D \n", "D", "D"),
         ("option_b", "", ""),
+        ("A is the correct option", "A", "A"),
+        ("A because it hits red", "A", "A"),
+        ("It hits a wall, so (c)", "", "C"),
+        ("a green wall, so b", "", "B"),
+        ("a green wall", "", ""),
+        ("B. A green wall", "B", "B"),
+        ("C. is wrong, the answer is D", "C", ""),
+        ("B) green wall", "B", "B"),
+        ("C) green wall", "C", "C"),
     ],
 )
 def test_letters(answer, official, strict):
     """Breaks if official is not the first of [ABCD] anywhere, or strict reads a letter out of a word or an article."""
     text = f"<reason>A B C</reason>{SPAN}<answer>{answer}</answer><answer>D</answer>"
     assert (official_letter(text), strict_letter(text, OPTIONS)) == (official, strict)
+
+
+def test_an_options_text_holds_no_letter():
+    """Breaks if the C of EgoSchema's texts ("C eats") is taken for the answer's letter."""
+    options = ["C eats", "C runs", "a dog sits", "x", "y"]
+    for answer, letter in (("The answer is A. C eats", "A"), ("b: C runs", "B"), ("C eats", "A")):
+        assert strict_letter(f"<answer>{answer}</answer>", options) == letter
+    assert strict_letter("<answer>A dog sits there</answer>", options) == ""
+    assert strict_letter("<answer>E</answer>", options) == "E"
+
+
+def test_official_is_futurebenchs(scripted, tmp_path, monkeypatch):
+    """Breaks if a benchmark with a fifth option shows a column that only knows A to D."""
+    folder, tokenizer = scripted
+    play(monkeypatch, tokenizer, {"q0": "<answer> D </answer>"})
+    path = str(folder / "0.mp4")
+    rows = [Row("f:0", "0", [Clip(path), "what q0 ?"], [], "D", "what q0 ?", list("stuvw"))]
+    table = evaluate.evaluate(settings(folder, tmp_path), rows=rows)
+    assert table["all"]["strict"] == 1 and "official" not in table["all"]
+    assert "official" not in evaluate.format_table(table)
+    assert "official" not in (tmp_path / "report.html").read_text()
+    assert "official" in evaluate.format_table(summarise(LINES))
 
 
 def test_letters_need_a_closed_answer():
@@ -136,6 +169,22 @@ def test_bootstrap():
     assert (low, high) == pytest.approx((0.75 - 0.049, 0.75 + 0.049), abs=0.012) and bootstrap(
         [[]], top=5
     ) == [0, 5]
+
+
+def test_the_bootstrap_draws_clips():
+    """Breaks if two questions on one clip count as two draws: their interval must not be narrower.
+
+    100 clips with two equal values each: the spread is that of 100 values, not of 200.
+    """
+    values, clips = [0, 1] * 50, [str(i) for i in range(100)]
+    once = bootstrap([values], [clips])
+    assert bootstrap([values * 2], [clips * 2]) == once == bootstrap([values])
+    assert np.diff(bootstrap([values * 2])) < 0.8 * np.diff(once)
+    lines = [dict(line("a", "A", "AB"[v], "A"), clip=c) for v, c in zip(values * 2, clips * 2)]
+    assert np.diff(summarise(lines)["all"]["bootstrap"]) == pytest.approx(np.diff(once))
+    rows = [[Clip("/v.mp4"), "?"], [Frame("/p.png", 3), "?"], [Frame(b"png"), "?"]]
+    shown = [evaluate.clip_of(Row("f:0", "id", prompt, [], "A")) for prompt in rows]
+    assert shown == ["/v.mp4", "/p.png", "id"]
 
 
 # ------------------------------------------------------------------------------------------------------------ readers
@@ -225,6 +274,50 @@ RECORDS = {  # name: (a record with the fields of the public release, what it sh
             group="plotQA",
         ),
     ),
+    "SEED-Bench-R1": (
+        dict(
+            sample_id="s_2",
+            task_goal="bake",
+            choice_a="attach stopwatch",
+            choice_b="place tray",
+            choice_c="operate oven",
+            choice_d="set stopwatch",
+            golden_choice_idx="C",
+            answer="operate oven",
+            task_progress_metadata=[dict(narration_text="open oven", start_frame=0, stop_frame=28)],
+            video_source="Ego4D",
+            video_basename="s_2.mp4",
+            current_observation_basename="s_2.png",
+            question="What next?",
+            task_level="L1",
+        ),
+        dict(
+            id="s_2",
+            video="videos/Ego4D/s_2.mp4",
+            picture="images/Ego4D/s_2.png",
+            question="What next?",
+            options=["attach stopwatch", "place tray", "operate oven", "set stopwatch"],
+            answer="C",
+            group="L1",
+        ),
+    ),
+    "MLVU_dev": (
+        dict(
+            video_name="AR_1.mp4",
+            duration=1.0,
+            question="Which?\n(A) red\n(B) blue 2\n(C) x.",
+            answer="B",
+            task_type="order",
+        ),
+        dict(
+            id="f-3",
+            video="AR_1.mp4",
+            question="Which?\n(A) red\n(B) blue 2\n(C) x.",
+            options=["red", "blue 2", "x."],
+            answer="B",
+            group="order",
+        ),
+    ),
     "MVBench": (
         dict(
             video="Z.mp4",
@@ -256,7 +349,7 @@ def test_readers(name):
     assert (
         got == wanted
         and reader is READERS[name]
-        and (reader.average == "macro") == (name == "MLVU")
+        and (reader.average == "macro") == name.startswith("MLVU")
     )
 
 
@@ -290,6 +383,73 @@ def test_a_folder_of_tasks(tmp_path):
         "2_needle-1",
     ]
     assert rows[2].prompt[0] == Clip("/videos/2_needle/m_1.mp4") and rows[2].group == "needle"
+
+
+def test_mlvu_as_released(world, tmp_path, capsys):
+    """Breaks if MLVU's generation files are read, or one of its bad rows ends the run or is lost.
+
+    Of 40 records one has no answer (outside the score), one an answer that is no option (wrong).
+    """
+    from tests.test_evaluate import config
+
+    record = dict(RECORDS["MLVU"][0], candidates=["red", "blue"], answer="red")
+    records = [dict(record) for _ in range(40)]
+    records[3]["answer"], records[7]["answer"] = "", "a drone"
+    (tmp_path / "1_plotQA.json").write_text(json.dumps(records))
+    for name in ("8_sub_scene", "9_summary"):
+        (tmp_path / f"{name}.json").write_text(json.dumps([dict(question="?", answer="long")]))
+    with pytest.raises(RecordError, match="1_plotQA.json:3: the answer is empty"):
+        read_benchmark("mcq", str(tmp_path))
+    bad = []
+    rows, average = read_benchmark("mcq", str(tmp_path), bad=bad)
+    assert [s.where for s in bad] == [f"{tmp_path}/1_plotQA.json:3"] and average == "macro"
+    assert len(rows) == 39 and "9_summary.json: MLVU's generation" in capsys.readouterr().out
+
+    out = tmp_path / "out"
+    evaluate.evaluate(config(world, out, benchmark="mcq", data=str(tmp_path)))
+    summary, printed = json.load(open(out / "summary.json")), capsys.readouterr().out
+    assert summary["no_option"] == ["1_plotQA-7"] and summary["total"] == 39
+    assert summary["average"] == "macro"
+    assert "1_plotQA.json:3: the answer is empty" in summary["unusable"][0]["why"]
+    assert "1_plotQA.json:3: the answer is empty" in printed and "'a drone' is none" in printed
+    row = next(r for r in rows if r.id == "1_plotQA-7")
+    line = evaluate.read_answer(row, "<answer>C</answer>")
+    assert line["right"] is False and line["strict"] != line["gold"] is None
+    records[9]["answer"] = records[10]["answer"] = ""
+    (tmp_path / "1_plotQA.json").write_text(json.dumps(records))
+    with pytest.raises(ValueError, match="3 of 40 records cannot be used"):
+        evaluate.evaluate(config(world, out, benchmark="mcq", data=str(tmp_path)))
+
+
+def test_other_releases_with_candidates_are_refused(tmp_path):
+    """Breaks if TVBench or LongVideoBench is read as MVBench, with clips from nowhere."""
+    (tmp_path / "scene_shuffle.json").write_text(json.dumps([RECORDS["MVBench"][0]]))
+    with pytest.raises(RecordError, match="'scene_shuffle' is none of MVBench's 20 tasks"):
+        read_benchmark("mcq", str(tmp_path / "scene_shuffle.json"))
+
+
+def test_a_picture_after_the_clip(tmp_path):
+    """Breaks if SEED-Bench-R1's last frame is not shown, or a clip is where nothing was done yet."""
+    record = RECORDS["SEED-Bench-R1"][0]
+    records = [record, dict(record, sample_id="s_3", task_progress_metadata=[])]
+    (tmp_path / "L1.jsonl").write_text("\n".join(map(json.dumps, records)))
+    rows, _ = read_benchmark("mcq", str(tmp_path / "L1.jsonl"), "/d")
+    frame = Frame("/d/images/Ego4D/s_2.png")
+    assert rows[0].prompt[:2] == [Clip("/d/videos/Ego4D/s_2.mp4"), frame]
+    assert rows[1].prompt[0] == frame and len(rows[1].prompt) == 2 and rows[0].answer == "C"
+
+
+def test_a_hub_id_with_a_config(monkeypatch):
+    """Breaks if org/name:config is not that config of the dataset, or its name is lost as task."""
+    split = types.SimpleNamespace(
+        data=types.SimpleNamespace(to_pylist=lambda: [RECORDS["MVBench"][0]])
+    )
+    asked = []
+    hub = types.SimpleNamespace(load_dataset=lambda *a: asked.append(a) or dict(test=split))
+    monkeypatch.setitem(__import__("sys").modules, "datasets", hub)
+    rows, _ = read_benchmark("mcq", "OpenGVLab/MVBench:state_change", "/videos")
+    assert asked == [("OpenGVLab/MVBench", "state_change")] and rows[0].group == "state_change"
+    assert rows[0].prompt[0] == Clip("/videos/perception/videos/Z.mp4", 1.0, 2.0)
 
 
 def test_a_part_of_a_clip(tmp_path):
@@ -391,6 +551,9 @@ def futurebench(folder):
         )
         for i, (kind, clip) in enumerate(kinds)
     ]
+    (folder / CLIPS).mkdir(exist_ok=True)
+    for clip in ("0.mp4", "1.mp4", "2.mp4", "broken.mp4"):
+        shutil.copy(folder / clip, folder / CLIPS / clip)
     (folder / "futurebench.json").write_text(json.dumps(records))
     return str(folder / "futurebench.json")
 
@@ -453,6 +616,7 @@ def test_futurebench_to_the_letter(scripted, tmp_path, monkeypatch, capsys):
     )
     out = capsys.readouterr().out
     assert "5 of 7 samples found" in out and "beside what the paper published (not run here)" in out
+    assert "ours: 32 frames a video at most, 131,072 pixels a video" in out
     rows = [line.split("  ") for line in out.splitlines()]
     ours, theirs = (
         next([c.strip() for c in row if c.strip()] for row in rows if row[0].startswith(name))
@@ -478,12 +642,24 @@ def test_futurebench_to_the_letter(scripted, tmp_path, monkeypatch, capsys):
         "0.91",
     ]
     assert "api_key" not in json.dumps(summary) and os.path.exists(tmp_path / "report.html")
-    with pytest.raises(SystemExit, match="broken.mp4|gone.mp4"):
-        evaluate.evaluate(
-            settings(
-                folder, tmp_path / "strict", benchmark="futurebench", data=config.data, strict=True
-            )
-        )
+
+
+def test_futurebench_is_asked_on_the_cut_clips(scripted):
+    """Breaks if the model is shown the whole video, is not asked for a letter, or sees fewer pixels."""
+    folder, _ = scripted
+    data = futurebench(folder)
+    rows, _ = read_benchmark("futurebench", data)
+    assert rows[0].prompt[0] == Clip(str(folder / "first_part_video" / "0.mp4"))
+    assert rows[0].prompt[-1] == ASK_LETTER and "letter" in ASK_LETTER
+    assert "<answer>" in ASK_LETTER and ASK_LETTER not in rows[0].question
+    rows, _ = read_benchmark("futurebench", data, "/clips")
+    assert rows[0].prompt[0] == Clip("/clips/0.mp4")
+    for root in ("V1/video_dataset", "V1/video_dataset/"):
+        with pytest.raises(ValueError, match="video_dataset.*would see the answer.*first_part"):
+            read_benchmark("futurebench", data, root)
+    budgets = [evaluate.Config(benchmark=b).video_max_tokens for b in ("futurebench", "mcq")]
+    assert budgets == [12288, 4096]
+    assert evaluate.Config(benchmark="futurebench", video_max_tokens=9).video_max_tokens == 9
 
 
 def test_the_prompt_hash_is_of_the_prompts(scripted, tmp_path, monkeypatch):
@@ -500,8 +676,8 @@ def test_the_prompt_hash_is_of_the_prompts(scripted, tmp_path, monkeypatch):
     assert hashes[0] == hashes[1] and len(set(hashes)) == 3
 
 
-def test_video_mme_macro_of_parquet(scripted, tmp_path, monkeypatch):
-    """Breaks if --average is not heeded: short 2 of 3, long 0 of 1 -> micro .5, macro 1/3."""
+def test_video_mme_of_parquet(scripted, tmp_path, monkeypatch):
+    """Breaks if Video-MME's parquet is not read or not micro: short 2 of 3, long 0 of 1 -> .5."""
     parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     folder, tokenizer = scripted
     play(
@@ -526,49 +702,32 @@ def test_video_mme_macro_of_parquet(scripted, tmp_path, monkeypatch):
         for i in range(4)
     ]
     parquet.write_table(pyarrow.Table.from_pylist(records), folder / "vm.parquet")
-    for average, wanted in (("", 0.5), ("macro", 1 / 3)):
-        table = evaluate.evaluate(
-            settings(
-                folder,
-                tmp_path / "vm",
-                benchmark="mcq",
-                data=str(folder / "vm.parquet"),
-                average=average,
-            )
-        )
-        assert table["all"]["accuracy"] == pytest.approx(wanted) and table["short"][
-            "accuracy"
-        ] == pytest.approx(2 / 3)
+    data = str(folder / "vm.parquet")
+    table = evaluate.evaluate(settings(folder, tmp_path / "vm", benchmark="mcq", data=data))
+    assert table["all"]["accuracy"] == 0.5
+    assert table["short"]["accuracy"] == pytest.approx(2 / 3)
 
 
 def test_noise_repeats_after_a_kill(world, tmp_path, monkeypatch):
-    """Breaks if what is drawn for a sample depends on what was already done: here 4 of 8 lines are lost, amid a batch."""
+    """Breaks if what is drawn for a sample depends on what was done: here 4 of 8 lines are lost."""
     from tests.test_evaluate import config, lines_of
 
-    fed, generate = [], latent_decode.generate
+    drawn, draw = [], evaluate.draw_noise
 
-    def listen(model, batch, *, feed, **kwargs):
-        fed.append(
-            {
-                tuple(ids.tolist()): r.clone()
-                for ids, r in zip(batch["pixel_values"].view(len(feed.vectors), -1), feed.vectors)
-            }
-        )
-        return generate(model, batch, feed=feed, **kwargs)
+    def listen(row, *args):
+        drawn.append((row.id, draw(row, *args)))
+        return drawn[-1][1]
 
-    monkeypatch.setattr(evaluate, "generate", listen)
+    monkeypatch.setattr(evaluate, "draw_noise", listen)
     whole = evaluate.evaluate(config(world, tmp_path, latents="noise", limit=8))
-    before, path, drawn = lines_of(tmp_path), tmp_path / "samples_0.jsonl", fed[:]
+    before, path, first = lines_of(tmp_path), tmp_path / "samples_0.jsonl", dict(drawn)
     kept = path.read_bytes().split(b"\n")[:4]
     path.write_bytes(b"\n".join(kept) + b'\n{"id": "half')
-    assert (
-        evaluate.evaluate(config(world, tmp_path, latents="noise", limit=8)) == whole
-        and lines_of(tmp_path) == before
-    )
-    assert len(path.read_text().splitlines()) == 8 and len(drawn) == 3 and len(fed) == 5
-    for old, new in zip(drawn[1:], fed[3:]):  # the second batch, half done, and the third
-        assert list(old) == list(new) and all(torch.equal(old[key], new[key]) for key in old)
-    assert not torch.equal(*[next(iter(d.values())) for d in drawn[:2]])
+    drawn.clear()
+    assert evaluate.evaluate(config(world, tmp_path, latents="noise", limit=8)) == whole
+    assert lines_of(tmp_path) == before and len(path.read_text().splitlines()) == 8
+    assert len(first) == 8 and len(drawn) == 4
+    assert all(torch.equal(first[id], noise) for id, noise in drawn)
 
 
 def test_none_opens_no_span(world, tmp_path, monkeypatch):
@@ -643,7 +802,7 @@ def test_read_scores(reply, chain, answer):
 @pytest.fixture
 def server():
     """A chat server on this machine: replies[word in the request] is a text, a status, or a wait in seconds."""
-    state = dict(replies={}, requests=[])
+    state = dict(replies={}, requests=[], headers={})
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
@@ -665,6 +824,8 @@ def server():
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
+                for name, value in state["headers"].items():
+                    self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(data)
             except (BrokenPipeError, ConnectionResetError):  # the client gave up waiting
@@ -678,6 +839,31 @@ def server():
     yield dict(state, url=f"http://127.0.0.1:{httpd.server_port}/v1")
     httpd.shutdown()
     httpd.server_close()
+
+
+def test_a_failed_request_is_the_clients_to_repeat(server, monkeypatch):
+    """Breaks if our loop multiplies the client's retries, or a server's Retry-After is not heeded."""
+    waits = []
+    monkeypatch.setattr("common.judge.time.sleep", waits.append)
+    server["replies"].update(q=503)
+    asker = Judge(server["url"], "m", retries=2, timeout=5.0)
+    assert asker([("q", "g", "a")]) == [None] and len(server["requests"]) == 3
+    assert asker.client.max_retries == 2 and asker.failures == {"InternalServerError 503": 1}
+    server["replies"].update(q=[429, "yes"])
+    server["headers"]["Retry-After"] = "7"
+    assert asker([("q", "g", "a")]) == [True] and waits[-1] == 7
+
+
+def test_arguments_of_the_request(server, tmp_path):
+    """Breaks if a judge that takes no temperature cannot be asked, or is answered from another's cache."""
+    server["replies"].update(truth='{"chain": 1, "answer": 2}')
+    row = Row("f:0", "0", ["what ?"], [], "truth", "what ?")
+    cases = (None, dict(temperature=1, seed=3), dict(temperature=None))
+    for args in cases:
+        asker = ScoreJudge(server["url"], "m", cache=str(tmp_path / "cache.jsonl"), args=args)
+        assert asker([(row, "x")]) == [(dict(chain=1, answer=2), None)]
+    asked = [{k: r[k] for k in r if k not in ("model", "messages")} for r in server["requests"]]
+    assert asked == [dict(temperature=0), dict(temperature=1, seed=3), {}]
 
 
 def png(seed):
@@ -721,23 +907,22 @@ def test_twiffbench_judged_later(scripted, tmp_path, monkeypatch, server, capsys
         tokenizer,
         {f"q{i}": f"<reason> one </reason> {SPAN} <answer> two q{i} </answer>" for i in range(7)},
     )
-    config = dict(
-        benchmark="twiffbench",
-        data=twiff(folder),
-        judge_url=server["url"],
-        judge_model="m",
-        judge_retries=1,
-        judge_timeout=1.0,
-    )
-    monkeypatch.setattr(evaluate, "ScoreJudge", functools.partial(ScoreJudge, backoff=0.01))
+    config = settings(folder, tmp_path, benchmark="twiffbench", data=twiff(folder))
+    ask = judge.Config(model="m", url=server["url"], retries=1, timeout=1.0)
+    monkeypatch.setattr(judge, "ScoreJudge", functools.partial(ScoreJudge, backoff=0.01))
     monkeypatch.setenv("JUDGE_API_KEY", "secret-key")
-    with pytest.raises(SystemExit, match="--judge_model"):
-        evaluate.evaluate(settings(folder, tmp_path, **dict(config, judge_model="")))
-    table = evaluate.evaluate(settings(folder, tmp_path, **config, judge=False))
-    assert "6 responses wait for a judge" in capsys.readouterr().out
+    table = evaluate.evaluate(config)
+    out = capsys.readouterr().out
+    assert f"6 responses wait for a judge: python -m common.judge {tmp_path} --model NAME" in out
     assert not server["requests"] and [
         table["all"][k] for k in ("waiting", "n", "skipped", "unparsed")
     ] == [6, 0, 1, 0]
+    for wrong, run, message in (
+        (judge.Config(), tmp_path, "--model is missing"),
+        (ask, tmp_path / "x", "settings.json: no such file"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            judge.score_run(str(run), wrong)
     server["replies"].update(
         truth0='{"chain": 4, "answer": 5}',
         truth1='{"chain": 3.5, "answer": "2"}',
@@ -746,8 +931,8 @@ def test_twiffbench_judged_later(scripted, tmp_path, monkeypatch, server, capsys
         truth4=2.5,
         truth6=["well", 'x ```{"chain": [2], "answer": 1}```'],
     )
-    monkeypatch.setattr(evaluate, "load", None)  # judging needs no model
-    table = evaluate.evaluate(settings(folder, tmp_path, **config, judge_only=True, model=""))
+    judge.score_run(str(tmp_path), ask)
+    table = evaluate.evaluate(config)
     got = {
         g: tuple(s[k] for k in ("n", "chain", "answer", "average", "failed", "skipped", "waiting"))
         for g, s in table.items()
@@ -778,14 +963,20 @@ def test_twiffbench_judged_later(scripted, tmp_path, monkeypatch, server, capsys
 
     server["requests"].clear()
     server["replies"].update(truth2='{"chain": 1, "answer": 1}', truth4='{"chain": 1, "answer": 1}')
-    with pytest.raises(SystemExit, match="--judge_only is for"):
-        evaluate.evaluate(settings(folder, tmp_path, data=config["data"], judge_only=True))
-    table = evaluate.evaluate(settings(folder, tmp_path, **config, judge_only=True))
+    judge.score_run(str(tmp_path), ask)
+    table = evaluate.evaluate(config)
     assert (
         len(server["requests"]) == 2 and table["all"]["n"] == 6 and table["all"]["failed"] == 0
     )  # the rest is cached
     for file in os.listdir(tmp_path):
         assert b"secret-key" not in (tmp_path / file).read_bytes()
+    lines = [dict(id=j["id"], response="another response") for j in judged.values()]
+    judge.add_verdicts(str(tmp_path), lines)  # what was said of another response does not count
+    assert not any("judged" in line or "why" in line for line in lines)
+    written = json.load(open(tmp_path / "settings.json"))
+    json.dump(dict(written, benchmark="mcq"), open(tmp_path / "settings.json", "w"))
+    with pytest.raises(SystemExit, match="only --benchmark twiffbench is judged"):
+        judge.score_run(str(tmp_path), ask)
 
 
 def test_the_judge_sees_what_it_should(tmp_path):
@@ -1049,12 +1240,10 @@ def test_command_line(world, tmp_path, clip):
 
 
 def test_flags_with_hyphens():
-    """Breaks if --judge-only is refused, or a value with hyphens is changed."""
-    config = runs.parse_config(
-        evaluate.Config, ["--judge-only", "--no-judge-images", "--data", "a-b/c-d", "--out=x-y"]
-    )
-    assert (
-        config.judge_only
-        and not config.judge_images
-        and (config.data, config.out) == ("a-b/c-d", "x-y")
-    )
+    """Breaks if --max-new-tokens is refused, or a value with hyphens is changed."""
+    flags = ["--max-new-tokens", "9", "--no-cuda-graph", "--data", "a-b/c-d", "--out=x-y"]
+    config = runs.parse_config(evaluate.Config, flags)
+    assert config.max_new_tokens == 9 and not config.cuda_graph
+    assert (config.data, config.out) == ("a-b/c-d", "x-y")
+    args = '{"a-b": "--no-x"}'
+    assert runs.parse_config(judge.Config, ["--no-images", "--args", args]).args == args

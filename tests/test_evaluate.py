@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def lines_of(out):
     return {line.pop("id"): {k: v for k, v in line.items() if k != "seconds"} for line in found}
 
 
-def test_a_killed_run_resumes_to_the_same_result(world, tmp_path):
+def test_a_killed_run_resumes_to_the_same_result(world, tmp_path, monkeypatch):
     """Breaks if a half-written line survives, a sample is done twice, or is lost."""
     whole = evaluate.evaluate(config(world, tmp_path / "a"))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -120,10 +121,10 @@ def test_a_killed_run_resumes_to_the_same_result(world, tmp_path):
     assert len(samples.read_text().splitlines()) == 8
     summary = json.load(open(tmp_path / "b" / "summary.json"))
     assert summary["found"] == summary["total"] == 8 and summary["scores"] == whole
-    with pytest.raises(SystemExit, match="other settings"):
+    with pytest.raises(SystemExit, match="other settings of max_new_tokens: choose another --out"):
         evaluate.evaluate(config(world, tmp_path / "b", max_new_tokens=13))
-    with pytest.raises(SystemExit, match="already holds 8 results"):
-        evaluate.evaluate(config(world, tmp_path / "b", resume=False))
+    monkeypatch.setattr(evaluate, "load", None)  # all is done: no model is needed
+    assert evaluate.evaluate(config(world, tmp_path / "b", report=0)) == whole
 
 
 def test_two_processes_score_like_one(world, tmp_path):
@@ -190,24 +191,80 @@ def test_rows_that_cannot_be_scored_are_refused(world, tmp_path):
         evaluate.evaluate(config(world, tmp_path, latents="dreams"))
 
 
-def test_replacements(world):
-    """Breaks if an ablation feeds something else than it says."""
+def test_replacements(world, tmp_path):
+    """Breaks if an ablation feeds something else than it says, or what depends on other rows."""
     model, _ = load(world["model"])
     rows = [row for row in read_rows(world["test"]) if row.group in ("1-hop", "3-hop")]
-    rows = sorted(rows, key=lambda r: r.group)[:3]  # two 1-hop, one 3-hop
-    c, g = config(world, "unused"), torch.Generator().manual_seed(0)
-    true = evaluate.replacement("true", model, rows, c, g)
-    assert true.shape == (3, 3, 96) and torch.equal(
-        true[0, 0], true[0, 2]
-    )  # a short row repeats its last
-    assert not torch.allclose(true[2, 0], true[2, 1])
-    shuffled = evaluate.replacement("shuffled", model, rows, c, g)
-    assert torch.equal(shuffled, true[[1, 2, 0]])
-    noise = evaluate.replacement("noise", model, rows, c, g)
-    assert (
-        abs(noise.std() / true.std() - 1) < 0.5
-        and evaluate.replacement("zero", model, rows, c, g).abs().sum() == 0
-    )
-    pause = evaluate.replacement("pause", model, rows, c, g)
-    assert torch.equal(pause[1, 5], model.get_input_embeddings().weight[model.config.latent_id])
-    assert evaluate.replacement("generated", model, rows, c, g) is None
+    rows = sorted(rows, key=lambda r: r.group)  # 1-hop of two clips, then 3-hop
+    c = config(world, tmp_path)
+
+    def fed(kind, some=rows, **more):
+        frames = evaluate.replacement(kind, model, some, c, **more)
+        return [torch.cat(row) for row in frames]
+
+    true = fed("true")
+    assert [len(v) for v in true] == [len(evaluate.future_frames(row)) for row in rows]
+    assert not torch.allclose(true[-1][0], true[-1][1])
+    assert torch.equal(fed("true", rows[:1])[0], true[0])
+
+    # shuffled: the next row about another clip, whatever shares the batch
+    donor_of = evaluate.donors(rows)
+    for row, vectors in zip(rows, fed("shuffled", donor_of=donor_of)):
+        donor = donor_of[row.id]
+        assert evaluate.clip_of(donor) != evaluate.clip_of(row)
+        assert torch.equal(vectors, true[rows.index(donor)])
+    assert donor_of[rows[0].id] is rows[1] and donor_of[rows[-1].id] is rows[0]
+
+    # noise: one scale a run, one draw a row
+    scale = evaluate.measure_noise(model, rows, c)
+    every = torch.cat(true)
+    assert torch.allclose(scale[0], every.mean(0), atol=1e-6)
+    assert torch.allclose(scale[1], every.std(0, unbiased=False), atol=1e-6)
+    assert torch.equal(evaluate.measure_noise(model, rows[:1], c), scale)  # kept in the folder
+    noise = fed("noise", scale=scale)
+    assert torch.equal(fed("noise", rows[1:2], scale=scale)[0], noise[1])
+    z = (torch.stack(noise) - scale[0]) / scale[1].clamp(min=1e-9)
+    assert abs(z.std() - 1) < 0.1 and not torch.equal(noise[0], noise[1])
+
+    assert all(v.abs().sum() == 0 for v in fed("zero"))
+    pause = model.get_input_embeddings().weight[model.config.latent_id]
+    assert all(torch.equal(v, pause[None]) for v in fed("pause"))
+    assert evaluate.replacement("generated", model, rows, c) is None
+
+
+def test_vectors_are_addressed_by_span_and_place():
+    """Breaks if span m, place j is not fed frame min(m, M - 1)'s vector min(j, n_m - 1)."""
+    one = [torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0]])]
+    two = [torch.tensor([[5.0], [6.0], [7.0]])]
+    feed = evaluate.feed_of([one, two])
+    cases = {(0, 0, 0): 1, (0, 0, 1): 2, (0, 0, 9): 2, (0, 1, 0): 3, (0, 1, 4): 3, (0, 7, 1): 3}
+    cases |= {(1, 0, 2): 7, (1, 0, 3): 7, (1, 5, 1): 6}
+    row, span, count = torch.tensor(list(cases)).T
+    state = types.SimpleNamespace(row=row, span=span, count=count)
+    assert feed(None, state)[:, 0].tolist() == list(cases.values())
+
+
+def test_what_has_no_future_says_so_at_once(world, tmp_path, monkeypatch):
+    """Breaks if the model is loaded first, or a last batch of one row ends a run of shuffled."""
+    rows = read_rows(world["test"])
+    monkeypatch.setattr(evaluate, "load", None)
+    bare = [type(row)(**{**vars(row), "response": ["a thought"]}) for row in rows]
+    for latents in ("true", "shuffled", "noise"):
+        with pytest.raises(ValueError, match=f"--latents {latents} needs the true future frames"):
+            evaluate.evaluate(config(world, tmp_path, latents=latents), rows=bare)
+    alone = [row for row in rows if evaluate.clip_of(row) == evaluate.clip_of(rows[0])]
+    with pytest.raises(ValueError, match="at least two clips"):
+        evaluate.evaluate(config(world, tmp_path, latents="shuffled"), rows=alone)
+
+
+@pytest.mark.parametrize("latents", ["true", "shuffled", "noise"])
+def test_ablations_do_not_depend_on_the_batch(world, tmp_path, latents):
+    """Breaks if an answer depends on which rows share its batch; batches of 1, 7 and 8 rows."""
+    results = []
+    for batch in (1, 7, 8):
+        c = config(world, tmp_path / f"{batch}", latents=latents, batch=batch, max_latents=2)
+        evaluate.evaluate(c)
+        results.append(lines_of(tmp_path / f"{batch}"))
+        for line in results[-1].values():
+            line.pop("imagined")  # cosines: equal up to rounding
+    assert results[0] == results[1] == results[2] and len(results[0]) == 8

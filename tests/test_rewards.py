@@ -999,7 +999,7 @@ def test_judge_that_is_not_there(ask):
 def test_judge_waits_longer_each_time(ask, monkeypatch):
     """Breaks if the waits are not backoff, 2 backoff, 4 backoff, or there is one before the first request."""
     waits = []
-    server, judge = ask(lambda candidate, nth, headers: (500, {}), retries=3, backoff=0.25)
+    server, judge = ask(lambda candidate, nth, headers: chat("perhaps"), retries=3, backoff=0.25)
     monkeypatch.setattr("common.judge.time.sleep", waits.append)
     assert judge([ITEM]) == [None] and waits == [0.25, 0.5, 1.0] and len(server.requests) == 4
 
