@@ -1,33 +1,46 @@
-"""Curation by visual gain: which questions does seeing the future help with? (paper sec. 3.2, Fig. 6)
+"""Curation by visual gain: which questions does seeing the future help with? (paper sec. 3.2,
+Fig. 6)
 
     p_t = right answers of n rollouts under (t): observed prefix + question
-    p_v = right answers of n rollouts under (v): the same, plus the intermediate future key frames as images
-    gain = p_v - p_t;  keep p_t <= 6 and gain >= 2 (of n = 8);  rank by gain, take the top K = 50,000
+    p_v = right answers of n rollouts under (v): the same, plus the intermediate future key frames
+    as images
+    gain = p_v - p_t;  keep p_t <= 6 and gain >= 2 (of n = 8);  rank by gain, take the top K =
+                       50,000
 
-    python curate.py --model DIR --data pool.jsonl --out runs/curate --k 50000           # both steps, one process
-    torchrun --nproc_per_node 8 curate.py --step probe --model DIR --data pool.jsonl     # the costly step, 8 GPUs
-    python curate.py --step select --data pool.jsonl --k 20000 --min_gain 3              # cut again: no model, no GPU
+    # both steps, one process
+    python curate.py --model DIR --data pool.jsonl --out runs/curate --k 50000
+    # the costly step, 8 GPUs
+    torchrun --nproc_per_node 8 curate.py --step probe --model DIR --data pool.jsonl
+    # cut again: no model, no GPU
+    python curate.py --step select --data pool.jsonl --k 20000 --min_gain 3
 
-*Probe* appends one line a candidate to OUT/probe_RANK.jsonl and merges them into OUT/probe.jsonl, in the pool's order.
-A second run does what is missing; what could not be read is tried again, and what the judge gave no verdict on is
-judged again from its stored responses, without generating. Seconds go to OUT/probe.seconds_RANK.jsonl: they differ from run
-to run, the probe file does not, whatever the number of ranks. *Select* is a pure function of that file and writes
-OUT/selected.jsonl (or .json, .parquet, as the pool is), best first, and OUT/select.txt, .json and .png.
+*Probe* appends one line a candidate to OUT/probe_RANK.jsonl and merges them into OUT/probe.jsonl,
+in the pool's order. A second run does what is missing; what could not be read is tried again, and
+what the judge gave no verdict on is judged again from its stored responses, without generating.
+Seconds go to OUT/probe.seconds_RANK.jsonl: they differ from run to run, the probe file does not,
+whatever the number of ranks. *Select* is a pure function of that file and writes OUT/selected.jsonl
+(or .json, .parquet, as the pool is), best first, and OUT/select.txt, .json and .png.
 
-How an answer is read: the first closed <answer>; a model that has never learnt the tags may do without, then it is the last
-line that is not empty, provided the response came to its end. What is right: rewards.py's rule, then its judge if there
-is one. A candidate of which any rollout is unjudged counts as unjudged, never as wrong.
+How an answer is read: the first closed <answer>; a model that has never learnt the tags may do
+without, then it is the last line that is not empty, provided the response came to its end. What is
+right: rewards.py's rule, then its judge if there is one. A candidate of which any rollout is
+unjudged counts as unjudged, never as wrong.
 
-A candidate is generated with its block (`batch` neighbours in the pool), whose random numbers follow from the seed and its
-ids: neither ranks, order nor what was done before change them, or the rounding, which seeds for single rows would not fix.
+A candidate is generated with its block (`batch` neighbours in the pool), whose random numbers
+follow from the seed and its ids: neither ranks, order nor what was done before change them, or the
+rounding, which seeds for single rows would not fix.
 
 Where this differs from the paper (the authors released no code for this part):
  1. Ties, which the paper leaves open, go to the lower p_t, then to the smaller sha256 of the id.
- 2. With another n the thresholds keep their shares: p_t <= floor(6n/8), gain >= ceil(2n/8). Flags overrule both.
- 3. Sampling is that of the RL stage (temperature 0.9, top-p 0.99); future frames have the pixel budget of observed ones.
- 4. The noise is stated: with equal true accuracy 0.5 more than a fifth of the candidates pass at n = 8 by chance.
- 5. `--score logprob`, ours: the mean token log-probability of the gold answer under v minus that under t, one forward each,
-    instead of 2n rollouts. It goes to OUT/logprob.jsonl; what is not negative is kept and ranked.
+ 2. With another n the thresholds keep their shares: p_t <= floor(6n/8), gain >= ceil(2n/8). Flags
+    overrule both.
+ 3. Sampling is that of the RL stage (temperature 0.9, top-p 0.99); future frames have the pixel
+    budget of observed ones.
+ 4. The noise is stated: with equal true accuracy 0.5 more than a fifth of the candidates pass at n
+    = 8 by chance.
+ 5. `--score logprob`, ours: the mean token log-probability of the gold answer under v minus that
+    under t, one forward each, instead of 2n rollouts. It goes to OUT/logprob.jsonl; what is not
+    negative is kept and ranked.
 
 Axis letters: B prompts (t and v of each candidate), L tokens, D hidden, V vocabulary.
 """
@@ -64,24 +77,21 @@ class Config(DataConfig):
     data: str = ""  # the pool of candidates: training records, see data.py
     media_root: str = ""  # where relative clip paths start; "" = the folder of the data file
     out: str = "runs/curate"  # the folder of the probe and of the selection
-    score: str = (
-        "counts"  # counts (paper) | logprob (of the gold answer, one forward a condition)  # ours
-    )
+    # counts (paper) | logprob (of the gold answer, one forward a condition)  # ours
+    score: str = "counts"
     # probe
-    rollouts: int = (
-        8  # n, of each candidate and condition (torchrun takes --n for its own)  # paper sec. 3.2
-    )
+
+    # n, of each candidate and condition (torchrun takes --n for its own)  # paper sec. 3.2
+    rollouts: int = 8
     seed: int = 0  # of the rollouts  # ours
     temperature: float = 0.9  # official RL
     top_p: float = 0.99  # official RL
     max_new_tokens: int = 2048  # paper sec. 4 (FutureBench)
     max_latents: int = 8  # longest span: 2 * l_max  # official
-    batch: int = (
-        4  # candidates generated together: 2 * n * batch rows; decides the random numbers  # ours
-    )
-    judge_url: str = (
-        ""  # OpenAI-compatible server for open answers; "" = exact match alone; needs judge_model
-    )
+    # candidates generated together: 2 * n * batch rows; decides the random numbers  # ours
+    batch: int = 4
+    # OpenAI-compatible server for open answers; "" = exact match alone; needs judge_model
+    judge_url: str = ""
     judge_model: str = ""  # its model
     bf16: bool = True  # weights on CUDA  # paper Table 8
     cuda_graph: bool = False  # replay a captured decoding step  # ours
@@ -94,7 +104,8 @@ class Config(DataConfig):
         super().__post_init__()
         if self.step not in ("probe", "select", "both") or self.score not in ("counts", "logprob"):
             raise ValueError(
-                f"step is {self.step!r} (probe | select | both), score {self.score!r} (counts | logprob)"
+                f"step is {self.step!r} (probe | select | both), score {self.score!r} (counts | "
+                "logprob)"
             )
         if min(self.rollouts, self.k + 1) < 1:
             raise ValueError(
@@ -122,19 +133,28 @@ HARMLESS = {
 
 
 def visual_gain(p_t, p_v):
-    """sec. 3.2: how much the intermediate future frames help, p_v - p_t. Counts of n rollouts, or log-probabilities."""
+    """sec. 3.2: how much the intermediate future frames help, p_v - p_t.
+
+    Counts of n rollouts, or log-probabilities.
+    """
     return p_v - p_t
 
 
 def keep(p_t, p_v, max_p_t=6, min_gain=2):
-    """sec. 3.2: not solved without the future (p_t <= 6), and helped by it (gain >= 2). Counts of n = 8."""
+    """sec. 3.2: not solved without the future (p_t <= 6), and helped by it (gain >= 2).
+
+    Counts of n = 8.
+    """
     return p_t <= max_p_t and visual_gain(p_t, p_v) >= min_gain
 
 
 def select(rows, k, max_p_t=6, min_gain=2):
-    """sec. 3.2: the kept rows by falling gain, the first k of them (0 = all). rows: dicts with id, p_t, p_v.
+    """sec. 3.2: the kept rows by falling gain, the first k of them (0 = all).
 
-    Ties (ours): the lower p_t first, then the smaller sha256 of the id. The order of `rows` does not matter.
+    Rows: dicts with id, p_t, p_v.
+
+    Ties (ours): the lower p_t first, then the smaller sha256 of the id. The order of `rows` does
+    not matter.
     """
     kept = [row for row in rows if keep(row["p_t"], row["p_v"], max_p_t, min_gain)]
     kept.sort(
@@ -148,12 +168,17 @@ def select(rows, k, max_p_t=6, min_gain=2):
 
 
 def thresholds(n):
-    """(max_p_t, min_gain) for n rollouts: the paper's 6 and 2 of 8 as shares, floor(6n/8) and ceil(2n/8). Ours."""
+    """(max_p_t, min_gain) for n rollouts: the paper's 6 and 2 of 8 as shares, floor(6n/8) and
+    ceil(2n/8). Ours.
+    """
     return 6 * n // 8, -(-2 * n // 8)
 
 
 def limits(config, n):
-    """(max_p_t, min_gain) of this run: flags, else the paper's shares of n; log-probabilities only need gain >= 0. Ours."""
+    """(max_p_t, min_gain) of this run: flags, else the paper's shares of n.
+
+    Log-probabilities only need gain >= 0. Ours.
+    """
     if config.score == "logprob":
         return math.inf, 0
     return tuple(
@@ -163,7 +188,10 @@ def limits(config, n):
 
 
 def false_keep_rate(n, p, max_p_t=6, min_gain=2):
-    """P(keep) if the future does not help: p_t and p_v independent Binomial(n, p). Exact. Source: ours."""
+    """P(keep) if the future does not help: p_t and p_v independent Binomial(n, p). Exact.
+
+    Source: ours.
+    """
     pmf = [math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(n + 1)]
     return sum(
         pmf[t] * pmf[v] for t in range(n + 1) for v in range(n + 1) if keep(t, v, max_p_t, min_gain)
@@ -171,7 +199,9 @@ def false_keep_rate(n, p, max_p_t=6, min_gain=2):
 
 
 def noise_table(n, max_p_t, min_gain):
-    """The expected false-keep rate as text, and what more rollouts would make of it at accuracy 0.5."""
+    """The expected false-keep rate as text, and what more rollouts would make of it at accuracy
+    0.5.
+    """
     rates = ", ".join(
         f"{p}: {false_keep_rate(n, p, max_p_t, min_gain):.1%}" for p in (0.1, 0.25, 0.5, 0.75, 0.9)
     )
@@ -179,13 +209,17 @@ def noise_table(n, max_p_t, min_gain):
         f"n = {m}: {false_keep_rate(m, 0.5, *thresholds(m)):.1%}" for m in (2 * n, 4 * n)
     )
     return (
-        f"kept by chance (p_t <= {max_p_t}, gain >= {min_gain} of n = {n}) where the future does not help, by true "
+        f"kept by chance (p_t <= {max_p_t}, gain >= {min_gain} of n = {n}) where the future does "
+        "not help, by true "
         f"accuracy: {rates}; at 0.5 with {more}"
     )
 
 
 def with_future(row):
-    """Condition v of a Row: its future frames as images behind the last picture of the prompt. sec. 3.2; words ours."""
+    """Condition v of a Row: its future frames as images behind the last picture of the prompt.
+
+    Sec. 3.2; words ours.
+    """
     last = (
         max((i for i, part in enumerate(row.prompt) if not isinstance(part, str)), default=-1) + 1
     )
@@ -196,7 +230,9 @@ def with_future(row):
 
 
 def final_answer(response):
-    """A response with its special tokens -> the answer's text or None, as the file's docstring says. Source: ours."""
+    """A response with its special tokens -> the answer's text or None, as the file's docstring
+    says. Source: ours.
+    """
     answer = answer_of(response)
     if answer is not None or not response.rstrip().endswith(("<|im_end|>", "<|endoftext|>")):
         return answer
@@ -205,7 +241,8 @@ def final_answer(response):
 
 
 def mark(rows, responses, judge=None):
-    """Rows and their responses (a list each) -> lists of True | False | None (unjudged). sec. 3.2; see rewards.py.
+    """Rows and their responses (a list each) -> lists of True | False | None (unjudged). sec.
+    3.2; see rewards.py.
 
     judge: a rewards.Judge or None; asked once for equal answers, and only where the rule says no.
     """
@@ -235,10 +272,11 @@ def mark(rows, responses, judge=None):
 
 @torch.no_grad()
 def mean_logprob(model, batch, empty):
-    """Mean log-probability of the gold answer's tokens in `<answer>gold</answer>` -> list of B floats. Ours.
+    """Mean log-probability of the gold answer's tokens in `<answer>gold</answer>` -> list of B
+    floats. Ours.
 
-    batch: prompts with that answer as labels, right-padded; empty: the labels of an empty answer: tokens an answer
-    shares with it at either end are the tags', and are left out.
+    batch: prompts with that answer as labels, right-padded; empty: the labels of an empty answer:
+    tokens an answer shares with it at either end are the tags', and are left out.
     """
     h, _ = model.hidden(**model_inputs(batch))  # (B, L, D)
     means = []
@@ -301,7 +339,10 @@ def candidate(record, where, media_root):
 
 
 def prompt_hash(row):
-    """What is asked, as 16 hex digits: texts, key frames by file name, gold answer, options. Source: ours."""
+    """What is asked, as 16 hex digits: texts, key frames by file name, gold answer, options.
+
+    Source: ours.
+    """
 
     def plain(part):
         return (
@@ -323,7 +364,10 @@ def prompt_hash(row):
 
 
 def read_probe(config, ids, rows):
-    """OUT's probe, finished or not -> {id: line}. Raises SystemExit if it mixes settings or is of another pool. Ours."""
+    """OUT's probe, finished or not -> {id: line}.
+
+    Raises SystemExit if it mixes settings or is of another pool. Ours.
+    """
     lines, base = {}, os.path.join(glob.escape(config.out), config.name)
     for path in sorted(glob.glob(base + ".jsonl") + glob.glob(base + "_*.jsonl")):
         for line in read_lines(path):
@@ -346,16 +390,19 @@ def read_probe(config, ids, rows):
             and lines[id]["prompt"] != (prompt_hash(row) if isinstance(row, Row) else None)
         ):
             raise SystemExit(
-                f"{row.where}: {config.out} holds {id!r} with another question, answer or frames: this is a "
+                f"{row.where}: {config.out} holds {id!r} with another question, answer or frames: "
+                "this is a "
                 "probe of another pool, choose another --out"
             )
     return lines
 
 
 def results(rows, responses, judge, config):
-    """Candidates and their responses [under t, under v] -> what their lines say: p_t and p_v, or unjudged. sec. 3.2.
+    """Candidates and their responses [under t, under v] -> what their lines say: p_t and p_v, or
+    unjudged. sec. 3.2.
 
-    A rollout without an answer is wrong, and counted in no_answer. Responses are kept where they are still to be judged.
+    A rollout without an answer is wrong, and counted in no_answer. Responses are kept where they
+    are still to be judged.
     """
     marks = mark(
         [row for row in rows for _ in "tv"], [r for both in responses for r in both], judge
@@ -379,8 +426,8 @@ def results(rows, responses, judge, config):
 def probe(config, judge=None):
     """Score the candidates of the pool that have no score yet -> {id: line}. Source: sec. 3.2.
 
-    judge: default a Judge if judge_url is set. Raises SystemExit if OUT holds other settings or another
-    pool.
+    judge: default a Judge if judge_url is set. Raises SystemExit if OUT holds other settings or
+    another pool.
     """
     rank, world, device = set_up_ranks()
     pool = Pool(config)
@@ -416,7 +463,10 @@ def probe(config, judge=None):
 
 
 def make_judge(config):
-    """The judge of the settings or None. Rule and judge must not mix in one file, so both flags or none."""
+    """The judge of the settings or None.
+
+    Rule and judge must not mix in one file, so both flags or none.
+    """
     if bool(config.judge_url) != bool(config.judge_model):
         raise SystemExit("--judge_url and --judge_model go together")
     return Judge(config.judge_url, config.judge_model) if config.judge_url else None
@@ -495,7 +545,10 @@ class Pen:
         self.lines.flush()
 
     def tick(self, block, began):
-        """How long a block took; kept apart, so that the probe file does not differ from run to run."""
+        """How long a block took.
+
+        Kept apart, so that the probe file does not differ from run to run.
+        """
         seconds = round(time.time() - began, 4)
         self.clock.write(json.dumps(dict(ids=block, seconds=seconds)) + "\n")
 
@@ -583,7 +636,8 @@ def report_counts(path, pool, done, judge):
         count[next((why for why in ("skipped", "unjudged") if why in done[id]), "done")] += 1
     counts = ", ".join(f"{n} {what}" for what, n in sorted(count.items()))
     print(
-        f"{path}.jsonl: {len(pool.ids)} candidates, {counts}, {seconds:.0f} s over all runs and ranks"
+        f"{path}.jsonl: {len(pool.ids)} candidates, {counts}, {seconds:.0f} s over all runs and "
+        "ranks"
     )
     if judge is not None and judge.failures:
         reasons = ", ".join(f"{n} x {why}" for why, n in judge.failures.most_common())
@@ -591,7 +645,9 @@ def report_counts(path, pool, done, judge):
 
 
 def measure(model, tokenizer, batch, config, block):
-    """A batch of prompts -> for each of them its n responses (counts) or its mean log-probability (logprob). Ours."""
+    """A batch of prompts -> for each of them its n responses (counts) or its mean log-probability
+    (logprob). Ours.
+    """
     if config.score == "logprob":
         labels = encode(Row("", "", [], [], ""), tokenizer, config)["labels"]
         empty = [label for label in labels if label != -100]
@@ -617,7 +673,9 @@ FATES = ("chosen", "beyond K", "p_t too high", "gain too low", "unjudged", "skip
 
 
 def fate(line, chosen, max_p_t, min_gain):
-    """A probe's line (or None), and whether it was chosen -> which of FATES became of the candidate. sec. 3.2."""
+    """A probe's line (or None), and whether it was chosen -> which of FATES became of the
+    candidate. sec. 3.2.
+    """
     if chosen or line is None or "p_t" not in line:
         return (
             "chosen"
@@ -638,10 +696,12 @@ def fate(line, chosen, max_p_t, min_gain):
 
 
 def cut(config):
-    """Choose from the probe's file; write the rows and the summary -> the chosen records, best first.
+    """Choose from the probe's file.
 
-    The records are those of the pool, untouched: their relative clip paths still start at the pool's
-    folder. Source: sec. 3.2, Fig. 6.
+    Write the rows and the summary -> the chosen records, best first.
+
+    The records are those of the pool, untouched: their relative clip paths still start at the
+    pool's folder. Source: sec. 3.2, Fig. 6.
     """
     pool = Pool(config)
     lines = read_probe(config, pool.ids, pool.rows)
@@ -685,7 +745,10 @@ def cut(config):
 
 
 def write_selected(path, pool, chosen, source):
-    """The chosen records in the format of the pool -> the records. path: .jsonl, .json or .parquet."""
+    """The chosen records in the format of the pool -> the records.
+
+    Path: .jsonl, .json or .parquet.
+    """
     place = {id: i for i, id in enumerate(pool.ids)}
     picked = [pool.records[place[id]] for id in chosen]
     texts = [json.dumps(record, ensure_ascii=False, default=str) for record in picked]
@@ -703,7 +766,10 @@ def write_selected(path, pool, chosen, source):
 
 
 def tabulate(pool, lines, fates, with_gain):
-    """How many candidates had which fate -> {by: {key: Counter}}; by all, category, future frames, gain."""
+    """How many candidates had which fate -> {by: {key: Counter}}.
+
+    By all, category, future frames, gain.
+    """
     keys = {"all": {}, "category": {}, "future frames": {}} | ({"gain": {}} if with_gain else {})
     for id in pool.ids:
         row, line = pool.row[id], lines.get(id, {})
@@ -731,7 +797,9 @@ def table_text(by, table):
 
 
 def draw(scored, fates, tables, png):
-    """The selection as a picture: how many candidates have which gain (Fig. 6), category and number of future frames."""
+    """The selection as a picture: how many candidates have which gain (Fig. 6), category and
+    number of future frames.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

@@ -6,28 +6,34 @@ Nothing here knows about training or generation; the scripts differ only in the 
 
 The record formats (told apart by their keys, `read_rows`):
     future-l1    video, image, reasoning_image, conversations, answer          training JSON
-    twiff        video, question, answer, question_images_index, ...           TwiFF-2.7M, Future-L1-50K on the hub
+    twiff        video, question, answer, question_images_index, ...           TwiFF-2.7M,
+                 Future-L1-50K on the hub
     twiff-bench  the same plus question_images, reasoning_images               TwiFF-Bench
     futurebench  id, question_type, video_path, qa {Question, Options, Answer} FutureBench
     rl           problem, answer, images | videos                              generic RL rows
-    mcq          question, options, answer, video                              generic multiple choice
+    mcq          question, options, answer, video                              generic multiple
+                 choice
 
 The chat layout (ours; special tokens in angle bars):
     <|im_start|>system SYSTEM<|im_end|> <|im_start|>user ... <|im_end|> <|im_start|>assistant
-    <reason>text 0</reason><|latent_start|><|latent|>*N<|latent_end|><reason>text 1</reason>...<answer>A</answer><|im_end|>
+    <reason>text 0</reason><|latent_start|><|latent|>*N<|latent_end|><reason>text
+    1</reason>...<answer>A</answer><|im_end|>
 
 Where this differs from the paper and the official code:
- 1. Frames are taken at midpoints in training, RL and evaluation alike (official: midpoints in SFT, linspace in RL).
-    Only a clip that enters as a *video* is sampled as Qwen3-VL's own processor does, linspace over the whole clip.
- 2. A clip that decord refuses is read by PyAV; one that both refuse is skipped, counted and named, as is a sample longer
-    than `max_length`. Official drops it silently and can leave an empty batch; here an empty batch steps with weight 0.
- 3. Text from data can never become a special token: "<|latent|>" in a question is read as plain characters. The
-    system message names no special token for the same reason.
- 4. The blocks of a response are tokenised one by one, so that removing the spans (text-only SFT) leaves every other
-    token as it was: in Qwen's vocabulary ">" and what follows it would merge.
+ 1. Frames are taken at midpoints in training, RL and evaluation alike (official: midpoints in SFT,
+    linspace in RL). Only a clip that enters as a *video* is sampled as Qwen3-VL's own processor
+    does, linspace over the whole clip.
+ 2. A clip that decord refuses is read by PyAV; one that both refuse is skipped, counted and named,
+    as is a sample longer than `max_length`. Official drops it silently and can leave an empty
+    batch; here an empty batch steps with weight 0.
+ 3. Text from data can never become a special token: "<|latent|>" in a question is read as plain
+    characters. The system message names no special token for the same reason.
+ 4. The blocks of a response are tokenised one by one, so that removing the spans (text-only SFT)
+    leaves every other token as it was: in Qwen's vocabulary ">" and what follows it would merge.
 
- 5. Pixel budgets of observed images and of whole videos are ours (`DataConfig`): the paper gives none. A picture may be as
-    small as one token; Hugging Face's released settings would enlarge it to 64.
+ 5. Pixel budgets of observed images and of whole videos are ours (`DataConfig`): the paper gives
+    none. A picture may be as small as one token; Hugging Face's released settings would enlarge it
+    to 64.
 
 Axis letters: T frames, H and W pixels, P patches (before the 2x2 merge), B rows, L tokens.
 """
@@ -54,9 +60,12 @@ from common.formats import Frame, RecordError, Skipped
 from model import LATENT, LATENT_END, LATENT_START
 
 SYSTEM = (
-    "You answer questions about what happens next in a video. Work in two modes and switch between them freely. "
-    "In words: put each step of your reasoning between <reason> and </reason>. In images: where picturing a "
-    "coming frame helps, open a latent span and imagine it there before you go on. When you are sure, give the "
+    "You answer questions about what happens next in a video. Work in two modes and switch "
+    "between them freely. "
+    "In words: put each step of your reasoning between <reason> and </reason>. In images: where "
+    "picturing a "
+    "coming frame helps, open a latent span and imagine it there before you go on. When you are "
+    "sure, give the "
     "final answer between <answer> and </answer>."
 )  # ours
 
@@ -65,20 +74,18 @@ SYSTEM = (
 class DataConfig:
     """The part of every script's config that decides what the model sees."""
 
-    num_frames: int = (
-        16  # frames sampled from a clip that enters as a video  # paper Table 8 (FutureBench: 32)
-    )
-    l_max: int = 4  # a future frame has at most l_max * 32 * 32 pixels: L_max latents for a square  # paper Table 8
+    # frames sampled from a clip that enters as a video  # paper Table 8 (FutureBench: 32)
+    num_frames: int = 16
+    # a future frame has at most l_max * 32 * 32 pixels: L_max latents for a square  # paper Table 8
+    l_max: int = 4
     image_max_tokens: int = 256  # an observed key frame has at most this many tokens  # ours
     video_max_tokens: int = 4096  # all temporal patches of a clip together  # ours
-    max_length: int = (
-        16384  # tokens of a sample; a longer one is skipped and counted  # paper Table 8
-    )
+    # tokens of a sample; a longer one is skipped and counted  # paper Table 8
+    max_length: int = 16384
     workers: int = 2  # background processes that decode ahead, each rank; 0 = none  # ours
     system: str = SYSTEM  # the system message  # ours
-    cache_frames: int = (
-        0  # resized frames kept in memory by each process; for small worlds seen often  # ours
-    )
+    # resized frames kept in memory by each process; for small worlds seen often  # ours
+    cache_frames: int = 0
 
     def __post_init__(self):
         at_least_1 = (
@@ -113,11 +120,14 @@ class Special(str):
 
 
 def encode(row, tokenizer, config, train=True, spans=True):
-    """Row -> dict of ids, labels and patches, ready for `collate`. Source: chat layout above, sec. 3.2.
+    """Row -> dict of ids, labels and patches, ready for `collate`.
 
-    train: with the response and its labels, else the prompt alone. spans: False drops the latent spans and leaves
-    every other token (text-only SFT). Labels: all response tokens but `<|latent|>`, incl. `<|im_end|>`.
-    Raises ClipError for media, RecordError for a sample over max_length.
+    Source: chat layout above, sec. 3.2.
+
+    train: with the response and its labels, else the prompt alone. spans: False drops the latent
+    spans and leaves every other token (text-only SFT). Labels: all response tokens but
+    `<|latent|>`, incl. `<|im_end|>`. Raises ClipError for media, RecordError for a sample over
+    max_length.
     """
     image_budget, future_budget, video_budget = config.budgets
     stills = [p for p in row.prompt if isinstance(p, Frame)]
@@ -190,7 +200,10 @@ def _visual(token, grid):
 
 
 def _tokenize(pieces, tokenizer):
-    """Specials become their id; neighbouring texts are joined first, as a chat template would join them."""
+    """Specials become their id.
+
+    Neighbouring texts are joined first, as a chat template would join them.
+    """
     ids, text = [], ""
     for piece in [*pieces, Special("")]:
         if not isinstance(piece, Special):
@@ -205,7 +218,10 @@ def _tokenize(pieces, tokenizer):
 
 
 class Samples(Dataset):
-    """Rows encoded on demand, in background workers where the loader has them. A broken one becomes a Skipped."""
+    """Rows encoded on demand, in background workers where the loader has them.
+
+    A broken one becomes a Skipped.
+    """
 
     def __init__(self, rows, tokenizer, config, train=True, spans=True):
         self.rows, self.tokenizer, self.config, self.train, self.spans = (
@@ -229,10 +245,11 @@ class Samples(Dataset):
 def collate(samples, pad_id, side="right", keep=False):
     """Encoded samples -> a batch of HF-named tensors, plus `rows` and `skipped`. Source: ours.
 
-    input_ids, attention_mask, labels (B, L); pixel_values / image_grid_thw, pixel_values_videos / video_grid_thw,
-    future_pixel_values / future_grid_thw where there are any. side: "left" to generate, "right" to train.
-    keep: also hand on the encoded `samples`. `kept`: which of the samples are in the batch. If every sample was skipped, a one-token row without a label stands in, so that each rank
-    still takes its step.
+    input_ids, attention_mask, labels (B, L); pixel_values / image_grid_thw, pixel_values_videos /
+    video_grid_thw, future_pixel_values / future_grid_thw where there are any. side: "left" to
+    generate, "right" to train. keep: also hand on the encoded `samples`. `kept`: which of the
+    samples are in the batch. If every sample was skipped, a one-token row without a label stands
+    in, so that each rank still takes its step.
     """
     skipped = [s for s in samples if isinstance(s, Skipped)]
     good = [s for s in samples if not isinstance(s, Skipped)]
@@ -287,7 +304,9 @@ def model_inputs(batch):
 
 
 def loader(samples, batches, workers, **collate_arguments):
-    """A DataLoader over explicit lists of indices (one list a batch), decoding ahead in `workers` processes."""
+    """A DataLoader over explicit lists of indices (one list a batch), decoding ahead in `workers`
+    processes.
+    """
     return DataLoader(
         samples,
         batch_sampler=batches,

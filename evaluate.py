@@ -1,14 +1,19 @@
-"""Evaluation of a video-language model that imagines: FutureBench, TwiFF-Bench, multiple choice (paper sec. 4).
+"""Evaluation of a video-language model that imagines: FutureBench, TwiFF-Bench, multiple choice
+(paper sec. 4).
 
-    python evaluate.py --benchmark futurebench --model runs/sft --data futurebench.json --media_root videos --out runs/fb
-    torchrun --nproc_per_node 8 evaluate.py --benchmark mcq --model DIR --data videomme.parquet --out runs/vm --batch 8
-    python evaluate.py --benchmark twiffbench --model DIR --data Liu-Junhua/TwiFF-Bench --out runs/tw
+    python evaluate.py --benchmark futurebench --model runs/sft --data futurebench.json --media_root
+    videos --out runs/fb
+    torchrun --nproc_per_node 8 evaluate.py --benchmark mcq --model DIR --data videomme.parquet
+    --out runs/vm --batch 8
+    python evaluate.py --benchmark twiffbench --model DIR --data Liu-Junhua/TwiFF-Bench --out
+    runs/tw
 
 TwiFF-Bench is judged after that: `python -m common.judge runs/tw --model NAME`, then the same
 command again, which finds all samples done, loads no model and shows the scores.
 
-Without --benchmark: every format of data.py whose rows have options. Writes one line a sample to OUT/samples*.jsonl as it is
-done (a second run skips what is there), then OUT/summary.json, OUT/report.html and the table: scores by group and over all.
+Without --benchmark: every format of data.py whose rows have options. Writes one line a sample to
+OUT/samples*.jsonl as it is done (a second run skips what is there), then OUT/summary.json,
+OUT/report.html and the table: scores by group and over all.
 
 Readings of an answer, all of the first closed <answer>: `accuracy` counts what training rewards
 (rewards.pick); `strict` the only letter that stands alone in it, or an option's text; `official`,
@@ -23,9 +28,10 @@ still decides how long a span is. What a row is fed depends on nothing but the r
 ranks.
 
 Where this differs from the paper and the official code: 1. A sample that cannot be read, whose
-answer cannot be parsed, or that the judge fails on is named and counted in the summary, never dropped in silence; what
-could not be read is tried again by the next run. 2. Samples that were not read or not judged are outside the scores: see
-`found` and `total`. 3. Intervals are given: `bootstrap` (1,000 draws, seeded; printed); Wilson's for shares (`low`, `high`).
+answer cannot be parsed, or that the judge fails on is named and counted in the summary, never
+dropped in silence; what could not be read is tried again by the next run. 2. Samples that were not
+read or not judged are outside the scores: see `found` and `total`. 3. Intervals are given:
+`bootstrap` (1,000 draws, seeded; printed); Wilson's for shares (`low`, `high`).
 
 Axis letters: B rows, K imagined vectors a row, D hidden.
 """
@@ -63,9 +69,8 @@ from rewards import diversity_reward, format_reward, pick, repetition_score, spa
 class Config(DataConfig):
     benchmark: str = ""  # futurebench | twiffbench | mcq; "" = any rows with options
     model: str = ""  # a model folder, or a run's folder (its newest checkpoint)
-    data: str = (
-        ""  # a file, a folder of files, or a hub id; with options (see data.py), or TwiFF-Bench
-    )
+    # a file, a folder of files, or a hub id; with options (see data.py), or TwiFF-Bench
+    data: str = ""
     media_root: str = ""  # where relative clip paths start; "" = the folder of the data file
     out: str = "runs/eval"  # the evaluation's folder
     limit: int = 0  # only the first samples; 0 = all  # ours
@@ -76,9 +81,8 @@ class Config(DataConfig):
     max_latents: int = 8  # longest span: 2 * l_max  # official
     latents: str = "generated"  # generated | zero | noise | shuffled | true | pause | none  # ours
     seed: int = 0  # noise and the bootstrap  # ours
-    report: int = (
-        24  # samples shown in report.html, spread over the groups; 0 = only its tables  # ours
-    )
+    # samples shown in report.html, spread over the groups; 0 = only its tables  # ours
+    report: int = 24
     bf16: bool = True  # weights on CUDA  # paper Table 8
     cuda_graph: bool = False  # replay a captured decoding step; not yet measured on a GPU  # ours
 
@@ -98,7 +102,10 @@ LATENTS = ("generated", "zero", "noise", "shuffled", "true", "pause", "none")
 
 
 def official_letter(text):
-    """A response -> the first of [ABCD] inside its first closed <answer>, or "". Source: official."""
+    """A response -> the first of [ABCD] inside its first closed <answer>, or "".
+
+    Source: official.
+    """
     found = re.search("[ABCD]", answer_of(text) or "")
     return found.group() if found else ""
 
@@ -134,7 +141,10 @@ def plain(text):
 
 
 def wilson(right, n, z=1.96):
-    """95% interval of a share: Wilson's score interval (low, high). n = 0: (0, 1). Source: Wilson 1927."""
+    """95% interval of a share: Wilson's score interval (low, high). n = 0: (0, 1).
+
+    Source: Wilson 1927.
+    """
     if n == 0:
         return 0.0, 1.0
     p, zz = right / n, z * z / n
@@ -485,9 +495,12 @@ def settings_of(config, folder):
 
 
 def about(rows, lines, settings):
-    """What one needs to know of a result besides its scores, as a dict. Source: ours; seconds and tokens: paper's Table 7.
+    """What one needs to know of a result besides its scores, as a dict. Source: ours.
 
-    seconds: a batch's wall time over its rows (--batch 1 for the time one answer takes); tokens count latents, too.
+    Seconds and tokens: paper's Table 7.
+
+    seconds: a batch's wall time over its rows (--batch 1 for the time one answer takes); tokens
+    count latents, too.
     """
     prompts = [
         [settings["system"], *(p if isinstance(p, str) else type(p).__name__ for p in row.prompt)]
@@ -691,10 +704,13 @@ def read_answer(row, text, official=False):
 
 
 def imagined(model, row, latents, lengths, budget):
-    """What a row's spans are near to -> a JSON-able dict. Source: ours; `similarity` is Eq. (6)'s b_m compared.
+    """What a row's spans are near to -> a JSON-able dict. Source: ours.
 
-    latents (N, D), lengths: latents of each span, budget: pixels (min, max) of a frame. {"spans": lengths, "frames": labels,
-    "cosine": (N, F), "similarity": (M, M) of the non-empty spans' means, "diversity": R_div}, or {"error": why}.
+    `similarity` is Eq. (6)'s b_m compared.
+
+    latents (N, D), lengths: latents of each span, budget: pixels (min, max) of a frame. {"spans":
+    lengths, "frames": labels, "cosine": (N, F), "similarity": (M, M) of the non-empty spans' means,
+    "diversity": R_div}, or {"error": why}.
     """
     try:
         frames = film(row)

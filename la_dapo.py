@@ -2,45 +2,56 @@
 
     rollouts -> rewards -> group filter and refill -> advantages -> token-level clipped loss -> step
 
-    A_i  = (R_i - mean R) / (std R + 1e-6)                            advantage in the group of a prompt
-    r_t  = exp(log pi(a_t) - log pi_old(a_t))                         a_t: a word, or stop / continue in a span
-    L    = 1/n sum_t max(-r_t A, -clip(r_t, 1 - eps_low, 1 + eps_high) A) + beta KL(pi, pi_SFT)     n: tokens of the step
+    A_i  = (R_i - mean R) / (std R + 1e-6)                            advantage in the group of a
+         prompt
+    r_t  = exp(log pi(a_t) - log pi_old(a_t))                         a_t: a word, or stop /
+         continue in a span
+    L    = 1/n sum_t max(-r_t A, -clip(r_t, 1 - eps_low, 1 + eps_high) A) + beta KL(pi, pi_SFT)
+         n: tokens of the step
 
-    python la_dapo.py --model runs/sft --data train.json --out runs/rl              # one process: CPU or one GPU
+    # one process: CPU or one GPU
+    python la_dapo.py --model runs/sft --data train.json --out runs/rl
     torchrun --nproc_per_node 8 la_dapo.py --model runs/sft --data train.json --out runs/rl --zero
-    ablations, one flag each: --no-filter (no group filter; all else stays)  --lambda_c 0  --lambda_d 0  --adjoint_terms -1
+    ablations, one flag each: --no-filter (no group filter; all else stays)  --lambda_c 0
+                                                  --lambda_d 0  --adjoint_terms -1
                               --latent_sigma 0.1  --kl 0
 
-Which path carries which gradient. The log-probability of an answer depends on the weights twice: at each chosen token, and
-through the latents, which are a function of the weights themselves and are read by everything after them.
-  adjoint_terms = 0    recorded latents are constants (the paper and its kin): the second path is dropped.
-  adjoint_terms = k    k vector-Jacobian products bring the second path back; as many as a response has latents are exact
-                       (-1). Each costs about half a backward pass over the response, not over the prompt, and no memory
-                       beyond the graph that is kept until the last of them.
-  latent_sigma > 0     latents are sampled, z = h + sigma noise, and their log-density carries a score-function gradient.
-                       Costs nothing; the noise it brings is the price.
-With one update a step (the default) the ratio is 1, in bf16 up to rounding, and the clip has nothing to do. `minibatches`
-and `inner_epochs` change that; "exact" is then so for the first update, after it the recorded latents are no longer the
-policy's.
+Which path carries which gradient. The log-probability of an answer depends on the weights twice: at
+each chosen token, and through the latents, which are a function of the weights themselves and are
+read by everything after them.
+  adjoint_terms = 0    recorded latents are constants (the paper and its kin): the second path is
+                       dropped.
+  adjoint_terms = k    k vector-Jacobian products bring the second path back; as many as a response
+                       has latents are exact (-1). Each costs about half a backward pass over the
+                       response, not over the prompt, and no memory beyond the graph that is kept
+                       until the last of them.
+  latent_sigma > 0     latents are sampled, z = h + sigma noise, and their log-density carries a
+                       score-function gradient. Costs nothing; the noise it brings is the price.
+With one update a step (the default) the ratio is 1, in bf16 up to rounding, and the clip has
+nothing to do. `minibatches` and `inner_epochs` change that; "exact" is then so for the first
+update, after it the recorded latents are no longer the policy's.
 
-Memory: no gradient checkpointing (it would drop the prompt's cache). One group's graph, the fp32 weights, gradients and
-optimizer have to fit on a GPU: by estimate Qwen3-VL-2B's do, an 8B's with prompts of 4,000 tokens do not.
+Memory: no gradient checkpointing (it would drop the prompt's cache). One group's graph, the fp32
+weights, gradients and optimizer have to fit on a GPU: by estimate Qwen3-VL-2B's do, an 8B's with
+prompts of 4,000 tokens do not.
 
 Where this differs from the paper:
- 1. A latent step's log-probability is that of its one decision, log(1 - p(LE)) or log p(LE); forced tokens have none.
+ 1. A latent step's log-probability is that of its one decision, log(1 - p(LE)) or log p(LE); forced
+    tokens have none.
  2. Optional, off by default: `adjoint_terms`, `latent_sigma`.
  3. The KL term holds latents constant, on both sides.
 Where this differs from the official code:
- 4. Recorded latents are fed again when log-probabilities are taken; official feeds the `<|latent|>` token.
+ 4. Recorded latents are fed again when log-probabilities are taken; official feeds the `<|latent|>`
+    token.
  5. Every chosen token of the step weighs the same, over all ranks and micro-batches.
- 6. A prompt is encoded once for its whole group, in the rollout and in the update; rollouts of a group that came out
-    equal are replayed once and counted, where latents are deterministic.
- 7. Ranks add up gradients once an update, by hand: they may hold different numbers of groups, and wait for each other only
-    after each try and at each update.
+ 6. A prompt is encoded once for its whole group, in the rollout and in the update; rollouts of a
+    group that came out equal are replayed once and counted, where latents are deterministic.
+ 7. Ranks add up gradients once an update, by hand: they may hold different numbers of groups, and
+    wait for each other only after each try and at each update.
  8. What is sampled depends on the seed and the place in the data, not on the number of ranks.
 
-Axis letters: B prompts, G rollouts of a prompt, R rows (rollouts of all prompts), P prompt tokens, T new tokens, S chosen
-tokens, N latents of all rows, D hidden, V vocabulary.
+Axis letters: B prompts, G rollouts of a prompt, R rows (rollouts of all prompts), P prompt tokens,
+T new tokens, S chosen tokens, N latents of all rows, D hidden, V vocabulary.
 """
 
 import dataclasses
@@ -77,9 +88,8 @@ from rewards import pick, score
 
 @dataclasses.dataclass
 class Config(DataConfig):
-    model: str = (
-        "runs/sft"  # where to start: a model's folder or a run's folder; also the KL's reference
-    )
+    # where to start: a model's folder or a run's folder; also the KL's reference
+    model: str = "runs/sft"
     data: str = ""  # records with answers, see data.py; chains and future frames are not needed
     media_root: str = ""  # where relative clip paths start; "" = the folder of the data file
     out: str = "runs/rl"  # the run's folder
@@ -95,24 +105,28 @@ class Config(DataConfig):
     top_p: float = 0.99  # on words; log-probabilities are of the full softmax  # paper Table 9
     max_new_tokens: int = 2048  # as in evaluation  # ours
     max_latents: int = 8  # longest span: 2 * l_max  # official
-    share: bool = False  # decode what rollouts of a prompt have in common once; for sure policies, short answers  # ours
+    # decode what rollouts of a prompt have in common once; for sure policies, short answers  # ours
+    share: bool = False
     # rewards
     lambda_c: float = 0.2  # weight of R_ctr, Eq. (7)  # paper Table 9
     lambda_d: float = 0.1  # weight of R_div, Eq. (7)  # paper Table 9
     tau: float = 0.5  # temperature of Eq. (5)  # paper Table 9
-    judge_url: str = ""  # OpenAI-compatible server that judges open answers; key: JUDGE_API_KEY  # paper sec. 3.3
+    # OpenAI-compatible server that judges open answers; key: JUDGE_API_KEY  # paper sec. 3.3
+    judge_url: str = ""
     judge_model: str = ""  # its model's name; "" = no judge
     # objective
-    filter: bool = True  # DAPO: only groups whose mean accuracy lies between low and high; --no-filter: all groups; token mean, clip-higher and dual clip stay  # paper
+
+    # DAPO: only groups whose mean accuracy lies between low and high; --no-filter: all groups;
+    # token mean, clip-higher and dual clip stay  # paper
+    filter: bool = True
     low: float = 0.1  # paper Table 9
     high: float = 0.9  # paper Table 9
     eps_low: float = 0.2  # paper Table 9
     eps_high: float = 0.28  # paper Table 9
     dual_clip: float = 3.0  # c, bounds the loss where A < 0  # official
     kl: float = 0.01  # beta, weight of the KL to the starting model  # paper Table 9
-    adjoint_terms: int = (
-        0  # gradient through the latents: 0 none (paper), k truncated, -1 exact  # ours
-    )
+    # gradient through the latents: 0 none (paper), k truncated, -1 exact  # ours
+    adjoint_terms: int = 0
     latent_sigma: float = 0.0  # Gaussian exploration on latents; 0 = paper  # ours
     # optimisation
     steps: int = 0  # 0 = from epochs  # ours
@@ -122,9 +136,8 @@ class Config(DataConfig):
     micro_batch: int = 1  # groups a forward on one rank  # ours
     lr: float = 1e-6  # paper Table 9
     warmup_steps: int = 0  # linear  # ours
-    final_lr: float = (
-        1.0  # share of lr at the last of `steps`, reached linearly; 1 = constant  # ours
-    )
+    # share of lr at the last of `steps`, reached linearly; 1 = constant  # ours
+    final_lr: float = 1.0
     beta1: float = 0.9  # AdamW's default
     beta2: float = 0.999  # AdamW's default
     weight_decay: float = 0.0  # ours
@@ -157,18 +170,21 @@ class Config(DataConfig):
             )
         if self.temperature <= 0 or self.tau <= 0:
             raise ValueError(
-                f"temperature {self.temperature} or tau {self.tau} is not positive (a greedy group has nothing "
+                f"temperature {self.temperature} or tau {self.tau} is not positive (a greedy "
+                "group has nothing "
                 "to compare)"
             )
         if self.judge_url and not self.judge_model:
             raise ValueError("judge_url needs judge_model, the name of a model there")
         if self.adjoint_terms < -1 or self.latent_sigma < 0:
             raise ValueError(
-                f"adjoint_terms {self.adjoint_terms} or latent_sigma {self.latent_sigma} is out of range"
+                f"adjoint_terms {self.adjoint_terms} or latent_sigma {self.latent_sigma} is out "
+                "of range"
             )
         if self.adjoint_terms and self.latent_sigma:
             raise ValueError(
-                "adjoint_terms is the gradient through deterministic latents: with latent_sigma the "
+                "adjoint_terms is the gradient through deterministic latents: with latent_sigma "
+                "the "
                 "log-density already carries it"
             )
 
@@ -180,7 +196,8 @@ class Config(DataConfig):
 def group_advantages(rewards):
     """A_i = (R_i - mean) / (std + 1e-6), unbiased std -> (G,). Source: sec. 3.3 (GRPO).
 
-    rewards: G floats, None = unjudged: no part in mean and std, and advantage 0. All 0 with fewer than two rewards.
+    rewards: G floats, None = unjudged: no part in mean and std, and advantage 0. All 0 with fewer
+    than two rewards.
     """
     judged = torch.tensor([r is not None for r in rewards])
     known = torch.tensor([r for r in rewards if r is not None], dtype=torch.float64)
@@ -191,7 +208,8 @@ def group_advantages(rewards):
 
 
 def keep_group(correct, unjudged, low=0.1, high=0.9):
-    """DAPO's filter on one group -> "kept", "too hard", "too easy" or "unjudged" (fewer than two verdicts). Sec. 3.3.
+    """DAPO's filter on one group -> "kept", "too hard", "too easy" or "unjudged" (fewer than two
+    verdicts). Sec. 3.3.
 
     Kept iff low < mean accuracy < high. A repetitive rollout counts as wrong.
     """
@@ -203,7 +221,9 @@ def keep_group(correct, unjudged, low=0.1, high=0.9):
 
 
 def clipped_surrogate(logp, old, A, eps_low=0.2, eps_high=0.28, dual_clip=3.0):
-    """max(-r A, -clip(r, 1 - eps_low, 1 + eps_high) A), where A < 0 at most -dual_clip A. Source: sec. 3.3 (DAPO).
+    """max(-r A, -clip(r, 1 - eps_low, 1 + eps_high) A), where A < 0 at most -dual_clip A.
+
+    Source: sec. 3.3 (DAPO).
 
     logp, old, A: same shape or broadcast -> loss a token, ratio r.
     """
@@ -213,22 +233,27 @@ def clipped_surrogate(logp, old, A, eps_low=0.2, eps_high=0.28, dual_clip=3.0):
 
 
 def kl_k3(logp, ref):
-    """KL(pi, ref) a token, estimated by exp(d) - d - 1 with d = ref - logp: never negative. Source: sec. 3.3 (GRPO)."""
+    """KL(pi, ref) a token, estimated by exp(d) - d - 1 with d = ref - logp: never negative.
+
+    Source: sec. 3.3 (GRPO).
+    """
     d = ref - logp
     return d.exp() - d - 1
 
 
 def adjoint_loss(loss, predicted, latents, terms):
-    """A term of value 0 whose gradient is the part of dloss/dweights that flows through the latents. Source: ours.
+    """A term of value 0 whose gradient is the part of dloss/dweights that flows through the
+    latents. Source: ours.
 
-    With f(z, w) the latents predicted while z are fed, decoding makes z = f(z, w), so dz/dw = (1 - J)^-1 df/dw with
-    J = df/dz, and
+    With f(z, w) the latents predicted while z are fed, decoding makes z = f(z, w), so dz/dw = (1 -
+    J)^-1 df/dw with J = df/dz, and
 
         dloss/dw = (partial, z held constant) + g (1 - J)^-1 df/dw,    g = dloss/dz.
 
-    A latent depends on earlier ones only: J is strictly lower triangular, and lam = g (1 - J)^-1 = g + gJ + gJJ + ... ends
-    after as many terms as the longest response has latents. No Jacobian is formed: each term is a vector-Jacobian product.
-    loss: scalar; predicted (N, D) = f; latents (N, D), the leaf z; terms: how many of the series. Keeps the graph.
+    A latent depends on earlier ones only: J is strictly lower triangular, and lam = g (1 - J)^-1 =
+    g + gJ + gJJ + ... ends after as many terms as the longest response has latents. No Jacobian is
+    formed: each term is a vector-Jacobian product. loss: scalar; predicted (N, D) = f; latents (N,
+    D), the leaf z; terms: how many of the series. Keeps the graph.
     """
     lam = term = torch.autograd.grad(loss, latents, retain_graph=True)[0]  # (N, D) g
     for _ in range(terms - 1):
@@ -238,7 +263,10 @@ def adjoint_loss(loss, predicted, latents, terms):
 
 
 def learning_rate(step, config):
-    """Linear warm-up, then linear to final_lr * lr at the last of `steps`; without `steps` constant. Source: ours."""
+    """Linear warm-up, then linear to final_lr * lr at the last of `steps`.
+
+    Without `steps` constant. Source: ours.
+    """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if not config.steps:
@@ -269,9 +297,12 @@ def permutation(n, seed, epoch):
 
 
 def prompt_batches(n, size, first, last, total, seed, rank, world):
-    """Indices of the prompts that one rank decodes together, from batch `first` on. Batch b is rank b % world's.
+    """Indices of the prompts that one rank decodes together, from batch `first` on.
 
-    Batch b holds places b * size ... of the endless order of epochs, whatever the number of ranks; places end at total.
+    Batch b is rank b % world's.
+
+    Batch b holds places b * size ... of the endless order of epochs, whatever the number of ranks;
+    places end at total.
     """
     b = first
     while b < last:
@@ -331,7 +362,9 @@ def count(stats, rollout, groups, latent_start_id):
 
 
 def distinct(group, config):
-    """A group's judged rows, equal ones together: lists of rows. Equal words have equal latents unless noise was added.
+    """A group's judged rows, equal ones together: lists of rows.
+
+    Equal words have equal latents unless noise was added.
 
     Equal words with different rewards (a judge may waver) stay apart; unjudged rows are left out.
     """
@@ -347,7 +380,8 @@ def distinct(group, config):
 
 
 def prepare(groups, pad, device, config):
-    """Groups -> (prompts, rollout, prompt_of (R,), advantages (R, 1), times (R, 1)): what one forward takes. Ours.
+    """Groups -> (prompts, rollout, prompt_of (R,), advantages (R, 1), times (R, 1)): what one
+    forward takes. Ours.
 
     The prompts, with their pixels, stay in the host's memory until it is their turn.
     """
@@ -367,9 +401,12 @@ def prepare(groups, pad, device, config):
 
 
 def policy_loss(model, prepared, ref, n_tokens, config, stats):
-    """One micro-batch's share of the step's loss; adds its figures to stats. Source: the docstring's L.
+    """One micro-batch's share of the step's loss; adds its figures to stats.
 
-    ref: (R, T) log-probabilities of the reference, or None; n_tokens: chosen tokens of the step, over all ranks.
+    Source: the docstring's L.
+
+    ref: (R, T) log-probabilities of the reference, or None; n_tokens: chosen tokens of the step,
+    over all ranks.
     """
     batch, rollout, prompt_of, A, times = prepared
     new = replay(model, to_device(batch, A.device), rollout, config.temperature, prompt_of)
@@ -402,10 +439,13 @@ def policy_loss(model, prepared, ref, n_tokens, config, stats):
 
 
 def update(model, optimizer, trained, groups, ref_model, lr, config, pad, device, autocast, world):
-    """All updates of a step from this rank's kept groups (may be none) -> dict of figures, the same on all ranks."""
+    """All updates of a step from this rank's kept groups (may be none) -> dict of figures, the
+    same on all ranks.
+    """
     stats = dict.fromkeys(("loss", "ratio", "clipped", "kl", "entropy", "ratio_max"), 0.0)
     norms, skipped = [], 0
-    todo = []  # one entry a minibatch: its prepared micro-batches with the reference's log-probabilities
+    # one entry a minibatch: its prepared micro-batches with the reference's log-probabilities
+    todo = []
     for k in range(config.minibatches):
         mine = [g for g in groups if g.slot % config.minibatches == k]
         prepared = [
@@ -479,9 +519,12 @@ def collect(
     world,
     seconds,
 ):
-    """Roll out prompts until `groups` groups are kept, or max_tries times, or the data ends. All ranks walk in step.
+    """Roll out prompts until `groups` groups are kept, or max_tries times, or the data ends.
 
-    -> this rank's kept groups, all its groups, stats of this rank, skipped samples, the next batch of the data.
+    All ranks walk in step.
+
+    -> this rank's kept groups, all its groups, stats of this rank, skipped samples, the next batch
+    of the data.
     """
     stats = dict.fromkeys((*COUNTS, *PARTS, *(part + "^2" for part in PARTS)), 0.0)
     every, skipped, b = [], [], first
@@ -556,7 +599,9 @@ def collect(
 
 
 def train(config, rows=None):
-    """Run LA-DAPO -> path of the last checkpoint. Raises SystemExit on a folder in use, ValueError on bad input.
+    """Run LA-DAPO -> path of the last checkpoint.
+
+    Raises SystemExit on a folder in use, ValueError on bad input.
 
     rows: list of data.Row, default those of config.data.
     """
@@ -618,8 +663,10 @@ def train(config, rows=None):
     if master:
         trim_log(log_path, first)
         print(
-            f"LA-DAPO: {len(rows)} prompts, {config.groups} groups x {config.group_size} rollouts a step, "
-            f"{config.prompts_a_try} prompts a try, {world} ranks, {device.type}, seed {config.seed}, "
+            f"LA-DAPO: {len(rows)} prompts, {config.groups} groups x {config.group_size} rollouts "
+            "a step, "
+            f"{config.prompts_a_try} prompts a try, {world} ranks, {device.type}, seed "
+            f"{config.seed}, "
             f"{sum(p.numel() for p in trained):,} parameters trained, "
             f"{config.minibatches * config.inner_epochs} update(s) a step"
             + (
@@ -733,7 +780,8 @@ def train(config, rows=None):
             )
             if not line["groups"]:
                 tqdm.write(
-                    f"step {step}: no group kept of {line['rollouts'] // config.group_size}, no update"
+                    f"step {step}: no group kept of {line['rollouts'] // config.group_size}, no "
+                    "update"
                 )
             if line["updates_skipped"]:
                 tqdm.write(f"step {step}: gradient is not finite, update skipped")

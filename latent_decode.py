@@ -438,7 +438,8 @@ def replay(model, batch, rollout, temperature, prompt_of=None):
     """Feed rollouts again, latents included -> Replay. Source: sec. 3.3.
 
     Differentiable in the weights and in the latents.
-    batch: left-padded prompts (`data.model_inputs`), encoded once each. prompt_of (R,): each row's prompt, default R / B rows of each in turn.
+    batch: left-padded prompts (`data.model_inputs`), encoded once each. prompt_of (R,): each row's
+    prompt, default R / B rows of each in turn.
     """
     ids, mask = rollout.tokens, batch["attention_mask"]  # (R, T), (B, P)
     R, T = ids.shape

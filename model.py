@@ -1,26 +1,34 @@
 """The backbone with a second output channel (paper sec. 3.1 and 3.2).
 
-`FutureL1` is transformers' Qwen3-VL plus one idea: between `<|latent_start|>` and `<|latent_end|>` the model
-does not choose a word. Its last hidden state (after the final norm) is fed back as the next input embedding.
+`FutureL1` is transformers' Qwen3-VL plus one idea: between `<|latent_start|>` and `<|latent_end|>`
+the model does not choose a word. Its last hidden state (after the final norm) is fed back as the
+next input embedding.
 
-    z_1 = h_p                  p = position of <|latent_start|>; z_1 is the input at p + 1      sec. 3.1
+    z_1 = h_p                  p = position of <|latent_start|>; z_1 is the input at p + 1      sec.
+                               3.1
     z_{k+1} = h_{p+k}          so the state at t - 1 *predicts* the latent at t
-    L_SFT    = L_CE + lam * L_latent                                                            Eq. (1)
-    L_CE     = - sum_{t in T} log p(w_t | w_<t, V, q)      text, answer, control tokens         Eq. (2)
-    L_latent = 1/|S| sum_{t in S} || h_{t-1} - e*_t ||^2   e* = vision embedding of the frame   Eq. (3)
+    L_SFT    = L_CE + lam * L_latent                                                            Eq.
+             (1)
+    L_CE     = - sum_{t in T} log p(w_t | w_<t, V, q)      text, answer, control tokens         Eq.
+             (2)
+    L_latent = 1/|S| sum_{t in S} || h_{t-1} - e*_t ||^2   e* = vision embedding of the frame   Eq.
+                                                  (3)
 
-    model, tokenizer = load("Qwen/Qwen3-VL-2B-Instruct")      # or a Future-L1 folder, or a toy folder
+    # or a Future-L1 folder, or a toy folder
+    model, tokenizer = load("Qwen/Qwen3-VL-2B-Instruct")
     out = model(input_ids, attention_mask, pixel_values, image_grid_thw, latents=latents)
 
 Where this differs from the paper:
  1. Eq. (2) is printed as a sum; the loss is its mean over the tokens of T, as in every trainer.
- 2. Eq. (3) is printed as a sum over the D dimensions; here it is the mean over them, as in the official code: with
-    the sum, lam = 0.1 would weigh the latents about 4,096 times more than the words.
- 3. Optional and off by default: a linear latent head, an Eq. (3) divided by the targets' variance or replaced by a
-    cosine distance, a stop/continue term. A tiny model needs the first two, whose states and visual embeddings live
-    on different scales; the paper's model does not.
+ 2. Eq. (3) is printed as a sum over the D dimensions; here it is the mean over them, as in the
+    official code: with the sum, lam = 0.1 would weigh the latents about 4,096 times more than the
+    words.
+ 3. Optional and off by default: a linear latent head, an Eq. (3) divided by the targets' variance
+    or replaced by a cosine distance, a stop/continue term. A tiny model needs the first two, whose
+    states and visual embeddings live on different scales; the paper's model does not.
 Where this differs from the official code:
- 4. A subclass, not a patched copy: weights of either project load in the other and in stock Qwen3-VL.
+ 4. A subclass, not a patched copy: weights of either project load in the other and in stock
+    Qwen3-VL.
  5. The number of latents is checked against the number of `<|latent|>` tokens before anything runs.
 
 Axis letters: B rows, T tokens, N latents (all rows together), D hidden, V vocabulary.
@@ -45,7 +53,10 @@ LATENT_IDS = {
 
 
 class FutureL1(Qwen3VLForConditionalGeneration):
-    """Qwen3-VL that reads latents at `<|latent|>` positions and can produce them. Source: paper sec. 3.1."""
+    """Qwen3-VL that reads latents at `<|latent|>` positions and can produce them.
+
+    Source: paper sec. 3.1.
+    """
 
     def __init__(self, config):
         super().__init__(config)
@@ -54,7 +65,10 @@ class FutureL1(Qwen3VLForConditionalGeneration):
             self.add_latent_head()
 
     def add_latent_head(self):
-        """A linear map from states to latents, starting as the identity, i.e. as the paper's method. Source: ours."""
+        """A linear map from states to latents, starting as the identity, i.e.
+
+        As the paper's method. Source: ours.
+        """
         D = self.config.text_config.hidden_size
         self.config.latent_head = "linear"
         self.latent_head = nn.Linear(
@@ -65,10 +79,14 @@ class FutureL1(Qwen3VLForConditionalGeneration):
 
     @classmethod
     def from_pretrained(cls, folder, *args, **kwargs):
-        """Load a Future-L1 folder, or a stock Qwen3-VL folder (adds the three tokens; its tokenizer is then read too).
+        """Load a Future-L1 folder, or a stock Qwen3-VL folder (adds the three tokens.
 
-        Embeddings are resized only if the ids do not fit: stock Qwen3-VL has spare rows, and those are left as they
-        are, so that a stock folder gives stock logits. Raises OSError if the folder is not a model.  Source: ours.
+        Its tokenizer is then read too).
+
+        Embeddings are resized only if the ids do not fit: stock Qwen3-VL has spare rows, and those
+        are left as they
+        are, so that a stock folder gives stock logits. Raises OSError if the folder is not a model.
+                                                  Source: ours.
         """
         loaded = super().from_pretrained(folder, *args, **kwargs)
         model = (
@@ -79,7 +97,10 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         return loaded
 
     def set_latent_tokens(self, ids):
-        """ids {config key: id} -> stored in the config; grows the embeddings if an id does not fit. Source: ours."""
+        """ids {config key: id} -> stored in the config.
+
+        Grows the embeddings if an id does not fit. Source: ours.
+        """
         for key, value in ids.items():
             setattr(self.config, key, value)
         rows = self.get_input_embeddings().num_embeddings
@@ -88,7 +109,9 @@ class FutureL1(Qwen3VLForConditionalGeneration):
             self.config.text_config.vocab_size = max(ids.values()) + 1
 
     def save_pretrained(self, folder, **kwargs):
-        """A plain Hugging Face folder whose config names the stock class, so that other software loads it."""
+        """A plain Hugging Face folder whose config names the stock class, so that other software
+        loads it.
+        """
         super().save_pretrained(folder, **kwargs)
         path = os.path.join(folder, "config.json")
         with open(path) as f:
@@ -97,14 +120,14 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         with open(path, "w") as f:
             json.dump(config, f, indent=2)
 
-    # ------------------------------------------------------------------------------------------------- embedding
+    # ------------------------------------------------------------------------------------ embedding
 
     @torch.no_grad()
     def encode_frames(self, pixel_values, grid):
         """e*: what future frames look like to the model. Source: Eq. (3), sec. 3.2.
 
-        pixel_values (patches, 1536), grid (frames, 3) -> (N, D): vision tower and merger, no deepstack, no pooling,
-        no gradient (the target is frozen, whatever else is trained).
+        pixel_values (patches, 1536), grid (frames, 3) -> (N, D): vision tower and merger, no
+        deepstack, no pooling, no gradient (the target is frozen, whatever else is trained).
         """
         return self.model.visual(
             pixel_values.to(self.model.visual.dtype), grid_thw=grid
@@ -119,9 +142,11 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         video_grid_thw=None,
         latents=None,
     ):
-        """Token ids (B, T) -> what is fed: embeddings (B, T, D), mask of visual positions, deepstack features.
+        """Token ids (B, T) -> what is fed: embeddings (B, T, D), mask of visual positions,
+        deepstack features.
 
-        Raises ValueError naming both numbers if images, videos or latents do not match their placeholder tokens.
+        Raises ValueError naming both numbers if images, videos or latents do not match their
+        placeholder tokens.
         """
         x = self.get_input_embeddings()(input_ids)  # (B, T, D)
         visual, parts = None, []
@@ -154,7 +179,9 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         return x, visual, deepstack
 
     def positions(self, input_ids, attention_mask=None, image_grid_thw=None, video_grid_thw=None):
-        """M-RoPE positions (3, B, T) and each row's offset (B, 1) for the words after it. Source: Qwen3-VL.
+        """M-RoPE positions (3, B, T) and each row's offset (B, 1) for the words after it.
+
+        Source: Qwen3-VL.
 
         Latents count as text.
         """
@@ -182,7 +209,10 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         position_ids=None,
         use_cache=False,
     ):
-        """-> last hidden states after the final norm (B, T, D), the cache or None. Arguments as `forward`."""
+        """-> last hidden states after the final norm (B, T, D), the cache or None.
+
+        Arguments as `forward`.
+        """
         x, visual, deepstack = self.embed(
             input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw, latents
         )
@@ -214,7 +244,9 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         return out.last_hidden_state, out.past_key_values
 
     def to_latent(self, h):
-        """Hidden states (..., D) -> the latents they predict (..., D): themselves (paper) or through the head."""
+        """Hidden states (..., D) -> the latents they predict (..., D): themselves (paper) or
+        through the head.
+        """
         return h if self.latent_head is None else self.latent_head(h)
 
     def forward(
@@ -232,10 +264,12 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         logits_to_keep=0,
         mm_token_type_ids=None,
     ):
-        """Logits (B, T, V), with `latents` (N, D) fed at the `<|latent|>` positions, row by row in order.
+        """Logits (B, T, V), with `latents` (N, D) fed at the `<|latent|>` positions, row by row
+        in order.
 
-        `.hidden_states[-1]` is h (B, T, D). logits_to_keep: only the last k positions, 0 = all. mm_token_type_ids
-        is accepted because HF processors return it; it is recomputed. Raises ValueError on a count mismatch.
+        `.hidden_states[-1]` is h (B, T, D). logits_to_keep: only the last k positions, 0 = all.
+        mm_token_type_ids is accepted because HF processors return it; it is recomputed. Raises
+        ValueError on a count mismatch.
         """
         h, cache = self.hidden(
             input_ids,
@@ -253,7 +287,10 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache, hidden_states=(h,))
 
     def generate(self, *args, **kwargs):
-        """Not here: transformers' own loop knows no latents. Raises TypeError that says where to go. Source: ours."""
+        """Not here: transformers' own loop knows no latents.
+
+        Raises TypeError that says where to go. Source: ours.
+        """
         raise TypeError(
             "latent_decode.generate decodes words and latents; for words alone, load the folder as "
             "transformers' Qwen3VLForConditionalGeneration"
@@ -272,21 +309,28 @@ def log_continue(log_stop):
 
 
 def log_density(z, mean, sigma):
-    """log N(z; mean, sigma^2) of noisy latents (N, D) -> (N,), the mean over D and without the constant. Source: ours.
+    """log N(z; mean, sigma^2) of noisy latents (N, D) -> (N,), the mean over D and without the
+    constant. Source: ours.
 
-    The mean keeps it on the scale of a word's log-probability; the sum over thousands of dimensions would drown that.
+    The mean keeps it on the scale of a word's log-probability; the sum over thousands of dimensions
+    would drown that.
     """
     wide = torch.promote_types(z.dtype, torch.float32)
     return -((z.to(wide) - mean.to(wide)) / sigma).square().mean(-1) / 2
 
 
 def target_variance(e):
-    """(N, D) -> the mean over D of the variance over N: the error of always guessing the mean embedding. Ours."""
+    """(N, D) -> the mean over D of the variance over N: the error of always guessing the mean
+    embedding. Ours.
+    """
     return (e.float() - e.float().mean(0)).pow(2).mean()
 
 
 def add_latent_tokens(tokenizer):
-    """Give a tokenizer the three control tokens if it lacks them -> {config key: id}. Source: paper sec. 3.1."""
+    """Give a tokenizer the three control tokens if it lacks them -> {config key: id}.
+
+    Source: paper sec. 3.1.
+    """
     tokenizer.add_tokens(list(LATENT_IDS.values()), special_tokens=True)
     return {key: tokenizer.convert_tokens_to_ids(token) for key, token in LATENT_IDS.items()}
 
@@ -294,9 +338,9 @@ def add_latent_tokens(tokenizer):
 def load(folder, latent_head=None, **kwargs):
     """A model folder or hub id -> (FutureL1, tokenizer), stock or ours. Source: ours.
 
-    latent_head: None keeps what the folder has; "linear" adds one, starting as the identity. kwargs go to
-    transformers (dtype=, attn_implementation=). Raises ValueError if weights are missing, or if config and tokenizer
-    disagree on a token's id.
+    latent_head: None keeps what the folder has; "linear" adds one, starting as the identity. kwargs
+    go to transformers (dtype=, attn_implementation=). Raises ValueError if weights are missing, or
+    if config and tokenizer disagree on a token's id.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = add_latent_tokens(tokenizer)
@@ -319,7 +363,10 @@ def load(folder, latent_head=None, **kwargs):
 
 
 def best_attention():
-    """flash_attention_2 where the flash-attn package is installed on CUDA, else sdpa. Source: ours."""
+    """flash_attention_2 where the flash-attn package is installed on CUDA, else sdpa.
+
+    Source: ours.
+    """
     from transformers.utils import is_flash_attn_2_available
 
     return (

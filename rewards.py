@@ -1,21 +1,28 @@
-"""The rewards of LA-DAPO (paper sec. 3.3): pure functions of responses and latents, and a judge for open answers.
+"""The rewards of LA-DAPO (paper sec. 3.3): pure functions of responses and latents, and a judge
+for open answers.
 
-    R     = 0.9 R_acc + 0.1 R_fmt + lambda_c R_ctr + lambda_d R_div                             Eq. (7)
-    s_ij  = 1/T sum_{t<=T} (1 + <z_i,t , z_j,t>) / 2      unit-norm latents, T = min(T_i, T_j)   Eq. (4)
-    R_ctr = exp(s_i+/tau) / ( exp(s_i+/tau) + sum_{j in N_i} exp(s_ij/tau) )                    Eq. (5)
-    R_div = - 1/(M-1) sum_m cos^2(b_m, b_{m+1})           b_m = mean latent of span m            Eq. (6)
+    R     = 0.9 R_acc + 0.1 R_fmt + lambda_c R_ctr + lambda_d R_div                             Eq.
+          (7)
+    s_ij  = 1/T sum_{t<=T} (1 + <z_i,t , z_j,t>) / 2      unit-norm latents, T = min(T_i, T_j)   Eq.
+          (4)
+    R_ctr = exp(s_i+/tau) / ( exp(s_i+/tau) + sum_{j in N_i} exp(s_ij/tau) )                    Eq.
+                                                  (5)
+    R_div = - 1/(M-1) sum_m cos^2(b_m, b_{m+1})           b_m = mean latent of span m            Eq.
+                                                  (6)
 
 Nothing here knows a model or a file. The judge is the one part that talks to the outside.
 
 Where this differs from the paper:
- 1. A span needs at least one latent to count for R_fmt: an empty one imagines nothing, and closing spans at once would
-    otherwise be the cheapest way to earn the reward.
- 2. The judge is asked only where it can change something: the rule said no, there is an answer, the response is not
-    repetitive, and the answer is not plainly another option.
+ 1. A span needs at least one latent to count for R_fmt: an empty one imagines nothing, and closing
+    spans at once would otherwise be the cheapest way to earn the reward.
+ 2. The judge is asked only where it can change something: the rule said no, there is an answer, the
+    response is not repetitive, and the answer is not plainly another option.
 Where this differs from the official code:
- 3. A judge that fails or mumbles leaves the rollout *unjudged*: no reward, no part in its group. Official calls it wrong.
+ 3. A judge that fails or mumbles leaves the rollout *unjudged*: no reward, no part in its group.
+    Official calls it wrong.
  4. R_ctr and R_div have one flag each; official's documented switch does not turn R_div on.
-The edge cases of R_ctr are official's, also where they look odd: they decide whether figures can be compared.
+The edge cases of R_ctr are official's, also where they look odd: they decide whether figures can be
+compared.
 
 Axis letters: G rollouts of a group, N latents of a rollout, T latents two rollouts share, D hidden.
 """
@@ -54,18 +61,22 @@ _FORMAT = re.compile(rf"\s*(?:{_R})?(?:{_L}{_R})+{_A}", re.S)
 def format_reward(response):
     """R_fmt in {0, 1}: the whole response is `R (L R)+ A` or `(L R)+ A`. Source: sec. 3.3.
 
-    R a <reason> block, L a span with its latents, A an <answer> block; white space between blocks and chat terminators
-    at the end are allowed, anything else outside a block, or a tag inside one, is not.
+    R a <reason> block, L a span with its latents, A an <answer> block; white space between blocks
+    and chat terminators at the end are allowed, anything else outside a block, or a tag inside one,
+    is not.
     """
     return float(_FORMAT.fullmatch(response) is not None)
 
 
 @functools.lru_cache(maxsize=4096)
 def repetition_score(text):
-    """How much of a response repeats itself, in [0, 1]: the largest of three shares. Source: official.
+    """How much of a response repeats itself, in [0, 1]: the largest of three shares.
 
-    1 - distinct / all word 4-grams; the share of words in a block of 50 or 25 repeated back to back (texts of 100 words
-    or more); 1 - distinct / all lines of more than 10 characters (three or more such lines). Tags and markers are left out.
+    Source: official.
+
+    1 - distinct / all word 4-grams; the share of words in a block of 50 or 25 repeated back to back
+    (texts of 100 words or more); 1 - distinct / all lines of more than 10 characters (three or more
+    such lines). Tags and markers are left out.
     """
     text = re.sub(_TAG + r"|<\|im_end\|>|<\|endoftext\|>", " ", text)
     words = text.split()
@@ -112,8 +123,8 @@ def _plain(text):
 def accuracy_reward(response, gold, options=None):
     """R_acc's rule in {0, 1}: the first <answer> is the gold answer. Source: sec. 3.3.
 
-    Normalised exact match (case, spaces, outer punctuation); with options, gold and answer may each be an option's text
-    or letter. Raises ValueError if gold is none of the options.
+    Normalised exact match (case, spaces, outer punctuation); with options, gold and answer may each
+    be an option's text or letter. Raises ValueError if gold is none of the options.
     """
     answer = answer_of(response)
     if not options:
@@ -127,8 +138,8 @@ def accuracy_reward(response, gold, options=None):
 def similarity(latents):
     """Eq. (4): s_ij, how alike two rollouts imagine -> (g, g) in [0, 1].
 
-    latents: g tensors (N_i, D), none of them empty. Spans are concatenated; compared are the T latents
-    that both have, one after another.
+    latents: g tensors (N_i, D), none of them empty. Spans are concatenated; compared are the T
+    latents that both have, one after another.
     """
     n = torch.tensor([len(z) for z in latents], device=latents[0].device)
     z = torch.nn.utils.rnn.pad_sequence([z.detach().float() for z in latents], True)  # (g, T, D)
@@ -137,10 +148,12 @@ def similarity(latents):
 
 
 def contrastive_reward(latents, correct, tau=0.5):
-    """Eq. (5): imagine what the group's correct rollouts imagine, not what its wrong ones do -> (G,).
+    """Eq. (5): imagine what the group's correct rollouts imagine, not what its wrong ones do ->
+    (G,).
 
     latents: G tensors (N_i, D), or None where there are none; correct: G bools. The edge cases are
-    official's: without latents the reward is 0 and the rollout is nobody's neighbour; a group of one: 0.
+    official's: without latents the reward is 0 and the rollout is nobody's neighbour; a group of
+    one: 0.
     """
     reward = torch.zeros(len(latents))
     rows = [i for i, z in enumerate(latents) if z is not None and len(z)]
@@ -164,8 +177,9 @@ def contrastive_reward(latents, correct, tau=0.5):
 def diversity_reward(latents, span_lengths):
     """Eq. (6): spans should not repeat each other -> float in [-1, 0]. Source: sec. 3.3.
 
-    latents (N, D) or None, all spans one after another; span_lengths: latents in each, empty spans are passed over. 0 with
-    fewer than two non-empty spans. Raises ValueError if the lengths do not add up to N.
+    latents (N, D) or None, all spans one after another; span_lengths: latents in each, empty spans
+    are passed over. 0 with fewer than two non-empty spans. Raises ValueError if the lengths do not
+    add up to N.
     """
     N = 0 if latents is None else len(latents)
     if sum(span_lengths) != N:
@@ -202,10 +216,11 @@ def score_group(
 ):
     """Eq. (7) for the G rollouts of one prompt -> dict of lists of G, with all parts.
 
-    responses: texts; latents, span_lengths as in Eq. (5) and (6), a list each; verdicts: {index: True | False | None}
-    for what a judge was asked, None = no verdict. Keys: accuracy (R_acc, -1 where the repetition score exceeds 0.5),
-    correct (bool), format, repetition, contrastive, diversity, total, unjudged (bool). An unjudged rollout has accuracy
-    and total None, correct False, and is no neighbour in Eq. (5). Raises ValueError as the parts do.
+    responses: texts; latents, span_lengths as in Eq. (5) and (6), a list each; verdicts: {index:
+    True | False | None} for what a judge was asked, None = no verdict. Keys: accuracy (R_acc, -1
+    where the repetition score exceeds 0.5), correct (bool), format, repetition, contrastive,
+    diversity, total, unjudged (bool). An unjudged rollout has accuracy and total None, correct
+    False, and is no neighbour in Eq. (5). Raises ValueError as the parts do.
     """
     verdicts = verdicts or {}
     unjudged = [i in verdicts and verdicts[i] is None for i in range(len(responses))]
@@ -251,10 +266,11 @@ def span_lengths(tokens, latent_start, latent):
 
 
 def score(texts, rollout, rows, config, judge=None, **weights):
-    """Rewards of a batch of rollouts, the same number for each row of data -> [dict of `score_group`, one a row]. Eq. (7).
+    """Rewards of a batch of rollouts, the same number for each row of data -> [dict of
+    `score_group`, one a row]. Eq. (7).
 
-    texts: the responses; rollout: latent_decode's; config: the model's, for its span tokens; judge: a `Judge`, asked once
-    for all that it is needed for; weights: of `score_group`.
+    texts: the responses; rollout: latent_decode's; config: the model's, for its span tokens; judge:
+    a `Judge`, asked once for all that it is needed for; weights: of `score_group`.
     """
     G, verdicts = len(texts) // len(rows), [{} for _ in rows]
     if judge:

@@ -20,7 +20,8 @@ class Config(DataConfig):
     model: str = ""  # a model folder, or a run's folder (its newest checkpoint)
     video: str = ""  # the clip
     question: str = ""  # what to ask about it
-    key_frames: str = ""  # show these key frames (1..8) as pictures, as in training, e.g. 3,4; "" = the clip as a video
+    # show these key frames (1..8) as pictures, as in training, e.g. 3,4; "" = the clip as a video
+    key_frames: str = ""
     max_new_tokens: int = 2048  # paper sec. 4
     max_latents: int = 8  # longest span: 2 * l_max  # official
     temperature: float = 0.0  # 0 = greedy
@@ -29,7 +30,9 @@ class Config(DataConfig):
 
 
 def streamer(tokenizer, config, write):
-    """-> a function for generate's `stream` that writes a row's words as they come, [span 1: 4 latents] for a span. Ours."""
+    """-> a function for generate's `stream` that writes a row's words as they come, [span 1: 4
+    latents] for a span. Ours.
+    """
     words, shown, spans, latents, ended = [], "", 0, 0, False
 
     def feed(tokens):
@@ -57,7 +60,10 @@ def streamer(tokenizer, config, write):
 
 
 def main(config, write=lambda text: print(text, end="", flush=True)):
-    """Answer one question about one clip, streaming -> the answer or None. Raises SystemExit for what cannot be used."""
+    """Answer one question about one clip, streaming -> the answer or None.
+
+    Raises SystemExit for what cannot be used.
+    """
     for name in ("model", "video", "question"):
         if not getattr(config, name):
             raise SystemExit(f"--{name} is missing")

@@ -1,25 +1,29 @@
-"""Supervised fine-tuning: words by cross-entropy, latents by alignment with real future frames (paper sec. 3.2).
+"""Supervised fine-tuning: words by cross-entropy, latents by alignment with real future frames
+(paper sec. 3.2).
 
     L_SFT = L_CE + lam * L_latent                          Eq. (1); the three terms are `sft_loss`
 
     python sft.py --model DIR --data train.json                        # one process: CPU or one GPU
     torchrun --nproc_per_node 8 sft.py --model Qwen/Qwen3-VL-8B-Instruct --data train.json --zero
-    python sft.py ... --no-spans                                       # the text-only baseline on the same rows
+    # the text-only baseline on the same rows
+    python sft.py ... --no-spans
 
-The vision tower and merger are frozen (they define e*), the language model is fully tuned. Weights are kept in fp32;
-on CUDA the arithmetic runs in bf16 autocast. Writes OUT/log.jsonl, OUT/loss.png and OUT/step_N (a Hugging Face folder
-plus trainer.pt).
+The vision tower and merger are frozen (they define e*), the language model is fully tuned. Weights
+are kept in fp32; on CUDA the arithmetic runs in bf16 autocast. Writes OUT/log.jsonl, OUT/loss.png
+and OUT/step_N (a Hugging Face folder plus trainer.pt).
 
 Where this differs from the paper:
- 1. Optional, off by default: `latent_loss`, `latent_head`, `stop_term` (see model.py); `self_forcing`, which from a point
-    of the training on feeds a row its own predicted latents instead of the true ones, as decoding will;
-    `pause_tokens`, a control in which a span has its length but no visual content and no target.
- 2. Weights and optimizer are kept in fp32, the arithmetic is bf16 (Table 8 says bf16): at lr 1e-5 most updates of a
-    bf16 weight would round to nothing.
+ 1. Optional, off by default: `latent_loss`, `latent_head`, `stop_term` (see model.py);
+    `self_forcing`, which from a point of the training on feeds a row its own predicted latents
+    instead of the true ones, as decoding will; `pause_tokens`, a control in which a span has its
+    length but no visual content and no target.
+ 2. Weights and optimizer are kept in fp32, the arithmetic is bf16 (Table 8 says bf16): at lr 1e-5
+    most updates of a bf16 weight would round to nothing.
 Where this differs from the official code:
- 3. lam = 0.1 and L_max = 4 as in the paper; the shipped script says 0.2 and 32, left over from another project.
- 4. Every token of the optimizer step weighs the same: counts are summed over ranks and micro-batches before the first
-    backward. A mean of means would favour short samples.
+ 3. lam = 0.1 and L_max = 4 as in the paper; the shipped script says 0.2 and 32, left over from
+    another project.
+ 4. Every token of the optimizer step weighs the same: counts are summed over ranks and
+    micro-batches before the first backward. A mean of means would favour short samples.
  5. A sample that cannot be read is named in log.jsonl; its rank takes the step without it.
 
 Axis letters: B rows, L tokens, N latents, D hidden.
@@ -58,7 +62,8 @@ from model import best_attention, load, log_continue, target_variance
 
 @dataclasses.dataclass
 class Config(DataConfig):
-    model: str = "Qwen/Qwen3-VL-8B-Instruct"  # folder, run's folder or hub id; stock or Future-L1  # paper sec. 4
+    # folder, run's folder or hub id; stock or Future-L1  # paper sec. 4
+    model: str = "Qwen/Qwen3-VL-8B-Instruct"
     data: str = ""  # training records, see data.py
     media_root: str = ""  # where relative clip paths start; "" = the folder of the data file
     out: str = "runs/sft"  # the run's folder
@@ -83,18 +88,15 @@ class Config(DataConfig):
     stop_term: bool = False  # also train "do not stop yet" inside spans  # ours
     self_forcing: float = 0.0  # share of the rows fed their own latents, 0 = paper  # ours
     self_forcing_from: float = 0.3  # from this share of the steps on  # ours
-    self_forcing_passes: int = (
-        1  # forward passes without gradient that make them; each fixes one more latent  # ours
-    )
-    pause_tokens: bool = (
-        False  # control: spans hold a learned token, no latents, no latent loss  # ours
-    )
+    # forward passes without gradient that make them; each fixes one more latent  # ours
+    self_forcing_passes: int = 1
+    # control: spans hold a learned token, no latents, no latent loss  # ours
+    pause_tokens: bool = False
     freeze_vision: bool = True  # vision tower and merger  # paper Table 8
     # machine
     bf16: bool = True  # on CUDA; the CPU computes in fp32  # paper Table 8
-    gradient_checkpointing: bool = (
-        False  # recompute activations: less memory, about a third slower  # ours
-    )
+    # recompute activations: less memory, about a third slower  # ours
+    gradient_checkpointing: bool = False
     zero: bool = False  # optimizer state spread over the ranks  # ours
     save_every: int = 50  # steps between checkpoints; the last two are kept  # ours
     wandb: bool = False  # also log to Weights & Biases  # ours
@@ -112,7 +114,9 @@ class Config(DataConfig):
 def sft_loss(
     model, *, labels, latents=None, lam=0.1, targets=None, latent_var=1.0, stop_term=False, **inputs
 ):
-    """Eq. (1)-(3) on one batch -> dict(loss, ce, latent: means; ce_sum, n_text, latent_sum, n_latent).
+    """Eq. (1)-(3) on one batch -> dict(loss, ce, latent: means.
+
+    Ce_sum, n_text, latent_sum, n_latent).
 
     inputs: HF-named tensors (input_ids, attention_mask, pixel_values, image_grid_thw, ...).
     labels (B, T): -100 = no label, aligned with input_ids (the shift is inside).
@@ -152,16 +156,22 @@ def sft_loss(
 
 
 class Step(torch.nn.Module):
-    """The forward that DDP wraps: batch -> Eq. (1)'s sums. Everything that feeds latents is decided here."""
+    """The forward that DDP wraps: batch -> Eq. (1)'s sums.
+
+    Everything that feeds latents is decided here.
+    """
 
     def __init__(self, model, config, latent_var=None):
         super().__init__()
         self.model, self.config, self.latent_var = model, config, latent_var
 
     def forward(self, batch, own=None):
-        """batch from `data.collate`; own (B,) bool: rows that are fed their own latents (self-forcing).
+        """batch from `data.collate`.
 
-        -> the sum of Eq. (2) over the batch, lam times that of Eq. (3), and the latter alone without gradient.
+        Own (B,) bool: rows that are fed their own latents (self-forcing).
+
+        -> the sum of Eq. (2) over the batch, lam times that of Eq. (3), and the latter alone
+        without gradient.
         """
         m, c, inputs = self.model, self.config, model_inputs(batch)
         is_latent = batch["input_ids"] == m.config.latent_id  # (B, L)
@@ -206,7 +216,10 @@ def learning_rate(step, steps, config):
 
 
 def sample_order(n, total, seed):
-    """Which of n samples is used at each of `total` places: a new permutation each epoch. Source: ours."""
+    """Which of n samples is used at each of `total` places: a new permutation each epoch.
+
+    Source: ours.
+    """
     generator = torch.Generator().manual_seed(seed)
     return torch.cat([torch.randperm(n, generator=generator) for _ in range(-(-total // n))])[
         :total
@@ -214,9 +227,11 @@ def sample_order(n, total, seed):
 
 
 def micro_batches(order, first_step, steps, global_batch, micro_batch, rank, world):
-    """The lists of indices one rank reads from first_step on: the same number a step on each rank, some may be empty.
+    """The lists of indices one rank reads from first_step on: the same number a step on each
+    rank, some may be empty.
 
-    Step s owns order[s*G:(s+1)*G] whatever the number of ranks, so that 1 process and 8 see the same batches.
+    Step s owns order[s*G:(s+1)*G] whatever the number of ranks, so that 1 process and 8 see the
+    same batches.
     """
     count = -(-global_batch // (world * micro_batch))
     for step in range(first_step, steps):
@@ -226,7 +241,10 @@ def micro_batches(order, first_step, steps, global_batch, micro_batch, rank, wor
 
 
 def print_row(batch, tokenizer, latent_id):
-    """One training row as a table: token, label, what is fed, text. Runs of equal tokens share a line."""
+    """One training row as a table: token, label, what is fed, text.
+
+    Runs of equal tokens share a line.
+    """
     print("row 0:   token   label  fed      text")
     real = batch["attention_mask"][0].bool()
     ids, labels, runs = batch["input_ids"][0][real].tolist(), batch["labels"][0][real].tolist(), []
@@ -251,7 +269,9 @@ def print_row(batch, tokenizer, latent_id):
 
 
 def train(config, rows=None):
-    """Run the training -> path of the last checkpoint. Raises SystemExit on a folder in use, ValueError on bad input.
+    """Run the training -> path of the last checkpoint.
+
+    Raises SystemExit on a folder in use, ValueError on bad input.
 
     rows: list of data.Row, default those of config.data.
     """
@@ -308,7 +328,8 @@ def train(config, rows=None):
             not isinstance(part, str) for row in rows for part in row.response
         ):
             raise SystemExit(
-                "none of the first 64 samples has a readable future frame to measure the variance of"
+                "none of the first 64 samples has a readable future frame to measure the variance "
+                "of"
             )
 
     optimizer, trained = make_optimizer(model, config, world)
@@ -329,10 +350,14 @@ def train(config, rows=None):
     log_path = os.path.join(config.out, "log.jsonl")
     if master:
         print(
-            f"{config.label} SFT: {len(rows)} rows, {steps} steps x {config.global_batch} samples = {world} ranks x "
-            f"{accumulate} micro-batches x {config.micro_batch}, {device.type}, seed {config.seed}, "
-            f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters trained of "
-            f"{sum(p.numel() for p in model.parameters()):,}, a checkpoint every {config.save_every} steps"
+            f"{config.label} SFT: {len(rows)} rows, {steps} steps x {config.global_batch} samples "
+            f"= {world} ranks x "
+            f"{accumulate} micro-batches x {config.micro_batch}, {device.type}, seed "
+            f"{config.seed}, "
+            f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters "
+            "trained of "
+            f"{sum(p.numel() for p in model.parameters()):,}, a checkpoint every "
+            f"{config.save_every} steps"
         )
         trim_log(log_path, first)
     run = None
@@ -357,7 +382,8 @@ def train(config, rows=None):
         skipped = [s for batch in micro for s in batch["skipped"]]
         for where, why in skipped:
             tqdm.write(f"skipped {where}: {why}")
-        # the denominators of Eq. (2) and (3): all tokens of the step, all ranks, before the first backward
+        # the denominators of Eq. (2) and (3): all tokens of the step, all ranks, before the first
+        # backward
         n_latent = sum(int((b["input_ids"] == model.config.latent_id).sum()) for b in micro)
         n_text = (
             sum(int((b["labels"][:, 1:] != -100).sum()) for b in micro)

@@ -21,9 +21,11 @@ CELL = PATCH * MERGE  # pixels a token, each way
 
 
 def fit(num_frames, height, width, min_pixels, max_pixels):
-    """Size (H, W) in whole 32-pixel cells that keeps the shape and meets the budget over all frames.
+    """Size (H, W) in whole 32-pixel cells that keeps the shape and meets the budget over all
+    frames.
 
-    Source: the sizes of Qwen3-VL's image (one frame) and video processors. Raises ValueError beyond 200:1.
+    Source: the sizes of Qwen3-VL's image (one frame) and video processors. Raises ValueError beyond
+    200:1.
     """
     if (
         num_frames > 1 and min(height, width) < CELL
@@ -46,8 +48,9 @@ def fit(num_frames, height, width, min_pixels, max_pixels):
 def resize_and_cut(frames, min_pixels, max_pixels):
     """frames uint8 (T, H, W, 3) -> patches uint8 (P, 1536) and grid (3,) = (t, h, w) in patches.
 
-    Row order: temporal patch, then 2x2 blocks of patches that the merger joins; a row is (channel, 2 frames, 16, 16).
-    An odd last frame is doubled. Still bytes: see `normalise`. Source: Qwen3-VL's processors, in our own words.
+    Row order: temporal patch, then 2x2 blocks of patches that the merger joins; a row is (channel,
+    2 frames, 16, 16). An odd last frame is doubled. Still bytes: see `normalise`. Source:
+    Qwen3-VL's processors, in our own words.
     """
     x = torch.as_tensor(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
     H, W = fit(len(x), *x.shape[-2:], min_pixels, max_pixels)
@@ -69,9 +72,11 @@ def normalise(patches):
 
 
 def resize_and_patchify(frames, min_pixels, max_pixels):
-    """frames uint8 (T, H, W, 3) -> (patches float (P, 1536), grid (3,)), equal to HF's Qwen3-VL processors.
+    """frames uint8 (T, H, W, 3) -> (patches float (P, 1536), grid (3,)), equal to HF's Qwen3-VL
+    processors.
 
-    T = 1 is an image; otherwise a video, whose budgets count the pixels of all T frames. Source: Qwen3-VL.
+    T = 1 is an image; otherwise a video, whose budgets count the pixels of all T frames. Source:
+    Qwen3-VL.
     """
     patches, grid = resize_and_cut(frames, min_pixels, max_pixels)
     return normalise(patches), grid
@@ -82,10 +87,13 @@ class ClipError(ValueError):
 
 
 def key_frame_positions(num_frames):
-    """Frame numbers (0-based) of a clip's pool of 8 key frames. Source: TwiFF; V=600 -> 1 51 150 249 349 448 547 598.
+    """Frame numbers (0-based) of a clip's pool of 8 key frames. Source: TwiFF.
 
-    The second and the last but one frame, and the midpoints of six equal intervals between frames 2 and V-2. A clip of
-    fewer than 8 frames gives each frame once and repeats the last. Raises ValueError if there is no frame.
+    V=600 -> 1 51 150 249 349 448 547 598.
+
+    The second and the last but one frame, and the midpoints of six equal intervals between frames 2
+    and V-2. A clip of fewer than 8 frames gives each frame once and repeats the last. Raises
+    ValueError if there is no frame.
     """
     if num_frames < 1:
         raise ValueError(f"a clip needs at least one frame, found {num_frames}")
@@ -96,15 +104,19 @@ def key_frame_positions(num_frames):
 
 
 def uniform_positions(num_frames, n):
-    """n frame numbers spread over the whole clip, as Qwen3-VL's video processor takes them; n <= num_frames."""
+    """n frame numbers spread over the whole clip, as Qwen3-VL's video processor takes them.
+
+    N <= num_frames.
+    """
     return np.linspace(0, num_frames - 1, min(n, num_frames)).round().astype(int).tolist()
 
 
 def read_clip(path, choose):
-    """Decode some frames of a clip -> (frames uint8 (T, H, W, 3), their numbers, frames per second).
+    """Decode some frames of a clip -> (frames uint8 (T, H, W, 3), their numbers, frames per
+    second).
 
-    choose(number of frames) -> list of frame numbers. decord first, PyAV when decord refuses. Raises ClipError with
-    what both said. Source: ours.
+    choose(number of frames) -> list of frame numbers. decord first, PyAV when decord refuses.
+    Raises ClipError with what both said. Source: ours.
     """
     if not os.path.isfile(path):
         raise ClipError(f"{path}: no such file")
@@ -121,7 +133,10 @@ def read_clip(path, choose):
 
 
 def read_uniform(clip, n):
-    """A Clip -> n frames spread over it, as `read_clip` returns them. Raises ClipError. Source: ours."""
+    """A Clip -> n frames spread over it, as `read_clip` returns them. Raises ClipError.
+
+    Source: ours.
+    """
     first, last = 0, None
     if clip.start or clip.end < math.inf:
         fps = read_clip(clip.path, lambda total: [0] if total else [])[2]
@@ -159,7 +174,9 @@ def _decord(path, choose):
 
 
 def _shown(frame):
-    """Not one of the frames that a cut by stream copy keeps for the decoder alone, before the clip's time 0."""
+    """Not one of the frames that a cut by stream copy keeps for the decoder alone, before the
+    clip's time 0.
+    """
     return frame.time is None or frame.time >= 0
 
 
@@ -198,7 +215,9 @@ def read_image(source):
         raise ClipError(f"{name}: cannot be read as an image ({e})") from e
 
 
-_cache = {}  # (path, key frame, budget) -> (patches uint8, grid); filled up to DataConfig.cache_frames, then closed
+# (path, key frame, budget) -> (patches uint8, grid); filled up to DataConfig.cache_frames, then
+# closed
+_cache = {}
 
 
 def _cut(frames, budget, name):
@@ -222,7 +241,9 @@ def load_frames(frames, budget, room=0):
             if room
             else sorted({f.index for f in frames if f not in got and f.source == path})
         )
-        pictures, _, _ = read_clip(path, lambda n: [key_frame_positions(n)[i - 1] for i in numbers])
+        pictures, _, _ = read_clip(
+            path, lambda n, of=numbers: [key_frame_positions(n)[i - 1] for i in of]
+        )
         for i, picture in zip(numbers, pictures):
             got[Frame(path, i)] = _cut(picture[None], budget, path)
     if len(_cache) < room:
@@ -231,7 +252,10 @@ def load_frames(frames, budget, room=0):
 
 
 def pixels_of(frames):
-    """Frames -> {Frame: uint8 (H, W, 3)}: the pictures, then all eight key frames of each clip. Raises ClipError. Ours."""
+    """Frames -> {Frame: uint8 (H, W, 3)}: the pictures, then all eight key frames of each clip.
+
+    Raises ClipError. Ours.
+    """
     found = {f: read_image(f.source)[0] for f in frames if not f.index}
     for path in dict.fromkeys(f.source for f in frames if f.index):
         pictures, _, _ = read_clip(path, key_frame_positions)
@@ -240,10 +264,12 @@ def pixels_of(frames):
 
 
 def film(row):
-    """The frames around a row -> [(label, role, uint8 (H, W, 3))]; role: seen | future | other. Source: ours.
+    """The frames around a row -> [(label, role, uint8 (H, W, 3))]; role: seen | future | other.
 
-    A row of key frames: all eight of its clip. A row of whole pictures: these. A clip that enters as a video: eight
-    frames spread over what the model saw of it. Raises ClipError.
+    Source: ours.
+
+    A row of key frames: all eight of its clip. A row of whole pictures: these. A clip that enters
+    as a video: eight frames spread over what the model saw of it. Raises ClipError.
     """
     seen, future = (
         [p for p in part if isinstance(p, Frame)] for part in (row.prompt, row.response)
@@ -260,7 +286,10 @@ def film(row):
 
 
 def jpeg(pixels, side):
-    """uint8 (H, W, 3) -> bytes of a JPEG whose longer side is at most `side` pixels. Source: ours."""
+    """uint8 (H, W, 3) -> bytes of a JPEG whose longer side is at most `side` pixels.
+
+    Source: ours.
+    """
     from PIL import Image
 
     image, out = Image.fromarray(pixels), io.BytesIO()

@@ -13,14 +13,18 @@ class RecordError(ValueError):
 
 
 class Frame(NamedTuple):
-    """One image of a prompt or a future: key frame `index` (1..8) of a clip, or a whole image file (index 0)."""
+    """One image of a prompt or a future: key frame `index` (1..8) of a clip, or a whole image
+    file (index 0).
+    """
 
     source: str | bytes  # path, or the image file's bytes
     index: int = 0
 
 
 class Clip(NamedTuple):
-    """A clip that enters as a video: uniformly sampled frames with time stamps, of all of it or of a part."""
+    """A clip that enters as a video: uniformly sampled frames with time stamps, of all of it or
+    of a part.
+    """
 
     path: str
     start: float = 0.0  # seconds
@@ -29,7 +33,10 @@ class Clip(NamedTuple):
 
 @dataclasses.dataclass
 class Row:
-    """The one normal form of all formats. `response` holds str (a reasoning step) and Frame (a future to imagine)."""
+    """The one normal form of all formats.
+
+    `response` holds str (a reasoning step) and Frame (a future to imagine).
+    """
 
     where: str  # "file:index", for every message
     id: str
@@ -49,10 +56,12 @@ class Skipped(NamedTuple):
 
 
 def read_rows(path, media_root=None):
-    """A .json, .jsonl or .parquet file -> list of Row, whatever the format. Source: the published formats.
+    """A .json, .jsonl or .parquet file -> list of Row, whatever the format.
 
-    media_root: where relative clip paths start; default: the folder of the file. Raises RecordError naming the file,
-    the index and the missing key, FileNotFoundError if there is no file.
+    Source: the published formats.
+
+    media_root: where relative clip paths start; default: the folder of the file. Raises RecordError
+    naming the file, the index and the missing key, FileNotFoundError if there is no file.
     """
     media_root = os.path.dirname(os.path.abspath(path)) if media_root is None else media_root
     rows = [
@@ -65,7 +74,10 @@ def read_rows(path, media_root=None):
 
 
 def read_records(path):
-    """A .json, .jsonl or .parquet file -> its records as they stand. Raises RecordError, FileNotFoundError. Ours."""
+    """A .json, .jsonl or .parquet file -> its records as they stand.
+
+    Raises RecordError, FileNotFoundError. Ours.
+    """
     if path.endswith(".parquet"):
         try:
             import pyarrow.parquet
@@ -106,7 +118,8 @@ def read_record(record, where, media_root="."):
         if not isinstance(of[key], kind):
             names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
             raise RecordError(
-                f"{where}: {key!r} should be {names}, found {type(of[key]).__name__}: {of[key]!r:.60}"
+                f"{where}: {key!r} should be {names}, found {type(of[key]).__name__}: "
+                f"{of[key]!r:.60}"
             )
         return of[key]
 
@@ -140,7 +153,8 @@ def read_record(record, where, media_root="."):
                 or not isinstance(turn.get("value"), str)
             ):
                 raise RecordError(
-                    f"{where}: a turn should be {{from: human|gpt, value: text}}, found {turn!r:.80}"
+                    f"{where}: a turn should be {{from: human|gpt, value: text}}, found "
+                    f"{turn!r:.80}"
                 )
             turns[turn["from"]] += turn["value"]
         chain, said = _split_answer(turns["gpt"], "answer")
@@ -210,8 +224,10 @@ def read_record(record, where, media_root="."):
         ]
     else:
         raise RecordError(
-            f"{where}: unknown format (keys {', '.join(sorted(map(str, record)))}); expected one of the "
-            "six in data.py: conversations | question_images_index | qa | problem | question + options"
+            f"{where}: unknown format (keys {', '.join(sorted(map(str, record)))}); expected one "
+            "of the "
+            "six in data.py: conversations | question_images_index | qa | problem | question + "
+            "options"
         )
     row.answer = str(row.answer).strip()
     row.question = "".join(p for p in row.prompt if isinstance(p, str)).strip()
@@ -266,7 +282,9 @@ def _options(options, where):
 
 
 def _with_options(question, options):
-    """Append "A) ..." lines unless the question already has them (some FutureBench questions do)."""
+    """Append "A) ..." lines unless the question already has them (some FutureBench questions
+    do).
+    """
     if all(
         re.search(rf"\b{chr(65 + i)}\s*[).:]\s*{re.escape(o)}", question)
         for i, o in enumerate(options)

@@ -23,14 +23,12 @@ from common.formats import read_rows
 
 
 def parse_config(cls, argv=None):
-    """Command line -> a config dataclass: one flag a field, `--no-x` for bools, unknown flags are errors. Ours.
+    """Command line -> a config dataclass: one flag a field, `--no-x` for bools, unknown flags are
+    errors. Ours.
 
-    The comment behind a field is its help.
+    The comment behind a field, or above it where it is long, is its help.
     """
-    source = "".join(
-        inspect.getsource(c) for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c)
-    )
-    comment = dict(re.findall(r"^    (\w+): \w+ = (?:\(\n)?.*?  # (.*)$", source, re.M))
+    comment = field_comments(cls)
     parser = argparse.ArgumentParser(
         allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -46,13 +44,31 @@ def parse_config(cls, argv=None):
     return cls(**vars(parser.parse_args([re.sub("^--(no-)?[^=]+", _underscores, a) for a in argv])))
 
 
+def field_comments(cls):
+    """A config dataclass -> {field: its comment}, behind it or in the lines above it.
+
+    Source: ours.
+    """
+    parts = [inspect.getsource(c) for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c)]
+    comments, above = {}, []
+    for line in "\n".join(parts).split("\n"):
+        field = re.match(r"    (\w+): \w+ = .*?(?:  # (.*))?$", line)
+        if field:
+            comments[field.group(1)] = field.group(2) or " ".join(above)
+        above = [*above, line.strip()[2:]] if line.startswith("    # ") else []
+    return comments
+
+
 def _underscores(flag):  # --judge-only is --judge_only
     no = flag.group(1) or ""
     return f"--{no}" + flag.group()[2 + len(no) :].replace("-", "_")
 
 
 def read_lines(path):
-    """A results file -> its lines as dicts. A half-written last line (a killed run) is cut off the file and redone."""
+    """A results file -> its lines as dicts.
+
+    A half-written last line (a killed run) is cut off the file and redone.
+    """
     with open(path, "rb") as f:
         text = f.read()
     whole = text[: text.rfind(b"\n") + 1]
@@ -99,7 +115,10 @@ def sum_over_ranks(values, device):
 
 
 def make_optimizer(model, config, world):
-    """AdamW over what is trained, weight decay on matrices only -> optimizer, its parameters. Source: paper Table 8."""
+    """AdamW over what is trained, weight decay on matrices only -> optimizer, its parameters.
+
+    Source: paper Table 8.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         dict(params=[p for p in trained if p.ndim >= 2], weight_decay=config.weight_decay),
@@ -112,10 +131,11 @@ def make_optimizer(model, config, world):
 
 
 def save_checkpoint(folder, model, tokenizer, trainer, optimizer, rank, world):
-    """All ranks: write a Hugging Face folder, trainer.pt and each rank's rank_R.pt under a temporary name, then rename.
+    """All ranks: write a Hugging Face folder, trainer.pt and each rank's rank_R.pt under a
+    temporary name, then rename.
 
-    A killed save leaves no half checkpoint. rank_R.pt holds what differs by rank: random state, with ZeRO the shard of
-    the optimizer. Source: ours.
+    A killed save leaves no half checkpoint. rank_R.pt holds what differs by rank: random state,
+    with ZeRO the shard of the optimizer. Source: ours.
     """
     sharded = isinstance(optimizer, ZeroRedundancyOptimizer)
     trainer = dict(trainer, optimizer=None if sharded else optimizer.state_dict())
@@ -156,7 +176,10 @@ def restore(optimizer, checkpoint, trainer, rank):
 
 
 def rows_of(config):
-    """The rows of config.data. Raises SystemExit if none is named, RecordError on a broken one. Source: ours."""
+    """The rows of config.data. Raises SystemExit if none is named, RecordError on a broken one.
+
+    Source: ours.
+    """
     if not config.data:
         raise SystemExit(
             "--data is missing: a .json, .jsonl or .parquet file of training records (see data.py)"
@@ -165,9 +188,12 @@ def rows_of(config):
 
 
 def resume_point(config, rows, world):
-    """-> newest checkpoint of config.out or None, its trainer.pt, the rows' fingerprint. Source: ours.
+    """-> newest checkpoint of config.out or None, its trainer.pt, the rows' fingerprint.
 
-    Raises SystemExit if there is one and `resume` is off, or if it was made with other rows, values or, with ZeRO, ranks.
+    Source: ours.
+
+    Raises SystemExit if there is one and `resume` is off, or if it was made with other rows, values
+    or, with ZeRO, ranks.
     """
     fingerprint = hashlib.sha256("\n".join(row.id for row in rows).encode()).hexdigest()
     checkpoint = (checkpoints(config.out) or [None])[-1]
@@ -175,7 +201,8 @@ def resume_point(config, rows, world):
         return None, None, fingerprint
     if not config.resume:
         raise SystemExit(
-            f"{config.out} already holds {os.path.basename(checkpoint)}: pass --resume to continue it, "
+            f"{config.out} already holds {os.path.basename(checkpoint)}: pass --resume to "
+            "continue it, "
             "or another --out"
         )
     trainer = torch.load(
@@ -196,7 +223,10 @@ def resume_point(config, rows, world):
 
 
 def checkpoints(folder):
-    """The complete step_* folders of a run, oldest first. Half-written ones have another name. Source: ours."""
+    """The complete step_* folders of a run, oldest first. Half-written ones have another name.
+
+    Source: ours.
+    """
     found = [
         f
         for f in glob.glob(os.path.join(glob.escape(folder), "step_*"))
@@ -206,7 +236,10 @@ def checkpoints(folder):
 
 
 def newest(folder):
-    """A model's folder or hub id as it is; a run's folder -> its newest checkpoint. Raises SystemExit if it is empty."""
+    """A model's folder or hub id as it is; a run's folder -> its newest checkpoint.
+
+    Raises SystemExit if it is empty.
+    """
     if not folder:
         raise SystemExit("--model is missing: a model's folder, a run's folder or a hub id")
     return (checkpoints(folder) or [folder])[-1]

@@ -15,7 +15,10 @@ from toy import __main__ as demo
 from toy import tiny
 from toy import world as paddle
 
-WORDS = "system user assistant watch the ball which wall does it hit next ? moves right left up down hits red green blue"
+WORDS = (
+    "system user assistant watch the ball which wall does it hit next ? "
+    "moves right left up down hits red green blue"
+)
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +28,9 @@ def tokenizer():
 
 @pytest.fixture
 def model(tokenizer):
-    """A fresh FutureL1 of half a million weights (fp32, eval), with an output layer loud enough to sample from."""
+    """A fresh FutureL1 of half a million weights (fp32, eval), with an output layer loud enough
+    to sample from.
+    """
     model = tiny.make_model(tokenizer, seed=0).eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(4)
@@ -70,7 +75,9 @@ def clip(tmp_path):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """Six clips of the paddle box with their 24 rows, and a tiny model folder: dict(model, data, folder)."""
+    """Six clips of the paddle box with their 24 rows, and a tiny model folder: dict(model, data,
+    folder).
+    """
     folder = tmp_path_factory.mktemp("world")
     config = demo.Config(out=str(folder), clips=6, eval_clips=2, eval_seed=100)
     paths = paddle.make_world(config)

@@ -1,4 +1,6 @@
-"""Selection on hand-made counts, the noise by brute force, and a probe that is killed, shared, damaged and resumed."""
+"""Selection on hand-made counts, the noise by brute force, and a probe that is killed, shared,
+damaged and resumed.
+"""
 
 import dataclasses
 import hashlib
@@ -83,7 +85,7 @@ def probed(world, tmp_path_factory):
     return out
 
 
-# ------------------------------------------------------------------------------------------------------- pure functions
+# ----------------------------------------------------------------------------------- pure functions
 
 
 @pytest.mark.parametrize(
@@ -107,7 +109,9 @@ def test_keep_at_the_edges(p_t, p_v, kept):
 
 
 def test_select_by_hand():
-    """Breaks if the order is not gain, then the lower p_t, then the hash of the id, or the order of the rows matters."""
+    """Breaks if the order is not gain, then the lower p_t, then the hash of the id, or the order
+    of the rows matters.
+    """
     counts = {
         "a": (0, 2),
         "b": (6, 8),
@@ -134,7 +138,9 @@ def test_select_by_hand():
 @pytest.mark.parametrize("n, max_p_t, min_gain", [(3, 2, 1), (4, 3, 1), (4, 2, 2)])
 @pytest.mark.parametrize("p", [0.0, 0.2, 0.5, 0.9, 1.0])
 def test_false_keep_rate_by_brute_force(n, max_p_t, min_gain, p):
-    """Breaks if the exact figure is not the sum over all 4^n outcomes of two series of coin tosses."""
+    """Breaks if the exact figure is not the sum over all 4^n outcomes of two series of coin
+    tosses.
+    """
     total = 0.0
     for tosses in itertools.product((0, 1), repeat=2 * n):
         t, v = sum(tosses[:n]), sum(tosses[n:])
@@ -144,7 +150,9 @@ def test_false_keep_rate_by_brute_force(n, max_p_t, min_gain, p):
 
 
 def test_false_keep_rate_of_the_paper():
-    """Breaks if the rate at n = 8 is not the known one: P(V - T >= 2) = P(Bin(16, 1/2) >= 10) = 14893/65536; p_t fits."""
+    """Breaks if the rate at n = 8 is not the known one: P(V - T >= 2) = P(Bin(16, 1/2) >= 10) =
+    14893/65536; p_t fits.
+    """
     assert false_keep_rate(8, 0.5) == pytest.approx(
         14893 / 65536
     )  # gain >= 2 alone already implies p_t <= 6
@@ -188,7 +196,9 @@ class Answers:
 
 
 def test_mark(world):
-    """Breaks if the judge is asked twice, or about what the rule has decided, or an outage counts as wrong."""
+    """Breaks if the judge is asked twice, or about what the rule has decided, or an outage counts
+    as wrong.
+    """
     row = dataclasses.replace(read_rows(world["test"])[0], answer="red", question="q", options=None)
     said = [
         ["red<|im_end|>", "Red.<|im_end|>", "crimson<|im_end|>", "blue<|im_end|>", "<|im_end|>"],
@@ -203,11 +213,14 @@ def test_mark(world):
     assert mark([closed], [["A<|im_end|>", "blue<|im_end|>"]], Answers([])) == [[True, False]]
 
 
-# -------------------------------------------------------------------------------------------------------- the two prompts
+# ---------------------------------------------------------------------------------- the two prompts
 
 
 def test_condition_v_shows_the_later_frames(world):
-    """Breaks if v lacks a future frame, has it before the observed ones, or t has any; or if the question changes."""
+    """Breaks if v lacks a future frame, has it before the observed ones, or t has any.
+
+    Or if the question changes.
+    """
     _, tokenizer = load(world["model"])
     c = config(world, "unused")
     for row in read_rows(world["test"]):
@@ -232,11 +245,13 @@ def test_condition_v_shows_the_later_frames(world):
         )
 
 
-# ----------------------------------------------------------------------------------------------------------------- probe
+# -------------------------------------------------------------------------------------------- probe
 
 
 def test_lines_say_what_was_done(world, probed):
-    """Breaks if a line lacks a setting, counts go beyond n, or part files and half-written ones stay behind."""
+    """Breaks if a line lacks a setting, counts go beyond n, or part files and half-written ones
+    stay behind.
+    """
     lines = read(probed)
     assert list(lines) == [row.id for row in read_rows(world["test"])] and len(lines) == 8
     for line in lines.values():
@@ -263,7 +278,9 @@ def test_lines_say_what_was_done(world, probed):
 
 @pytest.mark.parametrize("left", [0, 2, 3, 5])
 def test_a_torn_part_file_is_completed_to_the_same_bytes(world, probed, tmp_path, left):
-    """Breaks if a half-written line survives, or what is generated depends on what was there before (blocks of 3)."""
+    """Breaks if a half-written line survives, or what is generated depends on what was there
+    before (blocks of 3).
+    """
     os.makedirs(tmp_path / "b")
     shutil.copy(os.path.join(probed, "probe.settings.json"), tmp_path / "b")
     lines = open(os.path.join(probed, "probe.jsonl"), "rb").read().split(b"\n")
@@ -277,12 +294,15 @@ def test_a_torn_part_file_is_completed_to_the_same_bytes(world, probed, tmp_path
 
 
 def test_killed_and_shared_by_two_ranks_gives_the_same_bytes(world, probed, tmp_path):
-    """Breaks if SIGKILL loses or doubles a line, the number of ranks changes the output, or ranks do the same work."""
+    """Breaks if SIGKILL loses or doubles a line, the number of ranks changes the output, or ranks
+    do the same work.
+    """
     whole = open(os.path.join(probed, "probe.jsonl"), "rb").read()
     env, c = dict(os.environ, OMP_NUM_THREADS="1"), config(world, tmp_path, step="probe")
     dies = (
         "import curate, os, signal, sys; made = []; generate = curate.generate\n"
-        "def second_is_the_last(*a, **k):\n    made.append(0) if not made else os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def second_is_the_last(*a, **k):\n    made.append(0) if not made else "
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return generate(*a, **k)\n"
         "curate.generate = second_is_the_last; curate.probe(curate.parse_config(curate.Config))"
     )
@@ -326,7 +346,9 @@ def test_killed_and_shared_by_two_ranks_gives_the_same_bytes(world, probed, tmp_
 
 
 def test_settings_and_pools_do_not_mix(world, probed, tmp_path):
-    """Breaks if another n, seed, model or question joins a probe, or a finished one is not left as it is."""
+    """Breaks if another n, seed, model or question joins a probe, or a finished one is not left
+    as it is.
+    """
     before = open(os.path.join(probed, "probe.jsonl"), "rb").read()
     for change in (
         dict(rollouts=3),
@@ -362,7 +384,9 @@ def test_settings_and_pools_do_not_mix(world, probed, tmp_path):
 def test_what_cannot_be_probed_is_named_and_tried_again(
     world, probed, tmp_path, capsys, monkeypatch
 ):
-    """Breaks if a corrupt clip, a row without future frames or without an answer stops the run, gets counts, or is lost."""
+    """Breaks if a corrupt clip, a row without future frames or without an answer stops the run,
+    gets counts, or is lost.
+    """
     clips = os.path.join(os.path.dirname(world["test"]), "clips")
     with open(os.path.join(clips, "bad.mp4"), "wb") as f:
         f.write(b"not a video")
@@ -413,7 +437,9 @@ def test_what_cannot_be_probed_is_named_and_tried_again(
 
 
 def test_a_judge_outage_is_caught_up_without_generating(world, tmp_path, monkeypatch, capsys):
-    """Breaks if an unjudged rollout counts as wrong, its response is lost, or the caught-up file is another one."""
+    """Breaks if an unjudged rollout counts as wrong, its response is lost, or the caught-up file
+    is another one.
+    """
     path = pool(world, "open.jsonl", lambda records: [r.pop("options") for r in records])
     everything = Answers([])
     everything.right = type(
@@ -447,11 +473,13 @@ def test_a_judge_outage_is_caught_up_without_generating(world, tmp_path, monkeyp
     ).read_bytes()
 
 
-# ---------------------------------------------------------------------------------------------------------------- select
+# ------------------------------------------------------------------------------------------- select
 
 
 def test_cut_writes_the_records_as_they_came(world, probed, tmp_path, capsys):
-    """Breaks if a chosen record is changed or out of order, or the tables do not add up to the pool."""
+    """Breaks if a chosen record is changed or out of order, or the tables do not add up to the
+    pool.
+    """
     for name in ("probe.jsonl", "probe.settings.json"):
         shutil.copy(os.path.join(probed, name), tmp_path)
     records = {r["id"]: r for r in map(json.loads, open(world["test"]))}
@@ -506,11 +534,13 @@ def test_cut_keeps_the_format(world, probed, tmp_path, kind):
     assert all(r in formats.read_records(data) for r in chosen)
 
 
-# --------------------------------------------------------------------------------------------------------------- logprob
+# ------------------------------------------------------------------------------------------ logprob
 
 
 def test_logprob_score_by_transformers(world, tmp_path):
-    """Breaks if the score is not the mean log-probability of the answer's words behind <answer>, under t and under v."""
+    """Breaks if the score is not the mean log-probability of the answer's words behind <answer>,
+    under t and under v.
+    """
     c = config(world, tmp_path, score="logprob")
     lines = curate.probe(c)
     model, tokenizer = load(world["model"])
@@ -538,7 +568,9 @@ def test_logprob_score_by_transformers(world, tmp_path):
 
 
 def test_logprob_of_an_answer_of_several_words(world):
-    """Breaks if a tag's token is counted, or a word of the answer that equals a tag's is left out."""
+    """Breaks if a tag's token is counted, or a word of the answer that equals a tag's is left
+    out.
+    """
     model, tokenizer = load(world["model"])
     c, row = config(world, "unused"), read_rows(world["test"])[0]
     empty = [tokenizer.convert_tokens_to_ids(t) for t in ("<answer>", "</answer>", "<|im_end|>")]
@@ -552,11 +584,13 @@ def test_logprob_of_an_answer_of_several_words(world):
     assert curate.mean_logprob(model, batch, empty) == pytest.approx([sum(expected) / 3])
 
 
-# ------------------------------------------------------------------------------------------------------------ on the toy
+# --------------------------------------------------------------------------------------- on the toy
 
 
 def test_spearman_by_hand():
-    """Breaks if ranks are not ranks, or ties do not share their mean: 1 - 6 sum d^2 / (n (n^2 - 1)) without ties."""
+    """Breaks if ranks are not ranks, or ties do not share their mean: 1 - 6 sum d^2 / (n (n^2 -
+    1)) without ties.
+    """
     assert demo.spearman([1, 2, 3, 4, 5], [1, 30, 20, 500, 40]) == pytest.approx(
         0.8
     )  # d = 0 1 1 1 1
@@ -569,7 +603,9 @@ def test_spearman_by_hand():
 
 
 def test_two_of_three_candidates_ask_for_what_is_visible(world, tmp_path):
-    """Breaks if such an answer is not in the frames that are shown, or the pool does not take 1-, 2- and 3-hop by turns."""
+    """Breaks if such an answer is not in the frames that are shown, or the pool does not take 1-,
+    2- and 3-hop by turns.
+    """
     clips = os.path.join(os.path.dirname(world["data"]), "clips")
     records = [
         r

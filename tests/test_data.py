@@ -39,7 +39,10 @@ SPECIALS = [
 
 
 def flat(numbers, height=64, width=64):
-    """Grey frames that tell their number (mod 40): neighbours differ by 42 levels. `shown` reads it back."""
+    """Grey frames that tell their number (mod 40): neighbours differ by 42 levels.
+
+    `shown` reads it back.
+    """
     return np.stack([np.full((height, width, 3), 8 + 6 * (7 * k % 40), np.uint8) for k in numbers])
 
 
@@ -62,7 +65,9 @@ def film(tmp_path):
 
 
 def test_positions():
-    """Another rounding or pool, or a short clip asked for frames it lacks, moves the frames that a row means."""
+    """Another rounding or pool, or a short clip asked for frames it lacks, moves the frames that
+    a row means.
+    """
     for count, expected in {
         600: [1, 51, 150, 249, 349, 448, 547, 598],
         40: [1, 4, 10, 16, 22, 28, 34, 38],
@@ -88,7 +93,9 @@ def test_positions():
 
 
 def cut(video):
-    """Patches in nine plain loops: (t, block row, block column, row and column inside) x (channel, frame, y, x)."""
+    """Patches in nine plain loops: (t, block row, block column, row and column inside) x
+    (channel, frame, y, x).
+    """
     T, H, W, _ = video.shape
     return np.array(
         [
@@ -114,7 +121,9 @@ def noise(T, height, width):
 
 @pytest.mark.parametrize("T", [1, 3, 4])
 def test_patch_order_and_values(T):
-    """Any transposed axis, blocks the merger does not expect, an odd frame left alone, another normalisation."""
+    """Any transposed axis, blocks the merger does not expect, an odd frame left alone, another
+    normalisation.
+    """
     x = noise(T, 64, 96)
     (patches, grid), (raw, _) = resize_and_patchify(x, CELL, 10**7), resize_and_cut(x, CELL, 10**7)
     assert (
@@ -143,13 +152,19 @@ def test_patch_order_and_values(T):
     ],
 )
 def test_sizes(T, height, width, cells, tokens):
-    """A budget taken per frame instead of over all T, rounding up, a side of zero cells. Worked out by hand."""
+    """A budget taken per frame instead of over all T, rounding up, a side of zero cells.
+
+    Worked out by hand.
+    """
     _, grid = resize_and_cut(np.zeros((T, height, width, 3), np.uint8), CELL, cells * CELL)
     assert grid.tolist() == [tokens[0], 2 * tokens[1], 2 * tokens[2]]
 
 
 def test_extreme_shapes_are_refused():
-    """A 201:1 strip would become a sliver of noise; as the image of a record it has to be a ClipError."""
+    """A 201:1 strip would become a sliver of noise.
+
+    As the image of a record it has to be a ClipError.
+    """
     strip, png = np.zeros((1, 10, 2010, 3), np.uint8), io.BytesIO()
     Image.fromarray(strip[0]).save(png, "PNG")
     with pytest.raises(ValueError, match="200:1"):
@@ -159,7 +174,9 @@ def test_extreme_shapes_are_refused():
 
 
 def test_sizes_equal_transformers():
-    """A size on which we and HF's image or video processor disagree would shift every later position."""
+    """A size on which we and HF's image or video processor disagree would shift every later
+    position.
+    """
     image, video = (
         pytest.importorskip("transformers.models." + name, exc_type=ImportError).smart_resize
         for name in ("qwen2_vl.image_processing_pil_qwen2_vl", "qwen3_vl.video_processing_qwen3_vl")
@@ -177,7 +194,9 @@ def test_sizes_equal_transformers():
     [(90, 160, 4, (32, 64)), (300, 200, 9, (96, 64)), (20, 30, 4, (32, 32))],
 )
 def test_resizing_equals_pillow(height, width, cells, size):
-    """Bilinear, no antialiasing, or half a pixel's shift: each is off Pillow's bicubic by far more than two levels."""
+    """Bilinear, no antialiasing, or half a pixel's shift: each is off Pillow's bicubic by far
+    more than two levels.
+    """
     x = noise(1, height, width)
     x[0, :, : width // 2] = (
         np.arange(height)[:, None, None] * 255 // height
@@ -240,7 +259,9 @@ def test_patches_equal_transformers(T, height, width, cells):
 
 @pytest.mark.parametrize("reader", ["_decord", "_pyav", "read_clip"])
 def test_frame_k_is_frame_k(reader, film):
-    """Off by one, decoding order instead of display order, the nearest key frame instead of the one asked for."""
+    """Off by one, decoding order instead of display order, the nearest key frame instead of the
+    one asked for.
+    """
     wanted, counts = (
         [0, 1, 7, 7, 149, 150, 249, 250, 251, 298, 299],
         [],
@@ -255,7 +276,9 @@ def test_frame_k_is_frame_k(reader, film):
 
 @pytest.mark.parametrize("absent", [False, True])
 def test_pyav_steps_in(absent, film, monkeypatch):
-    """A clip that decord refuses, or a machine without decord, must give the same frames and rate through PyAV."""
+    """A clip that decord refuses, or a machine without decord, must give the same frames and rate
+    through PyAV.
+    """
 
     def refuse(path, choose):
         raise ClipError("decord: refused")
@@ -282,7 +305,9 @@ def test_pyav_steps_in(absent, film, monkeypatch):
     ],
 )  # the same, clock kept; decord shuffles
 def test_clips_cut_by_stream_copy(start, back, first, expected, tmp_path):
-    """Counting frames that nobody can see, or returning others than asked for, makes the key frames other ones."""
+    """Counting frames that nobody can see, or returning others than asked for, makes the key
+    frames other ones.
+    """
     whole, path = str(tmp_path / "whole.mp4"), str(tmp_path / "cut.mp4")
     with av.open(whole, "w") as container:  # a key frame every 12
         stream = container.add_stream(
@@ -327,7 +352,9 @@ def test_unusual_clips(name, count, height, width, film):
 
 @pytest.mark.parametrize("kind", ["half", "codec", "empty", "text", "audio", "missing", "folder"])
 def test_broken_clips_are_named(kind, film, tmp_path):
-    """A clip nobody can read must be a ClipError with its name: anything else kills a run, or passes unseen."""
+    """A clip nobody can read must be a ClipError with its name: anything else kills a run, or
+    passes unseen.
+    """
     path, good = tmp_path / f"{kind}.mp4", open(film(), "rb").read()
     if kind == "audio":
         with av.open(str(path), "w") as container:
@@ -354,7 +381,10 @@ def test_broken_clips_are_named(kind, film, tmp_path):
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
 def test_read_image(mode, tmp_path, monkeypatch):
-    """Grey or transparent pictures must become RGB; a broken one, or one Pillow finds too large, is a ClipError."""
+    """Grey or transparent pictures must become RGB.
+
+    A broken one, or one Pillow finds too large, is a ClipError.
+    """
     grey, path = flat([3], 64, 80), tmp_path / "é.png"
     Image.fromarray(grey[0]).convert(mode).save(path)
     good = path.read_bytes()
@@ -372,7 +402,10 @@ def test_read_image(mode, tmp_path, monkeypatch):
 
 
 def test_load_frames(film, tmp_path, monkeypatch):
-    """Frames in another order than asked for; a cache that mixes frames, clips or budgets, or that reads again."""
+    """Frames in another order than asked for.
+
+    A cache that mixes frames, clips or budgets, or that reads again.
+    """
     monkeypatch.setattr(clips, "_cache", {})
     a, b, still = film("a.mp4"), film("b.mp4", range(15, 35)), tmp_path / "c.png"
     Image.fromarray(flat([39])[0]).save(still)
@@ -381,7 +414,8 @@ def test_load_frames(film, tmp_path, monkeypatch):
     plain = {budget: clips.load_frames(asked, budget) for budget in budgets}
     for budget, side in zip(budgets, (2, 4)):
         assert [grid.tolist() for _, grid in plain[budget]] == [[1, side, side]] * 5
-        # of 20 frames key frame 8 is number 18, key frame 2 is (2 + 4 - 1) // 2 = 2; b's numbers start at 15
+        # of 20 frames key frame 8 is number 18, key frame 2 is (2 + 4 - 1) // 2 = 2; b's numbers
+        # start at 15
         assert shown(patches.float() for patches, _ in plain[budget]) == [33, 1, 39, 17, 33]
     assert not clips._cache
     for _ in range(2):
@@ -400,7 +434,9 @@ HUMAN, GPT = (
     {"from": "gpt", "value": LATER.format("<image>")},
 )
 V = "/m/v.mp4"
-RECORDS = {  # format: (record, the Row it is: id, prompt, response, answer, question, options, group), media in "/m"
+# format: (record, the Row it is: id, prompt, response, answer, question, options, group), media in
+# "/m"
+RECORDS = {
     "future-l1": (
         dict(
             id=7,
@@ -497,7 +533,9 @@ RECORDS = {  # format: (record, the Row it is: id, prompt, response, answer, que
 @pytest.mark.parametrize("name", RECORDS)
 @pytest.mark.parametrize("layout", ["[{0}, {0}]", '{{"data": [{0}, {0}]}}', "{0}\n\n  \n{0}\n"])
 def test_formats(name, layout, tmp_path):
-    """A format told apart wrongly, a key misread, a marker or "THOUGHT n:" left over, a file layout not understood."""
+    """A format told apart wrongly, a key misread, a marker or "THOUGHT n:" left over, a file
+    layout not understood.
+    """
     path = tmp_path / ("r.jsonl" if layout[-1] == "\n" else "r.json")
     path.write_text(
         layout.format(json.dumps(RECORDS[name][0], ensure_ascii=False)), encoding="utf-8"
@@ -521,7 +559,10 @@ def test_formats(name, layout, tmp_path):
     ],
 )
 def test_options_are_given_once(question, missing):
-    """Options missing from the prompt make a question unanswerable; options given twice change the benchmark."""
+    """Options missing from the prompt make a question unanswerable.
+
+    Options given twice change the benchmark.
+    """
     record = RECORDS["futurebench"][0]
     row = formats.read_record(record | dict(qa=record["qa"] | dict(Question=question)), "f:0")
     assert row.prompt[1] == question + ("\nA) one\nB) two" if missing else "") and row.options == [
@@ -531,7 +572,10 @@ def test_options_are_given_once(question, missing):
 
 
 def test_parquet(tmp_path, monkeypatch):
-    """Of the hub's image columns {bytes, path} the bytes must win; without pyarrow the message names file and cure."""
+    """Of the hub's image columns {bytes, path} the bytes must win.
+
+    Without pyarrow the message names file and cure.
+    """
     with (
         monkeypatch.context() as m,
         pytest.raises(RecordError, match=r"x\.parquet.*pip install pyarrow"),
@@ -601,7 +645,9 @@ def test_parquet(tmp_path, monkeypatch):
     ids=lambda x: str(x)[:20],
 )
 def test_malformed_records(name, key, value, message):
-    """Each must be a RecordError with file, index and fault: a TypeError, or a row read askew, costs a night."""
+    """Each must be a RecordError with file, index and fault: a TypeError, or a row read askew,
+    costs a night.
+    """
     record = {k: v for k, v in (RECORDS[name][0] | {key: value}).items() if v is not ...}
     with pytest.raises(RecordError, match=rf"^f\.json:4: .*{message}"):
         formats.read_record(record, "f.json:4")
@@ -655,7 +701,9 @@ def row(path, where="f:0", question="which wall ?"):
 
 @pytest.mark.parametrize("height, width, n", [(64, 96, 2), (96, 64, 2), (64, 64, 4)])
 def test_encode(height, width, n, film, words, data_config):
-    """The whole layout: markup, placeholders, spans, which frame goes where, and what carries a label (Eq. 2)."""
+    """The whole layout: markup, placeholders, spans, which frame goes where, and what carries a
+    label (Eq. 2).
+    """
     sight, span = (
         row(film("c.mp4", range(40), height, width)),
         f"<|latent_start|> {'<|latent|> ' * n}<|latent_end|> ",
@@ -697,7 +745,9 @@ def test_encode(height, width, n, film, words, data_config):
 
 
 def test_text_never_becomes_a_special_token(film, words, data_config):
-    """A "<|latent|>" typed into data would open a position with no latent for it, an "<|im_end|>" end the turn."""
+    """A "<|latent|>" typed into data would open a position with no latent for it, an "<|im_end|>"
+    end the turn.
+    """
     path, typed = film(), " " + " ".join(SPECIALS) + "".join(SPECIALS)
     dirty = dataclasses.replace(row(path, question="which" + typed), answer="red" + typed)
     dirty.response = [p if isinstance(p, Frame) else p + typed for p in dirty.response]
@@ -722,7 +772,9 @@ def test_text_never_becomes_a_special_token(film, words, data_config):
     ],
 )  # HF's (11 / 30 + 16 / 30) / 2 is just below 0.45
 def test_video_prompt(count, n, fps, numbers, stamps, film, words, data_config):
-    """Qwen3-VL tells time by the text before each pair of frames: wrong stamps, frames, or pads that do not fit."""
+    """Qwen3-VL tells time by the text before each pair of frames: wrong stamps, frames, or pads
+    that do not fit.
+    """
     clip = Clip(film("v.mp4", range(count), 64, 96, fps))
     sample = data.encode(
         Row("f:0", "0", [clip, "which wall ?"], [], "red"),
@@ -789,7 +841,10 @@ def sample(ids, labels, level=None):
     ],
 )
 def test_padding(side, ids, labels, mask):
-    """Padding on the wrong side, attended to or learned; patches out of order; a skipped sample that takes others."""
+    """Padding on the wrong side, attended to or learned; patches out of order.
+
+    A skipped sample that takes others.
+    """
     batch = data.collate(
         [sample([1, 9, 3], [-100, 9, 3], 255), Skipped("f:5", "why"), sample([4], [4], 0)], 9, side
     )
@@ -811,7 +866,9 @@ def test_padding(side, ids, labels, mask):
 
 
 def test_nothing_but_skipped_samples():
-    """Without the stand-in row one rank would leave its step out, and all others would wait for it forever."""
+    """Without the stand-in row one rank would leave its step out, and all others would wait for
+    it forever.
+    """
     batch = data.collate([Skipped("f:0", "why"), Skipped("f:1", "why")], 9)
     assert (
         batch["input_ids"].tolist() == [[9]]
@@ -855,7 +912,10 @@ class Flags:
 
 
 def test_parse_config():
-    """type=bool would read "--spans False" as True; an untyped number stays text; a misspelt flag is ignored."""
+    """type=bool would read "--spans False" as True; an untyped number stays text.
+
+    A misspelt flag is ignored.
+    """
     found = runs.parse_config(Flags, "--steps 7 --lr 1 --out 5 --resume --no-spans".split())
     assert found == Flags(7, 1.0, "5", True, False) and runs.parse_config(Flags, []) == Flags()
     assert [type(v) for v in dataclasses.astuple(found)] == [int, float, str, bool, bool]
@@ -874,6 +934,9 @@ def test_help_shows_the_comments(capsys):
 
 
 def test_budgets():
-    """L_max counts tokens of 32 x 32 pixels; a video token covers two frames, so its budget holds twice the pixels."""
+    """L_max counts tokens of 32 x 32 pixels.
+
+    A video token covers two frames, so its budget holds twice the pixels.
+    """
     config = data.DataConfig(image_max_tokens=3, l_max=4, video_max_tokens=5)
     assert config.budgets == ((1024, 3072), (1024, 4096), (1024, 10240))

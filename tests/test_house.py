@@ -1,4 +1,6 @@
-"""Arrows run down: every file imports from its own floor's neighbours below, and nothing makes a circle."""
+"""Arrows run down: every file imports from its own floor's neighbours below, and nothing makes a
+circle.
+"""
 
 import ast
 import glob
@@ -29,7 +31,9 @@ def modules():
 
 
 def floor(name):
-    """0 model and data (with the two files they may use), 1 common, 2 scripts, 3 variants and tools, 4 toy."""
+    """0 model and data (with the two files they may use), 1 common, 2 scripts, 3 variants and
+    tools, 4 toy.
+    """
     folder = name.split(".")[0] if "." in name or name in ("common", "toy", "tools") else ""
     if name in GROUND or name in ("common.clips", "common.formats"):
         return 0
@@ -52,7 +56,9 @@ def wrong(imports):
 
 
 def test_arrows_run_down():
-    """Breaks if plumbing imports the method, a script another's loop, or anything the floor above."""
+    """Breaks if plumbing imports the method, a script another's loop, or anything the floor
+    above.
+    """
     imports = modules()
     assert {"model", "sft", "common.runs", "toy.__main__", "tools.bench"} <= set(imports)
     assert sum(map(len, imports.values())) > 30

@@ -1,4 +1,6 @@
-"""LA-DAPO: replay, the equations by other means, the gradient through latents, and a loop that loses and hangs nothing."""
+"""LA-DAPO: replay, the equations by other means, the gradient through latents, and a loop that
+loses and hangs nothing.
+"""
 
 import dataclasses
 import json
@@ -30,11 +32,13 @@ from toy import tiny
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-# ------------------------------------------------------------------------------------------------------- equations
+# ---------------------------------------------------------------------------------------- equations
 
 
 def test_advantages_by_hand():
-    """Breaks if the std is the biased one, an unjudged rollout is counted, or a constant reward moves anything."""
+    """Breaks if the std is the biased one, an unjudged rollout is counted, or a constant reward
+    moves anything.
+    """
     A = group_advantages([1.0, 0.0, 0.0, 1.0])  # mean 1/2, unbiased variance 1/3
     torch.testing.assert_close(A, torch.tensor([1, -1, -1, 1]) * 0.5 / (math.sqrt(1 / 3) + 1e-6))
     A = group_advantages([2.0, None, 0.0])  # mean 1, variance 2
@@ -58,7 +62,9 @@ def test_advantages_by_hand():
     ],
 )
 def test_filter(right, unjudged, verdict):
-    """Breaks if a group of 8 is kept without both outcomes, or an unjudged rollout counts as wrong."""
+    """Breaks if a group of 8 is kept without both outcomes, or an unjudged rollout counts as
+    wrong.
+    """
     correct = [True] * right + [False] * (8 - right)
     assert keep_group(correct, [False] * (8 - unjudged) + [True] * unjudged) == verdict
 
@@ -87,7 +93,10 @@ def test_filter_edges():
     ],
 )  # down: 0.8 and 3
 def test_clipping_by_hand(ratio, A, loss, slope):
-    """Breaks if either side of the clip, or the dual clip, acts where it should not. slope: d loss / d log-probability."""
+    """Breaks if either side of the clip, or the dual clip, acts where it should not.
+
+    Slope: d loss / d log-probability.
+    """
     logp = torch.tensor([math.log(ratio) - 1.5], dtype=torch.float64, requires_grad=True)
     got, r = clipped_surrogate(
         logp, torch.tensor([-1.5], dtype=torch.float64), torch.tensor([A], dtype=torch.float64)
@@ -120,7 +129,7 @@ def test_learning_rate_by_hand():
     assert la_dapo.learning_rate(9, la_dapo.Config(lr=1.0)) == 1.0
 
 
-# ---------------------------------------------------------------------------------------------------------- replay
+# ------------------------------------------------------------------------------------------- replay
 
 
 def sampled(
@@ -154,8 +163,10 @@ def sampled(
 
 @pytest.mark.parametrize("head, sigma", [(False, 0.0), (True, 0.0), (True, 0.2)])
 def test_replay_is_exact(model, tokenizer, head, sigma):
-    """Breaks if the trainer's log-probabilities are not those of the rollout: with several spans, early and forced stops,
-    prompts of different lengths, several samples a prompt. Without the recorded latents (official) they must not agree."""
+    """Breaks if the trainer's log-probabilities are not those of the rollout: with several spans,
+    early and forced stops,
+    prompts of different lengths, several samples a prompt. Without the recorded latents (official)
+    they must not agree."""
     batch, rollout = sampled(model, tokenizer, head=head, sigma=sigma)
     found = [spans(t[:n].tolist(), model.config) for t, n in zip(rollout.tokens, rollout.lengths)]
     lengths = {k for row in found for k in row}
@@ -244,10 +255,12 @@ def test_entropy_of_words_and_of_a_stop(model, tokenizer):
 
 
 def test_noisy_latents_have_a_gradient_and_exact_ones_none(model, tokenizer):
-    """Breaks if the Gaussian term does not reach the log-probabilities with its gradient, or acts without noise.
+    """Breaks if the Gaussian term does not reach the log-probabilities with its gradient, or acts
+    without noise.
 
-    By hand: d/dm of -(z - m)^2 / (2 sigma^2 D) is (z - m) / (sigma^2 D), and the head's bias moves every m alike. With
-    sigma = 0 the latents are constants: no gradient; and the term itself, on-policy, would have a gradient of zero.
+    By hand: d/dm of -(z - m)^2 / (2 sigma^2 D) is (z - m) / (sigma^2 D), and the head's bias moves
+    every m alike. With sigma = 0 the latents are constants: no gradient; and the term itself,
+    on-policy, would have a gradient of zero.
     """
     for sigma in (0.0, 0.2):
         batch, rollout = sampled(model, tokenizer, head=True, sigma=sigma)
@@ -269,7 +282,9 @@ def test_noisy_latents_have_a_gradient_and_exact_ones_none(model, tokenizer):
 
 @pytest.mark.parametrize("head", [False, True])
 def test_bf16_autocast(model, tokenizer, head, monkeypatch):
-    """Breaks if a dtype does not fit where weights are fp32 and the arithmetic is bf16, as on CUDA by default."""
+    """Breaks if a dtype does not fit where weights are fp32 and the arithmetic is bf16, as on
+    CUDA by default.
+    """
     batch = make_batch(tokenizer, ROWS, "left")
     shuffle(model, 5, head)
     monkeypatch.setattr(latent_decode, "LOGITS", 50)  # several pieces
@@ -295,7 +310,7 @@ def test_bf16_autocast(model, tokenizer, head, monkeypatch):
         assert (out.logprobs - rollout.logprobs).abs().median() < 0.1  # rounding, not another state
 
 
-# ------------------------------------------------------------------------------------------- gradient through latents
+# ------------------------------------------------------------------------- gradient through latents
 
 
 def wide_rollout(model, tokenizer):
@@ -317,7 +332,9 @@ def wide_rollout(model, tokenizer):
 
 
 def decoded_again(model, batch, rollout, A):
-    """sum A log p(words) with the latents made anew by the weights as they are: fixed point, exact after N passes."""
+    """sum A log p(words) with the latents made anew by the weights as they are: fixed point,
+    exact after N passes.
+    """
     z = rollout.latents
     with torch.no_grad():
         for _ in range(max(len(x) for x in z)):
@@ -331,7 +348,9 @@ def decoded_again(model, batch, rollout, A):
 
 
 def test_the_adjoint_gradient_equals_finite_differences(model, tokenizer, monkeypatch):
-    """Breaks if any path from a weight through a latent to a later choice is lost. Constants must miss by a wide margin:
+    """Breaks if any path from a weight through a latent to a later choice is lost.
+
+    Constants must miss by a wide margin:
     the head gets no gradient at all, and the rest is wrong by more than a tenth of its size."""
 
     def norm(
@@ -390,7 +409,9 @@ def test_the_adjoint_gradient_equals_finite_differences(model, tokenizer, monkey
 
 
 def test_ratio_one_gives_the_reinforce_gradient(model, tokenizer):
-    """Breaks if clipping or the normalisation change the on-policy gradient of - sum A log p / tokens."""
+    """Breaks if clipping or the normalisation change the on-policy gradient of - sum A log p /
+    tokens.
+    """
     batch, rollout = sampled(model, tokenizer, head=True)
     A = torch.randn(len(rollout.tokens), 1, generator=torch.Generator().manual_seed(1))
     n = int(rollout.sampled.sum())
@@ -415,12 +436,14 @@ def test_ratio_one_gives_the_reinforce_gradient(model, tokenizer):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ loop
+# --------------------------------------------------------------------------------------------- loop
 
 
 @pytest.fixture(scope="module")
 def loud(world, tmp_path_factory):
-    """The world's model with words that vary and many spans: rewards differ within a group, all answers are wrong."""
+    """The world's model with words that vary and many spans: rewards differ within a group, all
+    answers are wrong.
+    """
     model, tokenizer = load(world["model"], latent_head="linear")
     return save(shuffle(model, 4, True), tokenizer, tmp_path_factory.mktemp("loud") / "model")
 
@@ -508,16 +531,19 @@ def launch(tmp_path, processes, config, wait=True):
 
 
 def straight_run(tmp_path, config):
-    """In a process of its own, with one thread: another number of threads adds up in another order."""
+    """In a process of its own, with one thread: another number of threads adds up in another
+    order.
+    """
     code, said = launch(tmp_path, 1, config)
     assert code == 0, said[-3000:]
     return runs.checkpoints(config.out)[-1]
 
 
 def test_two_processes_give_the_update_of_one(world, loud, tmp_path):
-    """Breaks if the ranks sample other rollouts, count tokens apart, or take a mean where the sum is wanted. Seven groups a
-    step in batches of one and three minibatches: most hold groups of both ranks, one of them more of one; with a
-    reference model."""
+    """Breaks if the ranks sample other rollouts, count tokens apart, or take a mean where the sum
+    is wanted. Seven groups a
+    step in batches of one and three minibatches: most hold groups of both ranks, one of them more
+    of one; with a reference model."""
     common = dict(
         steps=2, groups=7, rollout_batch=1, kl=0.05, minibatches=3, micro_batch=1, lr=1e-5
     )
@@ -544,7 +570,9 @@ def test_two_processes_give_the_update_of_one(world, loud, tmp_path):
 
 
 def test_killed_and_resumed_equals_straight_through(world, loud, tmp_path):
-    """Breaks if anything but the checkpoint (optimizer, place in the data, seeds) carries over from step to step."""
+    """Breaks if anything but the checkpoint (optimizer, place in the data, seeds) carries over
+    from step to step.
+    """
     straight = straight_run(tmp_path, settings(world, loud, tmp_path / "a"))
     run = launch(tmp_path, 1, settings(world, loud, tmp_path / "b", steps=4), wait=False)
     deadline = time.time() + 120
@@ -578,7 +606,9 @@ def test_killed_and_resumed_equals_straight_through(world, loud, tmp_path):
 
 
 def test_no_group_kept(world, loud, tmp_path):
-    """Breaks if a step without a usable group (all answers wrong) stops the run, tries for ever, or moves a weight."""
+    """Breaks if a step without a usable group (all answers wrong) stops the run, tries for ever,
+    or moves a weight.
+    """
     done = la_dapo.train(
         settings(world, loud, tmp_path / "a", filter=True, max_tries=3, steps=2, kl=0.1)
     )
@@ -592,7 +622,9 @@ def test_no_group_kept(world, loud, tmp_path):
 
 
 def test_a_constant_reward_moves_nothing(world, loud, tmp_path):
-    """Breaks if equal rewards give an advantage: only R_ctr and R_div vary here, and both are off."""
+    """Breaks if equal rewards give an advantage: only R_ctr and R_div vary here, and both are
+    off.
+    """
     done = la_dapo.train(
         settings(world, loud, tmp_path / "a", lambda_c=0.0, lambda_d=0.0, kl=0.0, steps=2)
     )
@@ -621,7 +653,10 @@ def test_a_gradient_that_is_not_finite(world, loud, tmp_path, monkeypatch):
 
 
 class FakeJudge:
-    """Rewards.Judge's interface: what it is asked, and a verdict from the answer; one failure a call."""
+    """Rewards.Judge's interface: what it is asked, and a verdict from the answer.
+
+    One failure a call.
+    """
 
     def __init__(self, verdict):
         self.verdict, self.asked, self.failures = verdict, [], Counter()
@@ -633,7 +668,9 @@ class FakeJudge:
 
 
 def test_unjudged_rollouts_leave_the_group(world, loud, tmp_path, monkeypatch):
-    """Breaks if a judge's silence counts as wrong, reaches the loss, or stops the run when it is all there is."""
+    """Breaks if a judge's silence counts as wrong, reaches the loss, or stops the run when it is
+    all there is.
+    """
     monkeypatch.setattr(rewards, "needs_judge", lambda *a: True)
     monkeypatch.setattr(rewards, "answer_of", lambda text: text)
     monkeypatch.setattr(la_dapo, "Judge", lambda url, model: FakeJudge(lambda answer: None))
@@ -674,7 +711,9 @@ def test_unjudged_rollouts_leave_the_group(world, loud, tmp_path, monkeypatch):
 
 
 def test_equal_rollouts_are_replayed_once_and_counted(world, loud, tmp_path, monkeypatch):
-    """Breaks if merging equal rollouts changes the update: the same without merging, and with one row for all."""
+    """Breaks if merging equal rollouts changes the update: the same without merging, and with one
+    row for all.
+    """
     common = dict(steps=1, temperature=0.05, group_size=6, lr=1e-2)  # so sure that samples coincide
     rows, inner = [], la_dapo.prepare
     monkeypatch.setattr(
@@ -718,7 +757,8 @@ def test_minibatches_make_the_clip_act(world, loud, tmp_path):
 
 
 def test_surplus_broken_clips_and_the_end_of_the_data(world, loud, tmp_path):
-    """Breaks if a clip that cannot be read is lost without its name, surplus groups are trained on, or one epoch is
+    """Breaks if a clip that cannot be read is lost without its name, surplus groups are trained
+    on, or one epoch is
     not each prompt once."""
     with open(world["data"]) as f:
         rows = [json.loads(line) for line in f][:10]
@@ -796,7 +836,9 @@ def test_bad_settings_are_refused(world, loud, tmp_path):
     ],
 )
 def test_each_ablation_runs(world, loud, tmp_path, more):
-    """Breaks if a flag of the comparison table does not reach the end of a step, or writes a log that is no number."""
+    """Breaks if a flag of the comparison table does not reach the end of a step, or writes a log
+    that is no number.
+    """
     la_dapo.train(settings(world, loud, tmp_path / "a", steps=1, **more))
     (line,) = log_of(tmp_path / "a")
     assert (

@@ -1,4 +1,6 @@
-"""Decoding: equal to the slowest possible decoder, replayable from its record, and sampling what it says it samples."""
+"""Decoding: equal to the slowest possible decoder, replayable from its record, and sampling what
+it says it samples.
+"""
 
 import contextlib
 import re
@@ -28,7 +30,9 @@ def eos(tokenizer):
 
 
 def shuffle(model, seed, head=False):
-    """Other random words in and out, with loud span tokens: each seed decodes differently, with many spans."""
+    """Other random words in and out, with loud span tokens: each seed decodes differently, with
+    many spans.
+    """
     c = model.config
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -61,7 +65,9 @@ def rows_fed(model):
 
 
 def reference(model, prompt, max_new_tokens, max_latents, eos):
-    """What `decode_slowly` says, with the log-probabilities of one forward over it: for `check_row`."""
+    """What `decode_slowly` says, with the log-probabilities of one forward over it: for
+    `check_row`.
+    """
     tokens, latents = decode_slowly(model, prompt, max_new_tokens, max_latents, eos)
     finish = "eos" if tokens[-1] in eos else "length"
     lengths, tokens = torch.tensor([len(tokens)]), torch.tensor([tokens])
@@ -90,7 +96,9 @@ def check_row(rollout, r, expected):
 
 @torch.no_grad()
 def replay(model, prompt, rollout, r, max_latents, temperature):
-    """Tokens and latents of a row through `forward` at once -> what `check_row` expects, and the latents predicted."""
+    """Tokens and latents of a row through `forward` at once -> what `check_row` expects, and the
+    latents predicted.
+    """
     c, L = model.config, int(rollout.lengths[r])
     tokens, z = rollout.tokens[r, :L], rollout.latents[r]
     assert int((tokens == c.latent_id).sum()) == len(z)
@@ -114,7 +122,9 @@ def replay(model, prompt, rollout, r, max_latents, temperature):
 
 @pytest.mark.parametrize("chunk, head", [(16, False), (16, True), (3, False)])
 def test_greedy_equals_the_slow_decoder(model, tokenizer, eos, monkeypatch, chunk, head):
-    """Breaks if cache, padding, positions, the state machine, dropped rows or the record are wrong anywhere."""
+    """Breaks if cache, padding, positions, the state machine, dropped rows or the record are
+    wrong anywhere.
+    """
     monkeypatch.setattr(latent_decode, "CHUNK", chunk)
     batch, sizes, happened, counts = make_batch(tokenizer, ROWS, "left"), rows_fed(model), set(), []
     for seed in range(4):
@@ -136,7 +146,9 @@ def test_greedy_equals_the_slow_decoder(model, tokenizer, eos, monkeypatch, chun
 
 
 def test_alone_or_in_any_company(model, tokenizer, eos):
-    """Breaks if a row depends on other rows, padding or n, if row i * n + k is not prompt i's, or vision runs twice."""
+    """Breaks if a row depends on other rows, padding or n, if row i * n + k is not prompt i's, or
+    vision runs twice.
+    """
     args = dict(max_new_tokens=40, max_latents=3, eos_token_id=eos)
     shuffle(model, 0)
     alone = [generate(model, make_batch(tokenizer, [row], "left"), **args) for row in ROWS]
@@ -157,7 +169,9 @@ def test_alone_or_in_any_company(model, tokenizer, eos):
 
 
 def test_limits_and_ends(model, tokenizer, eos):
-    """Breaks if a limit is overstepped, max_latents = 0 leaves a latent, or the default end is not the model's."""
+    """Breaks if a limit is overstepped, max_latents = 0 leaves a latent, or the default end is
+    not the model's.
+    """
     batch, c = make_batch(tokenizer, ROWS, "left"), shuffle(model, 0).config
     for T in (1, 2, 17):
         r = generate(model, batch, max_new_tokens=T, eos_token_id=[])
@@ -228,7 +242,9 @@ def test_replace_feeds_other_vectors(model, tokenizer, eos, monkeypatch):
 @pytest.mark.parametrize("sigma", [0.0, 0.5])
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (1.5, 0.95)])
 def test_sampled_record_replays(model, tokenizer, eos, temperature, top_p, sigma):
-    """Breaks if tokens and latents of the record, fed at once, do not give the record's log-probabilities."""
+    """Breaks if tokens and latents of the record, fed at once, do not give the record's
+    log-probabilities.
+    """
     batch, n = make_batch(tokenizer, ROWS, "left"), 6
     shuffle(model, 5)
     rollout = generate(
@@ -306,7 +322,9 @@ def test_sharing_what_is_equal_changes_nothing(model, tokenizer, eos):
 
 
 def test_seeds_and_independence(model, tokenizer, eos):
-    """Breaks if a seed does not fix the result, or a row's draws shift when other rows finish and leave."""
+    """Breaks if a seed does not fix the result, or a row's draws shift when other rows finish and
+    leave.
+    """
     batch, sizes = make_batch(tokenizer, ROWS, "left"), rows_fed(shuffle(model, 4))
 
     def sample(seed, eos):
@@ -362,7 +380,9 @@ def decide(logits, u, in_span=False, count=0, **more):
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("top_p", [1.0, 0.8, 0.5, 1e-6])
 def test_choose_samples_exactly(temperature, top_p):
-    """Breaks if words are drawn from another distribution, banned ones appear, or another log-probability is given."""
+    """Breaks if words are drawn from another distribution, banned ones appear, or another
+    log-probability is given.
+    """
     logits, M = (
         torch.linspace(-2, 2, V)[torch.randperm(V, generator=torch.Generator().manual_seed(0))],
         20_000,
@@ -388,7 +408,9 @@ def test_choose_samples_exactly(temperature, top_p):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_choose_in_a_span(temperature):
-    """Breaks if stop and continue are not p(LE) and 1 - p(LE) of the full softmax, or a word gets into a span."""
+    """Breaks if stop and continue are not p(LE) and 1 - p(LE) of the full softmax, or a word gets
+    into a span.
+    """
     logits, M = torch.zeros(V), 10_000
     logits[IDS[2]], logits[5] = 1.5, 3.0  # p(LE) is below one half
     p = np.exp(log_softmax(logits / (temperature or 1.0)))[IDS[2]]
@@ -410,16 +432,16 @@ def test_choose_in_a_span(temperature):
         logits, [0.0, 0.999], True, 3, temperature=temperature, max_latents=3
     )
     assert token.tolist() == [IDS[2]] * 2 and not chosen.any() and not sampled.any()  # forced
-    for logits[IDS[2]], only in (
-        (200.0, IDS[2]),
-        (-200.0, IDS[1]),
-    ):  # p = 1, 0: the -inf of the other must not get in
+    # p = 1, 0: the -inf of the other must not get in
+    for value, only in ((200.0, IDS[2]), (-200.0, IDS[1])):
+        logits[IDS[2]] = value
         token, chosen, sampled = decide(logits, [0.0, 1 - 2**-24], True, temperature=temperature)
         assert token.tolist() == [only] * 2 and not chosen.any() and sampled.all()
 
 
 def test_a_greedy_span_ends_where_the_end_is_the_most_probable_word():
-    """Breaks if greedy decoding is not the limit of sampling: p(LE) < 1/2 may still be the largest, and
+    """Breaks if greedy decoding is not the limit of sampling: p(LE) < 1/2 may still be the
+    largest, and
     p(LE) = .45 beside a word of .5 is not."""
     for p_word, stops in ((0.3, True), (0.5, False)):
         p = torch.full((V,), (1 - 0.45 - p_word) / (V - 2))
@@ -458,7 +480,9 @@ def test_choose_at_the_edges():
 
 
 def test_frequencies_of_a_rollout(model, tokenizer):
-    """Breaks if `generate` feeds `choose` the wrong numbers: words, stop and continue each as often as they should."""
+    """Breaks if `generate` feeds `choose` the wrong numbers: words, stop and continue each as
+    often as they should.
+    """
     c, n, g = model.config, 2000, torch.Generator().manual_seed(0)
     prompt = make_batch(tokenizer, [["watch", WIDE]])
     rest = {k: prompt[k] for k in ("pixel_values", "image_grid_thw")}
@@ -529,7 +553,9 @@ def test_bad_arguments_raise(model, tokenizer, bad):
     [("eager", True, False), ("eager", True, True), ("sdpa", False, True)],
 )
 def test_the_model_is_left_as_it_was(model, tokenizer, attention, training, fails):
-    """Breaks if generating, or failing to, leaves another mode or attention behind, or runs with dropout on."""
+    """Breaks if generating, or failing to, leaves another mode or attention behind, or runs with
+    dropout on.
+    """
     model.set_attn_implementation(attention)
     model.train(training)
     modes = []

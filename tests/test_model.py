@@ -1,4 +1,6 @@
-"""The backbone: equal to stock Qwen3-VL without latents, fed what it should be with them, and Eq. (1)-(3) by hand."""
+"""The backbone: equal to stock Qwen3-VL without latents, fed what it should be with them, and Eq.
+(1)-(3) by hand.
+"""
 
 import json
 import os
@@ -34,7 +36,10 @@ ROWS = {
 
 
 def make_batch(tokenizer, rows, side="right"):
-    """Rows of texts and (kind, t, h, w) -> HF-named tensors. Pixels are random, but the same for the same row."""
+    """Rows of texts and (kind, t, h, w) -> HF-named tensors.
+
+    Pixels are random, but the same for the same row.
+    """
     texts, media = [], {"image": [], "video": []}
     for row in rows:
         g = torch.Generator().manual_seed(zlib.crc32(repr(row).encode()))
@@ -89,7 +94,9 @@ def log_softmax(x):
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", ROWS)
 def test_logits_equal_stock(model, tokenizer, name, side):
-    """Breaks if visual features, deepstack features, their order or the positions differ from Qwen3-VL's."""
+    """Breaks if visual features, deepstack features, their order or the positions differ from
+    Qwen3-VL's.
+    """
     batch = make_batch(tokenizer, ROWS[name], side)
     types, real = kinds(model, batch["input_ids"]), batch["attention_mask"].bool()
     ours = model(**batch, mm_token_type_ids=types).logits[real]
@@ -108,7 +115,9 @@ def test_logits_equal_stock(model, tokenizer, name, side):
 @pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("spare", [8, 2, 0])
 def test_stock_folder_gets_the_tokens(model, tokenizer, tmp_path, monkeypatch, spare, tie):
-    """Breaks if a stock folder is resized without need, keeps too few rows, or does not give stock logits."""
+    """Breaks if a stock folder is resized without need, keeps too few rows, or does not give
+    stock logits.
+    """
     monkeypatch.setattr(tiny, "add_latent_tokens", lambda tokenizer: {})
     plain = tiny.make_tokenizer([" ".join(w for w in tokenizer.get_vocab() if "<" not in w)])
     words = len(plain)
@@ -151,7 +160,9 @@ def test_load_refuses_a_config_that_contradicts_the_tokenizer(model, tokenizer, 
 
 @pytest.mark.parametrize("head", [False, True])
 def test_saved_folder_loads_anywhere(model, tokenizer, tmp_path, head):
-    """Breaks if our checkpoint, with or without the head, is no stock folder or needs a tokenizer."""
+    """Breaks if our checkpoint, with or without the head, is no stock folder or needs a
+    tokenizer.
+    """
     if head:
         model.add_latent_head()
     model.save_pretrained(tmp_path)
@@ -171,7 +182,9 @@ def test_saved_folder_loads_anywhere(model, tokenizer, tmp_path, head):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_latent_head_starts_as_identity_and_is_saved(model, tokenizer, tmp_path, dtype):
-    """Breaks if adding the head changes the latents, or its weights do not survive a save and a load."""
+    """Breaks if adding the head changes the latents, or its weights do not survive a save and a
+    load.
+    """
     h = torch.randn(2, 3, 96, dtype=dtype)
     assert model.to_latent(h) is h
     mine, _ = load(save(model, tokenizer, tmp_path / "a"), latent_head="linear", dtype=dtype)
@@ -189,7 +202,9 @@ def test_latent_head_starts_as_identity_and_is_saved(model, tokenizer, tmp_path,
 
 @pytest.mark.parametrize("given", [None, 1, 3])
 def test_wrong_counts_name_both_numbers(model, tokenizer, given):
-    """Breaks if latents, images or videos that do not fit their placeholders are accepted, or the error is vague."""
+    """Breaks if latents, images or videos that do not fit their placeholders are accepted, or the
+    error is vague.
+    """
     batch = make_batch(tokenizer, [["watch", SPAN]])
     with pytest.raises(ValueError, match=rf"^2 <\|latent\|> tokens .* {given or 0} latents"):
         model(**batch, latents=None if given is None else torch.zeros(given, 96))
@@ -240,12 +255,15 @@ def test_a_latent_changes_only_what_comes_after_it_in_its_row(model, tokenizer):
 
 
 def test_latents_take_text_positions(model, tokenizer):
-    """Breaks if latents do not count on like words, or what follows a picture or a span starts elsewhere."""
+    """Breaks if latents do not count on like words, or what follows a picture or a span starts
+    elsewhere.
+    """
     batch = make_batch(tokenizer, [["watch the", IMAGE, SPAN, "red"], [SPAN, "red"]], "left")
     pos, delta = model.positions(
         batch["input_ids"], batch["attention_mask"], batch["image_grid_thw"]
     )
-    # watch the <vision_start> = 0 1 2; a picture of 2x2 tokens; <vision_end> and the rest go on from 3 + 2
+    # watch the <vision_start> = 0 1 2; a picture of 2x2 tokens; <vision_end> and the rest go on
+    # from 3 + 2
     time, height, width = [3, 3, 3, 3], [3, 3, 4, 4], [3, 4, 3, 4]
     for plane, picture in zip(pos[:, 0].tolist(), (time, height, width)):
         assert plane == [0, 1, 2, *picture, 5, 6, 7, 8, 9, 10]
@@ -265,7 +283,9 @@ def test_encode_frames_is_the_stock_merger_output(model):
 
 @pytest.fixture
 def sample(model, tokenizer):
-    """Two rows as in training: batch, labels from the words after `?` on but not `<|latent|>`, five latents."""
+    """Two rows as in training: batch, labels from the words after `?` on but not `<|latent|>`,
+    five latents.
+    """
     batch = make_batch(
         tokenizer,
         [
@@ -287,7 +307,9 @@ def sample(model, tokenizer):
 @pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("kind", ["mse", "nmse"])
 def test_loss_by_hand(model, sample, kind, head):
-    """Eq. (1)-(3). Breaks if the mean, the state compared, the labels' shift, the order or the weights are wrong."""
+    """Eq. (1)-(3). Breaks if the mean, the state compared, the labels' shift, the order or the
+    weights are wrong.
+    """
     if head:
         model.add_latent_head()
         torch.nn.init.normal_(model.latent_head.weight, std=0.1)
@@ -341,7 +363,9 @@ def test_loss_by_hand(model, sample, kind, head):
 
 
 def test_batch_without_latents(model, tokenizer):
-    """Breaks if a text-only batch gives NaN, or leaves the head without a gradient (DDP would hang)."""
+    """Breaks if a text-only batch gives NaN, or leaves the head without a gradient (DDP would
+    hang).
+    """
     model.add_latent_head()
     batch = make_batch(tokenizer, ROWS["images"])
     got = sft_loss(model, **batch, labels=batch["input_ids"], latent_var=2.0, stop_term=True)
@@ -374,7 +398,9 @@ def test_gradient_reaches_the_states_and_not_the_targets(model, sample):
 
 @pytest.mark.parametrize("rows", ["images", "both"])
 def test_continuing_a_cache_equals_one_forward(model, tokenizer, rows):
-    """Breaks if words or latents after a cached, left-padded prompt get wrong positions or see padding."""
+    """Breaks if words or latents after a cached, left-padded prompt get wrong positions or see
+    padding.
+    """
     batch = make_batch(tokenizer, ROWS[rows], "left")
     tail = make_batch(tokenizer, [["red", SPAN, "hits"], ["up", SPAN, "?"]])["input_ids"]
     z, P = torch.randn(4, 96), batch["input_ids"].shape[1]

@@ -37,7 +37,9 @@ def test_each_row_names_a_function_and_a_test(row):
 
 
 def test_line_counts_and_no_placeholder():
-    """Breaks if a script has outgrown what README says by more than a tenth, or a blank was left in the text."""
+    """Breaks if a script has outgrown what README says by more than a tenth, or a blank was left
+    in the text.
+    """
     for file, lines in re.findall(r"\| `(\w+\.py)` \| (\d+) \|", README):
         with open(os.path.join(ROOT, file), encoding="utf-8") as f:
             assert abs(len(f.readlines()) - int(lines)) <= 0.1 * int(lines), file

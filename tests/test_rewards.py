@@ -1,4 +1,6 @@
-"""Every reward against hand numbers or a slow loop written from its equation, and the judge against a real HTTP server."""
+"""Every reward against hand numbers or a slow loop written from its equation, and the judge
+against a real HTTP server.
+"""
 
 import json
 import math
@@ -40,7 +42,7 @@ def vectors(*rows):
     return torch.tensor(rows)  # (N, D)
 
 
-# ------------------------------------------------------------------------------------------------ format and answer
+# -------------------------------------------------------------------------------- format and answer
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,9 @@ def vectors(*rows):
     ],
 )
 def test_format_accepts(response):
-    """Breaks if one of the two forms, white space between blocks or a chat terminator at the end is refused."""
+    """Breaks if one of the two forms, white space between blocks or a chat terminator at the end
+    is refused.
+    """
     assert format_reward(response) == 1.0
 
 
@@ -127,7 +131,9 @@ def test_format_accepts(response):
     ],
 )
 def test_format_refuses(response):
-    """Breaks if anything but the two forms is paid for: each string is one step away from a right one."""
+    """Breaks if anything but the two forms is paid for: each string is one step away from a right
+    one.
+    """
     assert format_reward(response) == 0.0
 
 
@@ -172,12 +178,16 @@ def test_repetition_of_4_grams_by_hand():
     ],
 )  # two places count together
 def test_repetition_of_blocks_by_hand(text, score):
-    """Breaks if the block share counts below 100 words, other block sizes, blocks apart, or characters instead of words."""
+    """Breaks if the block share counts below 100 words, other block sizes, blocks apart, or
+    characters instead of words.
+    """
     assert repetition_score(" ".join(text)) == pytest.approx(score)
 
 
 def test_repetition_of_lines_by_hand():
-    """Breaks if lines of 10 characters count, if two lines are enough, or if the outer space of a line does."""
+    """Breaks if lines of 10 characters count, if two lines are enough, or if the outer space of a
+    line does.
+    """
     eleven = "ball hits a"
     # Three lines of three words: 6 4-grams, 3 distinct (0.5); lines 3, 1 distinct (2/3).
     assert repetition_score("\n".join([eleven] * 3)) == pytest.approx(2 / 3)
@@ -201,7 +211,9 @@ def test_repetition_of_lines_by_hand():
 
 
 def test_repetition_leaves_tags_and_markers_out():
-    """Breaks if latents count as repeated words: spans of any length leave the score as it was, also glued to words."""
+    """Breaks if latents count as repeated words: spans of any length leave the score as it was,
+    also glued to words.
+    """
     plain = "the ball goes left and then up"
     assert (
         repetition_score(
@@ -261,7 +273,9 @@ def test_answer_of():
     ],
 )
 def test_pick(answer, index):
-    """Breaks if a word's first letter counts as an option, a letter beyond the options does, or a text is not normalised."""
+    """Breaks if a word's first letter counts as an option, a letter beyond the options does, or a
+    text is not normalised.
+    """
     assert pick(answer, OPTIONS) == index
 
 
@@ -297,7 +311,9 @@ def test_pick_prefers_text_to_letter():
     ],
 )
 def test_accuracy(answer, gold, options, right):
-    """Breaks if letter and text are not one, an answer that is no option counts, or the last option is lost."""
+    """Breaks if letter and text are not one, an answer that is no option counts, or the last
+    option is lost.
+    """
     assert accuracy_reward(f"<reason>B</reason><answer>{answer}</answer>", gold, options) == right
 
 
@@ -314,17 +330,21 @@ def test_accuracy_takes_the_first_answer():
 
 @pytest.mark.parametrize("gold", ["E", "purple wall", "", "red"])
 def test_a_gold_that_is_no_option_is_an_error(gold):
-    """Breaks if a faulty row gives every rollout 0 (or, None being None, 1 to a wrong answer) in silence."""
+    """Breaks if a faulty row gives every rollout 0 (or, None being None, 1 to a wrong answer) in
+    silence.
+    """
     for response in (A, "<answer>purple</answer>", "none"):
         with pytest.raises(ValueError, match="none of the options"):
             accuracy_reward(response, gold, OPTIONS)
 
 
-# ----------------------------------------------------------------------------------------------------- latent rewards
+# ----------------------------------------------------------------------------------- latent rewards
 
 
 def slow_contrastive(latents, correct, tau):
-    """Eq. (4)-(5) pair by pair in float64, with DESIGN's edge cases one by one: lists of (N, D) arrays or None."""
+    """Eq. (4)-(5) pair by pair in float64, with DESIGN's edge cases one by one: lists of (N, D)
+    arrays or None.
+    """
     there = [i for i, z in enumerate(latents) if z is not None and len(z)]
 
     def s(i, j):
@@ -360,7 +380,8 @@ def ctr(latents, correct, tau=0.5):
 
 
 def test_contrastive_by_hand():
-    """Breaks if a wrong rollout is not its own negative, a right one its own positive, or the maximum is a mean.
+    """Breaks if a wrong rollout is not its own negative, a right one its own positive, or the
+    maximum is a mean.
 
     tau 0.5: exp(s/tau) is e^2 for equal, e for orthogonal, 1 for opposite latents.
     """
@@ -372,7 +393,9 @@ def test_contrastive_by_hand():
 
 
 def test_contrastive_takes_the_shared_length():
-    """Breaks if the longer length divides, padding counts as latents, or latents are paired from the end."""
+    """Breaks if the longer length divides, padding counts as latents, or latents are paired from
+    the end.
+    """
     a, b, c = vectors(E1, E2, E2), vectors(E1), vectors(E2, E2)
     # s(a, b) = 1 over one latent; s(a, c) = (0.5 + 1) / 2; s(b, c) = 0.5 over one.
     ac, bc = math.exp(0.75 / 0.5), math.exp(0.5 / 0.5)
@@ -383,7 +406,9 @@ def test_contrastive_takes_the_shared_length():
 
 @pytest.mark.parametrize("tau", [0.5, 1.0, 0.1])
 def test_contrastive_edge_cases_by_hand(tau):
-    """Breaks if one of official's edge cases (DESIGN, Eq. (5)) is another, or tau does not divide."""
+    """Breaks if one of official's edge cases (DESIGN, Eq. (5)) is another, or tau does not
+    divide.
+    """
 
     def x(s):
         return math.exp(s / tau)
@@ -423,14 +448,17 @@ def test_contrastive_default_tau():
 
 @pytest.mark.parametrize("gone", [None, torch.zeros(0, 2)])
 def test_contrastive_without_latents(gone):
-    """Breaks if a rollout without latents gets a reward, serves as positive or negative, or breaks the others' batch."""
+    """Breaks if a rollout without latents gets a reward, serves as positive or negative, or
+    breaks the others' batch.
+    """
     one, two = vectors(E1), vectors(E2)
     assert (
         ctr([gone, gone], [True, False]) == [0.0, 0.0]
         and ctr([gone], [True]) == [0.0]
         and ctr([], []) == []
     )
-    # The other correct one has no latents: the first is a lone correct. No negative without latents counts.
+    # The other correct one has no latents: the first is a lone correct. No negative without latents
+    # counts.
     assert ctr([one, gone, two], [True, True, False]) == pytest.approx(
         [e**2 / (e**2 + e), 0, e / (e + e**2)], abs=1e-5
     )
@@ -447,7 +475,9 @@ def test_contrastive_without_latents(gone):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_contrastive_equals_the_slow_loop(seed):
-    """Breaks if the padded matrix form differs from Eq. (4)-(5) pair by pair, for any lengths, gaps, verdicts and tau."""
+    """Breaks if the padded matrix form differs from Eq. (4)-(5) pair by pair, for any lengths,
+    gaps, verdicts and tau.
+    """
     rng = np.random.default_rng(seed)
     G = int(rng.integers(1, 9))
     latents = [
@@ -467,7 +497,9 @@ def test_contrastive_equals_the_slow_loop(seed):
 
 
 def test_contrastive_ignores_lengths_of_vectors():
-    """Breaks if latents are not brought to unit norm one by one: any scale of any latent leaves the rewards as they were."""
+    """Breaks if latents are not brought to unit norm one by one: any scale of any latent leaves
+    the rewards as they were.
+    """
     torch.manual_seed(0)
     latents = [torch.randn(n, 6) for n in (3, 1, 4, 2, 3)]
     correct = [True, False, True, False, True]
@@ -481,7 +513,9 @@ def test_contrastive_ignores_lengths_of_vectors():
 
 
 def test_contrastive_stays_finite_and_out_of_the_graph():
-    """Breaks if a zero latent gives NaN (s = 0.5 with all), or a reward carries gradients or alters latents."""
+    """Breaks if a zero latent gives NaN (s = 0.5 with all), or a reward carries gradients or
+    alters latents.
+    """
     assert ctr([torch.zeros(1, 2), vectors(E1)], [True, True]) == pytest.approx([1, 1])
     z = torch.randn(3, 4, requires_grad=True)
     before = z.detach().clone()
@@ -508,7 +542,8 @@ def test_contrastive_stays_finite_and_out_of_the_graph():
         ([E1, E2, E1], [1, 1, 1], 0.0),  # neighbours only: the first and last are equal
         # Means (2, 0), (1, 1), (0, 3): twice 45 degrees, so cos^2 is 0.5 twice.
         ([[1.0, 0.0], [3.0, 0.0], [1.0, 1.0], [0.0, 2.0], [0.0, 3.0], [0.0, 4.0]], [2, 1, 3], -0.5),
-        # Raw mean of (3, 0) and (0, 1) is (1.5, 0.5): cos^2 with (1, 0) is 2.25 / 2.5. Of unit vectors it would be 0.5.
+        # Raw mean of (3, 0) and (0, 1) is (1.5, 0.5): cos^2 with (1, 0) is 2.25 / 2.5. Of unit
+        # vectors it would be 0.5.
         ([[3.0, 0.0], [0.0, 1.0], [1.0, 0.0]], [2, 1], -0.9),
         ([E1, E1], [1, 0, 1], -1.0),
         ([E1, E1], [0, 1, 0, 0, 1, 0], -1.0),
@@ -519,7 +554,9 @@ def test_contrastive_stays_finite_and_out_of_the_graph():
     ],
 )  # one span; a mean of zero
 def test_diversity_by_hand(latents, lengths, reward):
-    """Breaks if cos is not squared, spans are cut elsewhere, unit vectors are averaged, or all pairs count."""
+    """Breaks if cos is not squared, spans are cut elsewhere, unit vectors are averaged, or all
+    pairs count.
+    """
     found = diversity_reward(torch.tensor(latents), lengths)
     assert isinstance(found, float) and found == pytest.approx(reward, abs=1e-6)
 
@@ -540,10 +577,11 @@ def test_diversity_without_latents_or_with_wrong_lengths():
             diversity_reward(torch.ones(3, 2), lengths)
 
 
-# ---------------------------------------------------------------------------------------------------------- Eq. (7)
+# ------------------------------------------------------------------------------------------ Eq. (7)
 
 GOOD, BAD = R + L + R + "<answer>red wall</answer>", R + L + R + "<answer>blue wall</answer>"
-LOOSE = "<reason>I look at it</reason><answer>the wall in red</answer>"  # no span: R_fmt 0; the rule says no
+# no span: R_fmt 0; the rule says no
+LOOSE = "<reason>I look at it</reason><answer>the wall in red</answer>"
 LOOP = "<reason>" + "up and up and " * 20 + "</reason>" + L + R + "<answer>red wall</answer>"
 
 
@@ -551,7 +589,8 @@ def test_total_by_hand():
     """Breaks if a weight of Eq. (7) is another, or a part goes to another rollout."""
     latents = [vectors(E1, E1), vectors(E1, E2), None]
     found = score_group([GOOD, BAD, LOOSE], latents, [[1, 1], [1, 1], []], "red wall")
-    # s_01 = (1 + 0.5) / 2; rollout 0 is the lone correct one, s+ = 1; rollout 1 is its own negative.
+    # s_01 = (1 + 0.5) / 2; rollout 0 is the lone correct one, s+ = 1; rollout 1 is its own
+    # negative.
     c0, c1 = e**2 / (e**2 + e**1.5), e**1.5 / (e**1.5 + e**2)
     assert found["contrastive"] == pytest.approx([c0, c1, 0], abs=1e-5)
     assert found["diversity"] == pytest.approx([-1, 0, 0]) and found["format"] == [1, 1, 0]
@@ -598,7 +637,9 @@ def test_total_with_options():
 
 
 def test_repetitive_is_minus_one_and_wrong():
-    """Breaks if a repetitive rollout with the right answer is paid, a judge can save it, or Eq. (5) takes it for right."""
+    """Breaks if a repetitive rollout with the right answer is paid, a judge can save it, or Eq.
+    (5) takes it for right.
+    """
     latents = [vectors(E1), vectors(E1), vectors(E2)]
     assert (
         repetition_score(LOOP) > 0.5
@@ -623,7 +664,9 @@ def test_repetitive_is_minus_one_and_wrong():
 
 
 def test_verdicts():
-    """Breaks if a yes does not count as right everywhere, a no undoes the rule, or no verdict is taken for wrong."""
+    """Breaks if a yes does not count as right everywhere, a no undoes the rule, or no verdict is
+    taken for wrong.
+    """
     latents = [vectors(E1), vectors(E2), vectors(E1), vectors([-1.0, 0.0]), vectors([1.0, 1.0])]
     responses, spans = [GOOD, LOOSE, LOOSE, LOOSE, BAD], [[1]] * 5
     found = score_group(
@@ -637,7 +680,8 @@ def test_verdicts():
         False,
     ]
     assert found["unjudged"] == [False, False, False, True, False]
-    # As if rollout 3 had no latents: Eq. (5) over 0 and 1 (right), 2 and 4 (wrong; 4 is at 45 degrees of both axes).
+    # As if rollout 3 had no latents: Eq. (5) over 0 and 1 (right), 2 and 4 (wrong; 4 is at 45
+    # degrees of both axes).
     h = math.exp((1 + 0.5**0.5) / 2 / 0.5)
     c = [e / (e + e**2 + h), e / (e + e + h), e**2 / (e**2 + e**2 + h), 0, h / (h + h + e**2)]
     assert found["contrastive"] == pytest.approx(c, abs=1e-5)
@@ -655,7 +699,9 @@ def test_verdicts():
 
 
 def test_unjudged_is_never_correct():
-    """Breaks if a rollout without verdict is listed as correct while it has no accuracy, as the docstring promises."""
+    """Breaks if a rollout without verdict is listed as correct while it has no accuracy, as the
+    docstring promises.
+    """
     for response in (LOOSE, LOOP, GOOD):
         found = score_group(
             [response, GOOD], [vectors(E1)] * 2, [[1]] * 2, "red wall", verdicts={0: None}
@@ -694,7 +740,9 @@ def test_unjudged_is_never_correct():
     ],
 )
 def test_needs_judge(response, options, ask):
-    """Breaks if a judge is asked where it can change nothing, or not asked where the rule may be too strict."""
+    """Breaks if a judge is asked where it can change nothing, or not asked where the rule may be
+    too strict.
+    """
     assert needs_judge(response, "red wall", options) is ask
 
 
@@ -704,7 +752,7 @@ def test_needs_judge_refuses_a_gold_that_is_no_option():
         needs_judge("<answer>the wall in red</answer>", "purple wall", OPTIONS)
 
 
-# ------------------------------------------------------------------------------------------------------------ judge
+# -------------------------------------------------------------------------------------------- judge
 
 
 @pytest.mark.parametrize(
@@ -734,7 +782,9 @@ def test_needs_judge_refuses_a_gold_that_is_no_option():
     ],
 )  # templates that open <think> in the prompt
 def test_read_verdict(reply, verdict):
-    """Breaks if a word inside a word counts, thinking aloud is read, or both words make a verdict."""
+    """Breaks if a word inside a word counts, thinking aloud is read, or both words make a
+    verdict.
+    """
     assert read_verdict(reply) is verdict
 
 
@@ -755,7 +805,9 @@ def chat(content):
 
 
 class Server:
-    """A chat completions server: reply(candidate, n-th request of it, headers) -> (status, body) or None, which stalls."""
+    """A chat completions server: reply(candidate, n-th request of it, headers) -> (status, body)
+    or None, which stalls.
+    """
 
     def __init__(self, reply):
         self.requests, self.now, self.most, self.lock, self.over = (
@@ -810,7 +862,9 @@ class Server:
 
 @pytest.fixture
 def ask(monkeypatch):
-    """ask(reply, **settings of Judge) -> (server, judge), with a key, small waits and no proxy in between."""
+    """ask(reply, **settings of Judge) -> (server, judge), with a key, small waits and no proxy in
+    between.
+    """
     servers = []
     for name in (
         "HTTP_PROXY",
@@ -835,7 +889,9 @@ def ask(monkeypatch):
 
 
 def test_judge_asks_and_reads(ask):
-    """Breaks if the question, reference or candidate is not sent as data, or a verdict is turned round."""
+    """Breaks if the question, reference or candidate is not sent as data, or a verdict is turned
+    round.
+    """
     server, judge = ask(
         lambda candidate, nth, headers: chat("Yes." if "red" in candidate else "no")
     )
@@ -859,7 +915,9 @@ def test_judge_reads_past_the_thinking(ask):
 
 
 def test_judge_key_from_either_variable(ask, monkeypatch):
-    """Breaks if OPENAI_API_KEY does not stand in, wins over JUDGE_API_KEY, or a local server without key cannot be used."""
+    """Breaks if OPENAI_API_KEY does not stand in, wins over JUDGE_API_KEY, or a local server
+    without key cannot be used.
+    """
     server, _ = ask(lambda candidate, nth, headers: chat("yes"))
 
     def sent():
@@ -875,14 +933,18 @@ def test_judge_key_from_either_variable(ask, monkeypatch):
 
 
 def test_judge_without_openai(monkeypatch):
-    """Breaks if a missing package is found out only at the first question, or is taken for a failing judge."""
+    """Breaks if a missing package is found out only at the first question, or is taken for a
+    failing judge.
+    """
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ImportError):
         Judge("http://127.0.0.1:9/v1", "m")
 
 
 def test_judge_keeps_order_and_overlaps(ask):
-    """Breaks if requests do not overlap (each waits for three others), more than four do, or results come as they end."""
+    """Breaks if requests do not overlap (each waits for three others), more than four do, or
+    results come as they end.
+    """
     gate = threading.Barrier(4)
 
     def reply(candidate, nth, headers):
@@ -959,7 +1021,9 @@ def test_judge_retries_until_it_gets_a_verdict(ask, first):
     ],
 )
 def test_judge_gives_up_without_a_verdict(ask, reply, reason):
-    """Breaks if an outage or nonsense counts as wrong or right, ends the run, or is not tried 1 + retries times."""
+    """Breaks if an outage or nonsense counts as wrong or right, ends the run, or is not tried 1 +
+    retries times.
+    """
     server, judge = ask(
         lambda candidate, nth, headers: reply, retries=1, timeout=0.3 if reply is STALL else 5.0
     )
@@ -997,7 +1061,9 @@ def test_judge_that_is_not_there(ask):
 
 
 def test_judge_waits_longer_each_time(ask, monkeypatch):
-    """Breaks if the waits are not backoff, 2 backoff, 4 backoff, or there is one before the first request."""
+    """Breaks if the waits are not backoff, 2 backoff, 4 backoff, or there is one before the first
+    request.
+    """
     waits = []
     server, judge = ask(lambda candidate, nth, headers: chat("perhaps"), retries=3, backoff=0.25)
     monkeypatch.setattr("common.judge.time.sleep", waits.append)
@@ -1005,7 +1071,9 @@ def test_judge_waits_longer_each_time(ask, monkeypatch):
 
 
 def test_judge_counts_failures_by_reason_and_none_is_wrong(ask):
-    """Breaks if failures are mixed up or forgotten, hit other rows, or a failed row counts as wrong in Eq. (7)."""
+    """Breaks if failures are mixed up or forgotten, hit other rows, or a failed row counts as
+    wrong in Eq. (7).
+    """
     replies = dict(
         yes=chat("yes"),
         no=chat("no"),
@@ -1044,7 +1112,9 @@ def test_judge_counts_failures_by_reason_and_none_is_wrong(ask):
 @pytest.mark.parametrize("status", [200, 400, 401, 429, 500])
 @pytest.mark.parametrize("form", ["error", "html", "text", "chat"])
 def test_judge_never_tells_its_key(ask, capfd, caplog, status, form):
-    """Breaks if a server's text, which may hold the key it was sent, gets into a reason, a log or on the screen."""
+    """Breaks if a server's text, which may hold the key it was sent, gets into a reason, a log or
+    on the screen.
+    """
     seen = []
 
     def reply(candidate, nth, headers):

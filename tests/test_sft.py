@@ -1,4 +1,6 @@
-"""The training loop: schedule, order, exact sums over micro-batches and ranks, resume, skips, self-forcing."""
+"""The training loop: schedule, order, exact sums over micro-batches and ranks, resume, skips,
+self-forcing.
+"""
 
 import json
 import math
@@ -46,7 +48,9 @@ def read_log(out):
 
 
 def test_learning_rate_by_hand():
-    """Breaks if warm-up is not linear to the peak, or the cosine does not go through half and to zero."""
+    """Breaks if warm-up is not linear to the peak, or the cosine does not go through half and to
+    zero.
+    """
     c = sft.Config(lr=2.0, warmup=0.1)
     rates = [sft.learning_rate(s, 110, c) for s in range(110)]
     assert (
@@ -59,7 +63,9 @@ def test_learning_rate_by_hand():
 
 
 def test_every_epoch_is_a_permutation_and_ranks_share_it():
-    """Breaks if a sample is lost or doubled within an epoch, or if the number of ranks changes what a step sees."""
+    """Breaks if a sample is lost or doubled within an epoch, or if the number of ranks changes
+    what a step sees.
+    """
     order = sft.sample_order(10, 25, seed=3)
     assert (
         sorted(order[:10]) == sorted(order[10:20]) == list(range(10)) and order[:10] != order[10:20]
@@ -77,7 +83,9 @@ def test_every_epoch_is_a_permutation_and_ranks_share_it():
 
 
 def test_a_straight_run_equals_a_resumed_one_bit_for_bit(world, tmp_path):
-    """Breaks if anything that decides the weights is missing from the checkpoint: order, Adam state, step, draws."""
+    """Breaks if anything that decides the weights is missing from the checkpoint: order, Adam
+    state, step, draws.
+    """
     c = settings(world, tmp_path / "a", save_every=2, self_forcing=0.5, self_forcing_from=0.0)
     straight = sft.train(c)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -125,7 +133,9 @@ def test_killed_while_saving_leaves_the_older_checkpoint(world, tmp_path, monkey
 
 
 def test_resume_of_a_finished_run_does_nothing_and_a_used_folder_is_refused(world, tmp_path):
-    """Breaks if a second run in the same folder overwrites the first, or other settings are resumed silently."""
+    """Breaks if a second run in the same folder overwrites the first, or other settings are
+    resumed silently.
+    """
     done = sft.train(settings(world, tmp_path, steps=1))
     before = os.stat(os.path.join(done, "model.safetensors")).st_mtime_ns
     assert sft.train(settings(world, tmp_path, steps=1, resume=True)) == done
@@ -152,7 +162,8 @@ def test_a_step_without_a_readable_sample_ends_the_run(world, tmp_path):
         sft.train(settings(world, tmp_path / "b", media_root=str(tmp_path)))
 
 
-# A run whose optimizer is plain gradient descent with rate 1: the weights then show the gradient itself.
+# A run whose optimizer is plain gradient descent with rate 1: the weights then show the gradient
+# itself.
 DESCENT = """
 import sys, json, torch
 sys.path.insert(0, {root!r})
@@ -189,10 +200,11 @@ def descend(tmp_path, processes, config):
 
 
 def test_micro_batches_and_two_processes_give_the_gradient_of_one_big_batch(world, tmp_path):
-    """Breaks if a mean of means is taken anywhere, if DDP's mean is not undone, or if a rank without samples hangs.
+    """Breaks if a mean of means is taken anywhere, if DDP's mean is not undone, or if a rank
+    without samples hangs.
 
-    Five samples, one of them broken, on two ranks in micro-batches of two: the ranks hold three and two samples, the
-    second rank's last micro-batch is empty.
+    Five samples, one of them broken, on two ranks in micro-batches of two: the ranks hold three and
+    two samples, the second rank's last micro-batch is empty.
     """
     with open(world["data"]) as f:
         rows = [json.loads(line) for line in f][:5]
@@ -279,7 +291,9 @@ def batch(world):
 
 
 def test_self_forcing_feeds_what_decoding_would(batch):
-    """Breaks if the fed latents are not the model's own: after as many passes as spans they are a fixed point."""
+    """Breaks if the fed latents are not the model's own: after as many passes as spans they are a
+    fixed point.
+    """
     model, b = batch
     step = sft.Step(model, sft.Config(self_forcing_passes=3))
     fed = []
@@ -293,7 +307,8 @@ def test_self_forcing_feeds_what_decoding_would(batch):
     assert torch.equal(z[row % 2 == 1], e[row % 2 == 1]) and not torch.allclose(
         z[row == 0], e[row == 0]
     )
-    # one word at a time: the latent after LS is to_latent of the state there, with all earlier latents its own
+    # one word at a time: the latent after LS is to_latent of the state there, with all earlier
+    # latents its own
     with torch.no_grad():
         latents = e.clone()
         places = (b["input_ids"] == model.config.latent_id).nonzero().tolist()
@@ -337,7 +352,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_logged(world, tmp_
 
 
 def test_loss_falls_and_curves_are_drawn(world, tmp_path):
-    """Breaks if the optimizer, the labels or the latents' alignment is wrong: then 24 rows cannot be learnt by heart."""
+    """Breaks if the optimizer, the labels or the latents' alignment is wrong: then 24 rows cannot
+    be learnt by heart.
+    """
     done = sft.train(
         settings(world, tmp_path, steps=60, global_batch=24, micro_batch=24, cache_frames=1000)
     )
@@ -347,7 +364,9 @@ def test_loss_falls_and_curves_are_drawn(world, tmp_path):
 
 
 def test_the_script_takes_a_full_vocabulary_and_shows_a_row(world, tmp_path):
-    """Breaks if the command line differs from the functions, or a 151,936-word vocabulary needs another path."""
+    """Breaks if the command line differs from the functions, or a 151,936-word vocabulary needs
+    another path.
+    """
     model, tokenizer = load(world["model"])
     model.resize_token_embeddings(151936)
     model.config.text_config.vocab_size = 151936

@@ -49,7 +49,9 @@ def ball(frame):
 
 
 def test_the_pictures_show_what_the_answers_say(world):
-    """Breaks if a contact does not fall on its key frame, a wall has another colour, or a question another answer."""
+    """Breaks if a contact does not fall on its key frame, a wall has another colour, or a
+    question another answer.
+    """
     rows = read_rows(world["data"])
     hop = {"1-hop": 5, "2-hop": 6, "3-hop": 7, "interp": 6}
     checked = 0
@@ -66,7 +68,9 @@ def test_the_pictures_show_what_the_answers_say(world):
 
 
 def test_rows_show_the_past_and_ask_for_the_future(world):
-    """Breaks if a future frame is in the prompt (but the last one of interp), or a span is missing."""
+    """Breaks if a future frame is in the prompt (but the last one of interp), or a span is
+    missing.
+    """
     for row in read_rows(world["data"]):
         seen = [p.index for p in row.prompt if not isinstance(p, str)]
         future = [p.index for p in row.response if not isinstance(p, str)]
@@ -94,7 +98,9 @@ def test_answers_are_balanced_and_training_and_test_clips_differ():
 
 
 def test_the_tokenizer_loads_as_any_other(world):
-    """Breaks if the saved folder is not one that AutoTokenizer understands, or a control token is split."""
+    """Breaks if the saved folder is not one that AutoTokenizer understands, or a control token is
+    split.
+    """
     tokenizer = AutoTokenizer.from_pretrained(world["model"])
     ids = tokenizer(
         "<reason> hits red </reason> <|latent_start|> <|latent|> <|latent_end|> <|im_end|>"
@@ -107,7 +113,9 @@ def test_the_tokenizer_loads_as_any_other(world):
 
 
 def test_the_whole_demo_in_small_twice(tmp_path):
-    """Breaks if any stage does, or if a second run does not reuse the first, or if changed settings are mixed in."""
+    """Breaks if any stage does, or if a second run does not reuse the first, or if changed
+    settings are mixed in.
+    """
     out = tmp_path / "a toy with a space"
     command = [
         sys.executable,

@@ -1,11 +1,16 @@
-"""How fast, and in how much memory: random models of the real shapes, on one GPU or, with few layers, on a CPU.
+"""How fast, and in how much memory: random models of the real shapes, on one GPU or, with few
+layers, on a CPU.
 
-    python -m tools.bench --shape 2b                                                           # one GPU
-    python -m tools.bench --layers 2 --prompts 2 --images 1 --new_tokens 64 --sft_tokens 512   # a laptop, minutes
-    python -m tools.bench --shape 2b --layers 4 --save DIR --tokenizer DIR     # only make a random model folder
+    # one GPU
+    python -m tools.bench --shape 2b
+    # a laptop, minutes
+    python -m tools.bench --layers 2 --prompts 2 --images 1 --new_tokens 64 --sft_tokens 512
+    # only make a random model folder
+    python -m tools.bench --shape 2b --layers 4 --save DIR --tokenizer DIR
 
-Weights are random, so nothing here says how good a model is: only what a step costs. Decoding is compared with what one
-would use otherwise, transformers' own `generate` on the stock model, in the same run. Source: ours.
+Weights are random, so nothing here says how good a model is: only what a step costs. Decoding is
+compared with what one would use otherwise, transformers' own `generate` on the stock model, in the
+same run. Source: ours.
 """
 
 import dataclasses
@@ -112,7 +117,9 @@ def make(shape, layers=0, dtype=torch.float32, device="cpu"):
 
 
 def prompt(config, rows, device, latents=0, length=0):
-    """Random prompts with images (and, to train, `latents` latents of one future frame each) -> dict of tensors."""
+    """Random prompts with images (and, to train, `latents` latents of one future frame each) ->
+    dict of tensors.
+    """
     one = [151652, *[151655] * 256, 151653] * config.images + torch.randint(
         1000, 9000, (config.words,)
     ).tolist()
@@ -163,7 +170,8 @@ def main(config):
     model = make(config.shape, config.layers, low, device).eval()
     result["parameters"] = sum(p.numel() for p in model.parameters())
 
-    # 1. the attention kernels agree: bf16 logits of each against fp32 on the same weights (first 4 layers' worth)
+    # 1. the attention kernels agree: bf16 logits of each against fp32 on the same weights (first 4
+    # layers' worth)
     small = make(config.shape, config.layers or 4, torch.float32, device).eval()
     batch = prompt(config, 1, device)
     kinds = ["eager", "sdpa"] + (
@@ -179,7 +187,8 @@ def main(config):
             result[f"bf16 {kind} relative error"] = round(error.item(), 5)
     del small, exact
 
-    # 2. decoding: ours (each prompt once, static cache; on CUDA also with a captured step) against transformers' own
+    # 2. decoding: ours (each prompt once, static cache; on CUDA also with a captured step) against
+    # transformers' own
     batch = prompt(config, config.prompts, device)
     rows = config.prompts * config.n
     for name, graph in (("ours", False), ("ours, CUDA graph", True))[: 1 + (device == "cuda")]:
@@ -220,7 +229,8 @@ def main(config):
         result[key.replace("tokens/s", "ratio")] = round(result[key] / theirs, 2)
     del model
 
-    # 3. SFT: fp32 weights, bf16 autocast, gradient checkpointing; forward and backward, without the optimizer
+    # 3. SFT: fp32 weights, bf16 autocast, gradient checkpointing; forward and backward, without the
+    # optimizer
     model = make(config.shape, config.layers, torch.float32, device).train()
     model.model.visual.requires_grad_(False)
     model.set_attn_implementation(best_attention())
@@ -248,7 +258,8 @@ def main(config):
         }
     )
 
-    # 4. the RL update of one group: its prompt once against once a rollout, and what the gradient through latents costs
+    # 4. the RL update of one group: its prompt once against once a rollout, and what the gradient
+    # through latents costs
     model.gradient_checkpointing_disable()
     span = [IDS["latent_start_id"], *[IDS["latent_id"]] * 2, IDS["latent_end_id"]]
     row = torch.randint(1000, 9000, (config.new_tokens,))

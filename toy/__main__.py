@@ -1,18 +1,22 @@
 """The embedded world: the whole method on a laptop, in minutes, on real mp4 clips.
 
-    python -m toy                                            # one seed: clips, pretraining, SFT, LA-DAPO, curation, tables
+    # one seed: clips, pretraining, SFT, LA-DAPO, curation, tables
+    python -m toy
     python -m toy --seeds 3 --variants all --rl all          # the README's tables
 
-The paddle box: a ball in a square box with four coloured walls. Where on a wall it hits, u in [0, 1], sets the angle of
-its rebound from the normal: phi = bend * (2u - 1). The picture of a contact is therefore all one needs to know, and
-the words "hits red" are not: who wants to know the third wall has to keep the exact place in mind, twice. Each clip shows
-six contacts, which fall on key frames 2..7; the model sees frames 3 and 4 and is asked which wall comes next (1-hop),
-second (2-hop), third (3-hop), or second when the third contact's frame is shown too (interp).
+The paddle box: a ball in a square box with four coloured walls. Where on a wall it hits, u in [0,
+1], sets the angle of its rebound from the normal: phi = bend * (2u - 1). The picture of a contact
+is therefore all one needs to know, and the words "hits red" are not: who wants to know the third
+wall has to keep the exact place in mind, twice. Each clip shows six contacts, which fall on key
+frames 2..7; the model sees frames 3 and 4 and is asked which wall comes next (1-hop), second
+(2-hop), third (3-hop), or second when the third contact's frame is shown too (interp).
 
-Everything below the world is the real path: mp4 -> decord -> patches -> `curate.probe` -> `sft.train` -> `la_dapo.train` ->
-`evaluate.evaluate`. This file makes the clips, the rows, a tokenizer and a tiny random Qwen3-VL; a short training on captions
-of single frames stands in for Qwen3-VL's pretraining. A few clips have chains of future frames, which SFT learns from; all
-have answers, which RL learns from. Settings differ from the paper's where `TINY` and `TINY_RL` say so, and only there.
+Everything below the world is the real path: mp4 -> decord -> patches -> `curate.probe` ->
+`sft.train` -> `la_dapo.train` -> `evaluate.evaluate`. This file makes the clips, the rows, a
+tokenizer and a tiny random Qwen3-VL; a short training on captions of single frames stands in for
+Qwen3-VL's pretraining. A few clips have chains of future frames, which SFT learns from; all have
+answers, which RL learns from. Settings differ from the paper's where `TINY` and `TINY_RL` say so,
+and only there.
 
 Source: the world and the settings are ours; the four questions are FutureBench's.
 """
@@ -44,9 +48,8 @@ class Config:
     seeds: int = 1  # trainings, each with its own pretraining
     fresh: bool = False  # delete `out` first
     clips: int = 3000  # training clips: their frames are captioned for the pretraining
-    annotated: int = (
-        200  # of these, clips that also have the four questions with their chains of future frames
-    )
+    # of these, clips that also have the four questions with their chains of future frames
+    annotated: int = 200
     eval_clips: int = 1000  # held-out clips, four questions each
     eval_seed: int = 4_000_000  # where held-out clips start; tuning used 1_000_000 and 2_000_000
     bend: float = 1.05  # rebound angle at the end of a wall, radians; -1.3 is easier
@@ -88,7 +91,8 @@ VARIANTS = {
 }
 
 
-# Its policy is sure of itself, so many samples are needed to see two outcomes: they are decoded together while equal.
+# Its policy is sure of itself, so many samples are needed to see two outcomes: they are decoded
+# together while equal.
 LONGER = 2.1  # steps of "latent-long" over those of "latent": what the time of the RL run buys
 
 
@@ -184,7 +188,9 @@ def scored(model, data, out, config, latents="generated"):
 
 
 def run_seed(seed, config, world):
-    """All trainings and evaluations of one seed -> {row of the table: {group: accuracy}}, {ablation: ...}."""
+    """All trainings and evaluations of one seed -> {row of the table: {group: accuracy}},
+    {ablation: ...}.
+    """
     home = os.path.join(config.out, f"seed_{seed}")
     start = os.path.join(home, "random")
     if not os.path.exists(start):
@@ -290,11 +296,14 @@ def spearman(a, b):
 
 
 def run_curation(seed, config, world):
-    """Curation with one seed -> {training: {group: scores}}, {figure: value}. sec. 3.2; the pool is ours.
+    """Curation with one seed -> {training: {group: scores}}, {figure: value}. sec. 3.2.
 
-    The captions model first learns, on clips of its own, to answer such questions with and without the later frames in
-    sight. That stands in for Qwen3-VL, which can read a frame it is given but hardly foresee it. The result is the model
-    that is probed, and that then learns from the chosen rows, or from as many random ones.
+    The pool is ours.
+
+    The captions model first learns, on clips of its own, to answer such questions with and without
+    the later frames in sight. That stands in for Qwen3-VL, which can read a frame it is given but
+    hardly foresee it. The result is the model that is probed, and that then learns from the chosen
+    rows, or from as many random ones.
     """
     home, folder = os.path.join(config.out, f"seed_{seed}"), os.path.dirname(world["train"])
     clips = dict(
@@ -380,7 +389,8 @@ def main(config):
         or config.seeds < 1
     ):
         raise SystemExit(
-            f"--variants takes some of {', '.join(VARIANTS)}, --rl of {', '.join(RL_VARIANTS)}, and --seeds "
+            f"--variants takes some of {', '.join(VARIANTS)}, --rl of {', '.join(RL_VARIANTS)}, "
+            "and --seeds "
             "at least 1"
         )
     path = os.path.join(config.out, "toy.json")
@@ -404,7 +414,8 @@ def main(config):
         with open(path) as f:
             if json.load(f) != settings:
                 raise SystemExit(
-                    f"{config.out} was made with other settings (toy.json): pass --fresh to start over, "
+                    f"{config.out} was made with other settings (toy.json): pass --fresh to start "
+                    "over, "
                     "or another --out"
                 )
     with open(path, "w") as f:
@@ -454,7 +465,8 @@ def main(config):
             os.path.join(config.out, "rl.png"),
         )
     print(
-        f"\n{text}\n\n{time.time() - began:.0f} s; in {config.out}: table.md, accuracy.png, rl.png, clip.png, and each "
+        f"\n{text}\n\n{time.time() - began:.0f} s; in {config.out}: table.md, accuracy.png, "
+        "rl.png, clip.png, and each "
         "training's loss.png or rewards.png"
     )
 

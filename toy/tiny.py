@@ -6,7 +6,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLConfig
 
 from model import FutureL1, add_latent_tokens
 
-# What differs from the paper's settings, in one place: the model is 10,000 times smaller and learns from scratch.
+# What differs from the paper's settings, in one place: the model is 10,000 times smaller and learns
+# from scratch.
 TINY = dict(
     global_batch=64,
     micro_batch=64,
@@ -27,7 +28,9 @@ TINY = dict(
 
 
 def make_tokenizer(texts):
-    """Words split at white space -> a tokenizer with Qwen's chat markup, which AutoTokenizer loads."""
+    """Words split at white space -> a tokenizer with Qwen's chat markup, which AutoTokenizer
+    loads.
+    """
     words = sorted({word for text in texts for word in text.split()})
     tokenizer = Tokenizer(
         models.WordLevel({w: i for i, w in enumerate(["<unk>", *words])}, unk_token="<unk>")

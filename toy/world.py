@@ -45,7 +45,10 @@ NORMAL, ALONG = ((1, 0), (0, 1), (-1, 0), (0, -1)), ((0, 1), (1, 0), (0, 1), (1,
 
 
 def next_contact(wall, u, bend):
-    """Where the ball hits next: (wall, u) -> (wall, u). Rebound angle phi = bend * (2u - 1), at most 1.45. Ours."""
+    """Where the ball hits next: (wall, u) -> (wall, u).
+
+    Rebound angle phi = bend * (2u - 1), at most 1.45. Ours.
+    """
     phi = float(np.clip(bend * (2 * u - 1), -1.45, 1.45))
     (x, y), n, t = POINT[wall](u), NORMAL[wall], ALONG[wall]
     dx, dy = (
@@ -66,7 +69,9 @@ def next_contact(wall, u, bend):
 
 
 def contacts(seed, bend):
-    """Eight successive contacts [(wall, u)], drawn again if one is within a pixel or so of a corner. Ours."""
+    """Eight successive contacts [(wall, u)], drawn again if one is within a pixel or so of a
+    corner. Ours.
+    """
     rng = np.random.default_rng(seed)
     while True:
         path = [(int(rng.integers(4)), float(rng.uniform(0.05, 0.95)))]
@@ -77,7 +82,10 @@ def contacts(seed, bend):
 
 
 def draw(path):
-    """Contacts -> frames uint8 (FRAMES, SIZE, SIZE, 3). Contact k is frame 4 + 6 (k - 1), moving evenly between."""
+    """Contacts -> frames uint8 (FRAMES, SIZE, SIZE, 3).
+
+    Contact k is frame 4 + 6 (k - 1), moving evenly between.
+    """
     room = SIZE - 2 * WALL - 2 * BALL
     points = np.array([POINT[w](u) for w, u in path])  # (8, 2)
     frames = np.full((FRAMES, SIZE, SIZE, 3), 245, np.uint8)
@@ -101,7 +109,10 @@ def draw(path):
 
 
 def write_mp4(path, frames, fps=FPS):
-    """frames uint8 (T, H, W, 3) -> an H.264 file, written under a temporary name and renamed. Source: ours."""
+    """frames uint8 (T, H, W, 3) -> an H.264 file, written under a temporary name and renamed.
+
+    Source: ours.
+    """
     with av.open(path + ".part", "w", format="mp4") as container:
         stream = container.add_stream(
             "libx264", rate=fps, options={"crf": "18", "preset": "ultrafast"}
@@ -165,7 +176,10 @@ def questions(seed, bend, video):
 
 
 def prompts(seed, bend, video):
-    """The same questions with their answers alone: neither chain nor future frames. What RL sees."""
+    """The same questions with their answers alone: neither chain nor future frames.
+
+    What RL sees.
+    """
     return [
         dict(
             row,
@@ -177,7 +191,10 @@ def prompts(seed, bend, video):
 
 
 def candidates(seed, bend, video):
-    """Three rows of a clip: two about what is visible, and one of 1-, 2- and 3-hop by turns. Source: ours."""
+    """Three rows of a clip: two about what is visible, and one of 1-, 2- and 3-hop by turns.
+
+    Source: ours.
+    """
     path, hop = contacts(seed, bend), questions(seed, bend, video)[seed % 3]
     moves, ways = (
         heading(path[2], path[3]),
@@ -208,7 +225,9 @@ BINS = 24  # a caption names the ball's place in words x0..x23, y0..y23
 
 
 def captions(seed, bend, video):
-    """Rows that stand in for pretraining: place, nearest wall and direction, of single key frames and pairs."""
+    """Rows that stand in for pretraining: place, nearest wall and direction, of single key frames
+    and pairs.
+    """
     path, rows = contacts(seed, bend), []
     for k in range(2, 8):
         wall, u = path[k - 1]
@@ -243,7 +262,10 @@ def write_rows(path, rows):
 
 
 def make_world(config):
-    """Clips and rows on disk -> dict(captions, train, all, prompts, test: jsonl files). What is there is kept."""
+    """Clips and rows on disk -> dict(captions, train, all, prompts, test: jsonl files).
+
+    What is there is kept.
+    """
     folder = os.path.join(config.out, "data")
     os.makedirs(os.path.join(folder, "clips"), exist_ok=True)
     seeds = dict(
