@@ -59,16 +59,16 @@ import functools
 import json
 import math
 import os
-import time
 from collections import Counter
 
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
 
 from common.judge import Judge
 from common.report import draw_curves
 from common.runs import (
+    Log,
+    Machine,
+    Tally,
     make_optimizer,
     newest,
     parse_config,
@@ -76,13 +76,10 @@ from common.runs import (
     resume_point,
     rows_of,
     save_checkpoint,
-    set_up_ranks,
-    sum_over_ranks,
     trim_log,
 )
 from data import DataConfig, Samples, collate, loader, model_inputs, to_device
 from latent_decode import Rollout, generate, join, replay, take, token_logprobs
-from model import best_attention, load
 from rewards import pick, score
 
 
@@ -189,6 +186,10 @@ class Config(DataConfig):
             )
 
     @property
+    def updates_a_step(self):
+        return self.minibatches * self.inner_epochs
+
+    @property
     def prompts_a_try(self):
         return self.prompts or self.groups
 
@@ -262,558 +263,438 @@ def adjoint_loss(loss, predicted, latents, terms):
     return (lam.detach() * (predicted - predicted.detach())).sum()
 
 
-def learning_rate(step, config):
-    """Linear warm-up, then linear to final_lr * lr at the last of `steps`.
-
-    Without `steps` constant. Source: ours.
-    """
+def schedule(step, steps, config):
+    """Linear warm-up, then linear to final_lr * lr at the last of `steps`. Source: ours."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    if not config.steps:
-        return config.lr
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps - 1)
-    return config.lr * (1 + (config.final_lr - 1) * min(1.0, done))
+    share = (step - config.warmup_steps) / max(1, steps - config.warmup_steps - 1)
+    return config.lr * (1 + (config.final_lr - 1) * min(1.0, share))
+
+
+# ------------------------------------------------------------------------------------------ rollouts
 
 
 @dataclasses.dataclass
 class Group:
-    """One prompt and what its G rollouts came to, on the rank that made them."""
+    """One prompt and its G rollouts, on the rank that made them."""
 
     place: int  # of the prompt in the order of the data
     sample: dict  # the encoded prompt
     rollout: Rollout  # G rows
-    texts: list
-    parts: dict  # of `score_group`
-    verdict: str  # of `keep_group`
+    texts: list  # G responses
+    parts: dict = None  # of `rewards.score_group`
+    verdict: str = ""  # of `keep_group`
     slot: int = 0  # its number among the groups of the step, over all ranks
 
 
 @functools.lru_cache(maxsize=2)
 def permutation(n, seed, epoch):
     """The order of n rows in an epoch. Source: ours."""
-    return torch.randperm(
-        n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    ).tolist()
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(n, generator=generator).tolist()
 
 
-def prompt_batches(n, size, first, last, total, seed, rank, world):
-    """Indices of the prompts that one rank decodes together, from batch `first` on.
+def prompt_batches(n, size, first, seed, rank, world):
+    """Indices of the prompts that one rank decodes together, from batch `first` on, without end.
 
-    Batch b is rank b % world's.
-
-    Batch b holds places b * size ... of the endless order of epochs, whatever the number of ranks;
-    places end at total.
+    Batch b is rank b % world's. It holds places b * size ... of the endless order of epochs,
+    whatever the number of ranks. Source: official's iterator wraps, too.
     """
     b = first
-    while b < last:
+    while True:
         if b % world == rank:
-            yield [
-                permutation(n, seed, p // n)[p % n]
-                for p in range(b * size, min((b + 1) * size, total))
-            ]
+            places = range(b * size, (b + 1) * size)
+            yield [permutation(n, seed, place // n)[place % n] for place in places]
         b += 1
 
 
-CURVES = (("total", "accuracy"), ("contrastive", "diversity"), ("entropy", "kl"), ("grad_norm",))
+def roll_out(model, tokenizer, batch, k, config, machine):
+    """Batch k of the prompts -> a Group each, not scored yet. What is sampled depends on seed and
+    k.
+    """
+    inputs = model_inputs(to_device(batch, machine.device))
+    with machine.autocast():
+        rollout = generate(
+            model,
+            inputs,
+            n=config.group_size,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            max_new_tokens=config.max_new_tokens,
+            max_latents=config.max_latents,
+            latent_sigma=config.latent_sigma,
+            share=config.share,
+            generator=torch.Generator().manual_seed(config.seed * 1_000_003 + k),
+        )
+    tokens = [row[:n] for row, n in zip(rollout.tokens.cpu(), rollout.lengths)]
+    texts = tokenizer.batch_decode(tokens)
+    groups = []
+    for j, sample in enumerate(batch["samples"]):
+        rows = list(range(j * config.group_size, (j + 1) * config.group_size))
+        place = k * config.rollout_batch + batch["kept"][j]
+        groups.append(Group(place, sample, take(rollout, rows), [texts[i] for i in rows]))
+    return groups
+
+
+def score_groups(groups, model_config, judge, config):
+    """Eq. (7) for each group, and the filter's verdict on it. The judge is asked once for all."""
+    texts = [text for group in groups for text in group.texts]
+    rows = [group.sample["row"] for group in groups]
+    rollout = join([group.rollout for group in groups])
+    weights = dict(lambda_c=config.lambda_c, lambda_d=config.lambda_d, tau=config.tau)
+    for group, parts in zip(groups, score(texts, rollout, rows, model_config, judge, **weights)):
+        group.parts = parts
+        group.verdict = keep_group(parts["correct"], parts["unjudged"], config.low, config.high)
+
+
+def first_kept(groups, config, machine):
+    """The kept groups of all ranks, the first `config.groups` in the order of the data.
+
+    -> this rank's, with their slots; how many were kept on all ranks; how many of this rank's were
+    not needed.
+    """
+    kept = [g for g in groups if g.verdict == "kept"]
+    if not config.filter:
+        kept = [g for g in groups if g.verdict != "unjudged"]
+    places = sorted(machine.gather([g.place for g in kept]))
+    slots = {place: slot for slot, place in enumerate(places[: config.groups])}
+    needed = [g for g in kept if g.place in slots]
+    for group in needed:
+        group.slot = slots[group.place]
+    return needed, len(places), len(kept) - len(needed)
 
 
 PARTS = ("total", "accuracy", "format", "contrastive", "diversity", "repetition")
+COUNTS = ("unjudged", "kept", "too easy", "too hard", "unjudged groups", "surplus", "skipped")
+CURVES = (("total", "accuracy"), ("contrastive", "diversity"), ("entropy", "kl"), ("grad_norm",))
 
 
-COUNTS = (
-    "rollouts",
-    "tokens",
-    "spans",
-    "latents",
-    "forced",
-    "cut_off",
-    "unjudged",
-    "kept",
-    "too easy",
-    "too hard",
-    "unjudged groups",
-    "surplus",
-    "skipped",
-)
+def count(tally, group, latent_start_id):
+    """Add a group's figures to the tally."""
+    rollout = group.rollout
+    tokens, lengths = rollout.tokens, rollout.lengths
+    steps = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+    tally.count("rollouts", len(tokens))
+    tally.count("tokens", int(lengths.sum()))
+    tally.count("spans", int((tokens == latent_start_id).sum()))
+    tally.count("latents", sum(len(z) for z in rollout.latents))
+    tally.count("forced", int((steps & ~rollout.sampled).sum()))
+    tally.count("cut_off", rollout.finish.count("length"))
+    tally.count("unjudged groups" if group.verdict == "unjudged" else group.verdict)
+    tally.count("unjudged", sum(group.parts["unjudged"]))
+    for part in PARTS:
+        tally.add(part, group.parts[part])
 
 
-def count(stats, rollout, groups, latent_start_id):
-    """Add a batch's figures to stats, a dict of sums."""
-    steps = (
-        torch.arange(rollout.tokens.shape[1], device=rollout.tokens.device)
-        < rollout.lengths[:, None]
-    )
-    for key, value in (
-        ("rollouts", len(rollout.tokens)),
-        ("tokens", int(rollout.lengths.sum())),
-        ("spans", int((rollout.tokens == latent_start_id).sum())),
-        ("latents", sum(len(z) for z in rollout.latents)),
-        ("forced", int((steps & ~rollout.sampled).sum())),
-        ("cut_off", rollout.finish.count("length")),
-    ):
-        stats[key] += value
-    for group in groups:
-        stats["unjudged groups" if group.verdict == "unjudged" else group.verdict] += 1
-        stats["unjudged"] += sum(group.parts["unjudged"])
-        for part in PARTS:
-            known = [v for v in group.parts[part] if v is not None]
-            stats[part] += sum(known)
-            stats[part + "^2"] += sum(v * v for v in known)
+def collect(model, tokenizer, batches, at, config, judge, machine, tally):
+    """Roll out prompts until `groups` groups are kept, or max_tries times. All ranks walk in step.
+
+    -> this rank's kept groups, all its groups, its skipped samples, the next batch of the data.
+    """
+    every, skipped = [], []
+    for _ in range(config.max_tries):
+        end = at + -(-config.prompts_a_try // config.rollout_batch)
+        for k in range(at, end):
+            if k % machine.world != machine.rank:
+                continue
+            with tally.clock("rollout"):
+                batch = next(batches)
+                skipped += batch["skipped"]
+                groups = []
+                if batch["rows"]:
+                    groups = roll_out(model, tokenizer, batch, k, config, machine)
+            with tally.clock("reward"):
+                if groups:
+                    score_groups(groups, model.config, judge, config)
+                for group in groups:
+                    count(tally, group, model.config.latent_start_id)
+            every += groups
+        at = end
+        kept, n_kept, surplus = first_kept(every, config, machine)
+        if n_kept >= config.groups:
+            break
+    tally.count("surplus", surplus)
+    tally.count("skipped", len(skipped))
+    return kept, every, skipped, at
+
+
+# -------------------------------------------------------------------------------------------- update
+
+
+@dataclasses.dataclass
+class Batch:
+    """What one forward of the update takes: a few groups; R rows, equal rollouts of a group merged."""
+
+    prompts: dict  # with their pixels, in the host's memory until it is their turn
+    rollout: Rollout
+    prompt_of: torch.Tensor  # (R,) which prompt
+    A: torch.Tensor  # (R, 1) advantages
+    times: torch.Tensor  # (R, 1) how many rollouts a row stands for
+    ref: torch.Tensor | None = None  # (R, T) log-probabilities of the reference
+
+    @property
+    def weight(self):
+        """(R, T): how often each chosen token counts."""
+        return self.rollout.sampled * self.times
 
 
 def distinct(group, config):
-    """A group's judged rows, equal ones together: lists of rows.
+    """A group's judged rows, equal ones together: lists of rows. Equal words have equal latents.
 
-    Equal words have equal latents unless noise was added.
-
-    Equal words with different rewards (a judge may waver) stay apart; unjudged rows are left out.
+    (Unless noise was added.) Equal words with different rewards (a judge may waver) stay apart;
+    unjudged rows are left out.
     """
     rows = {}
-    for i, (tokens, n) in enumerate(
-        zip(group.rollout.tokens.tolist(), group.rollout.lengths.tolist())
-    ):
-        if not group.parts["unjudged"][i]:
-            rows.setdefault(
-                i if config.latent_sigma else (*tokens[:n], round(group.parts["total"][i], 4)), []
-            ).append(i)
+    lengths = group.rollout.lengths.tolist()
+    for i, (tokens, n) in enumerate(zip(group.rollout.tokens.tolist(), lengths)):
+        if group.parts["unjudged"][i]:
+            continue
+        key = i if config.latent_sigma else (*tokens[:n], round(group.parts["total"][i], 4))
+        rows.setdefault(key, []).append(i)
     return list(rows.values())
 
 
-def prepare(groups, pad, device, config):
-    """Groups -> (prompts, rollout, prompt_of (R,), advantages (R, 1), times (R, 1)): what one
-    forward takes. Ours.
+def prepare(groups, device, config):
+    """Groups -> Batch, with the advantages. Source: ours."""
+    prompts = model_inputs(collate([g.sample for g in groups], 0, side="left"))  # pads are masked
+    prompt_of, A, times, rollouts = [], [], [], []
+    for k, group in enumerate(groups):
+        advantages = group_advantages(group.parts["total"])
+        picked = distinct(group, config)
+        prompt_of += [k] * len(picked)
+        A += [advantages[rows].mean() for rows in picked]
+        times += [len(rows) for rows in picked]
+        rollouts.append(take(group.rollout, [rows[0] for rows in picked]))
+    prompt_of, times = (torch.tensor(x, device=device) for x in (prompt_of, times))
+    A = torch.stack(A).to(device)
+    return Batch(prompts, join(rollouts), prompt_of, A[:, None], times[:, None])
 
-    The prompts, with their pixels, stay in the host's memory until it is their turn.
+
+def policy_loss(model, batch, n_tokens, config, figures):
+    """A batch's share of the step's loss; adds to `figures`. Source: the docstring's L.
+
+    n_tokens: chosen tokens of the step, over all ranks.
     """
-    batch = model_inputs(collate([g.sample for g in groups], pad, side="left"))
-    picked = [distinct(g, config) for g in groups]
-    prompt_of = torch.tensor([k for k, same in enumerate(picked) for _ in same], device=device)
-    A = torch.stack(
-        [
-            group_advantages(g.parts["total"])[rows].mean()
-            for g, same in zip(groups, picked)
-            for rows in same
-        ]
-    )
-    times = torch.tensor([len(rows) for same in picked for rows in same], device=device)
-    rollout = join([take(g.rollout, [rows[0] for rows in same]) for g, same in zip(groups, picked)])
-    return batch, rollout, prompt_of, A[:, None].to(device), times[:, None]
-
-
-def policy_loss(model, prepared, ref, n_tokens, config, stats):
-    """One micro-batch's share of the step's loss; adds its figures to stats.
-
-    Source: the docstring's L.
-
-    ref: (R, T) log-probabilities of the reference, or None; n_tokens: chosen tokens of the step,
-    over all ranks.
-    """
-    batch, rollout, prompt_of, A, times = prepared
-    new = replay(model, to_device(batch, A.device), rollout, config.temperature, prompt_of)
-    weight = rollout.sampled * times / n_tokens  # (R, T)
-    old = rollout.logprobs
+    prompts = to_device(batch.prompts, batch.A.device)
+    new = replay(model, prompts, batch.rollout, config.temperature, batch.prompt_of)
+    weight = batch.weight / n_tokens  # (R, T)
+    # with one update a step the policy has not moved: what differs is only the decoder's kernels
+    recorded = batch.rollout.logprobs
+    old = new.logprobs.detach() if config.updates_a_step == 1 else recorded
     surrogate, r = clipped_surrogate(
-        new.logprobs, old, A, config.eps_low, config.eps_high, config.dual_clip
+        new.logprobs, old, batch.A, config.eps_low, config.eps_high, config.dual_clip
     )
     loss = (surrogate * weight).sum()
-    kl = kl_k3(new.logprobs, ref) if ref is not None else torch.zeros_like(surrogate)
+    kl = torch.zeros_like(surrogate) if batch.ref is None else kl_k3(new.logprobs, batch.ref)
     total = loss + config.kl * (kl * weight).sum()
-    longest = max(len(z) for z in rollout.latents)
+
+    # the part of the gradient that flows through the latents
+    longest = max(len(z) for z in batch.rollout.latents)
     terms = longest if config.adjoint_terms < 0 else min(config.adjoint_terms, longest)
     if terms:
         total = total + adjoint_loss(loss, new.predicted, new.latents, terms)
+
     with torch.no_grad():
-        clipped = ((r > 1 + config.eps_high) & (A > 0)) | ((r < 1 - config.eps_low) & (A < 0))
-        for key, value in (
-            ("loss", surrogate),
-            ("ratio", r),
-            ("clipped", clipped),
-            ("kl", kl),
-            ("entropy", new.entropy),
-        ):
-            stats[key] += (value * weight).sum().item()
-        stats["ratio_max"] = max(
-            stats["ratio_max"], r.masked_fill(~rollout.sampled, 0).max().item()
-        )
+        too_high = (r > 1 + config.eps_high) & (batch.A > 0)
+        too_low = (r < 1 - config.eps_low) & (batch.A < 0)
+        values = dict(loss=surrogate, ratio=r, clip_fraction=too_high | too_low, kl=kl)
+        values.update(entropy=new.entropy, replay_ms=(new.logprobs - recorded).square())
+        for name, value in values.items():
+            figures[name] += (value * weight).sum().item()
+        largest = r.masked_fill(~batch.rollout.sampled, 0).max().item()
+        figures["ratio_max"] = max(figures["ratio_max"], largest)
     return total
 
 
-def update(model, optimizer, trained, groups, ref_model, lr, config, pad, device, autocast, world):
-    """All updates of a step from this rank's kept groups (may be none) -> dict of figures, the
-    same on all ranks.
-    """
-    stats = dict.fromkeys(("loss", "ratio", "clipped", "kl", "entropy", "ratio_max"), 0.0)
-    norms, skipped = [], 0
-    # one entry a minibatch: its prepared micro-batches with the reference's log-probabilities
-    todo = []
-    for k in range(config.minibatches):
-        mine = [g for g in groups if g.slot % config.minibatches == k]
-        prepared = [
-            prepare(mine[i : i + config.micro_batch], pad, device, config)
-            for i in range(0, len(mine), config.micro_batch)
-        ]
-        refs = [None] * len(prepared)
+def minibatch(groups, ref_model, config, machine):
+    """One minibatch's groups on this rank -> its batches, and its chosen tokens over all ranks."""
+    batches = []
+    for i in range(0, len(groups), config.micro_batch):
+        batch = prepare(groups[i : i + config.micro_batch], machine.device, config)
         if ref_model is not None:
-            with torch.no_grad(), autocast():
-                refs = [
-                    token_logprobs(
-                        ref_model, to_device(p[0], device), p[1], config.temperature, p[2]
-                    )
-                    for p in prepared
-                ]
-        n_tokens = sum(int((p[1].sampled * p[4]).sum()) for p in prepared)
-        todo.append((prepared, refs, sum_over_ranks([n_tokens], device)[0]))
-    updates = 0
+            prompts = to_device(batch.prompts, machine.device)
+            with torch.no_grad(), machine.autocast():
+                batch.ref = token_logprobs(
+                    ref_model, prompts, batch.rollout, config.temperature, batch.prompt_of
+                )
+        batches.append(batch)
+    n_tokens = sum(int(batch.weight.sum()) for batch in batches)
+    return batches, machine.sum([n_tokens])[0]
+
+
+def update(model, ref_model, optimizer, groups, lr, config, machine):
+    """All updates of a step from this rank's kept groups (may be none) -> figures, on all ranks
+    alike.
+    """
+    figures, norms = Counter(), []
+    slots = [
+        [g for g in groups if g.slot % config.minibatches == k] for k in range(config.minibatches)
+    ]
+    todo = [minibatch(some, ref_model, config, machine) for some in slots]
     for _ in range(config.inner_epochs):
-        for prepared, refs, n_tokens in todo:
+        for batches, n_tokens in todo:
             if n_tokens == 0:  # fewer groups than minibatches
                 continue
-            for p, ref in zip(prepared, refs):
-                with autocast():
-                    loss = policy_loss(model, p, ref, n_tokens, config, stats)
+            for batch in batches:
+                with machine.autocast():
+                    loss = policy_loss(model, batch, n_tokens, config, figures)
                 loss.backward()
-            for p in trained:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # on every rank alike
-                if world > 1:  # a sum: the loss was divided by the tokens of all ranks
-                    dist.all_reduce(p.grad)
-            norm = torch.nn.utils.clip_grad_norm_(trained, config.clip).item()
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            if math.isfinite(
-                norm
-            ):  # the norm is that of the summed gradient: all ranks decide alike
-                optimizer.step()
-            skipped += not math.isfinite(norm)
-            optimizer.zero_grad(set_to_none=True)
-            norms.append(norm)
-            updates += 1
-    (*means,) = sum_over_ranks(
-        [stats[k] / max(1, updates) for k in ("loss", "ratio", "clipped", "kl", "entropy")], device
-    )
-    ratio_max = torch.tensor(stats["ratio_max"], dtype=torch.float64, device=device)
-    if world > 1:
-        dist.all_reduce(ratio_max, dist.ReduceOp.MAX)
-    if not updates:
-        means = [None] * 5
+            norms.append(machine.step(optimizer, lr, config.clip))
+
+    names = ("loss", "ratio", "clip_fraction", "kl", "entropy", "replay_ms")
+    sums = machine.sum([figures[name] / max(1, len(norms)) for name in names])
+    out = dict(zip(names, sums if norms else [None] * len(names)))
+    mean_square = out.pop("replay_ms")
     return dict(
-        zip(("loss", "ratio", "clip_fraction", "kl", "entropy"), means),
-        ratio_max=ratio_max.item(),
+        out,
+        replay_rms=None if mean_square is None else math.sqrt(mean_square),
+        ratio_max=max(machine.gather([float(figures["ratio_max"])])),
         grad_norm=norms[-1] if norms else None,
-        updates=updates,
-        updates_skipped=skipped,
+        updates=len(norms),
+        updates_skipped=sum(not math.isfinite(norm) for norm in norms),
     )
 
 
-def collect(
-    model,
-    tokenizer,
-    batches,
-    first,
-    last,
-    config,
-    judge,
-    pad,
-    device,
-    autocast,
-    rank,
-    world,
-    seconds,
-):
-    """Roll out prompts until `groups` groups are kept, or max_tries times, or the data ends.
+# ---------------------------------------------------------------------------------------------- loop
 
-    All ranks walk in step.
 
-    -> this rank's kept groups, all its groups, stats of this rank, skipped samples, the next batch
-    of the data.
-    """
-    stats = dict.fromkeys((*COUNTS, *PARTS, *(part + "^2" for part in PARTS)), 0.0)
-    every, skipped, b = [], [], first
-    weights = dict(lambda_c=config.lambda_c, lambda_d=config.lambda_d, tau=config.tau)
-    per_try = -(-config.prompts_a_try // config.rollout_batch)
-    for _ in range(config.max_tries):
-        stop = min(b + per_try, last)
-        for k in range(b, stop):
-            if k % world != rank:
-                continue
-            began, batch = time.time(), next(batches)
-            skipped += batch["skipped"]
-            if not batch["rows"]:
-                continue
-            with autocast():
-                rollout = generate(
-                    model,
-                    model_inputs(to_device(batch, device)),
-                    n=config.group_size,
-                    temperature=config.temperature,
-                    top_p=config.top_p,
-                    max_new_tokens=config.max_new_tokens,
-                    max_latents=config.max_latents,
-                    latent_sigma=config.latent_sigma,
-                    share=config.share,
-                    generator=torch.Generator().manual_seed(config.seed * 1_000_003 + k),
-                )
-            texts = tokenizer.batch_decode(
-                [t[:n] for t, n in zip(rollout.tokens.cpu(), rollout.lengths)]
+def load_models(config, checkpoint, machine):
+    """The policy (fp32 weights), its tokenizer, and the KL's reference or None."""
+    model, tokenizer = machine.load(checkpoint or newest(config.model), train=True)
+    model.model.visual.requires_grad_(not config.freeze_vision)
+    if not config.kl:
+        return model, tokenizer, None
+    ref_model, _ = machine.load(newest(config.model))
+    return model, tokenizer, ref_model.requires_grad_(False)
+
+
+def prompt_loader(rows, tokenizer, at, config, machine):
+    """This rank's batches of encoded prompts, from batch `at` of the data on."""
+    rank, world = machine.rank, machine.world
+    plan = prompt_batches(len(rows), config.rollout_batch, at, config.seed, rank, world)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    samples = Samples(rows, tokenizer, config, train=False)
+    return iter(loader(samples, plan, config.workers, pad_id=pad, side="left", keep=True))
+
+
+def log_line(tally, figures):
+    """The sums of a step over all ranks -> the figures of its line in log.jsonl."""
+    n = max(1, tally["rollouts"])
+    return dict(
+        tally.means(PARTS),
+        **figures,
+        length=tally["tokens"] / n,
+        spans=tally["spans"] / n,
+        latents=tally["latents"] / n,
+        forced_stops=tally["forced"] / max(1, tally["spans"]),
+        cut_off=tally["cut_off"] / n,
+        **{name.replace(" ", "_"): tally[name] for name in COUNTS},
+        rollouts=tally["rollouts"],
+    )
+
+
+def write_rollouts(path, step, groups, config):
+    """Append one whole rollout of each group, another one of the group each time."""
+    i = step // config.sample_every % config.group_size
+    with open(path, "a", encoding="utf-8") as f:
+        for group in groups:
+            row, parts = group.sample["row"], group.parts
+            line = dict(
+                step=step,
+                id=row.id,
+                verdict=group.verdict,
+                question=row.question,
+                answer=row.answer,
+                response=group.texts[i],
+                group_accuracy=parts["accuracy"],
+                **{part: parts[part][i] for part in PARTS},
             )
-            seconds["rollout"] += time.time() - began
-            began = time.time()
-            new = []
-            for j, parts in enumerate(
-                score(texts, rollout, batch["rows"], model.config, judge, **weights)
-            ):
-                rows = list(range(j * config.group_size, (j + 1) * config.group_size))
-                new.append(
-                    Group(
-                        k * config.rollout_batch + batch["kept"][j],
-                        batch["samples"][j],
-                        take(rollout, rows),
-                        [texts[i] for i in rows],
-                        parts,
-                        keep_group(parts["correct"], parts["unjudged"], config.low, config.high),
-                    )
-                )
-            count(stats, rollout, new, model.config.latent_start_id)
-            every += new
-            seconds["reward"] += time.time() - began
-        b = stop
-        kept = [
-            g
-            for g in every
-            if g.verdict == "kept" or (not config.filter and g.verdict != "unjudged")
-        ]
-        places = [g.place for g in kept]
-        if world > 1:
-            gathered = [None] * world
-            dist.all_gather_object(gathered, places)
-            places = sum(gathered, [])
-        places = sorted(places)
-        if len(places) >= config.groups or b >= last:
-            break
-    slots = {
-        place: slot for slot, place in enumerate(places[: config.groups])
-    }  # the first in the order of the data
-    stats["surplus"] += sum(g.place not in slots for g in kept)
-    stats["skipped"] += len(skipped)
-    kept = [dataclasses.replace(g, slot=slots[g.place]) for g in kept if g.place in slots]
-    return kept, every, stats, skipped, b
+            f.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def check_rows(rows, config):
+    """-> the steps of the run. Raises ValueError for an answer that is no option, SystemExit for
+    none.
+    """
+    for row in rows:
+        if row.options and pick(row.answer, row.options) is None:
+            raise ValueError(f"{row.where}: the answer {row.answer!r} is none of {row.options}")
+    prompts = int(len(rows) * config.epochs)
+    if not rows or prompts < 1 and not config.steps:
+        raise SystemExit(f"nothing to train on: {len(rows)} rows, {config.epochs} epochs")
+    return config.steps or max(1, prompts // config.groups)  # refills cost passes, not updates
 
 
 def train(config, rows=None):
     """Run LA-DAPO -> path of the last checkpoint.
 
-    Raises SystemExit on a folder in use, ValueError on bad input.
-
-    rows: list of data.Row, default those of config.data.
+    rows: list of Row, default those of config.data. Raises SystemExit on a folder in use,
+    ValueError on bad input.
     """
-    rank, world, device = set_up_ranks()
-    master = rank == 0
+    machine = Machine(config.bf16)
     rows = rows_of(config) if rows is None else rows
-    for row in rows:
-        if row.options and pick(row.answer, row.options) is None:
-            raise ValueError(f"{row.where}: the answer {row.answer!r} is none of {row.options}")
-    checkpoint, resumed, fingerprint = resume_point(config, rows, world)
-    if config.resume and not checkpoint and master:
-        print(f"nothing to resume in {config.out}: starting at step 0")
+    steps = check_rows(rows, config)
+    checkpoint, resumed, fingerprint = resume_point(config, rows, machine.world)
     os.makedirs(config.out, exist_ok=True)
-
     torch.manual_seed(config.seed)
-    bf16 = config.bf16 and device.type == "cuda"
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
-    kind = dict(attn_implementation=best_attention() if bf16 else "sdpa")
-    model, tokenizer = load(checkpoint or newest(config.model), dtype=torch.float32, **kind)
-    model.to(device).train()
-    model.model.visual.requires_grad_(not config.freeze_vision)
-    ref_model = None
-    if config.kl:
-        ref_model, _ = load(
-            newest(config.model), dtype=torch.bfloat16 if bf16 else torch.float32, **kind
-        )
-        ref_model.to(device).eval().requires_grad_(False)
-    optimizer, trained = make_optimizer(model, config, world)
+    model, tokenizer, ref_model = load_models(config, checkpoint, machine)
+    optimizer, trained = make_optimizer(model, config, machine.world)
     if resumed:
-        restore(optimizer, checkpoint, resumed, rank)
+        restore(optimizer, checkpoint, resumed, machine.rank)
     first, at = (resumed["step"], resumed["batch"]) if resumed else (0, 0)
+    batches = prompt_loader(rows, tokenizer, at, config, machine)
     judge = Judge(config.judge_url, config.judge_model) if config.judge_model else None
-
-    # prompts: the order is fixed by the seed, the place in it is part of the checkpoint
-    total = 10**15 if config.steps else round(len(rows) * config.epochs)
-    if not rows or total < 1:
-        raise SystemExit(f"nothing to train on: {len(rows)} rows, {config.epochs} epochs")
-    last = -(-total // config.rollout_batch)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    plan = prompt_batches(
-        len(rows), config.rollout_batch, at, last, total, config.seed, rank, world
-    )
-    batches = iter(
-        loader(
-            Samples(rows, tokenizer, config, train=False),
-            plan,
-            config.workers,
-            pad_id=pad,
-            side="left",
-            keep=True,
-        )
-    )
-
-    log_path, rollouts_path = (
-        os.path.join(config.out, name) for name in ("log.jsonl", f"rollouts_{rank}.jsonl")
-    )
+    log = Log(config, first, machine)
+    rollouts_path = os.path.join(config.out, f"rollouts_{machine.rank}.jsonl")
     trim_log(rollouts_path, first)
-    run = None
-    if master:
-        trim_log(log_path, first)
-        print(
-            f"LA-DAPO: {len(rows)} prompts, {config.groups} groups x {config.group_size} rollouts "
-            "a step, "
-            f"{config.prompts_a_try} prompts a try, {world} ranks, {device.type}, seed "
-            f"{config.seed}, "
-            f"{sum(p.numel() for p in trained):,} parameters trained, "
-            f"{config.minibatches * config.inner_epochs} update(s) a step"
-            + (
-                ": the ratio is 1 up to rounding"
-                if config.minibatches * config.inner_epochs == 1
-                else ""
-            )
-        )
-        if config.wandb:
-            import wandb
+    log.say(describe(config, rows, trained, steps, machine))
 
-            run = wandb.init(project="future-l1", config=dataclasses.asdict(config))
+    for step in log.steps(steps, "la_dapo"):
+        tally, began_at = Tally(), at
+        # rollouts -> rewards -> group filter and refill
+        kept, every, skipped, at = collect(
+            model, tokenizer, batches, at, config, judge, machine, tally
+        )
+        skipped, failures = log.skips(skipped, judge)
+        # advantages -> clipped loss -> step
+        with tally.clock("update"):
+            lr = schedule(step, steps, config)
+            figures = update(model, ref_model, optimizer, kept, lr, config, machine)
 
-    bar = tqdm(
-        total=config.steps or None, initial=first, desc="la_dapo", disable=not master, mininterval=2
-    )
-    step = first
-    while step < config.steps or (not config.steps and at < last):
-        seconds, lr, began_at = (
-            dict(rollout=0.0, reward=0.0, update=0.0),
-            learning_rate(step, config),
-            at,
-        )
-        if judge:
-            judge.failures.clear()  # those of the step
-        kept, every, stats, skipped, at = collect(
-            model,
-            tokenizer,
-            batches,
-            at,
-            last,
-            config,
-            judge,
-            pad,
-            device,
-            autocast,
-            rank,
-            world,
-            seconds,
-        )
-        for where, why in skipped:
-            tqdm.write(f"skipped {where}: {why}")
-        stats = dict(zip(stats, sum_over_ranks(stats.values(), device)))
-        failures = judge.failures if judge else Counter()
-        if world > 1 and (stats["skipped"] or judge):
-            everyones = [None] * world
-            dist.all_gather_object(everyones, (skipped, failures))
-            skipped, failures = (
-                sum((s for s, _ in everyones), []),
-                sum((f for _, f in everyones), Counter()),
-            )
-        if not stats["rollouts"] and began_at == 0:  # a wrong media_root, most likely
-            raise SystemExit(
-                "none of the first prompts could be used"
-                + (f", e.g. {skipped[0].why}" if skipped else "")
-            )
-        began = time.time()
-        figures = update(
-            model, optimizer, trained, kept, ref_model, lr, config, pad, device, autocast, world
-        )
-        seconds["update"] = time.time() - began
-
-        judged, n = max(1.0, stats["rollouts"] - stats["unjudged"]), max(1.0, stats["rollouts"])
-        line = dict(
-            step=step, lr=lr, prompts=[min(total, b * config.rollout_batch) for b in (began_at, at)]
-        )
-        for part in PARTS:
-            over = judged if part in ("total", "accuracy") else n
-            mean = stats[part] / over
-            line[part], line[part + "_std"] = (
-                mean,
-                math.sqrt(max(0.0, stats[part + "^2"] / over - mean * mean)),
-            )
+        tally = tally.over(machine)
+        if step == 0 and not tally["rollouts"]:  # a wrong media_root, most likely
+            why = f", e.g. {skipped[0].why}" if skipped else ""
+            raise SystemExit(f"none of the first prompts could be used{why}")
+        places = [b * config.rollout_batch for b in (began_at, at)]
+        line = dict(step=step, lr=lr, prompts=places, **log_line(tally, figures))
         line.update(
-            figures,
-            length=stats["tokens"] / n,
-            spans=stats["spans"] / n,
-            latents=stats["latents"] / n,
-            forced_stops=stats["forced"] / max(1.0, stats["spans"]),
-            cut_off=stats["cut_off"] / n,
-            **{key.replace(" ", "_"): int(stats[key]) for key in COUNTS[6:]},
-            rollouts=int(stats["rollouts"]),
-            groups=int(sum_over_ranks([len(kept)], device)[0]),
-            skipped_names=[list(s) for s in skipped],
-            judge_failures=dict(failures),
-            **{f"seconds_{key}": round(value, 4) for key, value in seconds.items()},
+            groups=len(machine.gather([g.place for g in kept])),
+            skipped_names=[list(skip) for skip in skipped],
         )
+        line.update(judge_failures=dict(failures), **tally.seconds())
         if step % config.sample_every == 0:
-            i = step // config.sample_every % config.group_size
-            with open(rollouts_path, "a", encoding="utf-8") as f:
-                for g in every:
-                    row = g.sample["row"]
-                    told = dict(
-                        step=step,
-                        id=row.id,
-                        verdict=g.verdict,
-                        question=row.question,
-                        answer=row.answer,
-                        response=g.texts[i],
-                        group_accuracy=g.parts["accuracy"],
-                        **{part: g.parts[part][i] for part in PARTS},
-                    )
-                    f.write(json.dumps(told, ensure_ascii=False) + "\n")
-        if master:
-            with open(log_path, "a") as f:
-                f.write(json.dumps(line) + "\n")
-            bar.set_postfix(
-                reward=f"{line['total']:.3f}",
-                accuracy=f"{line['accuracy']:.3f}",
-                groups=line["groups"],
-            )
-            if not line["groups"]:
-                tqdm.write(
-                    f"step {step}: no group kept of {line['rollouts'] // config.group_size}, no "
-                    "update"
-                )
-            if line["updates_skipped"]:
-                tqdm.write(f"step {step}: gradient is not finite, update skipped")
-            if run:
-                run.log(line)
-        step += 1
-        bar.update()
-        if (
-            step % config.save_every == 0
-            or step == config.steps
-            or (not config.steps and at >= last)
-        ):
-            checkpoint = os.path.join(config.out, f"step_{step:06d}")
-            save_checkpoint(
-                checkpoint,
-                model,
-                tokenizer,
-                dict(
-                    step=step,
-                    batch=at,
-                    config=dataclasses.asdict(config),
-                    world=world,
-                    rows=fingerprint,
-                ),
-                optimizer,
-                rank,
-                world,
-            )
-            if master:
-                draw_curves(log_path, os.path.join(config.out, "rewards.png"), CURVES)
-    bar.close()
+            write_rollouts(rollouts_path, step, every, config)
+        log.write(line, reward=line["total"], accuracy=line["accuracy"], groups=line["groups"])
+        if (step + 1) % config.save_every == 0 or step + 1 == steps:
+            checkpoint = os.path.join(config.out, f"step_{step + 1:06d}")
+            state = dict(step=step + 1, batch=at, config=dataclasses.asdict(config))
+            state.update(world=machine.world, rows=fingerprint)
+            rank, world = machine.rank, machine.world
+            save_checkpoint(checkpoint, model, tokenizer, state, optimizer, rank, world)
+            if machine.master:
+                draw_curves(log.path, os.path.join(config.out, "rewards.png"), CURVES)
     return checkpoint
+
+
+def describe(config, rows, trained, steps, machine):
+    """The run in one line."""
+    same = ": the ratio is 1" if config.updates_a_step == 1 else ""
+    return (
+        f"LA-DAPO: {len(rows)} prompts, {steps} steps of {config.groups} groups x "
+        f"{config.group_size} rollouts, {config.prompts_a_try} prompts a try, {machine.world} ranks, "
+        f"{machine.device.type}, seed {config.seed}, {sum(p.numel() for p in trained):,} parameters "
+        f"trained, {config.updates_a_step} update(s) a step{same}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,25 +1,31 @@
 """What every run needs: flags, ranks, checkpoints, logs, a folder that is not overwritten."""
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import glob
 import hashlib
 import inspect
 import json
+import math
 import os
 import random
 import re
 import shutil
 import sys
+import time
+from collections import Counter
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from common.formats import read_rows
+from model import best_attention, load
 
 
 def parse_config(cls, argv=None):
@@ -288,3 +294,165 @@ def write_json(path, content):
     with open(path + ".part", "w") as f:
         json.dump(content, f, indent=1)
     os.replace(path + ".part", path)
+
+
+# ------------------------------------------------------------------------------------------- machine
+
+
+class Machine:
+    """Where this process runs: its rank among the ranks, its device, its arithmetic. Source: ours."""
+
+    def __init__(self, bf16=True):
+        self.rank, self.world, self.device = set_up_ranks()
+        self.master = self.rank == 0
+        self.bf16 = bf16 and self.device.type == "cuda"
+
+    def autocast(self):
+        """bf16 arithmetic on CUDA, where asked for."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def sum(self, values):
+        """Numbers -> their sums over all ranks, as floats."""
+        return sum_over_ranks(values, self.device)
+
+    def gather(self, items):
+        """A list -> the lists of all ranks, one after another."""
+        if self.world == 1:
+            return list(items)
+        lists = [None] * self.world
+        dist.all_gather_object(lists, list(items))
+        return sum(lists, [])
+
+    def load(self, folder, train=False, **kwargs):
+        """A folder -> (model, tokenizer): fp32 weights to train, else bf16 on CUDA, and eval mode."""
+        dtype = torch.bfloat16 if self.bf16 and not train else torch.float32
+        attention = best_attention() if self.bf16 else "sdpa"
+        model, tokenizer = load(folder, dtype=dtype, attn_implementation=attention, **kwargs)
+        return model.to(self.device).train(train), tokenizer
+
+    def step(self, optimizer, lr, clip):
+        """Add up the gradients of all ranks, clip them, step unless they are not finite -> their
+        norm.
+
+        A sum, not a mean: the loss was divided by the counts of all ranks.
+        """
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        for p in trained:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # on every rank alike
+            if self.world > 1:
+                dist.all_reduce(p.grad)
+        norm = torch.nn.utils.clip_grad_norm_(trained, clip).item()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if math.isfinite(norm):  # the norm is that of the summed gradient: all ranks decide alike
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+class Tally:
+    """Named figures of a step: values with mean and deviation, counts, seconds. Source: ours."""
+
+    def __init__(self):
+        self.values, self.counts, self.spent = Counter(), Counter(), Counter()
+
+    def add(self, name, values):
+        """Some values of a figure; None = there is none."""
+        values = [v for v in values if v is not None]
+        self.values[name, "n"] += len(values)
+        self.values[name, "sum"] += sum(values)
+        self.values[name, "squares"] += sum(v * v for v in values)
+
+    def count(self, name, k=1):
+        self.counts[name] += k
+
+    def __getitem__(self, name):
+        return self.counts[name]
+
+    @contextlib.contextmanager
+    def clock(self, name):
+        """Counts the seconds spent inside."""
+        began = time.time()
+        yield
+        self.spent[name] += time.time() - began
+
+    def over(self, machine):
+        """The sums over all ranks; the seconds stay this rank's."""
+        total = Tally()
+        for values, counts in machine.gather([(self.values, self.counts)]):
+            total.values.update(values)
+            total.counts.update(counts)
+        total.spent = self.spent
+        return total
+
+    def means(self, names):
+        """{name: mean, name_std: deviation} of each name."""
+        out = {}
+        for name in names:
+            n = max(1, self.values[name, "n"])
+            mean = self.values[name, "sum"] / n
+            out[name] = mean
+            out[f"{name}_std"] = math.sqrt(max(0.0, self.values[name, "squares"] / n - mean**2))
+        return out
+
+    def seconds(self):
+        """{seconds_name: seconds}."""
+        return {f"seconds_{name}": round(value, 4) for name, value in self.spent.items()}
+
+
+class Log:
+    """A run's log.jsonl and progress bar, on the first rank. Source: ours."""
+
+    def __init__(self, config, first, machine):
+        self.path, self.first = os.path.join(config.out, "log.jsonl"), first
+        self.machine, self.wandb, self.bar = machine, None, None
+        if machine.master:
+            trim_log(self.path, first)
+            if config.resume and not first:
+                print(f"nothing to resume in {config.out}: starting at step 0")
+            if config.wandb:
+                import wandb
+
+                self.wandb = wandb.init(project="future-l1", config=dataclasses.asdict(config))
+
+    def say(self, text):
+        if self.machine.master:
+            print(text)
+
+    def steps(self, steps, name):
+        """The numbers of the steps that are still to do, under a progress bar."""
+        hidden = not self.machine.master
+        some = range(self.first, steps)
+        self.bar = tqdm(
+            some, initial=self.first, total=steps, desc=name, disable=hidden, mininterval=2
+        )
+        return self.bar
+
+    def skips(self, skipped, judge=None):
+        """Name what this rank skipped -> what all ranks skipped, and the judge's failures of the
+        step.
+        """
+        for where, why in skipped:
+            tqdm.write(f"skipped {where}: {why}")
+        failures = Counter(judge.failures) if judge else Counter()
+        if judge:
+            judge.failures.clear()
+        everyones = self.machine.gather([(skipped, failures)])
+        skipped = [skip for some, _ in everyones for skip in some]
+        return skipped, sum((some for _, some in everyones), Counter())
+
+    def write(self, line, **shown):
+        """A step's line; `shown` goes beside the progress bar."""
+        if not self.machine.master:
+            return
+        with open(self.path, "a") as f:
+            f.write(json.dumps(line) + "\n")
+        self.bar.set_postfix(
+            {name: f"{v:.3f}" if isinstance(v, float) else v for name, v in shown.items()}
+        )
+        if line.get("groups") == 0:
+            tqdm.write(f"step {line['step']}: no group kept, no update")
+        if line.get("updates_skipped") or line.get("update_skipped"):
+            tqdm.write(f"step {line['step']}: gradient is not finite, update skipped")
+        if self.wandb:
+            self.wandb.log(line)

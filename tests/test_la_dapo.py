@@ -123,10 +123,10 @@ def test_kl_is_unbiased_and_never_negative():
 def test_learning_rate_by_hand():
     """Breaks if the warm-up is not linear, or the last step is not near final_lr."""
     c = la_dapo.Config(lr=1.0, steps=14, warmup_steps=4, final_lr=0.1)
-    assert [la_dapo.learning_rate(s, c) for s in (0, 3, 4, 7, 13)] == pytest.approx(
+    assert [la_dapo.schedule(s, c.steps, c) for s in (0, 3, 4, 7, 13)] == pytest.approx(
         [0.25, 1.0, 1.0, 0.7, 0.1]
     )
-    assert la_dapo.learning_rate(9, la_dapo.Config(lr=1.0)) == 1.0
+    assert la_dapo.schedule(9, 100, la_dapo.Config(lr=1.0)) == 1.0
 
 
 # ------------------------------------------------------------------------------------------- replay
@@ -416,23 +416,18 @@ def test_ratio_one_gives_the_reinforce_gradient(model, tokenizer):
     A = torch.randn(len(rollout.tokens), 1, generator=torch.Generator().manual_seed(1))
     n = int(rollout.sampled.sum())
     config = la_dapo.Config(kl=0.0, temperature=0.9)
-    stats = dict.fromkeys(("loss", "ratio", "clipped", "kl", "entropy", "ratio_max"), 0.0)
-    loss = la_dapo.policy_loss(
-        model,
-        (batch, rollout, torch.arange(len(A)) // 6, A, torch.ones_like(A)),
-        None,
-        n,
-        config,
-        stats,
-    )
+    figures = Counter()
+    prepared = la_dapo.Batch(batch, rollout, torch.arange(len(A)) // 6, A, torch.ones_like(A))
+    loss = la_dapo.policy_loss(model, prepared, n, config, figures)
     ours = torch.autograd.grad(loss, model.lm_head.weight)[0]
     logp = token_logprobs(model, batch, rollout, 0.9)
     reinforce = torch.autograd.grad(-(A * logp).sum() / n, model.lm_head.weight)[0]
     torch.testing.assert_close(ours, reinforce, rtol=1e-4, atol=1e-6)
     assert (
         reinforce.abs().max() > 1e-3
-        and stats["ratio"] == pytest.approx(1, abs=1e-4)
-        and stats["clipped"] == 0
+        and figures["ratio"] == pytest.approx(1, abs=1e-4)
+        and figures["clip_fraction"] == 0
+        and math.sqrt(figures["replay_ms"]) < 1e-4  # the record is what a replay gives
     )
 
 
@@ -702,7 +697,7 @@ def test_unjudged_rollouts_leave_the_group(world, loud, tmp_path, monkeypatch):
     )
     (line,) = log_of(tmp_path / "b")
     assert (line["unjudged"], line["kept"], line["accuracy"]) == (4, 4, 0.5)
-    rows = torch.cat([p[3] for p in seen])[:, 0]  # the advantages that reach the loss
+    rows = torch.cat([p.A for p in seen])[:, 0]  # the advantages that reach the loss
     assert (
         len(rows) == 8
         and torch.allclose(rows.abs(), torch.tensor(0.5 / math.sqrt(0.5)), atol=1e-4)
@@ -717,7 +712,7 @@ def test_equal_rollouts_are_replayed_once_and_counted(world, loud, tmp_path, mon
     common = dict(steps=1, temperature=0.05, group_size=6, lr=1e-2)  # so sure that samples coincide
     rows, inner = [], la_dapo.prepare
     monkeypatch.setattr(
-        la_dapo, "prepare", lambda *a: rows.append(len(inner(*a)[1].tokens)) or inner(*a)
+        la_dapo, "prepare", lambda *a: rows.append(len(inner(*a).rollout.tokens)) or inner(*a)
     )
     merged = weights(la_dapo.train(settings(world, loud, tmp_path / "a", **common)))
     fewer, rows[:] = sum(rows), []
@@ -756,56 +751,60 @@ def test_minibatches_make_the_clip_act(world, loud, tmp_path):
     assert line["updates"] == 6 and line["clip_fraction"] > 0.01 and line["ratio_max"] > 1.28
 
 
-def test_surplus_broken_clips_and_the_end_of_the_data(world, loud, tmp_path):
-    """Breaks if a clip that cannot be read is lost without its name, surplus groups are trained
-    on, or one epoch is
-    not each prompt once."""
+def ten_rows(world, name, broken):
+    """A copy of the first ten rows; those named have clips that are not there."""
     with open(world["data"]) as f:
         rows = [json.loads(line) for line in f][:10]
-    rows[3]["video"] = "clips/missing.mp4"
-    data = os.path.join(os.path.dirname(world["data"]), "ten.jsonl")
-    with open(data, "w") as f:
+    for i in broken:
+        rows[i]["video"] = "clips/missing.mp4"
+    path = os.path.join(os.path.dirname(world["data"]), name)
+    with open(path, "w") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
-    done = la_dapo.train(
-        settings(
-            world, loud, tmp_path / "a", data=data, steps=0, groups=3, rollout_batch=2, prompts=4
-        )
-    )
+    return path
+
+
+def test_surplus_and_broken_clips(world, loud, tmp_path):
+    """Breaks if a clip that cannot be read is lost without its name, surplus groups are trained on,
+    or the order of the data is not each prompt once an epoch.
+    """
+    data = ten_rows(world, "ten.jsonl", broken=[3])
+    more = dict(data=data, steps=3, groups=3, rollout_batch=2, prompts=4)
+    la_dapo.train(settings(world, loud, tmp_path / "a", **more))
     lines = log_of(tmp_path / "a")
-    assert sum(line["rollouts"] for line in lines) == 9 * 3 and done.endswith(
-        f"step_{len(lines):06d}"
+    assert [line["prompts"] for line in lines] == [[0, 4], [4, 8], [8, 12]]
+    skipped = [name for line in lines for name, _ in line["skipped_names"]]
+    assert set(skipped) == {f"{data}:3"} and sum(line["rollouts"] for line in lines) == 3 * (
+        12 - len(skipped)
     )
-    assert [name for line in lines for name, _ in line["skipped_names"]] == [f"{data}:3"]
-    assert [line["prompts"] for line in lines] == [[0, 4], [4, 8], [8, 10]]
-    assert sum(line["groups"] + line["surplus"] for line in lines) == 9 and all(
-        line["groups"] <= 3 for line in lines
-    )
+    assert sum(line["groups"] + line["surplus"] for line in lines) == 12 - len(skipped)
+    assert all(line["groups"] <= 3 for line in lines)
     ids = [json.loads(line)["id"] for line in open(tmp_path / "a" / "rollouts_0.jsonl")]
-    assert sorted(ids) == sorted(row["id"] for i, row in enumerate(rows) if i != 3)
+    assert len(set(ids)) == 9  # all ten prompts came by, one of them is broken
 
 
-def test_an_epoch_whose_end_cannot_be_read_is_finished(world, loud, tmp_path):
-    """Breaks if a last step without a readable prompt ends the run before its checkpoint."""
-    with open(world["data"]) as f:
-        rows = [json.loads(line) for line in f][:5]
-    last = la_dapo.permutation(5, 0, 0)[4]
-    rows[last]["video"] = "clips/missing.mp4"
-    data = os.path.join(os.path.dirname(world["data"]), "five_rl.jsonl")
-    with open(data, "w") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
-    done = la_dapo.train(
-        settings(world, loud, tmp_path / "a", data=data, steps=0, groups=4, save_every=100)
-    )
-    assert done.endswith("step_000002")
-    assert [
-        (line["rollouts"], line["skipped"], line["updates"]) for line in log_of(tmp_path / "a")
-    ] == [(12, 0, 1), (0, 1, 0)]
-    for row in rows:
-        row["video"] = "clips/missing.mp4"
-    with open(data, "w") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
+def test_an_epoch_counts_updates_and_refills_wrap(world, loud, tmp_path):
+    """Breaks if refills eat up the epoch: one epoch is N // groups updates, as official counts.
+
+    Ten prompts, no group is ever kept (all answers are wrong), so each step costs max_tries passes.
+    """
+    data = ten_rows(world, "epoch.jsonl", broken=[])
+    more = dict(data=data, steps=0, groups=4, prompts=4, max_tries=3, filter=True)
+    done = la_dapo.train(settings(world, loud, tmp_path / "a", **more))
+    lines = log_of(tmp_path / "a")
+    assert len(lines) == 10 // 4 and done.endswith("step_000002")
+    assert [line["prompts"] for line in lines] == [[0, 12], [12, 24]]
+    few = settings(world, loud, tmp_path / "b", **dict(more, groups=40, prompts=2, max_tries=1))
+    la_dapo.train(few)
+    assert len(log_of(tmp_path / "b")) == 1  # at least one
+
+
+def test_nothing_readable_ends_the_run(world, loud, tmp_path):
+    """Breaks if a wrong media_root trains for hours on nothing."""
+    data = ten_rows(world, "none.jsonl", broken=range(10))
     with pytest.raises(SystemExit, match="no such file"):
         la_dapo.train(settings(world, loud, tmp_path / "b", data=data, steps=0, groups=4))
+    with pytest.raises(SystemExit, match="nothing to train on"):
+        la_dapo.train(settings(world, loud, tmp_path / "c", data=data, steps=0, epochs=0.0))
 
 
 def test_bad_settings_are_refused(world, loud, tmp_path):
