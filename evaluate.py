@@ -291,11 +291,12 @@ def measure_noise(model, rows, config):
     return scale
 
 
-def replacement(kind, model, rows, config, donor_of=None, scale=None):
+def replacement(kind, model, rows, config, donor_of=None, scale=None, lost=None):
     """What is fed instead of the rows' own latents -> [frames of a row: [(n_m, D), ...]], or None.
 
     None for `generated` and `none`. It depends on the row alone: not on its batch, nor on ranks.
-    donor_of: of `donors`; scale: of `measure_noise`. Raises ClipError. Source: ours.
+    donor_of: of `donors`; scale: of `measure_noise`. lost: gets {id: why} of each row whose futures
+    cannot be read, which is fed zeros; None = that raises ClipError. Source: ours.
     """
     if kind in ("generated", "none"):
         return None
@@ -307,7 +308,16 @@ def replacement(kind, model, rows, config, donor_of=None, scale=None):
         return [[pause[None]] for _ in rows]
     if kind == "noise":
         return [list(draw_noise(row, scale, config)) for row in rows]
-    return [true_vectors(model, donor_of[r.id] if donor_of else r, config) for r in rows]
+    vectors = []
+    for row in rows:
+        try:
+            vectors.append(true_vectors(model, donor_of[row.id] if donor_of else row, config))
+        except ClipError as e:
+            if lost is None:
+                raise
+            lost[row.id] = f"its future frames cannot be fed: {e}"
+            vectors.append([torch.zeros(1, D, device=model.device)])
+    return vectors
 
 
 def draw_noise(row, scale, config, spans=8):
@@ -615,7 +625,8 @@ def skipped_lines(rows, skipped):
 def answer(config, model, tokenizer, batch, ablation, shown):
     """Answer a batch -> its result lines. ablation: the arguments of `replacement`."""
     began, rows = time.time(), batch["rows"]
-    vectors = replacement(config.latents, model, rows, config, **ablation)
+    lost = {}
+    vectors = replacement(config.latents, model, rows, config, **ablation, lost=lost)
     rollout = generate(
         model,
         model_inputs(to_device(batch, model.device)),
@@ -627,8 +638,11 @@ def answer(config, model, tokenizer, batch, ablation, shown):
     )
     seconds = round((time.time() - began) / len(rows), 5)
     tokens = [t[:n] for t, n in zip(rollout.tokens.cpu(), rollout.lengths)]
-    lines = []
+    gone = [Skipped(row.where, lost[row.id]) for row in rows if row.id in lost]
+    lines = skipped_lines(rows, gone)
     for i, (row, text) in enumerate(zip(rows, tokenizer.batch_decode(tokens))):
+        if row.id in lost:
+            continue
         line = result_line(
             config, model, row, text, tokens[i].tolist(), rollout, i, row.id in shown
         )

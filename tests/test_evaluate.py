@@ -269,3 +269,15 @@ def test_ablations_do_not_depend_on_the_batch(world, tmp_path, latents):
         for line in results[-1].values():
             line.pop("imagined")  # cosines: equal up to rounding
     assert results[0] == results[1] == results[2] and len(results[0]) == 8
+
+
+def test_a_donor_that_cannot_be_read(world, tmp_path):
+    """Breaks if an unreadable future ends the run, or its row is scored with something else."""
+    rows = read_rows(world["test"])
+    broken = rows[0].response[1]._replace(source=str(tmp_path / "gone.mp4"))
+    response = [broken if not isinstance(part, str) else part for part in rows[0].response]
+    rows[0] = type(rows[0])(**{**vars(rows[0]), "response": response})
+    table = evaluate.evaluate(config(world, tmp_path, latents="true"), rows=rows)
+    line = lines_of(tmp_path)[rows[0].id]
+    assert "gone.mp4: no such file" in line["skipped"] and "future frames" in line["skipped"]
+    assert table["all"]["n"] == 7 and table["all"]["skipped"] == 1
