@@ -1,14 +1,15 @@
-"""Evaluation of a video-language model that imagines: FutureBench, TwiFF-Bench, multiple choice (paper sec. 4).
+"""Evaluation of a model that imagines: FutureBench, TwiFF-Bench, multiple choice (paper sec. 4).
 
-    python evaluate.py --benchmark futurebench --model runs/sft --data futurebench.json --media_root videos --out runs/fb
-    torchrun --nproc_per_node 8 evaluate.py --benchmark mcq --model DIR --data videomme.parquet --out runs/vm --batch 8
-    python evaluate.py --benchmark twiffbench --model DIR --data Liu-Junhua/TwiFF-Bench --out runs/tw
+    python evaluate.py --benchmark futurebench --model runs/sft --data futurebench.json --out runs/fb
+    torchrun --nproc_per_node 8 evaluate.py --benchmark mcq --model DIR --data videomme.parquet
+    python evaluate.py --benchmark twiffbench --model DIR --data Liu-Junhua/TwiFF-Bench
 
-TwiFF-Bench is judged after that: `python -m common.judge runs/tw --model NAME`, then the same
+TwiFF-Bench is judged after that: `python -m common.judge OUT --model NAME`, then the same
 command again, which finds all samples done, loads no model and shows the scores.
 
-Without --benchmark: every format of data.py whose rows have options. Writes one line a sample to OUT/samples*.jsonl as it is
-done (a second run skips what is there), then OUT/summary.json, OUT/report.html and the table: scores by group and over all.
+Without --benchmark: every format of data.py whose rows have options. Writes one line a sample to
+OUT/samples*.jsonl as it is done (a second run skips what is there), then OUT/summary.json,
+OUT/report.html and the table: scores by group and over all.
 
 Readings of an answer, all of the first closed <answer>: `accuracy` counts what training rewards
 (rewards.pick); `strict` the only letter that stands alone in it, or an option's text; `official`,
@@ -22,12 +23,14 @@ futures) | pause (the `<|latent|>` token's embedding) | none (no span can be ope
 still decides how long a span is. What a row is fed depends on nothing but the row: no batch, no
 ranks.
 
-Where this differs from the paper and the official code: 1. A sample that cannot be read, whose
-answer cannot be parsed, or that the judge fails on is named and counted in the summary, never dropped in silence; what
-could not be read is tried again by the next run. 2. Samples that were not read or not judged are outside the scores: see
-`found` and `total`. 3. Intervals are given: `bootstrap` (1,000 draws, seeded; printed); Wilson's for shares (`low`, `high`).
+Where this differs from the paper and the official code:
+ 1. A record or sample that cannot be read, whose answer cannot be parsed, or that the judge fails
+    on is named and counted in the summary. What could not be read is tried again by the next run.
+ 2. Samples that were not read or not judged are outside the scores: see `found` and `total`.
+ 3. Intervals are given: `bootstrap` (1,000 draws of clips, seeded; printed), and Wilson's for
+    shares (`low`, `high`; by questions).
 
-Axis letters: B rows, K imagined vectors a row, D hidden.
+Axis letters: B rows, M spans, J places in a span, N imagined vectors, F frames, D hidden.
 """
 
 import dataclasses
@@ -98,7 +101,7 @@ LATENTS = ("generated", "zero", "noise", "shuffled", "true", "pause", "none")
 
 
 def official_letter(text):
-    """A response -> the first of [ABCD] inside its first closed <answer>, or "". Source: official."""
+    """A response -> the first of [ABCD] in its first closed <answer>, or "". Source: official."""
     found = re.search("[ABCD]", answer_of(text) or "")
     return found.group() if found else ""
 
@@ -134,7 +137,7 @@ def plain(text):
 
 
 def wilson(right, n, z=1.96):
-    """95% interval of a share: Wilson's score interval (low, high). n = 0: (0, 1). Source: Wilson 1927."""
+    """95% interval of a share: Wilson's (low, high). n = 0: (0, 1). Source: Wilson 1927."""
     if n == 0:
         return 0.0, 1.0
     p, zz = right / n, z * z / n
@@ -501,66 +504,49 @@ def settings_of(config, folder):
 
 
 def about(rows, lines, settings):
-    """What one needs to know of a result besides its scores, as a dict. Source: ours; seconds and tokens: paper's Table 7.
+    """What one needs to know of a result besides its scores, as a dict. Source: ours.
 
-    seconds: a batch's wall time over its rows (--batch 1 for the time one answer takes); tokens count latents, too.
+    seconds: a batch's wall time over its rows, by group (--batch 1 for the time one answer takes;
+    paper's Table 7). prompt_hash: of the system message and the prompts, a medium by its kind.
     """
-    prompts = [
-        [settings["system"], *(p if isinstance(p, str) else type(p).__name__ for p in row.prompt)]
-        for row in rows
-    ]
-    here = os.path.dirname(os.path.abspath(__file__))
-    try:
-        commit = subprocess.run(
-            ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # not a git checkout, or no git
-        commit = None
     read = [line for line in lines if "skipped" not in line]
-    seconds = (
-        {
-            group: round(
-                float(
-                    np.mean([line["seconds"] for line in read if group in ("all", line["group"])])
-                ),
-                4,
-            )
-            for group in [*sorted({line["group"] for line in read} - {"all"}), "all"]
-        }
-        if read
-        else {"all": 0.0}
-    )
+    seconds = {}
+    for group in [*sorted({line["group"] for line in read} - {"all"}), "all"]:
+        values = [line["seconds"] for line in read if group in ("all", line["group"])]
+        seconds[group] = round(float(np.mean(values)), 4) if values else 0.0
+
+    prompts = []
+    for row in rows:
+        parts = [p if isinstance(p, str) else type(p).__name__ for p in row.prompt]
+        prompts.append([settings["system"], *parts])
+    names = ("l_max", "image_max_tokens", "video_max_tokens")
+    budgets = DataConfig(**{name: settings[name] for name in names}).budgets
+
     return dict(
         found=len(read),
         total=len(rows),
         coverage=len(read) / len(rows),
-        commit=commit,
+        commit=commit(),
         seconds=seconds,
         missing=[dict(id=line["id"], why=line["skipped"]) for line in lines if "skipped" in line],
         no_option=[r.id for r in rows if r.options and pick(r.answer, r.options) is None],
-        unparsed=sum(
-            line["picked"] is None if "picked" in line else not line["parsed"] for line in read
-        ),
+        unparsed=sum(not line.get("parsed", line.get("picked") is not None) for line in read),
         judge_failures=sum("why" in line for line in read),
         frames=settings["num_frames"],
-        pixels=dict(
-            zip(
-                ("image", "future", "video"),
-                DataConfig(
-                    **{k: settings[k] for k in ("l_max", "image_max_tokens", "video_max_tokens")}
-                ).budgets,
-            )
-        ),
+        pixels=dict(zip(("image", "future", "video"), budgets)),
         prompt_hash=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],
-        generation=dict(
-            greedy=True,
-            max_new_tokens=settings["max_new_tokens"],
-            max_latents=settings["max_latents"],
-        ),
+        generation=dict(greedy=True, **{k: settings[k] for k in ("max_new_tokens", "max_latents")}),
     )
+
+
+def commit():
+    """The code's git commit, or None outside a checkout or without git."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def respond(config, folder, rows, done, rank, world, device):
@@ -711,10 +697,11 @@ def read_answer(row, text, official=False):
 
 
 def imagined(model, row, latents, lengths, budget):
-    """What a row's spans are near to -> a JSON-able dict. Source: ours; `similarity` is Eq. (6)'s b_m compared.
+    """What a row's spans are near to -> a JSON-able dict. `similarity` is that of Eq. (6)'s b_m.
 
-    latents (N, D), lengths: latents of each span, budget: pixels (min, max) of a frame. {"spans": lengths, "frames": labels,
-    "cosine": (N, F), "similarity": (M, M) of the non-empty spans' means, "diversity": R_div}, or {"error": why}.
+    latents (N, D), lengths: latents of each span, budget: pixels (min, max) of a frame.
+    {"spans": lengths, "frames": labels, "cosine": (N, F), "similarity": (M, M) of the non-empty
+    spans' means, "diversity": R_div}, or {"error": why}.
     """
     try:
         frames = film(row)

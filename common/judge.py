@@ -287,25 +287,15 @@ def score_run(run, config):
         raise SystemExit("--model is missing: the judge's name at the server")
 
     # the responses, and the rows they answer
-    lines = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(run), "samples*.jsonl"))):
-        lines |= {line["id"]: line for line in read_lines(path) if "skipped" not in line}
-    if not lines:
-        raise SystemExit(f"{run} holds no responses to judge (samples*.jsonl)")
+    lines = responses(run)
     root = settings["media_root"] or None
     rows, _ = read_benchmark("twiffbench", settings["data"], root, bad=[])
     rows = [row for row in rows if row.id in lines]
 
-    judge = ScoreJudge(
-        config.url,
-        config.model,
-        cache=os.path.join(run, "judge_replies.jsonl"),
-        images=config.images,
-        concurrency=config.concurrency,
-        retries=config.retries,
-        timeout=config.timeout,
-        args=json.loads(config.args),
-    )
+    arguments = {k: getattr(config, k) for k in ("images", "concurrency", "retries", "timeout")}
+    cache = os.path.join(run, "judge_replies.jsonl")
+    arguments.update(cache=cache, args=json.loads(config.args))
+    judge = ScoreJudge(config.url, config.model, **arguments)
     verdicts = judge([(row, lines[row.id]["response"]) for row in rows])
     text = ""
     for row, (scores, why) in zip(rows, verdicts):
@@ -316,6 +306,16 @@ def score_run(run, config):
     for why, n in judge.failures.items():
         print(f"judge: {n} x {why}")
     print(f"{sum(scores is not None for scores, _ in verdicts)} of {len(rows)} responses judged")
+
+
+def responses(run):
+    """The result lines in an evaluation's folder that hold a response: {id: line}."""
+    lines = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(run), "samples*.jsonl"))):
+        lines |= {line["id"]: line for line in read_lines(path) if "skipped" not in line}
+    if not lines:
+        raise SystemExit(f"{run} holds no responses to judge (samples*.jsonl)")
+    return lines
 
 
 def add_verdicts(run, lines):
