@@ -124,47 +124,29 @@ def _table(head, rows):
 
 
 def score_rows(scores):
-    """{group: scores} -> (head, rows of text) with every column the table and the report show. Source: ours."""
+    """{group: scores} -> (head, rows of text) with every column the table and the report show.
+
+    Source: ours.
+    """
     judged = "chain" in next(iter(scores.values()))
+    main = ["chain", "answer", "average"] if judged else ["accuracy"]
     readings = [k for k in ("strict", "official") if any(k in s for s in scores.values())]
-    official = "official" in readings
-    head = [
-        "group",
-        "n",
-        *(["chain", "answer", "average"] if judged else ["accuracy"]),
-        "95% interval",
-        *readings,
-        "unparsed",
-        *(["failed"] if judged else ["official unparsed"] if official else []),
-        "skipped",
-        "spans",
-        "latents",
-        "tokens",
-    ]
+    counts = ["unparsed"]
+    if judged:
+        counts.append("failed")
+    elif "official" in readings:
+        counts.append("official_unparsed")
+    counts.append("skipped")
+    names = [name.replace("_", " ") for name in counts]
+    head = ["group", "n", *main, "95% interval", *readings, *names, "spans", "latents", "tokens"]
+
     rows = []
     for group, s in scores.items():
-        main = [
-            f"{s[k]:.3f}" if s["n"] else "-"
-            for k in (("chain", "answer", "average") if judged else ("accuracy",))
-        ]
-        other = [f"{s[k]:.3f}" if k in s else "" for k in readings]
-        interval = "{:.3f} - {:.3f}".format(*s["bootstrap"]) if s["n"] else "-"
-        rows.append(
-            [
-                group,
-                s["n"],
-                *main,
-                interval,
-                *other,
-                s["unparsed"],
-                *([s["failed"]] if judged else []),
-                *([s.get("official_unparsed", "")] if official else []),
-                s["skipped"],
-                f"{s['spans']:.2f}",
-                f"{s['latents']:.2f}",
-                f"{s['tokens']:.1f}",
-            ]
-        )
+        row = [group, s["n"], *(f"{s[k]:.3f}" if s["n"] else "-" for k in main)]
+        row.append("{:.3f} - {:.3f}".format(*s["bootstrap"]) if s["n"] else "-")
+        row += [f"{s[k]:.3f}" if k in s else "" for k in readings]
+        row += [s.get(k, "") for k in counts]
+        rows.append([*row, f"{s['spans']:.2f}", f"{s['latents']:.2f}", f"{s['tokens']:.1f}"])
     return head, rows
 
 
@@ -215,7 +197,7 @@ def _span(k, at, info, frames, name):
 
 def _sample(number, row, line, css):
     """One sample as a <details>; its pictures go to `css` once, however often they are shown."""
-    name, info, judged = f"p{number}_", line["imagined"], line.get("judged")
+    name, info = f"p{number}_", line["imagined"]
     try:
         frames = film(row) if "error" not in info else []
     except ClipError as e:
@@ -223,67 +205,79 @@ def _sample(number, row, line, css):
     for f, (_, _, pixels) in enumerate(frames):
         data = base64.b64encode(jpeg(pixels, 112)).decode()
         css.append(f"i.{name}{f}{{background-image:url(data:image/jpeg;base64,{data})}}")
-    seen, future = (
-        "".join(
-            _figure(f"{name}{f}", r, label) for f, (label, r, _) in enumerate(frames) if r == role
+
+    # the frames by their role
+    strips = {}
+    for f, (label, role, _) in enumerate(frames):
+        strips[role] = strips.get(role, "") + _figure(f"{name}{f}", role, label)
+    future = ""
+    if "future" in strips:
+        future = (
+            f'<p class="key">what really follows</p><div class="strip">{strips["future"]}</div>'
         )
-        for role in ("seen", "future")
+
+    # options that the question does not already name
+    options = ""
+    for i, option in enumerate(row.options or []):
+        options += "" if option in row.question else f"\n{chr(65 + i)}) {option}"
+
+    good, verdict, rewards = _verdict(line, info)
+    return (
+        f'<details><summary><b class="{"right" if good else "wrong"}">{escape(verdict)}</b> · '
+        f"{escape(row.group)} · {escape(row.id)}</summary>"
+        f'<p class="text"><b>{escape(row.question + options)}</b></p>'
+        f'<p class="key">seen</p><div class="strip">{strips.get("seen", "")}</div>{future}'
+        f'<p class="key">response</p>{_response(line["response"], info, frames, name)}'
+        f"<p>true answer: <b>{escape(row.answer)}</b></p>"
+        f'<p class="key">{escape(rewards)}</p>{_similarity(info)}</details>'
     )
+
+
+def _response(response, info, frames, name):
+    """A response as HTML: its words, and a strip of frames for each span."""
     body, at = [], 0
     if "error" in info:
         body.append(f'<p class="text">{escape(info["error"])}</p>')
-    for k, part in enumerate(line["response"].replace("<|im_end|>", "").split(LATENT_START)):
-        if k:
-            inside, end, part = part.partition(LATENT_END)
-            body.append(
-                _span(k - 1, at, info, frames, name)
-                if "error" not in info
-                else '<div class="span">a span</div>'
-            )
-            at += 0 if "error" in info else info["spans"][k - 1]
-        body.append(f'<p class="text">{escape(part)}</p>' if part.strip() else "")
+    for k, part in enumerate(response.replace("<|im_end|>", "").split(LATENT_START)):
+        if k and "error" in info:
+            body.append('<div class="span">a span</div>')
+        elif k:
+            body.append(_span(k - 1, at, info, frames, name))
+            at += info["spans"][k - 1]
+        words = part.partition(LATENT_END)[2] if k else part
+        body.append(f'<p class="text">{escape(words)}</p>' if words.strip() else "")
+    return "".join(body)
+
+
+def _verdict(line, info):
+    """-> (whether a sample is shown as right, the verdict, its rewards and letters), as text."""
     rewards = (
         f"R_fmt {info.get('format', 0):.0f}, repetition {info.get('repetition', 0):.2f}, "
         f"R_div {info.get('diversity', 0):.3f}"
     )
     if "right" in line:
-        good, verdict = (
-            line["right"],
-            "right" if line["right"] else "unparsed" if line["picked"] is None else "wrong",
-        )
-        rewards = f"R_acc {float(good):.0f}, {rewards}; letters: " + ", ".join(
-            f"{name} {line[name] or '-'}" for name in ("strict", "official") if name in line
-        )
-    else:
-        good = bool(judged) and judged["average"] >= 3
-        verdict = (
-            "not judged"
-            if not judged
-            else f"chain {judged['chain']:g}, answer {judged['answer']:g}"
-        )
-        verdict += f" ({line['why']})" if line.get("why") else ""
-    similarity = ""
-    if len(info.get("similarity", [])) > 1:
-        filled = [str(i) for i, n in enumerate(info["spans"], 1) if n]
-        similarity = '<p class="key">similarity of spans (cosine of their means)</p>' + _table(
-            ["span", *filled],
-            [[i, *(f"{v:.3f}" for v in values)] for i, values in zip(filled, info["similarity"])],
-        )
-    options = "".join(
-        f"\n{chr(65 + i)}) {o}" for i, o in enumerate(row.options or []) if o not in row.question
-    )
-    return (
-        f'<details><summary><b class="{"right" if good else "wrong"}">{escape(verdict)}</b> · {escape(row.group)} · '
-        f'{escape(row.id)}</summary><p class="text"><b>{escape(row.question + options)}</b></p>'
-        f'<p class="key">seen</p><div class="strip">{seen}</div>'
-        + (
-            f'<p class="key">what really follows</p><div class="strip">{future}</div>'
-            if future
-            else ""
-        )
-        + f'<p class="key">response</p>{"".join(body)}<p>true answer: <b>{escape(row.answer)}</b></p>'
-        f'<p class="key">{escape(rewards)}</p>{similarity}</details>'
-    )
+        wrong = "unparsed" if line["picked"] is None else "wrong"
+        readings = [name for name in ("strict", "official") if name in line]
+        letters = ", ".join(f"{name} {line[name] or '-'}" for name in readings)
+        rewards = f"R_acc {float(line['right']):.0f}, {rewards}; letters: {letters}"
+        return line["right"], "right" if line["right"] else wrong, rewards
+    judged, verdict = line.get("judged"), "not judged"
+    if judged:
+        verdict = f"chain {judged['chain']:g}, answer {judged['answer']:g}"
+    verdict += f" ({line['why']})" if line.get("why") else ""
+    return bool(judged) and judged["average"] >= 3, verdict, rewards
+
+
+def _similarity(info):
+    """The cosines between the means of the spans, as a table; nothing for fewer than two spans."""
+    if len(info.get("similarity", [])) < 2:
+        return ""
+    filled = [str(i) for i, n in enumerate(info["spans"], 1) if n]
+    rows = []
+    for i, values in zip(filled, info["similarity"]):
+        rows.append([i, *(f"{v:.3f}" for v in values)])
+    title = '<p class="key">similarity of spans (cosine of their means)</p>'
+    return title + _table(["span", *filled], rows)
 
 
 def write_report(path, summary, lines, rows):
