@@ -1,6 +1,6 @@
 """Evaluation of a model that imagines: FutureBench, TwiFF-Bench, multiple choice (paper sec. 4).
 
-    python evaluate.py --benchmark futurebench --model runs/sft --data futurebench.json --out runs/fb
+    python evaluate.py --benchmark futurebench --model runs/sft --data futurebench.json
     torchrun --nproc_per_node 8 evaluate.py --benchmark mcq --model DIR --data videomme.parquet
     python evaluate.py --benchmark twiffbench --model DIR --data Liu-Junhua/TwiFF-Bench
 

@@ -1,11 +1,13 @@
-"""What an evaluation looks like: report.html, one file that opens without a server, and tables over several runs.
+"""What an evaluation looks like: report.html, one file that opens without a server, and tables over
+several runs.
 
-    python -m common.report runs/eval_text runs/eval_latent ...      # the groups of several summary.json side by side
+    python -m common.report runs/eval_text runs/eval_latent ...   # several runs side by side
 
-`evaluate.py` calls `imagined` for the samples it was told to show, while their latents are at hand, and `write_report` at
-its end. A span is drawn as a strip of the frames it is nearest to: the cosine between a latent and the vision embedding of
-a frame (the best over the frame's tokens), mean over the span's latents. Embeddings may share much of their direction, so
-compare the values of a row with each other, not with 1. No script, no link to elsewhere; what comes from data is escaped.
+`evaluate.py` calls `imagined` for the samples it was told to show, while their latents are at hand,
+and `write_report` at its end. A span is drawn as a strip of the frames it is nearest to: the cosine
+between a latent and the vision embedding of a frame (the best over the frame's tokens), mean over
+the span's latents. Embeddings may share much of their direction, so compare the values of a row
+with each other, not with 1. No script, no link to elsewhere; what comes from data is escaped.
 
 Axis letters: N latents, F frames, K tokens of a frame, M spans, D hidden.
 """
@@ -26,7 +28,8 @@ from model import LATENT_END, LATENT_START
 
 
 def paper_rows(summary):
-    """summary.json's content -> (columns, rows of text): ours, then what the paper published; ([], []) if nothing is. Ours.
+    """summary.json's content -> (columns, rows of text): ours, then what the paper published; ([],
+    []) if nothing is. Ours.
 
     FutureBench in percent, ours by official letters: the paper's way to count.
     """
@@ -68,7 +71,9 @@ def as_text(head, rows):
 
 
 def compare(folders):
-    """Several evaluations -> their scores by group with intervals, as a markdown table. Raises SystemExit. Ours."""
+    """Several evaluations -> their scores by group with intervals, as a markdown table. Raises
+    SystemExit. Ours.
+    """
     lines, groups = [], None
     for folder in folders:
         path = os.path.join(folder, "summary.json")
@@ -99,18 +104,26 @@ def compare(folders):
 
 
 STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;max-width:62rem;padding:.6rem;color:#222;overflow-wrap:anywhere}
-h1{font-size:1.4rem}h2{font-size:1.1rem;margin:1.4rem 0 .4rem}.wide{overflow-x:auto;margin-bottom:.6rem}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.85rem;white-space:nowrap}
-td,th{padding:.15rem .45rem;text-align:right;border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}
-details{border:1px solid #ccc;border-radius:.4rem;margin:.4rem 0;padding:.3rem .6rem}summary{cursor:pointer}
+body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;max-width:62rem;padding:.6rem;color:#222;
+overflow-wrap:anywhere}
+h1{font-size:1.4rem}h2{font-size:1.1rem;margin:1.4rem 0 .4rem}
+.wide{overflow-x:auto;margin-bottom:.6rem}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.85rem;
+white-space:nowrap}
+td,th{padding:.15rem .45rem;text-align:right;border-bottom:1px solid #ddd}
+td:first-child,th:first-child{text-align:left}
+details{border:1px solid #ccc;border-radius:.4rem;margin:.4rem 0;padding:.3rem .6rem}
+summary{cursor:pointer}
 .strip{display:flex;flex-wrap:wrap;gap:.3rem;margin:.3rem 0}
 .strip figure{margin:0;width:4.6rem;font-size:.7rem;text-align:center}
-.strip i{display:block;height:3.4rem;background:#eee center/contain no-repeat;border:3px solid #bbb;border-radius:.2rem}
-.strip .seen i{border-color:#3778bf}.strip .future i{border-color:#2a9d4a}.strip .none i{border-style:dashed}
+.strip i{display:block;height:3.4rem;background:#eee center/contain no-repeat;
+border:3px solid #bbb;border-radius:.2rem}
+.strip .seen i{border-color:#3778bf}.strip .future i{border-color:#2a9d4a}
+.strip .none i{border-style:dashed}
 .span{border-left:4px solid #c77d1a;padding-left:.5rem;margin:.4rem 0;background:#fdf6ec}
 .text{white-space:pre-wrap;margin:.3rem 0}.key{font-size:.8rem;color:#555}
-.about table{white-space:normal}.about td{text-align:left;vertical-align:top}.about td:first-child{white-space:nowrap}
+.about table{white-space:normal}.about td{text-align:left;vertical-align:top}
+.about td:first-child{white-space:nowrap}
 .right{color:#1c7a35}.wrong{color:#b3261e}.bar{fill:#c77d1a}svg{max-width:100%;height:auto}
 """
 
@@ -281,7 +294,9 @@ def _similarity(info):
 
 
 def write_report(path, summary, lines, rows):
-    """summary.json's content, result lines, their rows -> report.html at `path`. Shows the lines with `imagined`. Ours."""
+    """summary.json's content, result lines, their rows -> report.html at `path`. Shows the lines
+    with `imagined`. Ours.
+    """
     by_id, css, samples = {row.id: row for row in rows}, [], []
     for line in lines:
         if "imagined" in line and line["id"] in by_id:
@@ -296,15 +311,18 @@ def write_report(path, summary, lines, rows):
     )
     about = [(k, json.dumps(summary[k], ensure_ascii=False)) for k in summary if k != "scores"]
     page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f'<!doctype html><html lang="en"><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width">'
         f"<title>evaluation</title><style>{STYLE}{''.join(css)}</style>"
         f"<h1>{escape(summary['benchmark'] or 'evaluation')}: {escape(summary['model'])}</h1>"
-        f"<p>{summary['found']} of {summary['total']} samples found, latents: {escape(summary['latents'])}</p>"
+        f"<p>{summary['found']} of {summary['total']} samples found, "
+        f"latents: {escape(summary['latents'])}</p>"
         f"{_table(head, table)}"
         f"<h2>Spans per answer</h2>{_chart(summary['scores'])}{paper}"
         f'<details class="about"><summary>settings</summary>{_table(["", ""], about)}</details>'
-        f'<h2>{len(samples)} samples</h2><p class="key">Borders: blue = seen, green = what really follows, grey = other '
-        f"frames of the clip. Values: cosine.</p>{''.join(samples)}</html>"
+        f'<h2>{len(samples)} samples</h2><p class="key">'
+        f"Borders: blue = seen, green = what really follows, grey = other frames "
+        f"of the clip. Values: cosine.</p>{''.join(samples)}</html>"
     )
     with open(path + ".part", "w", encoding="utf-8") as f:
         f.write(page)
@@ -312,7 +330,9 @@ def write_report(path, summary, lines, rows):
 
 
 def draw_bars(results, names, groups, png):
-    """[{training: {group: scores}} a seed] -> accuracy by group as bars, a dot a seed; grey: chance. Source: ours."""
+    """[{training: {group: scores}} a seed] -> accuracy by group as bars, a dot a seed; grey:
+    chance. Source: ours.
+    """
     fig, ax = _axes(1, 9, 3.4)
     for i, name in enumerate(results[0]):
         values = np.array(
@@ -333,7 +353,9 @@ def draw_bars(results, names, groups, png):
 
 
 def draw_key_frames(clip, titles, png):
-    """The eight key frames of a clip in a row, under their titles {index: text}, else their number. Source: ours."""
+    """The eight key frames of a clip in a row, under their titles {index: text}, else their number.
+    Source: ours.
+    """
     frames, _, _ = read_clip(clip, key_frame_positions)
     fig, axes = _axes(8, 11, 1.7)
     for i, (ax, frame) in enumerate(zip(axes, frames), 1):
@@ -343,7 +365,9 @@ def draw_key_frames(clip, titles, png):
 
 
 def draw_rl(runs, png):
-    """{name: [log.jsonl a seed]} -> reward and accuracy of the rollouts over the steps, mean of ten steps and of seeds."""
+    """{name: [log.jsonl a seed]} -> reward and accuracy of the rollouts over the steps, mean of ten
+    steps and of seeds.
+    """
     fig, axes = _axes(2, 11, 3.4)
     for ax, key in zip(axes, ("total", "accuracy")):
         for name, logs in runs.items():
@@ -373,7 +397,9 @@ def _axes(columns, width, height):
 
 
 def draw_curves(log, png, panels=(("ce",), ("latent",), ("grad_norm",))):
-    """log.jsonl -> its keys over the steps, a panel a tuple, as a picture: each step thin, the mean of ten thick. Ours."""
+    """log.jsonl -> its keys over the steps, a panel a tuple, as a picture: each step thin, the mean
+    of ten thick. Ours.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,6 @@
-"""Benchmarks on a few records with real mp4 and PNG bytes: exact scores, readers, judge, report, command line."""
+"""Benchmarks on a few records with real mp4 and PNG bytes: exact scores, readers, judge, report,
+command line.
+"""
 
 import functools
 import http.server
@@ -35,7 +37,7 @@ OPTIONS = ["red", "green wall", "blue", "Answer"]
 SPAN = f"{LATENT_START} {LATENT} {LATENT} {LATENT_END}"
 
 
-# ------------------------------------------------------------------------------------------------------------ letters
+# ------------------------------------------------------------------------------------------ letters
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,9 @@ SPAN = f"{LATENT_START} {LATENT} {LATENT} {LATENT_END}"
     ],
 )
 def test_letters(answer, official, strict):
-    """Breaks if official is not the first of [ABCD] anywhere, or strict reads a letter out of a word or an article."""
+    """Breaks if official is not the first of [ABCD] anywhere, or strict reads a letter out of a
+    word or an article.
+    """
     text = f"<reason>A B C</reason>{SPAN}<answer>{answer}</answer><answer>D</answer>"
     assert (official_letter(text), strict_letter(text, OPTIONS)) == (official, strict)
 
@@ -108,7 +112,7 @@ def test_letters_need_a_closed_answer():
         assert official_letter(text) == strict_letter(text, OPTIONS) == ""
 
 
-# ----------------------------------------------------------------------------------------------------------- averages
+# ----------------------------------------------------------------------------------------- averages
 
 
 def line(group, gold, strict, official, **more):
@@ -134,7 +138,9 @@ LINES = [
 
 
 def test_micro_and_macro_by_hand():
-    """Breaks if macro weighs samples, micro weighs groups, or a reading is scored by another's letter."""
+    """Breaks if macro weighs samples, micro weighs groups, or a reading is scored by another's
+    letter.
+    """
     micro, macro = summarise(LINES), summarise(LINES, "macro")
     assert micro["all"]["accuracy"] == 2 / 4 and macro["all"]["accuracy"] == pytest.approx(
         (2 / 3 + 0) / 2
@@ -156,7 +162,9 @@ def test_micro_and_macro_by_hand():
 
 
 def test_bootstrap():
-    """Breaks if the draws are not seeded, or the interval is not that of the mean of the groups' means."""
+    """Breaks if the draws are not seeded, or the interval is not that of the mean of the groups'
+    means.
+    """
     values = [0, 1] * 50
     low, high = bootstrap([values])
     few = np.arange(50) ** 2
@@ -187,7 +195,7 @@ def test_the_bootstrap_draws_clips():
     assert shown == ["/v.mp4", "/p.png", "id"]
 
 
-# ------------------------------------------------------------------------------------------------------------ readers
+# ------------------------------------------------------------------------------------------ readers
 
 RECORDS = {  # name: (a record with the fields of the public release, what it should become)
     "Video-MME": (
@@ -343,7 +351,9 @@ RECORDS = {  # name: (a record with the fields of the public release, what it sh
 
 @pytest.mark.parametrize("name", READERS)
 def test_readers(name):
-    """Breaks if a release is taken for another, a field is misread, or an answer's number becomes the wrong letter."""
+    """Breaks if a release is taken for another, a field is misread, or an answer's number becomes
+    the wrong letter.
+    """
     record, wanted = RECORDS[name]
     got, reader = normal_form(record, "x", stem="state_change" if name == "MVBench" else "f", n=3)
     assert (
@@ -354,7 +364,9 @@ def test_readers(name):
 
 
 def test_readers_refuse():
-    """Breaks if a record without an answer is scored, or a message does not say what is missing where."""
+    """Breaks if a record without an answer is scored, or a message does not say what is missing
+    where.
+    """
     record = RECORDS["EgoSchema"][0]
     with pytest.raises(RecordError, match="f:1: 'answer' should be 0..4, found None .*subset"):
         normal_form(dict(record, answer=None), "f:1")
@@ -369,7 +381,9 @@ def test_readers_refuse():
 
 
 def test_a_folder_of_tasks(tmp_path):
-    """Breaks if a task's file is left out, MLVU's average is not macro, or ids of two tasks collide."""
+    """Breaks if a task's file is left out, MLVU's average is not macro, or ids of two tasks
+    collide.
+    """
     for task, record in (
         ("1_plotQA", RECORDS["MLVU"][0]),
         ("2_needle", dict(RECORDS["MLVU"][0], question_type="needle")),
@@ -429,7 +443,7 @@ def test_other_releases_with_candidates_are_refused(tmp_path):
 
 
 def test_a_picture_after_the_clip(tmp_path):
-    """Breaks if SEED-Bench-R1's last frame is not shown, or a clip is where nothing was done yet."""
+    """Breaks if SEED-Bench-R1's picture is not shown, or a clip where nothing was done yet is."""
     record = RECORDS["SEED-Bench-R1"][0]
     records = [record, dict(record, sample_id="s_3", task_progress_metadata=[])]
     (tmp_path / "L1.jsonl").write_text("\n".join(map(json.dumps, records)))
@@ -453,7 +467,9 @@ def test_a_hub_id_with_a_config(monkeypatch):
 
 
 def test_a_part_of_a_clip(tmp_path):
-    """Breaks if a question about seconds 1 to 2 is shown other frames; 10 frames a second: numbers 10 to 20."""
+    """Breaks if a question about seconds 1 to 2 is shown other frames; 10 frames a second: numbers
+    10 to 20.
+    """
     path = str(tmp_path / "v.mp4")
     paddle.write_mp4(path, frames(40, 64, 96), fps=10)
     assert read_uniform(Clip(path, 1.0, 2.0), 3)[1] == [10, 15, 20] and read_uniform(Clip(path), 4)[
@@ -469,14 +485,17 @@ def test_a_part_of_a_clip(tmp_path):
     assert rows[0].prompt[0] == Clip(str(tmp_path / "perception/videos/v.mp4"), 1.0, 2.0)
 
 
-# --------------------------------------------------------------------------------------------------- whole evaluations
+# -------------------------------------------------------------------------------- whole evaluations
 
 
 @pytest.fixture(scope="module")
 def scripted(tmp_path_factory):
-    """A folder with clips, a model that takes words and an answer for each word q0, q1 ... in a question."""
+    """A folder with clips, a model that takes words and an answer for each word q0, q1 ... in a
+    question.
+    """
     folder = tmp_path_factory.mktemp("bench")
-    words = "system user assistant A B C D ) what next ? one two it is <answer> </answer> <reason> </reason> seconds"
+    words = "system user assistant A B C D ) what next ? one two it is seconds"
+    words += " <answer> </answer> <reason> </reason>"
     tokenizer = tiny.make_tokenizer([words, " ".join(f"q{i}" for i in range(9))])
     tiny.make_model(tokenizer, seed=0).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -528,7 +547,9 @@ def settings(folder, out, **more):
 
 
 def futurebench(folder):
-    """Seven questions: hop1 right, hop1 wrong, hop2 right only officially, hop3 unparsed, hop5 right, two bad clips."""
+    """Seven questions: hop1 right, hop1 wrong, hop2 right only officially, hop3 unparsed, hop5
+    right, two bad clips.
+    """
     kinds = [
         ("hop1", "0.mp4"),
         ("hop1", "1.mp4"),
@@ -568,7 +589,9 @@ FB = {
 
 
 def test_futurebench_to_the_letter(scripted, tmp_path, monkeypatch, capsys):
-    """Breaks if a split, a reading, the coverage or an entry of the result file is not what the seven records give."""
+    """Breaks if a split, a reading, the coverage or an entry of the result file is not what the
+    seven records give.
+    """
     (folder, tokenizer), seen = scripted, []
     play(monkeypatch, tokenizer, FB, seen)
     config = settings(folder, tmp_path, benchmark="futurebench", data=futurebench(folder))
@@ -645,7 +668,9 @@ def test_futurebench_to_the_letter(scripted, tmp_path, monkeypatch, capsys):
 
 
 def test_futurebench_is_asked_on_the_cut_clips(scripted):
-    """Breaks if the model is shown the whole video, is not asked for a letter, or sees fewer pixels."""
+    """Breaks if the model is shown the whole video, is not asked for a letter, or sees fewer
+    pixels.
+    """
     folder, _ = scripted
     data = futurebench(folder)
     rows, _ = read_benchmark("futurebench", data)
@@ -749,7 +774,9 @@ def test_none_opens_no_span(world, tmp_path, monkeypatch):
 
 
 def test_banned_tokens(model, tokenizer):
-    """Breaks if --latents none can still open a span: the greedy word is banned and must not come back."""
+    """Breaks if --latents none can still open a span: the greedy word is banned and must not come
+    back.
+    """
     batch = dict(input_ids=torch.tensor([tokenizer("watch the ball").input_ids]))
     first = latent_decode.generate(model, batch, max_new_tokens=12, eos_token_id=[])
     words = [
@@ -763,7 +790,7 @@ def test_banned_tokens(model, tokenizer):
     assert words[0] in first.tokens and words[0] not in second.tokens
 
 
-# -------------------------------------------------------------------------------------------------------------- judge
+# -------------------------------------------------------------------------------------------- judge
 
 
 @pytest.mark.parametrize(
@@ -795,13 +822,17 @@ def test_banned_tokens(model, tokenizer):
     ],
 )
 def test_read_scores(reply, chain, answer):
-    """Breaks if a shape judges reply in is lost, an ambiguous one is guessed, or a score leaves 0..5."""
+    """Breaks if a shape judges reply in is lost, an ambiguous one is guessed, or a score leaves
+    0..5.
+    """
     assert read_scores(reply) == (None if chain is None else dict(chain=chain, answer=answer))
 
 
 @pytest.fixture
 def server():
-    """A chat server on this machine: replies[word in the request] is a text, a status, or a wait in seconds."""
+    """A chat server on this machine: replies[word in the request] is a text, a status, or a wait in
+    seconds.
+    """
     state = dict(replies={}, requests=[], headers={})
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -842,7 +873,7 @@ def server():
 
 
 def test_a_failed_request_is_the_clients_to_repeat(server, monkeypatch):
-    """Breaks if our loop multiplies the client's retries, or a server's Retry-After is not heeded."""
+    """Breaks if our loop multiplies the client's retries, or Retry-After is not heeded."""
     waits = []
     monkeypatch.setattr("common.judge.time.sleep", waits.append)
     server["replies"].update(q=503)
@@ -855,7 +886,9 @@ def test_a_failed_request_is_the_clients_to_repeat(server, monkeypatch):
 
 
 def test_arguments_of_the_request(server, tmp_path):
-    """Breaks if a judge that takes no temperature cannot be asked, or is answered from another's cache."""
+    """Breaks if a judge that takes no temperature cannot be asked, or is answered from another's
+    cache.
+    """
     server["replies"].update(truth='{"chain": 1, "answer": 2}')
     row = Row("f:0", "0", ["what ?"], [], "truth", "what ?")
     cases = (None, dict(temperature=1, seed=3), dict(temperature=None))
@@ -896,10 +929,11 @@ def twiff(folder):
 
 
 def test_twiffbench_judged_later(scripted, tmp_path, monkeypatch, server, capsys):
-    """Breaks if a failing, stalling or mumbling judge loses a row or scores it, or a second run asks again.
+    """Breaks if a failing, stalling or mumbling judge loses a row or scores it, or a second run
+    asks again.
 
-    By hand: sport (4, 5), (3.5, 2), fails; home: (5, 0) clamped, stalls, gone, (2, 1) at the second attempt. chain: (4 +
-    3.5 + 5 + 2) / 4, answer: (5 + 2 + 0 + 1) / 4.
+    By hand: sport (4, 5), (3.5, 2), fails; home: (5, 0) clamped, stalls, gone, (2, 1) at the second
+    attempt. chain: (4 + 3.5 + 5 + 2) / 4, answer: (5 + 2 + 0 + 1) / 4.
     """
     folder, tokenizer = scripted
     play(
@@ -980,7 +1014,9 @@ def test_twiffbench_judged_later(scripted, tmp_path, monkeypatch, server, capsys
 
 
 def test_the_judge_sees_what_it_should(tmp_path):
-    """Breaks if the judge misses a part, sees a future as a shown frame, or a text-only judge is sent pictures."""
+    """Breaks if the judge misses a part, sees a future as a shown frame, or a text-only judge is
+    sent pictures.
+    """
     row = Row(
         "f:0",
         "0",
@@ -989,7 +1025,8 @@ def test_the_judge_sees_what_it_should(tmp_path):
         "true",
         "what next ?",
     )
-    response = f"<reason>guess</reason>{LATENT_START}{LATENT}{LATENT_END}<reason>so</reason><answer>mine</answer><|im_end|>"
+    span = f"{LATENT_START}{LATENT}{LATENT_END}"
+    response = f"<reason>guess</reason>{span}<reason>so</reason><answer>mine</answer><|im_end|>"
     _, user = score_messages(row, response, images=False)
     order = [
         "## Question",
@@ -1019,7 +1056,9 @@ def test_the_judge_sees_what_it_should(tmp_path):
 
 
 def test_parquet_bytes_and_classes(tmp_path):
-    """Breaks if TwiFF-Bench's own form (parquet, pictures as bytes) is not read, or a future enters the prompt."""
+    """Breaks if TwiFF-Bench's own form (parquet, pictures as bytes) is not read, or a future enters
+    the prompt.
+    """
     parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     record = dict(
         video="v.mp4",
@@ -1041,11 +1080,13 @@ def test_parquet_bytes_and_classes(tmp_path):
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------- report
+# ------------------------------------------------------------------------------------------- report
 
 
 def test_imagined_by_hand(model, clip, data_config):
-    """Breaks if a cosine is not that of a latent and a frame: a latent that *is* frame 5's embedding is nearest to it."""
+    """Breaks if a cosine is not that of a latent and a frame: a latent that *is* frame 5's
+    embedding is nearest to it.
+    """
     path = clip(count=600, height=32, width=32)
     row = Row("f", "1", [Frame(path, 3), "?"], [Frame(path, 5)], "x")
     pictures = clips.pixels_of([Frame(path, 5)])
@@ -1075,7 +1116,9 @@ def test_imagined_by_hand(model, clip, data_config):
 
 
 def test_report_escapes_and_shows(scripted, tmp_path, monkeypatch):
-    """Breaks if markup in a question, option, response or group runs, a picture is linked, or a span is not drawn."""
+    """Breaks if markup in a question, option, response or group runs, a picture is linked, or a
+    span is not drawn.
+    """
     folder, tokenizer = scripted
     evil = "<script>alert(1)</script>"
     path = str(folder / "0.mp4")
@@ -1128,7 +1171,9 @@ def test_report_escapes_and_shows(scripted, tmp_path, monkeypatch):
 
 
 def test_a_span_is_drawn_as_its_nearest_frames(scripted):
-    """Breaks if a span takes another's latents, or its strip is not the mean cosine from the nearest on, by hand."""
+    """Breaks if a span takes another's latents, or its strip is not the mean cosine from the
+    nearest on, by hand.
+    """
     folder, _ = scripted
     path = str(folder / "0.mp4")
     row = Row("f:0", "0", [Frame(path, 1), "?"], [Frame(path, 4)], "A", "?", ["one", "two"])
@@ -1192,11 +1237,11 @@ def test_compare(scripted, tmp_path, monkeypatch):
         assert all(len(values) in (len(columns), len(columns) - 2) for values in published.values())
 
 
-# ------------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def test_streamer(tokenizer, model):
-    """Breaks if words are lost or doubled between pieces, or a span has no marker with its length."""
+    """Breaks if words are lost or doubled between pieces, or a span has no marker and length."""
     text = f"watch the {SPAN} ball which {LATENT_START} {LATENT_END} wall<|im_end|> hits"
     ids, out = tokenizer(text, add_special_tokens=False).input_ids, []
     feed = sample.streamer(tokenizer, model.config, out.append)
@@ -1206,7 +1251,9 @@ def test_streamer(tokenizer, model):
 
 
 def test_command_line(world, tmp_path, clip):
-    """Breaks if the command does not end with an answer or why there is none, or a bad clip gives anything but a message."""
+    """Breaks if the command does not end with an answer or why there is none, or a bad clip gives
+    anything but a message.
+    """
     shared = {
         k: v
         for k, v in tiny.TINY.items()

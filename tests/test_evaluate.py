@@ -42,7 +42,7 @@ OPTIONS = ["red", "green wall", "blue", "yellow"]
     ],
 )
 def test_pick(answer, index):
-    """Breaks if a letter inside a word counts as an option, or an option's text is not recognised."""
+    """Breaks if a letter in a word counts as an option, or an option's text is not recognised."""
     assert pick(answer, OPTIONS) == index
 
 
@@ -57,7 +57,9 @@ def test_answer_of():
 
 
 def test_wilson_by_known_values():
-    """Breaks if the interval is not Wilson's: 8 of 10 gives 0.490 - 0.943, 0 of 20 gives 0 - 0.161 (published)."""
+    """Breaks if the interval is not Wilson's: 8 of 10 gives 0.490 - 0.943, 0 of 20 gives 0 - 0.161
+    (published).
+    """
     assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4) and wilson(0, 0) == (0.0, 1.0)
 
@@ -128,7 +130,9 @@ def test_a_killed_run_resumes_to_the_same_result(world, tmp_path, monkeypatch):
 
 
 def test_two_processes_score_like_one(world, tmp_path):
-    """Breaks if a sample is left out or done twice when ranks share the work, or the command line differs."""
+    """Breaks if a sample is left out or done twice when ranks share the work, or the command line
+    differs.
+    """
     whole = evaluate.evaluate(config(world, tmp_path / "one"))
     flags = [
         f
