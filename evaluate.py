@@ -345,7 +345,8 @@ def feed_of(vectors):
     table = torch.stack([filled(frames) for frames in vectors])  # (B, M, J, D)
 
     def feed(model, state):
-        return table[state.row, state.span.clamp(max=M - 1), state.count.clamp(max=J - 1)]
+        span, place = state.span.clamp(0, M - 1), state.count.clamp(0, J - 1)
+        return table[state.row, span, place].to(state.h.dtype)
 
     return feed
 

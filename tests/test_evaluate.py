@@ -242,10 +242,12 @@ def test_vectors_are_addressed_by_span_and_place():
     two = [torch.tensor([[5.0], [6.0], [7.0]])]
     feed = evaluate.feed_of([one, two])
     cases = {(0, 0, 0): 1, (0, 0, 1): 2, (0, 0, 9): 2, (0, 1, 0): 3, (0, 1, 4): 3, (0, 7, 1): 3}
-    cases |= {(1, 0, 2): 7, (1, 0, 3): 7, (1, 5, 1): 6}
+    cases |= {(1, -1, 0): 5, (1, 0, 2): 7, (1, 0, 3): 7, (1, 5, 1): 6}
     row, span, count = torch.tensor(list(cases)).T
-    state = types.SimpleNamespace(row=row, span=span, count=count)
-    assert feed(None, state)[:, 0].tolist() == list(cases.values())
+    h = torch.zeros(len(row), 1, dtype=torch.bfloat16)
+    state = types.SimpleNamespace(row=row, span=span, count=count, h=h)
+    vectors = feed(None, state)
+    assert vectors.dtype == h.dtype and vectors[:, 0].tolist() == list(cases.values())
     assert evaluate.in_order([one, two], 5)[..., 0].tolist() == [[1, 2, 3, 3, 3], [5, 6, 7, 7, 7]]
 
 
