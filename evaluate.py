@@ -1,14 +1,10 @@
-"""Evaluation of a video-language model that imagines: FutureBench, TwiFF-Bench, multiple choice
-(paper sec. 4).
+"""Evaluation of a model that imagines: FutureBench, TwiFF-Bench, multiple choice (paper sec. 4).
 
-    python evaluate.py --benchmark futurebench --model runs/sft --data futurebench.json --media_root
-    videos --out runs/fb
+    python evaluate.py --benchmark futurebench --model runs/sft --data futurebench.json
     torchrun --nproc_per_node 8 evaluate.py --benchmark mcq --model DIR --data videomme.parquet
-    --out runs/vm --batch 8
-    python evaluate.py --benchmark twiffbench --model DIR --data Liu-Junhua/TwiFF-Bench --out
-    runs/tw
+    python evaluate.py --benchmark twiffbench --model DIR --data Liu-Junhua/TwiFF-Bench
 
-TwiFF-Bench is judged after that: `python -m common.judge runs/tw --model NAME`, then the same
+TwiFF-Bench is judged after that: `python -m common.judge OUT --model NAME`, then the same
 command again, which finds all samples done, loads no model and shows the scores.
 
 Without --benchmark: every format of data.py whose rows have options. Writes one line a sample to
@@ -27,13 +23,14 @@ futures) | pause (the `<|latent|>` token's embedding) | none (no span can be ope
 still decides how long a span is. What a row is fed depends on nothing but the row: no batch, no
 ranks.
 
-Where this differs from the paper and the official code: 1. A sample that cannot be read, whose
-answer cannot be parsed, or that the judge fails on is named and counted in the summary, never
-dropped in silence; what could not be read is tried again by the next run. 2. Samples that were not
-read or not judged are outside the scores: see `found` and `total`. 3. Intervals are given:
-`bootstrap` (1,000 draws, seeded; printed); Wilson's for shares (`low`, `high`).
+Where this differs from the paper and the official code:
+ 1. A record or sample that cannot be read, whose answer cannot be parsed, or that the judge fails
+    on is named and counted in the summary. What could not be read is tried again by the next run.
+ 2. Samples that were not read or not judged are outside the scores: see `found` and `total`.
+ 3. Intervals are given: `bootstrap` (1,000 draws of clips, seeded; printed), and Wilson's for
+    shares (`low`, `high`; by questions).
 
-Axis letters: B rows, K imagined vectors a row, D hidden.
+Axis letters: B rows, M spans, J places in a span, N imagined vectors, F frames, D hidden.
 """
 
 import dataclasses
@@ -60,7 +57,7 @@ from common.judge import add_verdicts
 from common.report import as_text, paper_rows, score_rows, used, write_report
 from common.runs import newest, parse_config, read_lines, set_up_ranks, write_json
 from data import DataConfig, Samples, loader, model_inputs, to_device
-from latent_decode import generate, own_latent
+from latent_decode import generate
 from model import LATENT, best_attention, load
 from rewards import diversity_reward, format_reward, pick, repetition_score, span_lengths
 
@@ -69,8 +66,9 @@ from rewards import diversity_reward, format_reward, pick, repetition_score, spa
 class Config(DataConfig):
     benchmark: str = ""  # futurebench | twiffbench | mcq; "" = any rows with options
     model: str = ""  # a model folder, or a run's folder (its newest checkpoint)
-    # a file, a folder of files, or a hub id; with options (see data.py), or TwiFF-Bench
-    data: str = ""
+    data: str = (
+        ""  # a file, a folder of files, or a hub id; with options (see data.py), or TwiFF-Bench
+    )
     media_root: str = ""  # where relative clip paths start; "" = the folder of the data file
     out: str = "runs/eval"  # the evaluation's folder
     limit: int = 0  # only the first samples; 0 = all  # ours
@@ -81,8 +79,9 @@ class Config(DataConfig):
     max_latents: int = 8  # longest span: 2 * l_max  # official
     latents: str = "generated"  # generated | zero | noise | shuffled | true | pause | none  # ours
     seed: int = 0  # noise and the bootstrap  # ours
-    # samples shown in report.html, spread over the groups; 0 = only its tables  # ours
-    report: int = 24
+    report: int = (
+        24  # samples shown in report.html, spread over the groups; 0 = only its tables  # ours
+    )
     bf16: bool = True  # weights on CUDA  # paper Table 8
     cuda_graph: bool = False  # replay a captured decoding step; not yet measured on a GPU  # ours
 
@@ -102,10 +101,7 @@ LATENTS = ("generated", "zero", "noise", "shuffled", "true", "pause", "none")
 
 
 def official_letter(text):
-    """A response -> the first of [ABCD] inside its first closed <answer>, or "".
-
-    Source: official.
-    """
+    """A response -> the first of [ABCD] in its first closed <answer>, or "". Source: official."""
     found = re.search("[ABCD]", answer_of(text) or "")
     return found.group() if found else ""
 
@@ -141,10 +137,7 @@ def plain(text):
 
 
 def wilson(right, n, z=1.96):
-    """95% interval of a share: Wilson's score interval (low, high). n = 0: (0, 1).
-
-    Source: Wilson 1927.
-    """
+    """95% interval of a share: Wilson's (low, high). n = 0: (0, 1). Source: Wilson 1927."""
     if n == 0:
         return 0.0, 1.0
     p, zz = right / n, z * z / n
@@ -301,11 +294,12 @@ def measure_noise(model, rows, config):
     return scale
 
 
-def replacement(kind, model, rows, config, donor_of=None, scale=None):
+def replacement(kind, model, rows, config, donor_of=None, scale=None, lost=None):
     """What is fed instead of the rows' own latents -> [frames of a row: [(n_m, D), ...]], or None.
 
     None for `generated` and `none`. It depends on the row alone: not on its batch, nor on ranks.
-    donor_of: of `donors`; scale: of `measure_noise`. Raises ClipError. Source: ours.
+    donor_of: of `donors`; scale: of `measure_noise`. lost: gets {id: why} of each row whose futures
+    cannot be read, which is fed zeros; None = that raises ClipError. Source: ours.
     """
     if kind in ("generated", "none"):
         return None
@@ -317,7 +311,16 @@ def replacement(kind, model, rows, config, donor_of=None, scale=None):
         return [[pause[None]] for _ in rows]
     if kind == "noise":
         return [list(draw_noise(row, scale, config)) for row in rows]
-    return [true_vectors(model, donor_of[r.id] if donor_of else r, config) for r in rows]
+    vectors = []
+    for row in rows:
+        try:
+            vectors.append(true_vectors(model, donor_of[row.id] if donor_of else row, config))
+        except ClipError as e:
+            if lost is None:
+                raise
+            lost[row.id] = f"its future frames cannot be fed: {e}"
+            vectors.append([torch.zeros(1, D, device=model.device)])
+    return vectors
 
 
 def draw_noise(row, scale, config, spans=8):
@@ -342,9 +345,16 @@ def feed_of(vectors):
     table = torch.stack([filled(frames) for frames in vectors])  # (B, M, J, D)
 
     def feed(model, state):
-        return table[state.row, state.span.clamp(0, M - 1), state.count.clamp(max=J - 1)]
+        span, place = state.span.clamp(0, M - 1), state.count.clamp(0, J - 1)
+        return table[state.row, span, place].to(state.h.dtype)
 
     return feed
+
+
+def in_order(vectors, length):
+    """[frames of a row] -> (B, length, D): one vector after another, the last one repeated."""
+    rows = [torch.cat(frames)[:length] for frames in vectors]
+    return torch.stack([torch.cat([v, v[-1:].expand(length - len(v), -1)]) for v in rows])
 
 
 def evaluate(config, rows=None):
@@ -497,67 +507,47 @@ def settings_of(config, folder):
 def about(rows, lines, settings):
     """What one needs to know of a result besides its scores, as a dict. Source: ours.
 
-    Seconds and tokens: paper's Table 7.
-
-    seconds: a batch's wall time over its rows (--batch 1 for the time one answer takes); tokens
-    count latents, too.
+    seconds: a batch's wall time over its rows, by group (--batch 1 for the time one answer takes;
+    paper's Table 7). prompt_hash: of the system message and the prompts, a medium by its kind.
     """
-    prompts = [
-        [settings["system"], *(p if isinstance(p, str) else type(p).__name__ for p in row.prompt)]
-        for row in rows
-    ]
-    here = os.path.dirname(os.path.abspath(__file__))
-    try:
-        commit = subprocess.run(
-            ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # not a git checkout, or no git
-        commit = None
     read = [line for line in lines if "skipped" not in line]
-    seconds = (
-        {
-            group: round(
-                float(
-                    np.mean([line["seconds"] for line in read if group in ("all", line["group"])])
-                ),
-                4,
-            )
-            for group in [*sorted({line["group"] for line in read} - {"all"}), "all"]
-        }
-        if read
-        else {"all": 0.0}
-    )
+    seconds = {}
+    for group in [*sorted({line["group"] for line in read} - {"all"}), "all"]:
+        values = [line["seconds"] for line in read if group in ("all", line["group"])]
+        seconds[group] = round(float(np.mean(values)), 4) if values else 0.0
+
+    prompts = []
+    for row in rows:
+        parts = [p if isinstance(p, str) else type(p).__name__ for p in row.prompt]
+        prompts.append([settings["system"], *parts])
+    names = ("l_max", "image_max_tokens", "video_max_tokens")
+    budgets = DataConfig(**{name: settings[name] for name in names}).budgets
+
     return dict(
         found=len(read),
         total=len(rows),
         coverage=len(read) / len(rows),
-        commit=commit,
+        commit=commit(),
         seconds=seconds,
         missing=[dict(id=line["id"], why=line["skipped"]) for line in lines if "skipped" in line],
         no_option=[r.id for r in rows if r.options and pick(r.answer, r.options) is None],
-        unparsed=sum(
-            line["picked"] is None if "picked" in line else not line["parsed"] for line in read
-        ),
+        unparsed=sum(not line.get("parsed", line.get("picked") is not None) for line in read),
         judge_failures=sum("why" in line for line in read),
         frames=settings["num_frames"],
-        pixels=dict(
-            zip(
-                ("image", "future", "video"),
-                DataConfig(
-                    **{k: settings[k] for k in ("l_max", "image_max_tokens", "video_max_tokens")}
-                ).budgets,
-            )
-        ),
+        pixels=dict(zip(("image", "future", "video"), budgets)),
         prompt_hash=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],
-        generation=dict(
-            greedy=True,
-            max_new_tokens=settings["max_new_tokens"],
-            max_latents=settings["max_latents"],
-        ),
+        generation=dict(greedy=True, **{k: settings[k] for k in ("max_new_tokens", "max_latents")}),
     )
+
+
+def commit():
+    """The code's git commit, or None outside a checkout or without git."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def respond(config, folder, rows, done, rank, world, device):
@@ -622,11 +612,12 @@ def skipped_lines(rows, skipped):
 def answer(config, model, tokenizer, batch, ablation, shown):
     """Answer a batch -> its result lines. ablation: the arguments of `replacement`."""
     began, rows = time.time(), batch["rows"]
-    vectors = replacement(config.latents, model, rows, config, **ablation)
+    lost = {}
+    vectors = replacement(config.latents, model, rows, config, **ablation, lost=lost)
     rollout = generate(
         model,
         model_inputs(to_device(batch, model.device)),
-        feed=own_latent if vectors is None else feed_of(vectors),
+        replace=None if vectors is None else in_order(vectors, config.max_new_tokens),
         max_new_tokens=config.max_new_tokens,
         max_latents=config.max_latents,
         banned=[model.config.latent_start_id] if config.latents == "none" else [],
@@ -634,8 +625,11 @@ def answer(config, model, tokenizer, batch, ablation, shown):
     )
     seconds = round((time.time() - began) / len(rows), 5)
     tokens = [t[:n] for t, n in zip(rollout.tokens.cpu(), rollout.lengths)]
-    lines = []
+    gone = [Skipped(row.where, lost[row.id]) for row in rows if row.id in lost]
+    lines = skipped_lines(rows, gone)
     for i, (row, text) in enumerate(zip(rows, tokenizer.batch_decode(tokens))):
+        if row.id in lost:
+            continue
         line = result_line(
             config, model, row, text, tokens[i].tolist(), rollout, i, row.id in shown
         )
@@ -704,13 +698,11 @@ def read_answer(row, text, official=False):
 
 
 def imagined(model, row, latents, lengths, budget):
-    """What a row's spans are near to -> a JSON-able dict. Source: ours.
+    """What a row's spans are near to -> a JSON-able dict. `similarity` is that of Eq. (6)'s b_m.
 
-    `similarity` is Eq. (6)'s b_m compared.
-
-    latents (N, D), lengths: latents of each span, budget: pixels (min, max) of a frame. {"spans":
-    lengths, "frames": labels, "cosine": (N, F), "similarity": (M, M) of the non-empty spans' means,
-    "diversity": R_div}, or {"error": why}.
+    latents (N, D), lengths: latents of each span, budget: pixels (min, max) of a frame.
+    {"spans": lengths, "frames": labels, "cosine": (N, F), "similarity": (M, M) of the non-empty
+    spans' means, "diversity": R_div}, or {"error": why}.
     """
     try:
         frames = film(row)

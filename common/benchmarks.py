@@ -1,18 +1,10 @@
-"""The benchmarks: how their public files become rows, what the paper published on them, and
-TwiFF-Bench's judge.
+"""The benchmarks: how their public files become rows, and what the paper published on them.
 
     rows, average = read_benchmark("mcq", "videomme/test.parquet", "videomme/videos")
-    judge = ScoreJudge(url, model, cache="runs/eval/judge_replies.jsonl")
-    # -> [({"chain": 4.0, "answer": 5.0}, None), (None, "APITimeoutError"), ...]
-    judge([(row, response), ...])
 
 Multiple choice has one normal form, {id, video, question, options, answer, group}; `READERS` says
 for each release which of its fields goes where. Rows of the normal form, and of every format of
 data.py with options, need no reader.
-
-Where this differs from the official code: 1. A judge's failure is counted and named and leaves the
-row unscored; official drops it. 2. The judge's prompt is our own wording, so scores compare between
-models judged here; against the paper's they are indicative.
 """
 
 import glob
@@ -66,9 +58,8 @@ PAPER = {
 
 
 class Reader(NamedTuple):
-    """Where a release keeps what. Texts in braces are its fields.
-
-    {stem}: the file's name, {n}: the record's number.
+    """Where a release keeps what. Texts in braces are its fields; {stem}: the file's name, {n}: the
+    record's number.
     """
 
     keys: tuple  # a record of this release has all of these
@@ -141,8 +132,7 @@ MVBENCH_FOLDERS = {  # where MVBench's release keeps the clips of a task (the fi
         "scene_qa/video": "scene_transition",
         "perception/videos": "object_shuffle action_count state_change character_order",
         "clevrer/video_validation": "object_existence moving_direction moving_count "
-        "moving_attribute "
-        "counterfactual_inference",
+        "moving_attribute counterfactual_inference",
         "nturgbd": "fine_grained_pose",
         "vlnqa": "egocentric_navigation",
         "tvqa/frames_fps3_hq": "episodic_reasoning",
@@ -238,8 +228,8 @@ def files_of(data):
         import datasets
     except ImportError as e:
         raise RecordError(
-            f"{data}: no such file, and reading it from the hub needs datasets (pip install "
-            "datasets)"
+            f"{data}: no such file, and reading it from the hub needs datasets "
+            "(pip install datasets)"
         ) from e
     splits = datasets.load_dataset(*data.split(":"))
     split = "test" if "test" in splits else next(iter(splits))

@@ -1,8 +1,7 @@
-"""What an evaluation looks like: report.html, one file that opens without a server, and tables
-over several runs.
+"""What an evaluation looks like: report.html, one file that opens without a server, and tables over
+several runs.
 
-    # the groups of several summary.json side by side
-    python -m common.report runs/eval_text runs/eval_latent ...
+    python -m common.report runs/eval_text runs/eval_latent ...   # several runs side by side
 
 `evaluate.py` calls `imagined` for the samples it was told to show, while their latents are at hand,
 and `write_report` at its end. A span is drawn as a strip of the frames it is nearest to: the cosine
@@ -29,9 +28,8 @@ from model import LATENT_END, LATENT_START
 
 
 def paper_rows(summary):
-    """summary.json's content -> (columns, rows of text): ours, then what the paper published.
-
-    ([], []) if nothing is. Ours.
+    """summary.json's content -> (columns, rows of text): ours, then what the paper published; ([],
+    []) if nothing is. Ours.
 
     FutureBench in percent, ours by official letters: the paper's way to count.
     """
@@ -73,9 +71,8 @@ def as_text(head, rows):
 
 
 def compare(folders):
-    """Several evaluations -> their scores by group with intervals, as a markdown table.
-
-    Raises SystemExit. Ours.
+    """Several evaluations -> their scores by group with intervals, as a markdown table. Raises
+    SystemExit. Ours.
     """
     lines, groups = [], None
     for folder in folders:
@@ -108,27 +105,24 @@ def compare(folders):
 
 STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;max-width:62rem;padding:.6rem;color:#222;
-  overflow-wrap:anywhere}
-h1{font-size:1.4rem}
-h2{font-size:1.1rem;margin:1.4rem 0 .4rem}
+overflow-wrap:anywhere}
+h1{font-size:1.4rem}h2{font-size:1.1rem;margin:1.4rem 0 .4rem}
 .wide{overflow-x:auto;margin-bottom:.6rem}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.85rem;
-  white-space:nowrap}
+white-space:nowrap}
 td,th{padding:.15rem .45rem;text-align:right;border-bottom:1px solid #ddd}
 td:first-child,th:first-child{text-align:left}
 details{border:1px solid #ccc;border-radius:.4rem;margin:.4rem 0;padding:.3rem .6rem}
 summary{cursor:pointer}
 .strip{display:flex;flex-wrap:wrap;gap:.3rem;margin:.3rem 0}
 .strip figure{margin:0;width:4.6rem;font-size:.7rem;text-align:center}
-.strip i{display:block;height:3.4rem;background:#eee center/contain no-repeat;border:3px solid #bbb;
-  border-radius:.2rem}
-.strip .seen i{border-color:#3778bf}
-.strip .future i{border-color:#2a9d4a}
+.strip i{display:block;height:3.4rem;background:#eee center/contain no-repeat;
+border:3px solid #bbb;border-radius:.2rem}
+.strip .seen i{border-color:#3778bf}.strip .future i{border-color:#2a9d4a}
 .strip .none i{border-style:dashed}
 .span{border-left:4px solid #c77d1a;padding-left:.5rem;margin:.4rem 0;background:#fdf6ec}
 .text{white-space:pre-wrap;margin:.3rem 0}.key{font-size:.8rem;color:#555}
-.about table{white-space:normal}
-.about td{text-align:left;vertical-align:top}
+.about table{white-space:normal}.about td{text-align:left;vertical-align:top}
 .about td:first-child{white-space:nowrap}
 .right{color:#1c7a35}.wrong{color:#b3261e}.bar{fill:#c77d1a}svg{max-width:100%;height:auto}
 """
@@ -148,45 +142,24 @@ def score_rows(scores):
     Source: ours.
     """
     judged = "chain" in next(iter(scores.values()))
+    main = ["chain", "answer", "average"] if judged else ["accuracy"]
     readings = [k for k in ("strict", "official") if any(k in s for s in scores.values())]
-    official = "official" in readings
-    head = [
-        "group",
-        "n",
-        *(["chain", "answer", "average"] if judged else ["accuracy"]),
-        "95% interval",
-        *readings,
-        "unparsed",
-        *(["failed"] if judged else ["official unparsed"] if official else []),
-        "skipped",
-        "spans",
-        "latents",
-        "tokens",
-    ]
+    counts = ["unparsed"]
+    if judged:
+        counts.append("failed")
+    elif "official" in readings:
+        counts.append("official_unparsed")
+    counts.append("skipped")
+    names = [name.replace("_", " ") for name in counts]
+    head = ["group", "n", *main, "95% interval", *readings, *names, "spans", "latents", "tokens"]
+
     rows = []
     for group, s in scores.items():
-        main = [
-            f"{s[k]:.3f}" if s["n"] else "-"
-            for k in (("chain", "answer", "average") if judged else ("accuracy",))
-        ]
-        other = [f"{s[k]:.3f}" if k in s else "" for k in readings]
-        interval = "{:.3f} - {:.3f}".format(*s["bootstrap"]) if s["n"] else "-"
-        rows.append(
-            [
-                group,
-                s["n"],
-                *main,
-                interval,
-                *other,
-                s["unparsed"],
-                *([s["failed"]] if judged else []),
-                *([s.get("official_unparsed", "")] if official else []),
-                s["skipped"],
-                f"{s['spans']:.2f}",
-                f"{s['latents']:.2f}",
-                f"{s['tokens']:.1f}",
-            ]
-        )
+        row = [group, s["n"], *(f"{s[k]:.3f}" if s["n"] else "-" for k in main)]
+        row.append("{:.3f} - {:.3f}".format(*s["bootstrap"]) if s["n"] else "-")
+        row += [f"{s[k]:.3f}" if k in s else "" for k in readings]
+        row += [s.get(k, "") for k in counts]
+        rows.append([*row, f"{s['spans']:.2f}", f"{s['latents']:.2f}", f"{s['tokens']:.1f}"])
     return head, rows
 
 
@@ -237,7 +210,7 @@ def _span(k, at, info, frames, name):
 
 def _sample(number, row, line, css):
     """One sample as a <details>; its pictures go to `css` once, however often they are shown."""
-    name, info, judged = f"p{number}_", line["imagined"], line.get("judged")
+    name, info = f"p{number}_", line["imagined"]
     try:
         frames = film(row) if "error" not in info else []
     except ClipError as e:
@@ -245,75 +218,84 @@ def _sample(number, row, line, css):
     for f, (_, _, pixels) in enumerate(frames):
         data = base64.b64encode(jpeg(pixels, 112)).decode()
         css.append(f"i.{name}{f}{{background-image:url(data:image/jpeg;base64,{data})}}")
-    seen, future = (
-        "".join(
-            _figure(f"{name}{f}", r, label) for f, (label, r, _) in enumerate(frames) if r == role
+
+    # the frames by their role
+    strips = {}
+    for f, (label, role, _) in enumerate(frames):
+        strips[role] = strips.get(role, "") + _figure(f"{name}{f}", role, label)
+    future = ""
+    if "future" in strips:
+        future = (
+            f'<p class="key">what really follows</p><div class="strip">{strips["future"]}</div>'
         )
-        for role in ("seen", "future")
+
+    # options that the question does not already name
+    options = ""
+    for i, option in enumerate(row.options or []):
+        options += "" if option in row.question else f"\n{chr(65 + i)}) {option}"
+
+    good, verdict, rewards = _verdict(line, info)
+    return (
+        f'<details><summary><b class="{"right" if good else "wrong"}">{escape(verdict)}</b> · '
+        f"{escape(row.group)} · {escape(row.id)}</summary>"
+        f'<p class="text"><b>{escape(row.question + options)}</b></p>'
+        f'<p class="key">seen</p><div class="strip">{strips.get("seen", "")}</div>{future}'
+        f'<p class="key">response</p>{_response(line["response"], info, frames, name)}'
+        f"<p>true answer: <b>{escape(row.answer)}</b></p>"
+        f'<p class="key">{escape(rewards)}</p>{_similarity(info)}</details>'
     )
+
+
+def _response(response, info, frames, name):
+    """A response as HTML: its words, and a strip of frames for each span."""
     body, at = [], 0
     if "error" in info:
         body.append(f'<p class="text">{escape(info["error"])}</p>')
-    for k, part in enumerate(line["response"].replace("<|im_end|>", "").split(LATENT_START)):
-        if k:
-            inside, end, part = part.partition(LATENT_END)
-            body.append(
-                _span(k - 1, at, info, frames, name)
-                if "error" not in info
-                else '<div class="span">a span</div>'
-            )
-            at += 0 if "error" in info else info["spans"][k - 1]
-        body.append(f'<p class="text">{escape(part)}</p>' if part.strip() else "")
+    for k, part in enumerate(response.replace("<|im_end|>", "").split(LATENT_START)):
+        if k and "error" in info:
+            body.append('<div class="span">a span</div>')
+        elif k:
+            body.append(_span(k - 1, at, info, frames, name))
+            at += info["spans"][k - 1]
+        words = part.partition(LATENT_END)[2] if k else part
+        body.append(f'<p class="text">{escape(words)}</p>' if words.strip() else "")
+    return "".join(body)
+
+
+def _verdict(line, info):
+    """-> (whether a sample is shown as right, the verdict, its rewards and letters), as text."""
     rewards = (
         f"R_fmt {info.get('format', 0):.0f}, repetition {info.get('repetition', 0):.2f}, "
         f"R_div {info.get('diversity', 0):.3f}"
     )
     if "right" in line:
-        good, verdict = (
-            line["right"],
-            "right" if line["right"] else "unparsed" if line["picked"] is None else "wrong",
-        )
-        rewards = f"R_acc {float(good):.0f}, {rewards}; letters: " + ", ".join(
-            f"{name} {line[name] or '-'}" for name in ("strict", "official") if name in line
-        )
-    else:
-        good = bool(judged) and judged["average"] >= 3
-        verdict = (
-            "not judged"
-            if not judged
-            else f"chain {judged['chain']:g}, answer {judged['answer']:g}"
-        )
-        verdict += f" ({line['why']})" if line.get("why") else ""
-    similarity = ""
-    if len(info.get("similarity", [])) > 1:
-        filled = [str(i) for i, n in enumerate(info["spans"], 1) if n]
-        similarity = '<p class="key">similarity of spans (cosine of their means)</p>' + _table(
-            ["span", *filled],
-            [[i, *(f"{v:.3f}" for v in values)] for i, values in zip(filled, info["similarity"])],
-        )
-    options = "".join(
-        f"\n{chr(65 + i)}) {o}" for i, o in enumerate(row.options or []) if o not in row.question
-    )
-    return (
-        f'<details><summary><b class="{"right" if good else "wrong"}">{escape(verdict)}</b> · '
-        f"{escape(row.group)} · "
-        f'{escape(row.id)}</summary><p class="text"><b>{escape(row.question + options)}</b></p>'
-        f'<p class="key">seen</p><div class="strip">{seen}</div>'
-        + (
-            f'<p class="key">what really follows</p><div class="strip">{future}</div>'
-            if future
-            else ""
-        )
-        + f'<p class="key">response</p>{"".join(body)}'
-        f"<p>true answer: <b>{escape(row.answer)}</b></p>"
-        f'<p class="key">{escape(rewards)}</p>{similarity}</details>'
-    )
+        wrong = "unparsed" if line["picked"] is None else "wrong"
+        readings = [name for name in ("strict", "official") if name in line]
+        letters = ", ".join(f"{name} {line[name] or '-'}" for name in readings)
+        rewards = f"R_acc {float(line['right']):.0f}, {rewards}; letters: {letters}"
+        return line["right"], "right" if line["right"] else wrong, rewards
+    judged, verdict = line.get("judged"), "not judged"
+    if judged:
+        verdict = f"chain {judged['chain']:g}, answer {judged['answer']:g}"
+    verdict += f" ({line['why']})" if line.get("why") else ""
+    return bool(judged) and judged["average"] >= 3, verdict, rewards
+
+
+def _similarity(info):
+    """The cosines between the means of the spans, as a table; nothing for fewer than two spans."""
+    if len(info.get("similarity", [])) < 2:
+        return ""
+    filled = [str(i) for i, n in enumerate(info["spans"], 1) if n]
+    rows = []
+    for i, values in zip(filled, info["similarity"]):
+        rows.append([i, *(f"{v:.3f}" for v in values)])
+    title = '<p class="key">similarity of spans (cosine of their means)</p>'
+    return title + _table(["span", *filled], rows)
 
 
 def write_report(path, summary, lines, rows):
-    """summary.json's content, result lines, their rows -> report.html at `path`.
-
-    Shows the lines with `imagined`. Ours.
+    """summary.json's content, result lines, their rows -> report.html at `path`. Shows the lines
+    with `imagined`. Ours.
     """
     by_id, css, samples = {row.id: row for row in rows}, [], []
     for line in lines:
@@ -329,18 +311,18 @@ def write_report(path, summary, lines, rows):
     )
     about = [(k, json.dumps(summary[k], ensure_ascii=False)) for k in summary if k != "scores"]
     page = (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">'
+        f'<!doctype html><html lang="en"><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width">'
         f"<title>evaluation</title><style>{STYLE}{''.join(css)}</style>"
         f"<h1>{escape(summary['benchmark'] or 'evaluation')}: {escape(summary['model'])}</h1>"
-        f"<p>{summary['found']} of {summary['total']} samples found, latents: "
-        f"{escape(summary['latents'])}</p>"
+        f"<p>{summary['found']} of {summary['total']} samples found, "
+        f"latents: {escape(summary['latents'])}</p>"
         f"{_table(head, table)}"
         f"<h2>Spans per answer</h2>{_chart(summary['scores'])}{paper}"
         f'<details class="about"><summary>settings</summary>{_table(["", ""], about)}</details>'
-        f'<h2>{len(samples)} samples</h2><p class="key">Borders: blue = seen, '
-        f"green = what really follows, grey = other "
-        f"frames of the clip. Values: cosine.</p>{''.join(samples)}</html>"
+        f'<h2>{len(samples)} samples</h2><p class="key">'
+        f"Borders: blue = seen, green = what really follows, grey = other frames "
+        f"of the clip. Values: cosine.</p>{''.join(samples)}</html>"
     )
     with open(path + ".part", "w", encoding="utf-8") as f:
         f.write(page)
@@ -348,9 +330,8 @@ def write_report(path, summary, lines, rows):
 
 
 def draw_bars(results, names, groups, png):
-    """[{training: {group: scores}} a seed] -> accuracy by group as bars, a dot a seed.
-
-    Grey: chance. Source: ours.
+    """[{training: {group: scores}} a seed] -> accuracy by group as bars, a dot a seed; grey:
+    chance. Source: ours.
     """
     fig, ax = _axes(1, 9, 3.4)
     for i, name in enumerate(results[0]):
@@ -372,8 +353,8 @@ def draw_bars(results, names, groups, png):
 
 
 def draw_key_frames(clip, titles, png):
-    """The eight key frames of a clip in a row, under their titles {index: text}, else their
-    number. Source: ours.
+    """The eight key frames of a clip in a row, under their titles {index: text}, else their number.
+    Source: ours.
     """
     frames, _, _ = read_clip(clip, key_frame_positions)
     fig, axes = _axes(8, 11, 1.7)
@@ -384,8 +365,8 @@ def draw_key_frames(clip, titles, png):
 
 
 def draw_rl(runs, png):
-    """{name: [log.jsonl a seed]} -> reward and accuracy of the rollouts over the steps, mean of
-    ten steps and of seeds.
+    """{name: [log.jsonl a seed]} -> reward and accuracy of the rollouts over the steps, mean of ten
+    steps and of seeds.
     """
     fig, axes = _axes(2, 11, 3.4)
     for ax, key in zip(axes, ("total", "accuracy")):
@@ -416,8 +397,8 @@ def _axes(columns, width, height):
 
 
 def draw_curves(log, png, panels=(("ce",), ("latent",), ("grad_norm",))):
-    """log.jsonl -> its keys over the steps, a panel a tuple, as a picture: each step thin, the
-    mean of ten thick. Ours.
+    """log.jsonl -> its keys over the steps, a panel a tuple, as a picture: each step thin, the mean
+    of ten thick. Ours.
     """
     import matplotlib
 

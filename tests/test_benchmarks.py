@@ -443,9 +443,7 @@ def test_other_releases_with_candidates_are_refused(tmp_path):
 
 
 def test_a_picture_after_the_clip(tmp_path):
-    """Breaks if SEED-Bench-R1's last frame is not shown, or a clip is where nothing was done
-    yet.
-    """
+    """Breaks if SEED-Bench-R1's picture is not shown, or a clip where nothing was done yet is."""
     record = RECORDS["SEED-Bench-R1"][0]
     records = [record, dict(record, sample_id="s_3", task_progress_metadata=[])]
     (tmp_path / "L1.jsonl").write_text("\n".join(map(json.dumps, records)))
@@ -469,9 +467,8 @@ def test_a_hub_id_with_a_config(monkeypatch):
 
 
 def test_a_part_of_a_clip(tmp_path):
-    """Breaks if a question about seconds 1 to 2 is shown other frames.
-
-    10 frames a second: numbers 10 to 20.
+    """Breaks if a question about seconds 1 to 2 is shown other frames; 10 frames a second: numbers
+    10 to 20.
     """
     path = str(tmp_path / "v.mp4")
     paddle.write_mp4(path, frames(40, 64, 96), fps=10)
@@ -493,15 +490,12 @@ def test_a_part_of_a_clip(tmp_path):
 
 @pytest.fixture(scope="module")
 def scripted(tmp_path_factory):
-    """A folder with clips, a model that takes words and an answer for each word q0, q1 ...
-
-    In a question.
+    """A folder with clips, a model that takes words and an answer for each word q0, q1 ... in a
+    question.
     """
     folder = tmp_path_factory.mktemp("bench")
-    words = (
-        "system user assistant A B C D ) what next ? one two it is "
-        "<answer> </answer> <reason> </reason> seconds"
-    )
+    words = "system user assistant A B C D ) what next ? one two it is seconds"
+    words += " <answer> </answer> <reason> </reason>"
     tokenizer = tiny.make_tokenizer([words, " ".join(f"q{i}" for i in range(9))])
     tiny.make_model(tokenizer, seed=0).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -836,8 +830,8 @@ def test_read_scores(reply, chain, answer):
 
 @pytest.fixture
 def server():
-    """A chat server on this machine: replies[word in the request] is a text, a status, or a wait
-    in seconds.
+    """A chat server on this machine: replies[word in the request] is a text, a status, or a wait in
+    seconds.
     """
     state = dict(replies={}, requests=[], headers={})
 
@@ -879,9 +873,7 @@ def server():
 
 
 def test_a_failed_request_is_the_clients_to_repeat(server, monkeypatch):
-    """Breaks if our loop multiplies the client's retries, or a server's Retry-After is not
-    heeded.
-    """
+    """Breaks if our loop multiplies the client's retries, or Retry-After is not heeded."""
     waits = []
     monkeypatch.setattr("common.judge.time.sleep", waits.append)
     server["replies"].update(q=503)
@@ -1064,8 +1056,8 @@ def test_the_judge_sees_what_it_should(tmp_path):
 
 
 def test_parquet_bytes_and_classes(tmp_path):
-    """Breaks if TwiFF-Bench's own form (parquet, pictures as bytes) is not read, or a future
-    enters the prompt.
+    """Breaks if TwiFF-Bench's own form (parquet, pictures as bytes) is not read, or a future enters
+    the prompt.
     """
     parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     record = dict(
@@ -1249,9 +1241,7 @@ def test_compare(scripted, tmp_path, monkeypatch):
 
 
 def test_streamer(tokenizer, model):
-    """Breaks if words are lost or doubled between pieces, or a span has no marker with its
-    length.
-    """
+    """Breaks if words are lost or doubled between pieces, or a span has no marker and length."""
     text = f"watch the {SPAN} ball which {LATENT_START} {LATENT_END} wall<|im_end|> hits"
     ids, out = tokenizer(text, add_special_tokens=False).input_ids, []
     feed = sample.streamer(tokenizer, model.config, out.append)

@@ -42,9 +42,7 @@ OPTIONS = ["red", "green wall", "blue", "yellow"]
     ],
 )
 def test_pick(answer, index):
-    """Breaks if a letter inside a word counts as an option, or an option's text is not
-    recognised.
-    """
+    """Breaks if a letter in a word counts as an option, or an option's text is not recognised."""
     assert pick(answer, OPTIONS) == index
 
 
@@ -59,8 +57,8 @@ def test_answer_of():
 
 
 def test_wilson_by_known_values():
-    """Breaks if the interval is not Wilson's: 8 of 10 gives 0.490 - 0.943, 0 of 20 gives 0 -
-    0.161 (published).
+    """Breaks if the interval is not Wilson's: 8 of 10 gives 0.490 - 0.943, 0 of 20 gives 0 - 0.161
+    (published).
     """
     assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4) and wilson(0, 0) == (0.0, 1.0)
@@ -244,10 +242,13 @@ def test_vectors_are_addressed_by_span_and_place():
     two = [torch.tensor([[5.0], [6.0], [7.0]])]
     feed = evaluate.feed_of([one, two])
     cases = {(0, 0, 0): 1, (0, 0, 1): 2, (0, 0, 9): 2, (0, 1, 0): 3, (0, 1, 4): 3, (0, 7, 1): 3}
-    cases |= {(1, 0, 2): 7, (1, 0, 3): 7, (1, 5, 1): 6}
+    cases |= {(1, -1, 0): 5, (1, 0, 2): 7, (1, 0, 3): 7, (1, 5, 1): 6}
     row, span, count = torch.tensor(list(cases)).T
-    state = types.SimpleNamespace(row=row, span=span, count=count)
-    assert feed(None, state)[:, 0].tolist() == list(cases.values())
+    h = torch.zeros(len(row), 1, dtype=torch.bfloat16)
+    state = types.SimpleNamespace(row=row, span=span, count=count, h=h)
+    vectors = feed(None, state)
+    assert vectors.dtype == h.dtype and vectors[:, 0].tolist() == list(cases.values())
+    assert evaluate.in_order([one, two], 5)[..., 0].tolist() == [[1, 2, 3, 3, 3], [5, 6, 7, 7, 7]]
 
 
 def test_what_has_no_future_says_so_at_once(world, tmp_path, monkeypatch):
@@ -274,3 +275,15 @@ def test_ablations_do_not_depend_on_the_batch(world, tmp_path, latents):
         for line in results[-1].values():
             line.pop("imagined")  # cosines: equal up to rounding
     assert results[0] == results[1] == results[2] and len(results[0]) == 8
+
+
+def test_a_donor_that_cannot_be_read(world, tmp_path):
+    """Breaks if an unreadable future ends the run, or its row is scored with something else."""
+    rows = read_rows(world["test"])
+    broken = rows[0].response[1]._replace(source=str(tmp_path / "gone.mp4"))
+    response = [broken if not isinstance(part, str) else part for part in rows[0].response]
+    rows[0] = type(rows[0])(**{**vars(rows[0]), "response": response})
+    table = evaluate.evaluate(config(world, tmp_path, latents="true"), rows=rows)
+    line = lines_of(tmp_path)[rows[0].id]
+    assert "gone.mp4: no such file" in line["skipped"] and "future frames" in line["skipped"]
+    assert table["all"]["n"] == 7 and table["all"]["skipped"] == 1
