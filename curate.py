@@ -1,18 +1,13 @@
-"""Curation by visual gain: which questions does seeing the future help with? (paper sec. 3.2,
-Fig. 6)
+"""Curation by visual gain: which questions does seeing the future help with? (sec. 3.2)
 
     p_t = right answers of n rollouts under (t): observed prefix + question
-    p_v = right answers of n rollouts under (v): the same, plus the intermediate future key frames
-    as images
-    gain = p_v - p_t;  keep p_t <= 6 and gain >= 2 (of n = 8);  rank by gain, take the top K =
-                       50,000
+    p_v = right answers of n rollouts under (v): the same, plus the later key frames as images
+    gain = p_v - p_t;  keep p_t <= 6 and gain >= 2 (of n = 8)
+    rank by gain, take the top K = 50,000
 
-    # both steps, one process
-    python curate.py --model DIR --data pool.jsonl --out runs/curate --k 50000
-    # the costly step, 8 GPUs
+    python curate.py --model DIR --data pool.jsonl --out runs/curate --k 50000    # both steps
     torchrun --nproc_per_node 8 curate.py --step probe --model DIR --data pool.jsonl
-    # cut again: no model, no GPU
-    python curate.py --step select --data pool.jsonl --k 20000 --min_gain 3
+    python curate.py --step select --data pool.jsonl --k 20000 --min_gain 3       # cut again
 
 *Probe* appends one line a candidate to OUT/probe_RANK.jsonl and merges them into OUT/probe.jsonl,
 in the pool's order. A second run does what is missing; what could not be read is tried again, and

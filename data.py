@@ -5,19 +5,17 @@
 Nothing here knows about training or generation; the scripts differ only in the arguments they pass.
 
 The record formats (told apart by their keys, `read_rows`):
-    future-l1    video, image, reasoning_image, conversations, answer          training JSON
-    twiff        video, question, answer, question_images_index, ...           TwiFF-2.7M,
-                 Future-L1-50K on the hub
-    twiff-bench  the same plus question_images, reasoning_images               TwiFF-Bench
-    futurebench  id, question_type, video_path, qa {Question, Options, Answer} FutureBench
-    rl           problem, answer, images | videos                              generic RL rows
-    mcq          question, options, answer, video                              generic multiple
-                 choice
+    future-l1    video, image, reasoning_image, conversations, answer; training JSON
+    twiff        video, question, answer, question_images_index, ...; TwiFF-2.7M, Future-L1-50K
+    twiff-bench  the same plus question_images, reasoning_images
+    futurebench  id, question_type, video_path, qa {Question, Options, Answer}
+    rl           problem, answer, images | videos; generic RL rows
+    mcq          question, options, answer, video; generic multiple choice
 
 The chat layout (ours; special tokens in angle bars):
     <|im_start|>system SYSTEM<|im_end|> <|im_start|>user ... <|im_end|> <|im_start|>assistant
-    <reason>text 0</reason><|latent_start|><|latent|>*N<|latent_end|><reason>text
-    1</reason>...<answer>A</answer><|im_end|>
+    <reason>text 0</reason> <|latent_start|> <|latent|>*N <|latent_end|> <reason>text 1</reason> ...
+    <answer>A</answer><|im_end|>
 
 Where this differs from the paper and the official code:
  1. Frames are taken at midpoints in training, RL and evaluation alike (official: midpoints in SFT,

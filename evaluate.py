@@ -57,7 +57,7 @@ from common.judge import add_verdicts
 from common.report import as_text, paper_rows, score_rows, used, write_report
 from common.runs import newest, parse_config, read_lines, set_up_ranks, write_json
 from data import DataConfig, Samples, loader, model_inputs, to_device
-from latent_decode import generate
+from latent_decode import generate, own_latent
 from model import LATENT, best_attention, load
 from rewards import diversity_reward, format_reward, pick, repetition_score, span_lengths
 
@@ -351,12 +351,6 @@ def feed_of(vectors):
     return feed
 
 
-def in_order(vectors, length):
-    """[frames of a row] -> (B, length, D): one vector after another, the last one repeated."""
-    rows = [torch.cat(frames)[:length] for frames in vectors]
-    return torch.stack([torch.cat([v, v[-1:].expand(length - len(v), -1)]) for v in rows])
-
-
 def evaluate(config, rows=None):
     """Run the evaluation -> {group: scores}, the same on every rank. Raises SystemExit, ValueError.
 
@@ -617,7 +611,7 @@ def answer(config, model, tokenizer, batch, ablation, shown):
     rollout = generate(
         model,
         model_inputs(to_device(batch, model.device)),
-        replace=None if vectors is None else in_order(vectors, config.max_new_tokens),
+        feed=own_latent if vectors is None else feed_of(vectors),
         max_new_tokens=config.max_new_tokens,
         max_latents=config.max_latents,
         banned=[model.config.latent_start_id] if config.latents == "none" else [],

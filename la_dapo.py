@@ -2,19 +2,17 @@
 
     rollouts -> rewards -> group filter and refill -> advantages -> token-level clipped loss -> step
 
-    A_i  = (R_i - mean R) / (std R + 1e-6)                            advantage in the group of a
-         prompt
-    r_t  = exp(log pi(a_t) - log pi_old(a_t))                         a_t: a word, or stop /
-         continue in a span
+    A_i  = (R_i - mean R) / (std R + 1e-6)              advantage in the group of a prompt
+    r_t  = exp(log pi(a_t) - log pi_old(a_t))           a_t: a word, or stop / continue in a span
     L    = 1/n sum_t max(-r_t A, -clip(r_t, 1 - eps_low, 1 + eps_high) A) + beta KL(pi, pi_SFT)
-         n: tokens of the step
+                                                        n: chosen tokens of the step
 
-    # one process: CPU or one GPU
-    python la_dapo.py --model runs/sft --data train.json --out runs/rl
+    python la_dapo.py --model runs/sft --data train.json --out runs/rl              # CPU or one GPU
     torchrun --nproc_per_node 8 la_dapo.py --model runs/sft --data train.json --out runs/rl --zero
-    ablations, one flag each: --no-filter (no group filter; all else stays)  --lambda_c 0
-                                                  --lambda_d 0  --adjoint_terms -1
-                              --latent_sigma 0.1  --kl 0
+
+Ablations, one flag each: --lambda_c 0, --lambda_d 0, --kl 0, --adjoint_terms -1,
+--latent_sigma 0.1, and --no-filter: all groups are kept. That is not GRPO: the token mean, the
+clip with its higher upper bound and the dual clip stay.
 
 Which path carries which gradient. The log-probability of an answer depends on the weights twice: at
 each chosen token, and through the latents, which are a function of the weights themselves and are
@@ -26,10 +24,14 @@ read by everything after them.
                        response, not over the prompt, and no memory beyond the graph that is kept
                        until the last of them.
   latent_sigma > 0     latents are sampled, z = h + sigma noise, and their log-density carries a
-                       score-function gradient. Costs nothing; the noise it brings is the price.
-With one update a step (the default) the ratio is 1, in bf16 up to rounding, and the clip has
-nothing to do. `minibatches` and `inner_epochs` change that; "exact" is then so for the first
-update, after it the recorded latents are no longer the policy's.
+                       gradient. It is the mean over D, i.e. 1/D of the score function: quiet and
+                       biased (model.log_density).
+"Exact" is so for rewards of words. R_ctr and R_div are functions of the latents themselves; their
+own path, dR/dz, is dropped here as in the paper: eight equal rollouts give no update.
+
+With one update a step (the default) the policy has not moved: the ratio is 1 and the clip has
+nothing to do. `minibatches` and `inner_epochs` change that. "Exact" then holds for the first
+update; after it the recorded latents are no longer the policy's.
 
 Memory: no gradient checkpointing (it would drop the prompt's cache). One group's graph, the fp32
 weights, gradients and optimizer have to fit on a GPU: by estimate Qwen3-VL-2B's do, an 8B's with
@@ -49,6 +51,10 @@ Where this differs from the official code:
  7. Ranks add up gradients once an update, by hand: they may hold different numbers of groups, and
     wait for each other only after each try and at each update.
  8. What is sampled depends on the seed and the place in the data, not on the number of ranks.
+ 9. With one update a step, pi_old is this forward itself, as in official; the decoder's recorded
+    log-probabilities stay a check: their RMS difference is logged as `replay_rms`.
+10. In the filter's mean a repetitive rollout counts 0 (official: -1). Weight decay is 0 (official
+    0.01). The vision tower is frozen (official trains it). k3 is not clamped (official: +-10).
 
 Axis letters: B prompts, G rollouts of a prompt, R rows (rollouts of all prompts), P prompt tokens,
 T new tokens, S chosen tokens, N latents of all rows, D hidden, V vocabulary.
@@ -271,7 +277,7 @@ def schedule(step, steps, config):
     return config.lr * (1 + (config.final_lr - 1) * min(1.0, share))
 
 
-# ------------------------------------------------------------------------------------------ rollouts
+# ----------------------------------------------------------------------------------------- rollouts
 
 
 @dataclasses.dataclass
@@ -418,12 +424,12 @@ def collect(model, tokenizer, batches, at, config, judge, machine, tally):
     return kept, every, skipped, at
 
 
-# -------------------------------------------------------------------------------------------- update
+# ------------------------------------------------------------------------------------------- update
 
 
 @dataclasses.dataclass
 class Batch:
-    """What one forward of the update takes: a few groups; R rows, equal rollouts of a group merged."""
+    """What one forward of the update takes: R rows of a few groups, equal rollouts merged."""
 
     prompts: dict  # with their pixels, in the host's memory until it is their turn
     rollout: Rollout
@@ -555,7 +561,7 @@ def update(model, ref_model, optimizer, groups, lr, config, machine):
     )
 
 
-# ---------------------------------------------------------------------------------------------- loop
+# --------------------------------------------------------------------------------------------- loop
 
 
 def load_models(config, checkpoint, machine):
@@ -691,9 +697,10 @@ def describe(config, rows, trained, steps, machine):
     same = ": the ratio is 1" if config.updates_a_step == 1 else ""
     return (
         f"LA-DAPO: {len(rows)} prompts, {steps} steps of {config.groups} groups x "
-        f"{config.group_size} rollouts, {config.prompts_a_try} prompts a try, {machine.world} ranks, "
-        f"{machine.device.type}, seed {config.seed}, {sum(p.numel() for p in trained):,} parameters "
-        f"trained, {config.updates_a_step} update(s) a step{same}"
+        f"{config.group_size} rollouts, {config.prompts_a_try} prompts a try, "
+        f"{machine.world} ranks, {machine.device.type}, seed {config.seed}, "
+        f"{sum(p.numel() for p in trained):,} parameters trained, "
+        f"{config.updates_a_step} update(s) a step{same}"
     )
 
 

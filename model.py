@@ -4,32 +4,22 @@
 the model does not choose a word. Its last hidden state (after the final norm) is fed back as the
 next input embedding.
 
-    z_1 = h_p                  p = position of <|latent_start|>; z_1 is the input at p + 1      sec.
-                               3.1
-    z_{k+1} = h_{p+k}          so the state at t - 1 *predicts* the latent at t
-    L_SFT    = L_CE + lam * L_latent                                                            Eq.
-             (1)
-    L_CE     = - sum_{t in T} log p(w_t | w_<t, V, q)      text, answer, control tokens         Eq.
-             (2)
-    L_latent = 1/|S| sum_{t in S} || h_{t-1} - e*_t ||^2   e* = vision embedding of the frame   Eq.
-                                                  (3)
+    z_1 = h_p                  p = position of <|latent_start|>; z_1 is the input at p + 1
+    z_{k+1} = h_{p+k}          so the state at t - 1 *predicts* the latent at t        sec. 3.1
+    e* = vision tower and merger of a future frame, what a latent is trained to be    sec. 3.2
 
-    # or a Future-L1 folder, or a toy folder
-    model, tokenizer = load("Qwen/Qwen3-VL-2B-Instruct")
+    model, tokenizer = load("Qwen/Qwen3-VL-2B-Instruct")  # or a Future-L1 folder, or a toy folder
     out = model(input_ids, attention_mask, pixel_values, image_grid_thw, latents=latents)
 
+The loss, Eq. (1)-(3), is in sft.py.
+
 Where this differs from the paper:
- 1. Eq. (2) is printed as a sum; the loss is its mean over the tokens of T, as in every trainer.
- 2. Eq. (3) is printed as a sum over the D dimensions; here it is the mean over them, as in the
-    official code: with the sum, lam = 0.1 would weigh the latents about 4,096 times more than the
-    words.
- 3. Optional and off by default: a linear latent head, an Eq. (3) divided by the targets' variance
-    or replaced by a cosine distance, a stop/continue term. A tiny model needs the first two, whose
-    states and visual embeddings live on different scales; the paper's model does not.
+ 1. Optional and off by default: a linear latent head. A tiny model needs it, whose states and
+    visual embeddings live on different scales; the paper's model does not.
 Where this differs from the official code:
- 4. A subclass, not a patched copy: weights of either project load in the other and in stock
+ 2. A subclass, not a patched copy: weights of either project load in the other and in stock
     Qwen3-VL.
- 5. The number of latents is checked against the number of `<|latent|>` tokens before anything runs.
+ 3. The number of latents is checked against the number of `<|latent|>` tokens before anything runs.
 
 Axis letters: B rows, T tokens, N latents (all rows together), D hidden, V vocabulary.
 """

@@ -1,16 +1,12 @@
-"""The rewards of LA-DAPO (paper sec. 3.3): pure functions of responses and latents, and a judge
-for open answers.
+"""The rewards of LA-DAPO (paper sec. 3.3): pure functions of responses and latents.
 
-    R     = 0.9 R_acc + 0.1 R_fmt + lambda_c R_ctr + lambda_d R_div                             Eq.
-          (7)
-    s_ij  = 1/T sum_{t<=T} (1 + <z_i,t , z_j,t>) / 2      unit-norm latents, T = min(T_i, T_j)   Eq.
-          (4)
-    R_ctr = exp(s_i+/tau) / ( exp(s_i+/tau) + sum_{j in N_i} exp(s_ij/tau) )                    Eq.
-                                                  (5)
-    R_div = - 1/(M-1) sum_m cos^2(b_m, b_{m+1})           b_m = mean latent of span m            Eq.
-                                                  (6)
+    R     = 0.9 R_acc + 0.1 R_fmt + lambda_c R_ctr + lambda_d R_div                     Eq. (7)
+    s_ij  = 1/T sum_{t<=T} (1 + <z_i,t , z_j,t>) / 2                                    Eq. (4)
+            unit-norm latents, T = min(T_i, T_j)
+    R_ctr = exp(s_i+/tau) / ( exp(s_i+/tau) + sum_{j in N_i} exp(s_ij/tau) )            Eq. (5)
+    R_div = - 1/(M-1) sum_m cos^2(b_m, b_{m+1})      b_m = mean latent of span m        Eq. (6)
 
-Nothing here knows a model or a file. The judge is the one part that talks to the outside.
+Nothing here knows a model or a file. The judge of open answers lives in common/judge.py.
 
 Where this differs from the paper:
  1. A span needs at least one latent to count for R_fmt: an empty one imagines nothing, and closing

@@ -1,7 +1,9 @@
 """Supervised fine-tuning: words by cross-entropy, latents by alignment with real future frames
 (paper sec. 3.2).
 
-    L_SFT = L_CE + lam * L_latent                          Eq. (1); the three terms are `sft_loss`
+    L_SFT    = L_CE + lam * L_latent                                                    Eq. (1)
+    L_CE     = - sum_{t in T} log p(w_t | w_<t, V, q)    text, answer, control tokens   Eq. (2)
+    L_latent = 1/|S| sum_{t in S} || h_{t-1} - e*_t ||^2                                Eq. (3)
 
     python sft.py --model DIR --data train.json                        # one process: CPU or one GPU
     torchrun --nproc_per_node 8 sft.py --model Qwen/Qwen3-VL-8B-Instruct --data train.json --zero
@@ -13,18 +15,20 @@ are kept in fp32; on CUDA the arithmetic runs in bf16 autocast. Writes OUT/log.j
 and OUT/step_N (a Hugging Face folder plus trainer.pt).
 
 Where this differs from the paper:
- 1. Optional, off by default: `latent_loss`, `latent_head`, `stop_term` (see model.py);
+ 1. Eq. (2) is a mean over the tokens of the step, Eq. (3) a mean over the D dimensions, as in the
+    official code: with the printed sum, lam = 0.1 would weigh the latents 4,096 times more.
+ 2. Optional, off by default: `latent_loss`, `latent_head`, `stop_term`;
     `self_forcing`, which from a point of the training on feeds a row its own predicted latents
     instead of the true ones, as decoding will; `pause_tokens`, a control in which a span has its
     length but no visual content and no target.
- 2. Weights and optimizer are kept in fp32, the arithmetic is bf16 (Table 8 says bf16): at lr 1e-5
+ 3. Weights and optimizer are kept in fp32, the arithmetic is bf16 (Table 8 says bf16): at lr 1e-5
     most updates of a bf16 weight would round to nothing.
 Where this differs from the official code:
- 3. lam = 0.1 and L_max = 4 as in the paper; the shipped script says 0.2 and 32, left over from
+ 4. lam = 0.1 and L_max = 4 as in the paper; the shipped script says 0.2 and 32, left over from
     another project.
- 4. Every token of the optimizer step weighs the same: counts are summed over ranks and
+ 5. Every token of the optimizer step weighs the same: counts are summed over ranks and
     micro-batches before the first backward. A mean of means would favour short samples.
- 5. A sample that cannot be read is named in log.jsonl; its rank takes the step without it.
+ 6. A sample that cannot be read is named in log.jsonl; its rank takes the step without it.
 
 Axis letters: B rows, L tokens, N latents, D hidden.
 """

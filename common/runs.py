@@ -296,11 +296,11 @@ def write_json(path, content):
     os.replace(path + ".part", path)
 
 
-# ------------------------------------------------------------------------------------------- machine
+# ------------------------------------------------------------------------------------------ machine
 
 
 class Machine:
-    """Where this process runs: its rank among the ranks, its device, its arithmetic. Source: ours."""
+    """Where this process runs: its rank, its device, its arithmetic. Source: ours."""
 
     def __init__(self, bf16=True):
         self.rank, self.world, self.device = set_up_ranks()
@@ -324,7 +324,7 @@ class Machine:
         return sum(lists, [])
 
     def load(self, folder, train=False, **kwargs):
-        """A folder -> (model, tokenizer): fp32 weights to train, else bf16 on CUDA, and eval mode."""
+        """A folder -> (model, tokenizer): fp32 weights to train; else bf16 on CUDA, eval mode."""
         dtype = torch.bfloat16 if self.bf16 and not train else torch.float32
         attention = best_attention() if self.bf16 else "sdpa"
         model, tokenizer = load(folder, dtype=dtype, attn_implementation=attention, **kwargs)
