@@ -509,6 +509,39 @@ def test_formats(name, layout, tmp_path):
     )  # media are beside the file
 
 
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_wrapped_answer_is_unwrapped(name):
+    """Breaks if a gold answer in <answer> tags is compared, or taught, with its tags."""
+    record = json.loads(json.dumps(RECORDS[name][0]))
+    for holder, key in ((record, "answer"), (record.get("qa", {}), "Answer")):
+        if key in holder and "<ans>" in str(holder[key]):
+            holder[key] = holder[key].replace(" a cup ", "<answer> a cup </answer>")
+        elif key in holder:
+            holder[key] = f" <answer> {holder[key]}\n</answer> "
+    assert formats.read_record(record, "f:0", "/m") == Row("f:0", *RECORDS[name][1])
+
+
+def test_conversations_by_column():
+    """Breaks if {from: [...], value: [...]} is refused, read in another order, or cut to the shorter."""
+    record = RECORDS["future-l1"][0]
+    columns = {key: [HUMAN[key], GPT[key]] for key in ("from", "value")}
+    row = formats.read_record(record | dict(conversations=columns), "f:0", "/m")
+    assert row == Row("f:0", *RECORDS["future-l1"][1])
+    for broken in ({"from": ["human"]}, columns | {"from": ["human"]}, columns | {"value": "x"}):
+        with pytest.raises(RecordError, match="^f:0: .*(from|value)"):
+            formats.read_record(record | dict(conversations=broken), "f:0")
+
+
+def test_class_of_twiff_bench():
+    """Breaks if the released class is not what scores are split by, or the older names no longer count."""
+    record, meta = RECORDS["twiff-bench"][0], dict(type="t", category="k", classification="x")
+    meta["class"] = "c"
+    for key in ("classification", "class", "category", "type"):
+        for form in (meta, json.dumps(meta)):
+            assert formats.read_record(record | dict(meta_data=form), "f:0").group == meta[key]
+        del meta[key]
+
+
 @pytest.mark.parametrize(
     "question, missing",
     [
