@@ -82,17 +82,19 @@ class ClipError(ValueError):
 
 
 def key_frame_positions(num_frames):
-    """Frame numbers (0-based) of a clip's pool of 8 key frames. Source: TwiFF; V=600 -> 1 51 150 249 349 448 547 598.
+    """Frame numbers (0-based) of a clip's pool of 8 key frames. Source: TwiFF.
 
-    The second and the last but one frame, and the midpoints of six equal intervals between frames 2 and V-2. A clip of
-    fewer than 8 frames gives each frame once and repeats the last. Raises ValueError if there is no frame.
+    The second and the last but one frame, and the midpoints of six equal intervals between frames
+    2 and V-2. V=600 -> 1 51 150 249 349 448 547 598. A clip of fewer than nine frames has fewer
+    intervals and repeats the last frame, as official. Raises ValueError if there is no frame.
     """
     if num_frames < 1:
         raise ValueError(f"a clip needs at least one frame, found {num_frames}")
-    if num_frames < 8:
-        return [min(i, num_frames - 1) for i in range(8)]
-    edges = np.linspace(2, num_frames - 2, 7).astype(int)
-    return [1, *((edges[:-1] + edges[1:] - 1) // 2).tolist(), num_frames - 2]
+    first = 1 if num_frames > 2 else 0
+    last = num_frames - 2 if num_frames - 2 > first else num_frames - 1
+    edges = np.linspace(first + 1, last, min(6, last - first) + 1).astype(int)
+    middle = ((edges[:-1] + edges[1:] - 1) // 2).tolist()
+    return [first, *middle, *[last] * (7 - len(middle))]
 
 
 def uniform_positions(num_frames, n):
