@@ -250,7 +250,7 @@ def replacement(kind, model, rows, config, generator):
             raise ValueError(
                 f"{row.where}: --latents {kind} needs the true future frames, this row has none"
             )
-        patches, grids = zip(*load_frames(frames, config.budgets[1], config.cache_frames))
+        patches, grids = zip(*load_frames(frames, config.budgets[1]))
         futures.append(
             model.encode_frames(
                 normalise(torch.cat(patches)).to(device), torch.stack(grids).to(device)

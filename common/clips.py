@@ -200,7 +200,9 @@ def read_image(source):
         raise ClipError(f"{name}: cannot be read as an image ({e})") from e
 
 
-_cache = {}  # (path, key frame, budget) -> (patches uint8, grid); filled up to DataConfig.cache_frames, then closed
+CACHE_BYTES = 256 * 2**20  # cut frames kept in memory by each process  # ours
+_cache = {}  # (Frame, budget) -> (patches uint8, grid)
+_cache_bytes = 0  # held by _cache; CACHE_BYTES once it is closed
 
 
 def _cut(frames, budget, name):
@@ -210,26 +212,39 @@ def _cut(frames, budget, name):
         raise ClipError(f"{name if isinstance(name, str) else 'image'}: {e}") from e
 
 
-def load_frames(frames, budget, room=0):
-    """list of Frame -> list of (patches uint8, grid), each clip opened once. Raises ClipError."""
-    got = {}
+def load_frames(frames, budget):
+    """list of Frame -> list of (patches uint8 (P, 1536), grid (3,)), each clip opened once.
+
+    They are kept in memory until CACHE_BYTES are full; from then on nothing is added. Until then
+    all eight key frames of a clip are cut at once. Raises ClipError. Source: ours.
+    """
+    got = {frame: _cache[frame, budget] for frame in frames if (frame, budget) in _cache}
     for frame in frames:
-        if (frame, budget) in _cache:
-            got[frame] = _cache[frame, budget]
-        elif not frame.index:
+        if frame not in got and not frame.index:
             got[frame] = _cut(read_image(frame.source), budget, frame.source)
-    for path in {f.source for f in frames if f not in got}:
-        numbers = (
-            range(1, 9)
-            if room
-            else sorted({f.index for f in frames if f not in got and f.source == path})
-        )
+    missing = [frame for frame in frames if frame not in got]
+    for path in dict.fromkeys(frame.source for frame in missing):
+        numbers = sorted({frame.index for frame in missing if frame.source == path})
+        numbers = range(1, 9) if _cache_bytes < CACHE_BYTES else numbers
         pictures, _, _ = read_clip(path, lambda n: [key_frame_positions(n)[i - 1] for i in numbers])
         for i, picture in zip(numbers, pictures):
             got[Frame(path, i)] = _cut(picture[None], budget, path)
-    if len(_cache) < room:
-        _cache.update({(frame, budget): value for frame, value in got.items()})
+    for frame, cut in got.items():
+        _keep(frame, budget, cut)
     return [got[frame] for frame in frames]
+
+
+def _keep(frame, budget, cut):
+    """Add a cut frame to the cache; the first that does not fit closes it."""
+    global _cache_bytes
+    if (frame, budget) in _cache or _cache_bytes >= CACHE_BYTES:
+        return
+    size = cut[0].nbytes + (len(frame.source) if isinstance(frame.source, bytes) else 0)
+    if _cache_bytes + size > CACHE_BYTES:
+        _cache_bytes = CACHE_BYTES
+        return
+    _cache[frame, budget] = cut
+    _cache_bytes += size
 
 
 def pixels_of(frames):

@@ -69,8 +69,7 @@ HARMLESS = {
     "out",
     "workers",
     "save_every",
-    "wandb",
-    "cache_frames",  # may change between run and resume
+    "wandb",  # may change between run and resume
     "sample_every",
     "judge_url",
 }  # these two: of la_dapo.py

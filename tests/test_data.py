@@ -17,7 +17,7 @@ from PIL import Image
 import data
 import sft
 from common import clips, formats, runs
-from common.clips import ClipError, fit, resize_and_cut, resize_and_patchify
+from common.clips import ClipError, fit, read_clip, resize_and_cut, resize_and_patchify
 from common.formats import Clip, Frame, RecordError, Row, Skipped
 from data import Samples
 from toy import tiny
@@ -374,25 +374,67 @@ def test_read_image(mode, tmp_path, monkeypatch):
             clips.read_image(str(path))
 
 
-def test_load_frames(film, tmp_path, monkeypatch):
-    """Frames in another order than asked for; a cache that mixes frames, clips or budgets, or that reads again."""
+@pytest.fixture
+def empty_cache(monkeypatch):
     monkeypatch.setattr(clips, "_cache", {})
+    monkeypatch.setattr(clips, "_cache_bytes", 0)
+
+
+@pytest.mark.parametrize("room", [0, 10**9])
+def test_load_frames(room, film, tmp_path, monkeypatch, empty_cache):
+    """Frames in another order than asked for; a cache that mixes frames or budgets, or reads again."""
+    monkeypatch.setattr(clips, "CACHE_BYTES", room)
     a, b, still = film("a.mp4"), film("b.mp4", range(15, 35)), tmp_path / "c.png"
     Image.fromarray(flat([39])[0]).save(still)
     asked = [Frame(b, 8), Frame(a, 1), Frame(str(still)), Frame(b, 2), Frame(b, 8)]
-    budgets = (CELL, CELL), (CELL, 10**5)
-    plain = {budget: clips.load_frames(asked, budget) for budget in budgets}
-    for budget, side in zip(budgets, (2, 4)):
-        assert [grid.tolist() for _, grid in plain[budget]] == [[1, side, side]] * 5
-        # of 20 frames key frame 8 is number 18, key frame 2 is (2 + 4 - 1) // 2 = 2; b's numbers start at 15
-        assert shown(patches.float() for patches, _ in plain[budget]) == [33, 1, 39, 17, 33]
-    assert not clips._cache
     for _ in range(2):
-        for budget in budgets:
-            for x, y in zip(clips.load_frames(asked, budget, room=100), plain[budget], strict=True):
-                assert torch.equal(x[0], y[0]) and torch.equal(x[1], y[1])
-        for path in (a, b, still):  # the second time nothing is read
-            open(path, "w").close()
+        for budget, side in (((CELL, CELL), 2), ((CELL, 10**5), 4)):
+            loaded = clips.load_frames(asked, budget)
+            assert [grid.tolist() for _, grid in loaded] == [[1, side, side]] * 5
+            # of 20 frames key frame 8 is number 18, key frame 2 is (2 + 4 - 1) // 2 = 2; b starts at 15
+            assert shown(patches.float() for patches, _ in loaded) == [33, 1, 39, 17, 33]
+        if room:  # the second time nothing is read, whichever key frames are asked for
+            for path in (a, b, still):
+                open(path, "w").close()
+            assert shown(p.float() for p, _ in clips.load_frames([Frame(a, 8)], budget)) == [38]
+    assert len(clips._cache) == (34 if room else 0)  # 2 clips x 8 and a still, two budgets
+
+
+@pytest.mark.parametrize("frames, cached", [(0, 0), (3, 3), (8, 8), (11, 11), (99, 16)])
+def test_cache_is_bounded(frames, cached, film, monkeypatch, empty_cache):
+    """Breaks if the cache outgrows CACHE_BYTES, stays empty, or loses frames once it is full."""
+    size = 4 * 1536  # bytes of one cut frame: four patches
+    monkeypatch.setattr(clips, "CACHE_BYTES", frames * size)
+    paths, asked = [film("a.mp4"), film("b.mp4", range(15, 35))], []
+    monkeypatch.setattr(
+        clips, "read_clip", lambda path, choose: (asked.append(path), read_clip(path, choose))[1]
+    )
+    for path in paths * 2:
+        (patches, _), *_ = clips.load_frames([Frame(path, 1)], (CELL, CELL))
+        assert patches.nbytes == size and shown([patches.float()]) == [
+            1 if "a" in path[-5:] else 16
+        ]
+    assert len(clips._cache) == cached and clips._cache_bytes <= frames * size
+    whole = [path for path in paths if (Frame(path, 1), (CELL, CELL)) in clips._cache]
+    assert asked == paths + [path for path in paths if path not in whole]
+
+
+def test_eight_key_frames_while_the_cache_is_open(film, monkeypatch, empty_cache):
+    """Breaks if each key frame of a clip opens it again, or a full cache still cuts all eight."""
+    numbers = []
+
+    def read(path, choose):
+        pictures = read_clip(path, choose)
+        numbers.append(pictures[1])
+        return pictures
+
+    monkeypatch.setattr(clips, "read_clip", read)
+    path = film()
+    for room, wanted in ((10**9, [1, 4, 10, 16, 22, 28, 34, 38]), (0, [4])):
+        monkeypatch.setattr(clips, "_cache", {})
+        monkeypatch.setattr(clips, "CACHE_BYTES", room)
+        clips.load_frames([Frame(path, 2)], (CELL, CELL))
+        assert numbers.pop() == wanted and not numbers
 
 
 # records
