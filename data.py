@@ -77,6 +77,7 @@ class DataConfig:
     )
     workers: int = 2  # background processes that decode ahead, each rank; 0 = none  # ours
     system: str = SYSTEM  # the system message  # ours
+    max_bad: float = 0.05  # share of unusable records above which a run ends at its start  # ours
 
     def __post_init__(self):
         at_least_1 = (

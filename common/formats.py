@@ -1,5 +1,6 @@
 """Record formats: JSON, JSON lines, parquet -> Row."""
 
+import collections
 import dataclasses
 import json
 import math
@@ -51,20 +52,47 @@ class Skipped(NamedTuple):
     why: str
 
 
-def read_rows(path, media_root=None):
+def read_rows(path, media_root=None, bad=None):
     """A .json, .jsonl or .parquet file -> list of Row. Source: the published formats.
 
-    media_root: where relative clip paths start; default: the folder of the file. Raises RecordError
-    naming the file, the index and the missing key, FileNotFoundError if there is no file.
+    media_root: where relative clip paths start; default: the folder of the file. bad: a list that
+    gets a Skipped for each record that cannot be used; None: the first one raises RecordError,
+    which names the file, the index and what is missing. Raises RecordError too if the file is no
+    list of records or empty, FileNotFoundError if there is none.
     """
     media_root = os.path.dirname(os.path.abspath(path)) if media_root is None else media_root
-    rows = [
-        read_record(record, f"{path}:{i}", media_root)
-        for i, record in enumerate(read_records(path))
-    ]
-    if not rows:
+    records, rows = read_records(path), []
+    if not records:
         raise RecordError(f"{path}: no records")
+    for i, record in enumerate(records):
+        where = f"{path}:{i}"
+        try:
+            rows.append(read_record(record, where, media_root))
+        except RecordError as e:
+            if bad is None:
+                raise
+            bad.append(Skipped(where, str(e).removeprefix(f"{where}: ")))
     return rows
+
+
+def report_bad(bad, total, max_bad):
+    """Print how many of `total` records were left out, by reason, and name each. Source: ours.
+
+    bad: list of Skipped. Raises SystemExit if all are bad, or more than the share max_bad (0..1).
+    """
+    if not bad:
+        return
+    reasons = collections.Counter(why for _, why in bad)
+    print(f"{len(bad)} of {total} records cannot be used and are left out:")
+    for why, count in reasons.most_common():
+        print(f"{count:6} {why}")
+    for where, why in bad:
+        print(f"{where}: {why}")
+    if len(bad) == total or len(bad) > max_bad * total:
+        raise SystemExit(
+            f"{len(bad)} of {total} records cannot be used, more than max_bad = {max_bad} allows; "
+            f"the first: {bad[0].where}: {bad[0].why}"
+        )
 
 
 def read_records(path):

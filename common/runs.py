@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from transformers.utils.logging import disable_progress_bar
 
-from common.formats import read_rows
+from common.formats import read_rows, report_bad
 
 
 def parse_config(cls, argv=None):
@@ -68,6 +68,7 @@ HARMLESS = {
     "resume",
     "out",
     "workers",
+    "max_bad",
     "save_every",
     "wandb",  # may change between run and resume
     "sample_every",
@@ -155,12 +156,19 @@ def restore(optimizer, checkpoint, trainer, rank):
 
 
 def rows_of(config):
-    """The rows of config.data. Raises SystemExit if none is named, RecordError on a broken one. Source: ours."""
+    """The rows of config.data. Source: ours.
+
+    Records that cannot be used are reported and left out. Raises SystemExit if no file is named or
+    too many records are bad, RecordError if the file holds no records.
+    """
     if not config.data:
         raise SystemExit(
             "--data is missing: a .json, .jsonl or .parquet file of training records (see data.py)"
         )
-    return read_rows(config.data, config.media_root or None)
+    bad = []
+    rows = read_rows(config.data, config.media_root or None, bad)
+    report_bad(bad, len(rows) + len(bad), config.max_bad)
+    return rows
 
 
 def resume_point(config, rows, world):

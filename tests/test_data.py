@@ -712,6 +712,41 @@ def test_malformed_files(name, content, message, tmp_path):
         formats.read_rows(str(tmp_path / name))
 
 
+def test_bad_records_are_counted_and_named(tmp_path, capsys):
+    """Breaks if a bad record ends the run, is left out unseen, or too many of them are let pass."""
+    good, path = RECORDS["mcq"][0], tmp_path / "f.json"
+    content = [good, good | dict(answer=""), 3, good, good | dict(answer=" ")]
+    path.write_text(json.dumps(content))
+    bad = []
+    rows = formats.read_rows(str(path), bad=bad)
+    assert [row.where for row in rows] == [f"{path}:0", f"{path}:3"]
+    empty = "the answer is empty"
+    other = "expected an object, found int"
+    assert bad == [(f"{path}:1", empty), (f"{path}:2", other), (f"{path}:4", empty)]
+    with pytest.raises(RecordError, match="f.json:1: the answer is empty"):
+        formats.read_rows(str(path))
+
+    formats.report_bad([], 5, 0.0)
+    assert capsys.readouterr().out == ""
+    formats.report_bad(bad, 5, 0.6)
+    printed = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert printed[0].startswith("3 of 5 records")
+    assert printed[1:] == [f"2 {empty}", f"1 {other}", *(f"{where}: {why}" for where, why in bad)]
+    for total, share in ((5, 0.59), (3, 1.0)):
+        with pytest.raises(SystemExit, match=f"3 of {total} records"):
+            formats.report_bad(bad, total, share)
+
+
+def test_a_run_ends_on_too_many_bad_records(tmp_path):
+    """Breaks if SFT loads a model, or trains, on a file of which more than max_bad is unusable."""
+    path = tmp_path / "f.json"
+    path.write_text(json.dumps([RECORDS["mcq"][0], RECORDS["mcq"][0] | dict(answer="")]))
+    config = sft.Config(model="no such model", data=str(path), out=str(tmp_path / "out"))
+    with pytest.raises(SystemExit, match="1 of 2 records"):
+        sft.train(config)
+    assert len(runs.rows_of(dataclasses.replace(config, max_bad=0.5))) == 1
+
+
 # samples and batches
 
 
