@@ -122,7 +122,6 @@ HARMLESS = {
     "min_gain",
     "judge_url",
     "workers",
-    "cache_frames",
     "cuda_graph",
 }  # may differ between two runs on one probe file
 

@@ -82,8 +82,7 @@ class DataConfig:
     max_length: int = 16384
     workers: int = 2  # background processes that decode ahead, each rank; 0 = none  # ours
     system: str = SYSTEM  # the system message  # ours
-    # resized frames kept in memory by each process; for small worlds seen often  # ours
-    cache_frames: int = 0
+    max_bad: float = 0.05  # share of unusable records above which a run ends at its start  # ours
 
     def __post_init__(self):
         at_least_1 = (
@@ -129,7 +128,7 @@ def encode(row, tokenizer, config, train=True, spans=True):
     """
     image_budget, future_budget, video_budget = config.budgets
     stills = [p for p in row.prompt if isinstance(p, Frame)]
-    stills = iter(list(zip(stills, load_frames(stills, image_budget, config.cache_frames))))
+    stills = iter(list(zip(stills, load_frames(stills, image_budget))))
     images, videos, pieces = (
         [],
         [],
@@ -163,7 +162,7 @@ def encode(row, tokenizer, config, train=True, spans=True):
     labels = [-100] * len(ids)
     if train:
         to_come = [p for p in row.response if isinstance(p, Frame)] if spans else []
-        futures = load_frames(to_come, future_budget, config.cache_frames)
+        futures = load_frames(to_come, future_budget)
         grids = iter(grid for _, grid in futures)
         latent = tokenizer.convert_tokens_to_ids(LATENT)
         for part in [*row.response, None]:

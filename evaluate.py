@@ -260,7 +260,7 @@ def donors(rows):
 
 def true_vectors(model, row, config):
     """The embeddings of a row's true futures, a frame each: [(n_m, D), ...]. Raises ClipError."""
-    pairs = load_frames(future_frames(row), config.budgets[1], config.cache_frames)
+    pairs = load_frames(future_frames(row), config.budgets[1])
     patches, grids = zip(*pairs)
     e = model.encode_frames(
         normalise(torch.cat(patches)).to(model.device), torch.stack(grids).to(model.device)

@@ -89,24 +89,22 @@ class ClipError(ValueError):
 def key_frame_positions(num_frames):
     """Frame numbers (0-based) of a clip's pool of 8 key frames. Source: TwiFF.
 
-    V=600 -> 1 51 150 249 349 448 547 598.
-
-    The second and the last but one frame, and the midpoints of six equal intervals between frames 2
-    and V-2. A clip of fewer than 8 frames gives each frame once and repeats the last. Raises
-    ValueError if there is no frame.
+    The second and the last but one frame, and the midpoints of six equal intervals between frames
+    2 and V-2. V=600 -> 1 51 150 249 349 448 547 598. A clip of fewer than nine frames has fewer
+    intervals and repeats the last frame, as official. Raises ValueError if there is no frame.
     """
     if num_frames < 1:
         raise ValueError(f"a clip needs at least one frame, found {num_frames}")
-    if num_frames < 8:
-        return [min(i, num_frames - 1) for i in range(8)]
-    edges = np.linspace(2, num_frames - 2, 7).astype(int)
-    return [1, *((edges[:-1] + edges[1:] - 1) // 2).tolist(), num_frames - 2]
+    first = 1 if num_frames > 2 else 0
+    last = num_frames - 2 if num_frames - 2 > first else num_frames - 1
+    edges = np.linspace(first + 1, last, min(6, last - first) + 1).astype(int)
+    middle = ((edges[:-1] + edges[1:] - 1) // 2).tolist()
+    return [first, *middle, *[last] * (7 - len(middle))]
 
 
 def uniform_positions(num_frames, n):
-    """n frame numbers spread over the whole clip, as Qwen3-VL's video processor takes them.
-
-    N <= num_frames.
+    """n frame numbers spread over the whole clip, as Qwen3-VL's video processor takes them; n <=
+    num_frames.
     """
     return np.linspace(0, num_frames - 1, min(n, num_frames)).round().astype(int).tolist()
 
@@ -133,9 +131,8 @@ def read_clip(path, choose):
 
 
 def read_uniform(clip, n):
-    """A Clip -> n frames spread over it, as `read_clip` returns them. Raises ClipError.
-
-    Source: ours.
+    """A Clip -> n frames spread over it, as `read_clip` returns them. Raises ClipError. Source:
+    ours.
     """
     first, last = 0, None
     if clip.start or clip.end < math.inf:
@@ -215,9 +212,9 @@ def read_image(source):
         raise ClipError(f"{name}: cannot be read as an image ({e})") from e
 
 
-# (path, key frame, budget) -> (patches uint8, grid); filled up to DataConfig.cache_frames, then
-# closed
-_cache = {}
+CACHE_BYTES = 256 * 2**20  # cut frames kept in memory by each process  # ours
+_cache = {}  # (Frame, budget) -> (patches uint8, grid)
+_cache_bytes = 0  # held by _cache; CACHE_BYTES once it is closed
 
 
 def _cut(frames, budget, name):
@@ -227,33 +224,45 @@ def _cut(frames, budget, name):
         raise ClipError(f"{name if isinstance(name, str) else 'image'}: {e}") from e
 
 
-def load_frames(frames, budget, room=0):
-    """list of Frame -> list of (patches uint8, grid), each clip opened once. Raises ClipError."""
-    got = {}
+def load_frames(frames, budget):
+    """list of Frame -> list of (patches uint8 (P, 1536), grid (3,)), each clip opened once.
+
+    They are kept in memory until CACHE_BYTES are full; from then on nothing is added. Until then
+    all eight key frames of a clip are cut at once. Raises ClipError. Source: ours.
+    """
+    got = {frame: _cache[frame, budget] for frame in frames if (frame, budget) in _cache}
     for frame in frames:
-        if (frame, budget) in _cache:
-            got[frame] = _cache[frame, budget]
-        elif not frame.index:
+        if frame not in got and not frame.index:
             got[frame] = _cut(read_image(frame.source), budget, frame.source)
-    for path in {f.source for f in frames if f not in got}:
-        numbers = (
-            range(1, 9)
-            if room
-            else sorted({f.index for f in frames if f not in got and f.source == path})
-        )
+    missing = [frame for frame in frames if frame not in got]
+    for path in dict.fromkeys(frame.source for frame in missing):
+        numbers = sorted({frame.index for frame in missing if frame.source == path})
+        numbers = range(1, 9) if _cache_bytes < CACHE_BYTES else numbers
         pictures, _, _ = read_clip(
             path, lambda n, of=numbers: [key_frame_positions(n)[i - 1] for i in of]
         )
         for i, picture in zip(numbers, pictures):
             got[Frame(path, i)] = _cut(picture[None], budget, path)
-    if len(_cache) < room:
-        _cache.update({(frame, budget): value for frame, value in got.items()})
+    for frame, cut in got.items():
+        _keep(frame, budget, cut)
     return [got[frame] for frame in frames]
+
+
+def _keep(frame, budget, cut):
+    """Add a cut frame to the cache; the first that does not fit closes it."""
+    global _cache_bytes
+    if (frame, budget) in _cache or _cache_bytes >= CACHE_BYTES:
+        return
+    size = cut[0].nbytes + (len(frame.source) if isinstance(frame.source, bytes) else 0)
+    if _cache_bytes + size > CACHE_BYTES:
+        _cache_bytes = CACHE_BYTES
+        return
+    _cache[frame, budget] = cut
+    _cache_bytes += size
 
 
 def pixels_of(frames):
     """Frames -> {Frame: uint8 (H, W, 3)}: the pictures, then all eight key frames of each clip.
-
     Raises ClipError. Ours.
     """
     found = {f: read_image(f.source)[0] for f in frames if not f.index}
@@ -265,7 +274,6 @@ def pixels_of(frames):
 
 def film(row):
     """The frames around a row -> [(label, role, uint8 (H, W, 3))]; role: seen | future | other.
-
     Source: ours.
 
     A row of key frames: all eight of its clip. A row of whole pictures: these. A clip that enters
@@ -286,10 +294,7 @@ def film(row):
 
 
 def jpeg(pixels, side):
-    """uint8 (H, W, 3) -> bytes of a JPEG whose longer side is at most `side` pixels.
-
-    Source: ours.
-    """
+    """uint8 (H, W, 3) -> bytes of a JPEG, its longer side at most `side` pixels. Source: ours."""
     from PIL import Image
 
     image, out = Image.fromarray(pixels), io.BytesIO()

@@ -1,5 +1,6 @@
 """Record formats: JSON, JSON lines, parquet -> Row."""
 
+import collections
 import dataclasses
 import json
 import math
@@ -13,8 +14,9 @@ class RecordError(ValueError):
 
 
 class Frame(NamedTuple):
-    """One image of a prompt or a future: key frame `index` (1..8) of a clip, or a whole image
-    file (index 0).
+    """One image of a prompt or a future.
+
+    Key frame `index` (1..8) of a clip, or a whole image file (index 0).
     """
 
     source: str | bytes  # path, or the image file's bytes
@@ -22,9 +24,7 @@ class Frame(NamedTuple):
 
 
 class Clip(NamedTuple):
-    """A clip that enters as a video: uniformly sampled frames with time stamps, of all of it or
-    of a part.
-    """
+    """A clip that enters as a video: frames spread over all or part of it, with time stamps."""
 
     path: str
     start: float = 0.0  # seconds
@@ -33,15 +33,12 @@ class Clip(NamedTuple):
 
 @dataclasses.dataclass
 class Row:
-    """The one normal form of all formats.
-
-    `response` holds str (a reasoning step) and Frame (a future to imagine).
-    """
+    """The one normal form of all formats."""
 
     where: str  # "file:index", for every message
     id: str
     prompt: list  # str | Frame | Clip, in the order of the user turn
-    response: list  # str | Frame; empty where the format has no reasoning
+    response: list  # str (a reasoning step) | Frame (a future to imagine); may be empty
     answer: str
     question: str = ""
     options: list | None = None  # texts of A, B, C ...
@@ -55,28 +52,53 @@ class Skipped(NamedTuple):
     why: str
 
 
-def read_rows(path, media_root=None):
-    """A .json, .jsonl or .parquet file -> list of Row, whatever the format.
+def read_rows(path, media_root=None, bad=None):
+    """A .json, .jsonl or .parquet file -> list of Row. Source: the published formats.
 
-    Source: the published formats.
-
-    media_root: where relative clip paths start; default: the folder of the file. Raises RecordError
-    naming the file, the index and the missing key, FileNotFoundError if there is no file.
+    media_root: where relative clip paths start; default: the folder of the file. bad: a list that
+    gets a Skipped for each record that cannot be used; None: the first one raises RecordError,
+    which names the file, the index and what is missing. Raises RecordError too if the file is no
+    list of records or empty, FileNotFoundError if there is none.
     """
     media_root = os.path.dirname(os.path.abspath(path)) if media_root is None else media_root
-    rows = [
-        read_record(record, f"{path}:{i}", media_root)
-        for i, record in enumerate(read_records(path))
-    ]
-    if not rows:
+    records, rows = read_records(path), []
+    if not records:
         raise RecordError(f"{path}: no records")
+    for i, record in enumerate(records):
+        where = f"{path}:{i}"
+        try:
+            rows.append(read_record(record, where, media_root))
+        except RecordError as e:
+            if bad is None:
+                raise
+            bad.append(Skipped(where, str(e).removeprefix(f"{where}: ")))
     return rows
 
 
-def read_records(path):
-    """A .json, .jsonl or .parquet file -> its records as they stand.
+def report_bad(bad, total, max_bad):
+    """Print how many of `total` records were left out, by reason, and name each. Source: ours.
 
-    Raises RecordError, FileNotFoundError. Ours.
+    bad: list of Skipped. Raises SystemExit if all are bad, or more than the share max_bad (0..1).
+    """
+    if not bad:
+        return
+    reasons = collections.Counter(why for _, why in bad)
+    print(f"{len(bad)} of {total} records cannot be used and are left out:")
+    for why, count in reasons.most_common():
+        print(f"{count:6} {why}")
+    for where, why in bad:
+        print(f"{where}: {why}")
+    if len(bad) == total or len(bad) > max_bad * total:
+        raise SystemExit(
+            f"{len(bad)} of {total} records cannot be used, more than max_bad = {max_bad} allows; "
+            f"the first: {bad[0].where}: {bad[0].why}"
+        )
+
+
+def read_records(path):
+    """A .json, .jsonl or .parquet file -> its records as they stand. Source: ours.
+
+    Raises RecordError, FileNotFoundError.
     """
     if path.endswith(".parquet"):
         try:
@@ -107,129 +129,68 @@ def read_records(path):
     return records
 
 
+class Record:
+    """One JSON object with its place and its media folder; each lookup raises RecordError. Ours."""
+
+    def __init__(self, content, where, media_root):
+        self.content, self.where, self.media_root = content, where, media_root
+
+    def fault(self, text):
+        return RecordError(f"{self.where}: {text}")
+
+    def need(self, key, types, of=None):
+        """The value of a key, of one of the types; `of`: an object inside the record."""
+        of = self.content if of is None else of
+        if key not in of:
+            raise self.fault(f"key {key!r} is missing (found {', '.join(sorted(of))})")
+        value = of[key]
+        if not isinstance(value, types):
+            types = types if isinstance(types, tuple) else (types,)
+            names = " or ".join(t.__name__ for t in types)
+            raise self.fault(
+                f"{key!r} should be {names}, found {type(value).__name__}: {value!r:.60}"
+            )
+        return value
+
+    def media(self, name):
+        """A path of the record -> a path on this machine."""
+        if not isinstance(name, str):
+            raise self.fault(f"'videos' should hold paths, found {name!r:.60}")
+        return name if os.path.isabs(name) else os.path.join(self.media_root, name)
+
+    def indices(self, key):
+        """A list of key-frame numbers, 1..8."""
+        numbers = self.need(key, list)
+        if not all(type(i) is int and 1 <= i <= 8 for i in numbers):
+            raise self.fault(f"{key!r} should hold key-frame numbers 1..8, found {numbers}")
+        return numbers
+
+    def pictures(self, key):
+        """A list of whole pictures: paths, bytes or the hub's {bytes, path} -> Frames."""
+        return [Frame(_image_source(x, self.where, key, self.media)) for x in self.need(key, list)]
+
+
 def read_record(record, where, media_root="."):
     """One JSON object -> Row. `where` names it in errors. Raises RecordError."""
     if not isinstance(record, dict):
         raise RecordError(f"{where}: expected an object, found {type(record).__name__}")
-
-    def need(key, kind, of=record):
-        if key not in of:
-            raise RecordError(f"{where}: key {key!r} is missing (found {', '.join(sorted(of))})")
-        if not isinstance(of[key], kind):
-            names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-            raise RecordError(
-                f"{where}: {key!r} should be {names}, found {type(of[key]).__name__}: "
-                f"{of[key]!r:.60}"
-            )
-        return of[key]
-
-    def media(name):
-        if not isinstance(name, str):
-            raise RecordError(f"{where}: 'videos' should hold paths, found {name!r:.60}")
-        return name if os.path.isabs(name) else os.path.join(media_root, name)
-
-    def indices(key):
-        found = need(key, list)
-        if not all(type(i) is int and 1 <= i <= 8 for i in found):
-            raise RecordError(f"{where}: {key!r} should hold key-frame numbers 1..8, found {found}")
-        return found
-
-    row = Row(
-        where, str(record.get("id", where)), [], [], "", group=str(record.get("group", "all"))
-    )
+    read = next((reader for key, reader in READERS if key in record), None)
+    row = Row(where, str(record.get("id", where)), [], [], "")
+    row.group = str(record.get("group", "all"))
     if record.get("options") is not None:
         row.options = _options(record["options"], where)
-    if "conversations" in record:  # future-l1
-        clip = media(need("video", str))
-        seen, future = (
-            [Frame(clip, i) for i in indices(key)] if key in record else []
-            for key in ("image", "reasoning_image")
-        )
-        turns = {"human": "", "gpt": ""}
-        for turn in need("conversations", list):
-            if (
-                not isinstance(turn, dict)
-                or turn.get("from") not in turns
-                or not isinstance(turn.get("value"), str)
-            ):
-                raise RecordError(
-                    f"{where}: a turn should be {{from: human|gpt, value: text}}, found "
-                    f"{turn!r:.80}"
-                )
-            turns[turn["from"]] += turn["value"]
-        chain, said = _split_answer(turns["gpt"], "answer")
-        row.prompt = _interleave(turns["human"], "<image>", seen, where, "image")
-        row.response = _steps(_interleave(chain, "<image>", future, where, "reasoning_image"))
-        row.answer = (
-            said
-            if said is not None and "answer" not in record
-            else need("answer", (str, int, float))
-        )
-    elif "question_images_index" in record:  # twiff, twiff-bench
-        clip = media(need("video", str))
-        seen, future = (
-            [Frame(clip, i) for i in indices(key)]
-            for key in ("question_images_index", "reasoning_images_index")
-        )
-        for key, frames in (("question_images", seen), ("reasoning_images", future)):
-            if record.get(key):  # twiff-bench ships the pictures themselves
-                frames[:] = [Frame(_image_source(x, where, key, media)) for x in need(key, list)]
-        question, (chain, said) = need("question", str), _split_answer(need("answer", str), "ans")
-        if "<image>" not in question:
-            question = "<image>" * len(seen) + question
-        row.prompt = _interleave(question, "<image>", seen, where, "question_images_index")
-        if said is None:  # no chain: the answer alone
-            if "<rimage>" in chain or "<ans>" in chain:
-                raise RecordError(
-                    f"{where}: 'answer' holds a chain without a closed <ans>...</ans>"
-                )
-            row.answer = chain
-        else:
-            row.answer = said
-            row.response = _steps(
-                _interleave(chain, "<rimage>", future, where, "reasoning_images_index")
-            )
-        meta = record.get("meta_data")
-        if isinstance(meta, str) and meta.lstrip().startswith("{"):
-            try:
-                meta = json.loads(meta)
-            except json.JSONDecodeError as e:
-                raise RecordError(f"{where}: 'meta_data' is not JSON ({e})") from e
-        if isinstance(meta, dict):
-            row.group = str(
-                next((meta[k] for k in ("class", "category", "type") if k in meta), "all")
-            )
-    elif "qa" in record:  # futurebench
-        qa = need("qa", dict)
-        row.options = _options(need("Options", (dict, list), qa), where)
-        row.answer, row.group = need("Answer", str, qa), need("question_type", str)
-        name = need("video_path", str).split("video_dataset/")[-1]
-        row.prompt = [Clip(media(name)), _with_options(need("Question", str, qa), row.options)]
-    elif "problem" in record:  # rl
-        row.answer = need("answer", (str, int, float))
-        images, videos = (
-            need(key, list) if record.get(key) is not None else [] for key in ("images", "videos")
-        )
-        images = [Frame(_image_source(x, where, "images", media)) for x in images]
-        text = need("problem", str).replace("<video>", "")
-        text = "<image>" * len(images) + text if "<image>" not in text else text
-        row.prompt = [Clip(media(x)) for x in videos]
-        row.prompt += _interleave(text, "<image>", images, where, "images")
-    elif "options" in record:  # mcq
-        need("options", (list, dict))
-        row.answer = need("answer", (str, int))
-        row.prompt = [
-            Clip(media(need("video", str))),
-            _with_options(need("question", str), row.options),
-        ]
-    else:
+    if read is None:
         raise RecordError(
             f"{where}: unknown format (keys {', '.join(sorted(map(str, record)))}); expected one "
-            "of the "
-            "six in data.py: conversations | question_images_index | qa | problem | question + "
-            "options"
+            "of the six in data.py: conversations | question_images_index | qa | problem | "
+            "question + options"
         )
+    read(Record(record, where, media_root), row)
+
+    # what holds for all formats
     row.answer = str(row.answer).strip()
+    wrapped = re.fullmatch(r"<answer>(.*?)</answer>", row.answer, re.S)
+    row.answer = wrapped.group(1).strip() if wrapped else row.answer
     row.question = "".join(p for p in row.prompt if isinstance(p, str)).strip()
     for name in ("question", "answer"):
         if not getattr(row, name):
@@ -239,6 +200,121 @@ def read_record(record, where, media_root="."):
     except UnicodeEncodeError as e:
         raise RecordError(f"{where}: the text is not valid Unicode ({e})") from e
     return row
+
+
+def _future_l1(record, row):
+    content, clip = record.content, record.media(record.need("video", str))
+    seen, future = (
+        [Frame(clip, i) for i in record.indices(key)] if key in content else []
+        for key in ("image", "reasoning_image")
+    )
+    turns = {"human": "", "gpt": ""}
+    for turn in _turns(record):
+        if (
+            not isinstance(turn, dict)
+            or turn.get("from") not in turns
+            or not isinstance(turn.get("value"), str)
+        ):
+            raise record.fault(
+                f"a turn should be {{from: human|gpt, value: text}}, found {turn!r:.80}"
+            )
+        turns[turn["from"]] += turn["value"]
+    chain, answer = _split_answer(turns["gpt"], "answer")
+    row.prompt = _interleave(turns["human"], "<image>", seen, row.where, "image")
+    row.response = _steps(_interleave(chain, "<image>", future, row.where, "reasoning_image"))
+    if answer is None or "answer" in content:
+        answer = record.need("answer", (str, int, float))
+    row.answer = answer
+
+
+def _turns(record):
+    """The turns of `conversations`: [{from, value}] or, in some exports, {from: [], value: []}."""
+    turns = record.need("conversations", (list, dict))
+    if isinstance(turns, list):
+        return turns
+    senders, values = (record.need(key, list, turns) for key in ("from", "value"))
+    if len(senders) != len(values):
+        raise record.fault(f"'conversations' holds {len(senders)} 'from' but {len(values)} 'value'")
+    return [{"from": sender, "value": value} for sender, value in zip(senders, values)]
+
+
+def _twiff(record, row):
+    """TwiFF, and TwiFF-Bench, which ships the pictures themselves."""
+    clip = record.media(record.need("video", str))
+    seen, future = (
+        [Frame(clip, i) for i in record.indices(key)]
+        for key in ("question_images_index", "reasoning_images_index")
+    )
+    seen = record.pictures("question_images") if record.content.get("question_images") else seen
+    if record.content.get("reasoning_images"):
+        future = record.pictures("reasoning_images")
+    question = record.need("question", str)
+    chain, answer = _split_answer(record.need("answer", str), "ans")
+    if "<image>" not in question:
+        question = "<image>" * len(seen) + question
+    row.prompt = _interleave(question, "<image>", seen, row.where, "question_images_index")
+    if answer is None:  # no chain: the answer alone
+        if "<rimage>" in chain or "<ans>" in chain:
+            raise record.fault("'answer' holds a chain without a closed <ans>...</ans>")
+        row.answer = chain
+    else:
+        row.answer = answer
+        row.response = _steps(
+            _interleave(chain, "<rimage>", future, row.where, "reasoning_images_index")
+        )
+    row.group = _class(record, row.group)
+
+
+def _class(record, default):
+    """What scores are split by: a value of meta_data, an object or its JSON text."""
+    meta = record.content.get("meta_data")
+    if isinstance(meta, str) and meta.lstrip().startswith("{"):
+        try:
+            meta = json.loads(meta)
+        except json.JSONDecodeError as e:
+            raise record.fault(f"'meta_data' is not JSON ({e})") from e
+    if not isinstance(meta, dict):
+        return default
+    keys = ("classification", "class", "category", "type")  # the first: TwiFF-Bench as released
+    return str(next((meta[key] for key in keys if key in meta), "all"))
+
+
+def _futurebench(record, row):
+    qa = record.need("qa", dict)
+    row.options = _options(record.need("Options", (dict, list), qa), row.where)
+    row.answer, row.group = record.need("Answer", str, qa), record.need("question_type", str)
+    name = record.need("video_path", str).split("video_dataset/")[-1]
+    question = record.need("Question", str, qa)
+    row.prompt = [Clip(record.media(name)), _with_options(question, row.options)]
+
+
+def _rl(record, row):
+    row.answer = record.need("answer", (str, int, float))
+    images, videos = (
+        record.need(key, list) if record.content.get(key) is not None else []
+        for key in ("images", "videos")
+    )
+    images = record.pictures("images") if images else []
+    text = record.need("problem", str).replace("<video>", "")
+    text = "<image>" * len(images) + text if "<image>" not in text else text
+    row.prompt = [Clip(record.media(x)) for x in videos]
+    row.prompt += _interleave(text, "<image>", images, row.where, "images")
+
+
+def _mcq(record, row):
+    record.need("options", (list, dict))
+    row.answer = record.need("answer", (str, int))
+    clip = Clip(record.media(record.need("video", str)))
+    row.prompt = [clip, _with_options(record.need("question", str), row.options)]
+
+
+READERS = (  # the key that tells a format, and its reader; the first that fits
+    ("conversations", _future_l1),
+    ("question_images_index", _twiff),
+    ("qa", _futurebench),
+    ("problem", _rl),
+    ("options", _mcq),
+)
 
 
 def _interleave(text, marker, frames, where, key):
@@ -282,9 +358,7 @@ def _options(options, where):
 
 
 def _with_options(question, options):
-    """Append "A) ..." lines unless the question already has them (some FutureBench questions
-    do).
-    """
+    """Append "A) ..." lines unless the question has them (some FutureBench questions do)."""
     if all(
         re.search(rf"\b{chr(65 + i)}\s*[).:]\s*{re.escape(o)}", question)
         for i, o in enumerate(options)

@@ -24,7 +24,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from common.formats import read_rows
+from common.formats import read_rows, report_bad
 from model import best_attention, load
 
 
@@ -90,9 +90,9 @@ HARMLESS = {
     "resume",
     "out",
     "workers",
+    "max_bad",
     "save_every",
-    "wandb",
-    "cache_frames",  # may change between run and resume
+    "wandb",  # may change between run and resume
     "sample_every",
     "judge_url",
 }  # these two: of la_dapo.py
@@ -182,15 +182,19 @@ def restore(optimizer, checkpoint, trainer, rank):
 
 
 def rows_of(config):
-    """The rows of config.data. Raises SystemExit if none is named, RecordError on a broken one.
+    """The rows of config.data. Source: ours.
 
-    Source: ours.
+    Records that cannot be used are reported and left out. Raises SystemExit if no file is named or
+    too many records are bad, RecordError if the file holds no records.
     """
     if not config.data:
         raise SystemExit(
             "--data is missing: a .json, .jsonl or .parquet file of training records (see data.py)"
         )
-    return read_rows(config.data, config.media_root or None)
+    bad = []
+    rows = read_rows(config.data, config.media_root or None, bad)
+    report_bad(bad, len(rows) + len(bad), config.max_bad)
+    return rows
 
 
 def resume_point(config, rows, world):

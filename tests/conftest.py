@@ -90,3 +90,23 @@ def world(tmp_path_factory):
     return dict(
         model=str(folder / "model"), data=paths["train"], test=paths["test"], folder=str(folder)
     )
+
+
+def flat(numbers, height=64, width=64):
+    """Grey frames that tell their number (mod 40), 42 levels apart. `shown` reads it back."""
+    return np.stack([np.full((height, width, 3), 8 + 6 * (7 * k % 40), np.uint8) for k in numbers])
+
+
+def shown(pictures):
+    return [
+        round((float(np.asarray(p).mean()) - 8) / 6) * 23 % 40 for p in pictures
+    ]  # 7 * 23 = 1 (mod 40)
+
+
+@pytest.fixture
+def film(tmp_path):
+    def make(name="film.mp4", numbers=range(40), height=64, width=64, fps=12):
+        paddle.write_mp4(str(tmp_path / name), flat(numbers, height, width), fps)
+        return str(tmp_path / name)
+
+    return make

@@ -22,7 +22,7 @@ from model import load
 from toy import tiny
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SMALL = dict(tiny.TINY, global_batch=8, micro_batch=4, workers=0, cache_frames=0)
+SMALL = dict(tiny.TINY, global_batch=8, micro_batch=4, workers=0)
 
 
 def settings(world, out, **more):
@@ -355,9 +355,7 @@ def test_loss_falls_and_curves_are_drawn(world, tmp_path):
     """Breaks if the optimizer, the labels or the latents' alignment is wrong: then 24 rows cannot
     be learnt by heart.
     """
-    done = sft.train(
-        settings(world, tmp_path, steps=60, global_batch=24, micro_batch=24, cache_frames=1000)
-    )
+    done = sft.train(settings(world, tmp_path, steps=60, global_batch=24, micro_batch=24))
     log = read_log(tmp_path)
     assert log[-1]["ce"] < 0.2 * log[0]["ce"] and log[-1]["latent"] < 0.5 * log[5]["latent"]
     assert os.path.getsize(tmp_path / "loss.png") > 5000 and done.endswith("step_000060")

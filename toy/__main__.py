@@ -97,7 +97,7 @@ LONGER = 2.1  # steps of "latent-long" over those of "latent": what the time of 
 
 
 TINY_RL = dict(
-    {k: TINY[k] for k in ("image_max_tokens", "l_max", "max_length", "system", "cache_frames")},
+    {k: TINY[k] for k in ("image_max_tokens", "l_max", "max_length", "system")},
     groups=10**6,
     prompts=256,
     max_tries=1,

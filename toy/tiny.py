@@ -23,7 +23,6 @@ TINY = dict(
     l_max=1,
     max_length=256,
     system="watch the ball",
-    cache_frames=10**6,
 )
 
 

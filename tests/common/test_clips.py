@@ -1,0 +1,422 @@
+"""common/clips.py against hand numbers, plain loops and other libraries."""
+
+import io
+import re
+import sys
+
+import av
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import flat, shown
+from PIL import Image
+
+from common import clips
+from common.clips import ClipError, fit, read_clip, resize_and_cut, resize_and_patchify
+from common.formats import Frame
+
+CELL = 32 * 32
+
+
+# frame numbers and patches
+
+
+def test_positions():
+    """Another rounding or pool, or a short clip asked for frames it lacks, moves the frames that a
+    row means.
+    """
+    for count, expected in {
+        600: [1, 51, 150, 249, 349, 448, 547, 598],
+        40: [1, 4, 10, 16, 22, 28, 34, 38],
+        9: [1, 1, 2, 3, 4, 5, 6, 7],
+        8: [1, 1, 2, 3, 4, 5, 6, 6],
+        5: [1, 1, 2, 3, 3, 3, 3, 3],
+        3: [1, 1, 2, 2, 2, 2, 2, 2],
+        2: [0, 0, 1, 1, 1, 1, 1, 1],
+        1: [0] * 8,
+    }.items():
+        assert clips.key_frame_positions(count) == expected
+    for count in range(8, 300):
+        found = clips.key_frame_positions(count)
+        assert (
+            len(found) == 8 and found == sorted(found) and found[0] == 1 and found[-1] == count - 2
+        )
+    with pytest.raises(ValueError, match="found 0"):
+        clips.key_frame_positions(0)
+    for args, expected in {
+        (40, 4): [0, 13, 26, 39],
+        (40, 1): [0],
+        (3, 16): [0, 1, 2],
+        (1, 16): [0],
+    }.items():
+        assert clips.uniform_positions(*args) == expected
+
+
+def cut(video):
+    """Patches in nine plain loops: (t, block row, block column, row and column inside) x (channel,
+    frame, y, x).
+    """
+    T, H, W, _ = video.shape
+    return np.array(
+        [
+            [
+                video[min(2 * t + f, T - 1), 32 * by + 16 * iy + y, 32 * bx + 16 * ix + x, c]
+                for c in range(3)
+                for f in range(2)
+                for y in range(16)
+                for x in range(16)
+            ]
+            for t in range((T + 1) // 2)
+            for by in range(H // 32)
+            for bx in range(W // 32)
+            for iy in range(2)
+            for ix in range(2)
+        ]
+    )
+
+
+def noise(T, height, width):
+    return np.random.default_rng(T).integers(0, 256, (T, height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("T", [1, 3, 4])
+def test_patch_order_and_values(T):
+    """Any transposed axis, blocks the merger does not expect, an odd frame left alone, another
+    normalisation.
+    """
+    x = noise(T, 64, 96)
+    (patches, grid), (raw, _) = resize_and_patchify(x, CELL, 10**7), resize_and_cut(x, CELL, 10**7)
+    assert (
+        grid.tolist() == [(T + 1) // 2, 4, 6]
+        and raw.dtype == torch.uint8
+        and (raw.numpy() == cut(x)).all()
+    )
+    np.testing.assert_allclose(patches.numpy(), (cut(x) - 127.5) / 127.5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "T, height, width, cells, tokens",
+    [
+        (1, 90, 160, 4, [1, 1, 2]),
+        (1, 1080, 1920, 4, [1, 1, 2]),
+        (1, 160, 90, 4, [1, 2, 1]),
+        (1, 100, 100, 4, [1, 2, 2]),
+        (1, 64, 64, 4, [1, 2, 2]),
+        (1, 90, 160, 1, [1, 1, 1]),
+        (1, 2, 2, 4, [1, 1, 1]),
+        (1, 10, 2000, 100, [1, 1, 15]),
+        (4, 64, 64, 4, [2, 1, 1]),
+        (4, 64, 64, 16, [2, 2, 2]),
+        (3, 64, 64, 12, [2, 2, 2]),
+        (4, 2, 2, 16, [2, 1, 1]),
+    ],
+)
+def test_sizes(T, height, width, cells, tokens):
+    """A budget taken per frame instead of over all T, rounding up, a side of zero cells. Worked out
+    by hand.
+    """
+    _, grid = resize_and_cut(np.zeros((T, height, width, 3), np.uint8), CELL, cells * CELL)
+    assert grid.tolist() == [tokens[0], 2 * tokens[1], 2 * tokens[2]]
+
+
+def test_extreme_shapes_are_refused():
+    """A 201:1 strip would become a sliver of noise; as the image of a record it has to be a
+    ClipError.
+    """
+    strip, png = np.zeros((1, 10, 2010, 3), np.uint8), io.BytesIO()
+    Image.fromarray(strip[0]).save(png, "PNG")
+    with pytest.raises(ValueError, match="200:1"):
+        resize_and_cut(strip, CELL, 4 * CELL)
+    with pytest.raises(ClipError, match="200:1"):
+        clips.load_frames([Frame(png.getvalue())], (CELL, 4 * CELL))
+
+
+def test_sizes_equal_transformers():
+    """A size on which we and HF's image or video processor disagree would shift every later
+    position.
+    """
+    image, video = (
+        pytest.importorskip("transformers.models." + name, exc_type=ImportError).smart_resize
+        for name in ("qwen2_vl.image_processing_pil_qwen2_vl", "qwen3_vl.video_processing_qwen3_vl")
+    )
+    rng = np.random.default_rng(0)
+    for _ in range(3000):
+        T, budget = int(rng.integers(1, 34)), (CELL, int(rng.integers(1, 5000)) * CELL)
+        size = np.exp(rng.uniform(0, 4.5, 2) + rng.uniform(0, 3)).astype(int).tolist()
+        theirs = image(*size, 32, *budget) if T == 1 else video(T, *size, 2, 32, *budget)
+        assert fit(T, *size, *budget) == theirs, (T, size, budget)
+
+
+@pytest.mark.parametrize(
+    "height, width, cells, size",
+    [(90, 160, 4, (32, 64)), (300, 200, 9, (96, 64)), (20, 30, 4, (32, 32))],
+)
+def test_resizing_equals_pillow(height, width, cells, size):
+    """Bilinear, no antialiasing, or half a pixel's shift: each is off Pillow's bicubic by far more
+    than two levels.
+    """
+    x = noise(1, height, width)
+    x[0, :, : width // 2] = (
+        np.arange(height)[:, None, None] * 255 // height
+    )  # half smooth, half noise
+    pillow = np.asarray(Image.fromarray(x[0]).resize(size[::-1], Image.Resampling.BICUBIC))[None]
+    assert (
+        np.abs(resize_and_cut(x, CELL, cells * CELL)[0].numpy().astype(int) - cut(pillow)).max()
+        <= 2
+    )
+
+
+@pytest.mark.parametrize(
+    "T, height, width, cells",
+    [
+        (1, 90, 160, 4),
+        (1, 64, 96, 64),
+        (1, 2, 2, 4),
+        (1, 333, 215, 30),
+        (2, 90, 160, 8),
+        (3, 64, 96, 100),
+        (4, 200, 120, 40),
+        (5, 45, 80, 9),
+        (4, 2, 2, 16),
+    ],
+)
+def test_patches_equal_transformers(T, height, width, cells):
+    """Grid, order or a single value that differs from the processors Qwen3-VL was trained with."""
+    pytest.importorskip("torchvision", exc_type=ImportError)
+    x, settings = (
+        noise(T, height, width),
+        dict(
+            size=dict(shortest_edge=CELL, longest_edge=cells * CELL),
+            patch_size=16,
+            merge_size=2,
+            image_mean=[0.5] * 3,
+            image_std=[0.5] * 3,
+        ),
+    )
+    if T == 1:
+        cls = (
+            getattr(transformers, "Qwen2VLImageProcessorFast", None)
+            or transformers.Qwen2VLImageProcessor
+        )
+        theirs = cls(**settings)(images=Image.fromarray(x[0]), return_tensors="pt")
+    else:
+        cls = transformers.Qwen3VLVideoProcessor(
+            **settings, do_sample_frames=False, cap_pixels_per_frame=False
+        )
+        theirs = cls(videos=[torch.tensor(x).permute(0, 3, 1, 2)], return_tensors="pt")
+    patches, grid = resize_and_patchify(x, CELL, cells * CELL)
+    pixels, grids = (
+        ("pixel_values", "image_grid_thw") if T == 1 else ("pixel_values_videos", "video_grid_thw")
+    )
+    assert theirs[grids].tolist() == [grid.tolist()]
+    torch.testing.assert_close(patches, theirs[pixels].float(), atol=1e-6, rtol=0)
+
+
+# clips and images
+
+
+@pytest.mark.parametrize("reader", ["_decord", "_pyav", "read_clip"])
+def test_frame_k_is_frame_k(reader, film):
+    """Off by one, decoding order instead of display order, the nearest key frame instead of the one
+    asked for.
+    """
+    wanted, counts = (
+        [0, 1, 7, 7, 149, 150, 249, 250, 251, 298, 299],
+        [],
+    )  # 300 frames: more than a group of pictures
+    pictures, numbers, fps = getattr(clips, reader)(
+        film("x.mp4", range(300), fps=25), lambda n: counts.append(n) or wanted
+    )
+    assert counts == [300] and numbers == wanted and abs(fps - 25) < 1e-3
+    assert pictures.dtype == np.uint8 and pictures.shape == (11, 64, 64, 3)
+    assert shown(pictures) == [k % 40 for k in wanted]
+
+
+@pytest.mark.parametrize("absent", [False, True])
+def test_pyav_steps_in(absent, film, monkeypatch):
+    """A clip that decord refuses, or a machine without decord, must give the same frames and rate
+    through PyAV.
+    """
+
+    def refuse(path, choose):
+        raise ClipError("decord: refused")
+
+    monkeypatch.setitem(sys.modules, "decord", None) if absent else monkeypatch.setattr(
+        clips, "_decord", refuse
+    )
+    pictures, numbers, fps = clips.read_clip(film(), clips.key_frame_positions)
+    assert numbers == shown(pictures) == [1, 4, 10, 16, 22, 28, 34, 38] and abs(fps - 12) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "start, back, first, expected",
+    [  # first packet, frames the clock is put back, first visible
+        (12, 0, 12, [1, 3, 7, 11, 15, 19, 23, 26]),  # at a key frame: nothing special
+        (
+            12,
+            16,
+            16,
+            [1, 3, 6, 9, 13, 16, 19, 22],
+        ),  # ffmpeg -ss T -i x -c copy: frames 12..15 are there but not shown
+        (5, 5, 12, [1, 3, 7, 11, 15, 19, 23, 26]),  # between key frames; decord refuses
+        (5, 0, 12, [1, 3, 7, 11, 15, 19, 23, 26]),
+    ],
+)  # the same, clock kept; decord shuffles
+def test_clips_cut_by_stream_copy(start, back, first, expected, tmp_path):
+    """Counting frames that nobody can see, or returning others than asked for, makes the key frames
+    other ones.
+    """
+    whole, path = str(tmp_path / "whole.mp4"), str(tmp_path / "cut.mp4")
+    with av.open(whole, "w") as container:  # a key frame every 12
+        stream = container.add_stream(
+            "libx264", rate=12, options=dict(g="12", bf="0", sc_threshold="0", crf="10")
+        )
+        stream.width = stream.height = 64
+        for picture in flat(range(40)):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(whole) as source, av.open(path, "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for k, packet in enumerate(source.demux(video=0)):
+            if packet.dts is not None and k >= start:
+                ticks, packet.stream = back * packet.duration, stream
+                packet.pts, packet.dts = packet.pts - ticks, packet.dts - ticks
+                target.mux(packet)
+    assert shown(clips.read_clip(path, clips.key_frame_positions)[0]) == [
+        first + k for k in expected
+    ]
+
+
+@pytest.mark.parametrize(
+    "name, count, height, width",
+    [
+        ("one.mp4", 1, 64, 96),
+        ("portrait.mp4", 7, 96, 64),
+        ("tiny.mp4", 5, 2, 2),
+        ("клип é 球.mp4", 3, 64, 64),
+    ],
+)
+def test_unusual_clips(name, count, height, width, film):
+    """One frame, height and width swapped, the smallest size, a path that is not ASCII."""
+    pictures, _, fps = clips.read_clip(
+        film(name, range(count), height, width), lambda n: list(range(n))
+    )
+    assert (
+        pictures.shape[1:] == (height, width, 3)
+        and shown(pictures) == list(range(count))
+        and abs(fps - 12) < 1e-3
+    )
+
+
+@pytest.mark.parametrize("kind", ["half", "codec", "empty", "text", "audio", "missing", "folder"])
+def test_broken_clips_are_named(kind, film, tmp_path):
+    """A clip nobody can read must be a ClipError with its name: anything else kills a run, or
+    passes unseen.
+    """
+    path, good = tmp_path / f"{kind}.mp4", open(film(), "rb").read()
+    if kind == "audio":
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("aac", rate=44100)
+            sound = av.AudioFrame.from_ndarray(
+                np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+            )
+            sound.sample_rate = 44100
+            container.mux([*stream.encode(sound), *stream.encode()])
+    elif kind == "folder":
+        path.mkdir()
+    elif kind != "missing":
+        path.write_bytes(
+            dict(
+                half=good[: len(good) // 2],
+                codec=good.replace(b"avc", b"zzz"),
+                empty=b"",
+                text=b"no film\n" * 99,
+            )[kind]
+        )
+    with pytest.raises(ClipError, match=re.escape(str(path))):
+        clips.read_clip(str(path), clips.key_frame_positions)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+def test_read_image(mode, tmp_path, monkeypatch):
+    """Grey or transparent pictures must become RGB; a broken one, or one Pillow finds too large, is
+    a ClipError.
+    """
+    grey, path = flat([3], 64, 80), tmp_path / "é.png"
+    Image.fromarray(grey[0]).convert(mode).save(path)
+    good = path.read_bytes()
+    assert (clips.read_image(str(path)) == grey).all() and (clips.read_image(good) == grey).all()
+    for content in (
+        b"",
+        b"hello",
+        good[: len(good) // 2],
+        good,
+    ):  # the last is refused for its size alone
+        path.write_bytes(content)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**7 if content != good else 1000)
+        with pytest.raises(ClipError, match="é.png"):
+            clips.read_image(str(path))
+
+
+@pytest.fixture
+def empty_cache(monkeypatch):
+    monkeypatch.setattr(clips, "_cache", {})
+    monkeypatch.setattr(clips, "_cache_bytes", 0)
+
+
+@pytest.mark.parametrize("room", [0, 10**9])
+def test_load_frames(room, film, tmp_path, monkeypatch, empty_cache):
+    """Breaks if frames come in another order, or the cache mixes frames or budgets or reads again."""
+    monkeypatch.setattr(clips, "CACHE_BYTES", room)
+    a, b, still = film("a.mp4"), film("b.mp4", range(15, 35)), tmp_path / "c.png"
+    Image.fromarray(flat([39])[0]).save(still)
+    asked = [Frame(b, 8), Frame(a, 1), Frame(str(still)), Frame(b, 2), Frame(b, 8)]
+    for _ in range(2):
+        for budget, side in (((CELL, CELL), 2), ((CELL, 10**5), 4)):
+            loaded = clips.load_frames(asked, budget)
+            assert [grid.tolist() for _, grid in loaded] == [[1, side, side]] * 5
+            # of 20 frames key frame 8 is number 18, 2 is (2 + 4 - 1) // 2 = 2; b starts at 15
+            assert shown(patches.float() for patches, _ in loaded) == [33, 1, 39, 17, 33]
+        if room:  # the second time nothing is read, whichever key frames are asked for
+            for path in (a, b, still):
+                open(path, "w").close()
+            assert shown(p.float() for p, _ in clips.load_frames([Frame(a, 8)], budget)) == [38]
+    assert len(clips._cache) == (34 if room else 0)  # 2 clips x 8 and a still, two budgets
+
+
+@pytest.mark.parametrize("frames, cached", [(0, 0), (3, 3), (8, 8), (11, 11), (99, 16)])
+def test_cache_is_bounded(frames, cached, film, monkeypatch, empty_cache):
+    """Breaks if the cache outgrows CACHE_BYTES, stays empty, or loses frames once it is full."""
+    size = 4 * 1536  # bytes of one cut frame: four patches
+    monkeypatch.setattr(clips, "CACHE_BYTES", frames * size)
+    paths, asked = [film("a.mp4"), film("b.mp4", range(15, 35))], []
+    monkeypatch.setattr(
+        clips, "read_clip", lambda path, choose: (asked.append(path), read_clip(path, choose))[1]
+    )
+    for path in paths * 2:
+        (patches, _), *_ = clips.load_frames([Frame(path, 1)], (CELL, CELL))
+        assert patches.nbytes == size and shown([patches.float()]) == [
+            1 if "a" in path[-5:] else 16
+        ]
+    assert len(clips._cache) == cached and clips._cache_bytes <= frames * size
+    whole = [path for path in paths if (Frame(path, 1), (CELL, CELL)) in clips._cache]
+    assert asked == paths + [path for path in paths if path not in whole]
+
+
+def test_eight_key_frames_while_the_cache_is_open(film, monkeypatch, empty_cache):
+    """Breaks if each key frame of a clip opens it again, or a full cache still cuts all eight."""
+    numbers = []
+
+    def read(path, choose):
+        pictures = read_clip(path, choose)
+        numbers.append(pictures[1])
+        return pictures
+
+    monkeypatch.setattr(clips, "read_clip", read)
+    path = film()
+    for room, wanted in ((10**9, [1, 4, 10, 16, 22, 28, 34, 38]), (0, [4])):
+        monkeypatch.setattr(clips, "_cache", {})
+        monkeypatch.setattr(clips, "CACHE_BYTES", room)
+        clips.load_frames([Frame(path, 2)], (CELL, CELL))
+        assert numbers.pop() == wanted and not numbers
