@@ -122,6 +122,7 @@ HARMLESS = {
     "min_gain",
     "judge_url",
     "workers",
+    "max_bad",
     "cuda_graph",
 }  # may differ between two runs on one probe file
 

@@ -69,6 +69,7 @@ from collections import Counter
 
 import torch
 
+from common.formats import Skipped, report_bad
 from common.judge import Judge
 from common.report import draw_curves
 from common.runs import (
@@ -618,17 +619,25 @@ def write_rollouts(path, step, groups, config):
             f.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def check_rows(rows, config):
-    """-> the steps of the run. Raises ValueError for an answer that is no option, SystemExit for
-    none.
+def usable(rows, config):
+    """The rows whose answers can be rewarded; the others are counted, named and left out.
+
+    Raises SystemExit if they are more than the share max_bad.
     """
-    for row in rows:
-        if row.options and pick(row.answer, row.options) is None:
-            raise ValueError(f"{row.where}: the answer {row.answer!r} is none of {row.options}")
+    bad = [row for row in rows if row.options and pick(row.answer, row.options) is None]
+    reasons = [Skipped(r.where, f"the answer {r.answer!r} is none of {r.options}") for r in bad]
+    if bad:
+        report_bad(reasons, len(rows), config.max_bad)
+    gone = {row.where for row in bad}
+    return [row for row in rows if row.where not in gone]
+
+
+def count_steps(rows, config):
+    """Updates of the run: one epoch is N // groups; refills cost passes, not updates."""
     prompts = int(len(rows) * config.epochs)
-    if not rows or prompts < 1 and not config.steps:
+    if not rows or (prompts < 1 and not config.steps):
         raise SystemExit(f"nothing to train on: {len(rows)} rows, {config.epochs} epochs")
-    return config.steps or max(1, prompts // config.groups)  # refills cost passes, not updates
+    return config.steps or max(1, prompts // config.groups)
 
 
 def train(config, rows=None):
@@ -638,8 +647,8 @@ def train(config, rows=None):
     ValueError on bad input.
     """
     machine = Machine(config.bf16)
-    rows = rows_of(config) if rows is None else rows
-    steps = check_rows(rows, config)
+    rows = usable(rows_of(config) if rows is None else rows, config)
+    steps = count_steps(rows, config)
     checkpoint, resumed, fingerprint = resume_point(config, rows, machine.world)
     os.makedirs(config.out, exist_ok=True)
     torch.manual_seed(config.seed)

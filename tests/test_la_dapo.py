@@ -24,6 +24,7 @@ import la_dapo
 import latent_decode
 import rewards
 from common import runs
+from common.formats import read_rows
 from la_dapo import adjoint_loss, clipped_surrogate, group_advantages, keep_group, kl_k3
 from latent_decode import generate, join, replay, take, token_logprobs
 from model import load, log_density
@@ -796,6 +797,23 @@ def test_an_epoch_counts_updates_and_refills_wrap(world, loud, tmp_path):
     few = settings(world, loud, tmp_path / "b", **dict(more, groups=40, prompts=2, max_tries=1))
     la_dapo.train(few)
     assert len(log_of(tmp_path / "b")) == 1  # at least one
+
+
+def test_an_answer_that_is_no_option_is_named_and_left_out(world, loud, tmp_path, capsys):
+    """Breaks if one bad record ends a run, is learnt from, or is lost unnamed; or if a file
+    full of them trains all the same."""
+    rows = read_rows(world["data"])
+    rows[5].answer = "purple"
+    more = dict(steps=1, groups=24, rollout_batch=8, max_tries=1)
+    la_dapo.train(settings(world, loud, tmp_path / "a", **more), rows)
+    assert log_of(tmp_path / "a")[0]["rollouts"] == 24 * 3  # wraps: 23 rows and the first again
+    assert f"{rows[5].where}" in capsys.readouterr().out
+    ids = [json.loads(line)["id"] for line in open(tmp_path / "a" / "rollouts_0.jsonl")]
+    assert rows[5].id not in ids and len(set(ids)) == 23
+    for row in rows[:4]:
+        row.answer = "purple"
+    with pytest.raises(SystemExit):
+        la_dapo.train(settings(world, loud, tmp_path / "b", **more), rows)
 
 
 def test_nothing_readable_ends_the_run(world, loud, tmp_path):

@@ -112,6 +112,7 @@ def test_the_tokenizer_loads_as_any_other(world):
     )
 
 
+@pytest.mark.slow
 def test_the_whole_demo_in_small_twice(tmp_path):
     """Breaks if any stage does, or if a second run does not reuse the first, or if changed
     settings are mixed in.

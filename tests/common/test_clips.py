@@ -367,7 +367,7 @@ def empty_cache(monkeypatch):
 
 @pytest.mark.parametrize("room", [0, 10**9])
 def test_load_frames(room, film, tmp_path, monkeypatch, empty_cache):
-    """Breaks if frames come in another order, or the cache mixes frames or budgets or reads again."""
+    """Breaks if frames come in another order, or the cache mixes frames or budgets."""
     monkeypatch.setattr(clips, "CACHE_BYTES", room)
     a, b, still = film("a.mp4"), film("b.mp4", range(15, 35)), tmp_path / "c.png"
     Image.fromarray(flat([39])[0]).save(still)
