@@ -35,20 +35,18 @@ Axis letters: B rows, L tokens, N latents, D hidden.
 
 import contextlib
 import dataclasses
-import functools
-import json
 import math
 import os
 import time
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from common.report import draw_curves
 from common.runs import (
+    Log,
+    Machine,
     make_optimizer,
     newest,
     parse_config,
@@ -56,12 +54,10 @@ from common.runs import (
     resume_point,
     rows_of,
     save_checkpoint,
-    set_up_ranks,
-    sum_over_ranks,
-    trim_log,
+    step_or_skip,
 )
 from data import DataConfig, Samples, collate, loader, model_inputs, to_device
-from model import best_attention, load, log_continue, target_variance
+from model import log_continue, target_variance
 
 
 @dataclasses.dataclass
@@ -272,213 +268,177 @@ def print_row(batch, tokenizer, latent_id):
         )
 
 
-def train(config, rows=None):
-    """Run the training -> path of the last checkpoint.
-
-    Raises SystemExit on a folder in use, ValueError on bad input.
-
-    rows: list of data.Row, default those of config.data.
-    """
-    rank, world, device = set_up_ranks()
-    master = rank == 0
-    rows = rows_of(config) if rows is None else rows
-    checkpoint, resumed, fingerprint = resume_point(config, rows, world)
-    if config.resume and not checkpoint and master:
-        print(f"nothing to resume in {config.out}: starting at step 0")
-    os.makedirs(config.out, exist_ok=True)
-
-    torch.manual_seed(config.seed)
-    bf16 = config.bf16 and device.type == "cuda"
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
-    model, tokenizer = load(
-        checkpoint or newest(config.model),
-        latent_head=config.latent_head or None,
-        dtype=torch.float32,
-        attn_implementation=best_attention() if bf16 else "sdpa",
-    )
-    model.to(device).train()
+def load_model(config, checkpoint, machine):
+    """The model in fp32, its vision tower frozen or not -> (model, tokenizer)."""
+    folder = checkpoint or newest(config.model)
+    model, tokenizer = machine.load(folder, train=True, latent_head=config.latent_head or None)
     model.model.visual.requires_grad_(not config.freeze_vision)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model, tokenizer
 
-    # data: the order is fixed by the seed, the place in it by the step
+
+def plan_data(rows, tokenizer, first, config, machine):
+    """The order is fixed by the seed, the place in it by the step.
+
+    -> the encoded samples, their order, the number of steps, this rank's micro-batches from step
+    `first` on. Raises SystemExit if there is nothing to train on.
+    """
     total = config.steps * config.global_batch or round(len(rows) * config.epochs)
     if total < 1:
         raise SystemExit(
             f"nothing to train on: {config.steps} steps, {config.epochs} epochs of {len(rows)} rows"
         )
-    steps, first = -(-total // config.global_batch), resumed["step"] if resumed else 0
+    steps = -(-total // config.global_batch)
     order = sample_order(len(rows), total, config.seed)
     samples = Samples(rows, tokenizer, config, train=True, spans=config.spans)
+    sizes = config.global_batch, config.micro_batch, machine.rank, machine.world
+    plan = list(micro_batches(order, first, steps, *sizes))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    plan = list(
-        micro_batches(order, first, steps, config.global_batch, config.micro_batch, rank, world)
-    )
-    accumulate = len(plan) // max(1, steps - first)
-    batches = iter(loader(samples, plan, config.workers, pad_id=pad))
+    return samples, order, steps, iter(loader(samples, plan, config.workers, pad_id=pad))
 
-    latent_var = resumed["latent_var"] if resumed else None
-    if (
-        config.latent_loss == "nmse" and not resumed
-    ):  # one number for the whole run, from its first 64 readable samples
-        some = to_device(collate([samples[i] for i in order[:64]], pad), device)
-        if config.spans and "future_pixel_values" in some:
-            with autocast():
-                e = model.encode_frames(some["future_pixel_values"], some["future_grid_thw"])
-            latent_var = (
-                sum_over_ranks([target_variance(e)], device)[0] / world
-            )  # the same number on every rank
-        elif config.spans and any(
-            not isinstance(part, str) for row in rows for part in row.response
-        ):
-            raise SystemExit(
-                "none of the first 64 samples has a readable future frame to measure the variance "
-                "of"
-            )
 
-    optimizer, trained = make_optimizer(model, config, world)
-    step_module = Step(model, config, latent_var)
-    ddp = (
-        DistributedDataParallel(
-            step_module,
-            device_ids=[device] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-            find_unused_parameters=not config.freeze_vision,
+def measure_variance(model, samples, order, config, machine):
+    """What nmse divides Eq. (3) by: one number for the whole run, from its first 64 samples."""
+    if config.latent_loss != "nmse" or not config.spans:
+        return None
+    batch = to_device(collate([samples[i] for i in order[:64]], 0), machine.device)
+    if "future_pixel_values" in batch:
+        with machine.autocast():
+            e = model.encode_frames(batch["future_pixel_values"], batch["future_grid_thw"])
+        return machine.sum([target_variance(e)])[0] / machine.world  # the same on every rank
+    if any(not isinstance(part, str) for row in samples.rows for part in row.response):
+        raise SystemExit(
+            "none of the first 64 samples has a readable future frame to measure the variance of"
         )
-        if world > 1
-        else step_module
+    return None
+
+
+def wrap(module, config, machine):
+    """DDP where there are several ranks."""
+    if machine.world == 1:
+        return module
+    return DistributedDataParallel(
+        module,
+        device_ids=[machine.device] if machine.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=not config.freeze_vision,
     )
+
+
+def count_step(micro, latent_id, config, machine):
+    """The denominators of Eq. (2) and (3): all tokens of the step, all ranks, before a backward.
+
+    -> n_text, n_latent, tokens fed.
+    """
+    n_latent = sum(int((batch["input_ids"] == latent_id).sum()) for batch in micro)
+    n_text = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in micro)
+    n_text += n_latent * config.stop_term
+    n_tokens = sum(batch["input_ids"].numel() for batch in micro)
+    return machine.sum([n_text, n_latent, n_tokens])
+
+
+def own_rows(step, steps, accumulate, config, machine):
+    """Self-forcing: which rows of each micro-batch are fed their own latents, or None.
+
+    The same draw on every rank, whatever their number.
+    """
+    if not config.self_forcing or step < config.self_forcing_from * steps:
+        return [None] * accumulate
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    own = torch.rand(config.global_batch, generator=generator) < config.self_forcing
+    own = machine.share(own)
+    size = config.micro_batch
+    return [own[k * size : (k + 1) * size] for k in range(accumulate)]
+
+
+def backward(ddp, micro, own, n_text, n_latent, machine):
+    """Forward and backward of a step's micro-batches -> this rank's sums of Eq. (2) and (3)."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    for k, batch in enumerate(micro):
+        last = k == len(micro) - 1
+        rows = None if own[k] is None else own[k][batch["kept"]].to(machine.device)
+        with contextlib.nullcontext() if last or machine.world == 1 else ddp.no_sync():
+            with machine.autocast():
+                ce, weighted, latent = ddp(to_device(batch, machine.device), rows)
+            loss = ce / n_text + weighted / max(n_latent, 1)  # Eq. (1)
+            (loss * machine.world).backward()  # DDP takes the mean over ranks; the sum is wanted
+        sums += torch.stack([ce.detach(), latent]).double().cpu()
+    return sums
+
+
+def train(config, rows=None):
+    """Run the training -> path of the last checkpoint.
+
+    rows: list of Row, default those of config.data. Raises SystemExit on a folder in use or bad
+    input.
+    """
+    machine = Machine(config.bf16)
+    rows = rows_of(config) if rows is None else rows
+    checkpoint, resumed, fingerprint = resume_point(config, rows, machine.world)
+    os.makedirs(config.out, exist_ok=True)
+    torch.manual_seed(config.seed)
+    model, tokenizer = load_model(config, checkpoint, machine)
+
+    first = resumed["step"] if resumed else 0
+    samples, order, steps, batches = plan_data(rows, tokenizer, first, config, machine)
+    accumulate = -(-config.global_batch // (machine.world * config.micro_batch))
+
+    measured = resumed or dict(latent_var=measure_variance(model, samples, order, config, machine))
+    latent_var = measured["latent_var"]
+    optimizer, trained = make_optimizer(model, config, machine.world)
+    ddp = wrap(Step(model, config, latent_var), config, machine)
     if resumed:
-        restore(optimizer, checkpoint, resumed, rank)
+        restore(optimizer, checkpoint, resumed, machine.rank)
+    log = Log(config, first, machine)
+    log.say(describe(config, rows, model, steps, accumulate, machine))
 
-    log_path = os.path.join(config.out, "log.jsonl")
-    if master:
-        print(
-            f"{config.label} SFT: {len(rows)} rows, {steps} steps x {config.global_batch} samples "
-            f"= {world} ranks x "
-            f"{accumulate} micro-batches x {config.micro_batch}, {device.type}, seed "
-            f"{config.seed}, "
-            f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters "
-            "trained of "
-            f"{sum(p.numel() for p in model.parameters()):,}, a checkpoint every "
-            f"{config.save_every} steps"
-        )
-        trim_log(log_path, first)
-    run = None
-    if config.wandb and master:
-        import wandb
-
-        run = wandb.init(project="future-l1", config=dataclasses.asdict(config))
-
-    bar = tqdm(
-        range(first, steps),
-        initial=first,
-        total=steps,
-        desc=config.label,
-        disable=not master,
-        mininterval=2,
-    )
-    for step in bar:
+    for step in log.steps(steps, config.label):
         began = time.time()
         micro = [next(batches) for _ in range(accumulate)]
-        if step == 0 and master:
+        if step == 0 and machine.master:
             print_row(micro[0], tokenizer, model.config.latent_id)
-        skipped = [s for batch in micro for s in batch["skipped"]]
-        for where, why in skipped:
-            tqdm.write(f"skipped {where}: {why}")
-        # the denominators of Eq. (2) and (3): all tokens of the step, all ranks, before the first
-        # backward
-        n_latent = sum(int((b["input_ids"] == model.config.latent_id).sum()) for b in micro)
-        n_text = (
-            sum(int((b["labels"][:, 1:] != -100).sum()) for b in micro)
-            + n_latent * config.stop_term
-        )
-        n_text, n_latent, n_tokens, n_skipped = sum_over_ranks(
-            (n_text, n_latent, sum(b["input_ids"].numel() for b in micro), len(skipped)), device
-        )
-        if n_skipped and world > 1:
-            everyones = [None] * world
-            dist.all_gather_object(everyones, skipped)
-            skipped = sum(everyones, [])
-        if n_text == 0:  # a wrong media_root, most likely
-            raise SystemExit(
-                f"no sample of step {step} could be used, e.g. {skipped[0].why}"
-                if skipped
-                else f"no sample of step {step} has a word to learn"
-            )
-
-        own = None
-        if config.self_forcing and step >= config.self_forcing_from * steps:
-            generator = torch.Generator().manual_seed(
-                config.seed * 1_000_003 + step
-            )  # the same draw on every rank,
-            own = (
-                torch.rand(config.global_batch, generator=generator) < config.self_forcing
-            )  # whatever their number
-            own = [
-                own[rank::world][k * config.micro_batch : (k + 1) * config.micro_batch]
-                for k in range(accumulate)
-            ]
-        sums = torch.zeros(2, dtype=torch.float64)
-        for k, batch in enumerate(micro):
-            last = k == accumulate - 1
-            with (
-                contextlib.nullcontext() if last or world == 1 else ddp.no_sync()
-            ):  # set before the forward
-                with autocast():
-                    mine = None if own is None else own[k][batch["kept"]].to(device)
-                    ce_sum, weighted, latent_sum = ddp(to_device(batch, device), mine)
-                loss = ce_sum / n_text + weighted / max(n_latent, 1)  # Eq. (1)
-                (loss * world).backward()  # DDP takes the mean over ranks; the sum is wanted
-            sums += torch.stack([ce_sum.detach(), latent_sum]).double().cpu()
-        norm = torch.nn.utils.clip_grad_norm_(trained, config.clip).item()
+        skipped, _ = log.skips([skip for batch in micro for skip in batch["skipped"]])
+        n_text, n_latent, n_tokens = count_step(micro, model.config.latent_id, config, machine)
+        if n_text == 0 and step == 0:  # a wrong media_root, most likely
+            why = f"could be used, e.g. {skipped[0].why}" if skipped else "has a word to learn"
+            raise SystemExit(f"no sample of step {step} {why}")
         lr = learning_rate(step, steps, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        if math.isfinite(norm):  # the norm is that of the reduced gradient: all ranks decide alike
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        line = dict(step=step, lr=lr, tokens=int(n_tokens), latents=int(n_latent))
+        line.update(skipped=[list(skip) for skip in skipped])
+        line.update(ce=None, latent=None, loss=None, grad_norm=None, update_skipped=True)
+        if n_text:
+            own = own_rows(step, steps, accumulate, config, machine)
+            sums = machine.sum(backward(ddp, micro, own, n_text, n_latent, machine))
+            ce, latent = sums[0] / n_text, sums[1] / max(n_latent, 1)
+            norm = step_or_skip(optimizer, trained, lr, config.clip)
+            loss = ce + (0 if config.pause_tokens else config.lam) * latent
+            line.update(ce=ce, latent=latent, loss=loss, grad_norm=norm)
+            line.update(update_skipped=not math.isfinite(norm))
+        line.update(seconds=round(time.time() - began, 4))
+        log.write(line, ce=line["ce"], latent=line["latent"])
 
-        ce, latent = sum_over_ranks(sums, device)
-        line = dict(
-            step=step,
-            ce=ce / n_text,
-            latent=latent / max(n_latent, 1),
-            lr=lr,
-            grad_norm=norm,
-            tokens=int(n_tokens),
-            latents=int(n_latent),
-            skipped=[list(s) for s in skipped],
-            update_skipped=not math.isfinite(norm),
-            seconds=round(time.time() - began, 4),
-        )
-        line["loss"] = line["ce"] + (0 if config.pause_tokens else config.lam) * line["latent"]
-        if master:
-            with open(log_path, "a") as f:
-                f.write(json.dumps(line) + "\n")
-            bar.set_postfix(ce=f"{line['ce']:.3f}", latent=f"{line['latent']:.3f}")
-            if run:
-                run.log(line)
         if (step + 1) % config.save_every == 0 or step + 1 == steps:
             checkpoint = os.path.join(config.out, f"step_{step + 1:06d}")
-            save_checkpoint(
-                checkpoint,
-                model,
-                tokenizer,
-                dict(
-                    step=step + 1,
-                    config=dataclasses.asdict(config),
-                    world=world,
-                    rows=fingerprint,
-                    latent_var=latent_var,
-                ),
-                optimizer,
-                rank,
-                world,
-            )
-            if master:
-                draw_curves(log_path, os.path.join(config.out, "loss.png"))
+            state = dict(step=step + 1, config=dataclasses.asdict(config), world=machine.world)
+            state.update(rows=fingerprint, latent_var=latent_var)
+            rank, world = machine.rank, machine.world
+            save_checkpoint(checkpoint, model, tokenizer, state, optimizer, rank, world)
+            if machine.master:
+                draw_curves(log.path, os.path.join(config.out, "loss.png"))
     return checkpoint
+
+
+def describe(config, rows, model, steps, accumulate, machine):
+    """The run in one line."""
+    weights = [p.numel() for p in model.parameters()]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return (
+        f"{config.label} SFT: {len(rows)} rows, {steps} steps x {config.global_batch} samples = "
+        f"{machine.world} ranks x {accumulate} micro-batches x {config.micro_batch}, "
+        f"{machine.device.type}, seed {config.seed}, {trained:,} parameters trained of "
+        f"{sum(weights):,}, a checkpoint every {config.save_every} steps"
+    )
 
 
 if __name__ == "__main__":

@@ -334,9 +334,12 @@ class Machine:
         model, tokenizer = load(folder, dtype=dtype, attn_implementation=attention, **kwargs)
         return model.to(self.device).train(train), tokenizer
 
+    def share(self, items):
+        """This rank's part of a list."""
+        return items[self.rank :: self.world]
+
     def step(self, optimizer, lr, clip):
-        """Add up the gradients of all ranks, clip them, step unless they are not finite -> their
-        norm.
+        """Add up the gradients of all ranks, then `step_or_skip` -> their norm.
 
         A sum, not a mean: the loss was divided by the counts of all ranks.
         """
@@ -345,13 +348,18 @@ class Machine:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # on every rank alike
             if self.world > 1:
                 dist.all_reduce(p.grad)
-        norm = torch.nn.utils.clip_grad_norm_(trained, clip).item()
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        if math.isfinite(norm):  # the norm is that of the summed gradient: all ranks decide alike
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return norm
+        return step_or_skip(optimizer, trained, lr, clip)
+
+
+def step_or_skip(optimizer, trained, lr, clip):
+    """Clip the gradient and step, unless it is not finite -> its norm. Source: ours."""
+    norm = torch.nn.utils.clip_grad_norm_(trained, clip).item()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if math.isfinite(norm):  # the norm is that of the summed gradient: all ranks decide alike
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 class Tally:

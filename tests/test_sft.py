@@ -162,6 +162,24 @@ def test_a_step_without_a_readable_sample_ends_the_run(world, tmp_path):
         sft.train(settings(world, tmp_path / "b", media_root=str(tmp_path)))
 
 
+def test_a_later_step_without_a_readable_sample_is_logged_and_skipped(world, tmp_path):
+    """Breaks if rotten clips in the middle of a run end it, or are lost without a name."""
+    with open(world["data"]) as f:
+        rows = [json.loads(line) for line in f]
+    second = sft.sample_order(len(rows), 3, 0)[1]
+    rows[second]["video"] = "clips/missing.mp4"
+    data = os.path.join(os.path.dirname(world["data"]), "rotten.jsonl")
+    with open(data, "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    common = dict(data=data, steps=3, global_batch=1, micro_batch=1, save_every=1)
+    done = sft.train(settings(world, tmp_path / "a", **common))
+    log = read_log(tmp_path / "a")
+    assert [line["update_skipped"] for line in log] == [False, True, False]
+    assert log[1]["ce"] is None and log[1]["skipped"][0][0] == f"{data}:{second}"
+    one, two = (weights(os.path.join(os.path.dirname(done), f"step_00000{k}")) for k in (2, 3))
+    assert any(not torch.equal(one[k], two[k]) for k in one) and done.endswith("step_000003")
+
+
 # A run whose optimizer is plain gradient descent with rate 1: the weights then show the gradient
 # itself.
 DESCENT = """
