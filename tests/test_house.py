@@ -41,7 +41,7 @@ def floor(name):
 
 
 def allowed(name, target):
-    """Whether HOUSE's one rule lets `name` import `target`."""
+    """Whether the rule "arrows run down" lets `name` import `target`."""
     if name in ("common.clips", "common.formats"):
         return target in ("common.clips", "common.formats")
     if name == "latent_decode":
