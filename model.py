@@ -18,7 +18,7 @@ Where this differs from the paper:
     visual embeddings live on different scales; the paper's model does not.
 Where this differs from the official code:
  2. A subclass, not a patched copy: weights of either project load in the other and in stock
-    Qwen3-VL.
+    Qwen3-VL. Stock `generate` then runs without imagination: it feeds `<|latent|>`, the token.
  3. The number of latents is checked against the number of `<|latent|>` tokens before anything runs.
 
 Axis letters: B rows, T tokens, N latents (all rows together), D hidden, V vocabulary.
