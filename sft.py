@@ -114,9 +114,7 @@ class Config(DataConfig):
 def sft_loss(
     model, *, labels, latents=None, lam=0.1, targets=None, latent_var=1.0, stop_term=False, **inputs
 ):
-    """Eq. (1)-(3) on one batch -> dict(loss, ce, latent: means.
-
-    Ce_sum, n_text, latent_sum, n_latent).
+    """Eq. (1)-(3) on one batch. Source: sec. 3.2.
 
     inputs: HF-named tensors (input_ids, attention_mask, pixel_values, image_grid_thw, ...).
     labels (B, T): -100 = no label, aligned with input_ids (the shift is inside).
@@ -125,8 +123,10 @@ def sft_loss(
     latent_var: Eq. (3) is divided by it; 1 = the paper's.
     stop_term: also train "do not stop yet", - log(1 - p(<|latent_end|>)) on each step that feeds a
     latent, as further members of T.
-    The sums and counts are what is trained: the loop divides sums by the counts of the whole step.
-    Raises ValueError on a count mismatch.
+
+    -> loss, ce and latent are means; ce_sum and latent_sum are sums over n_text and n_latent.
+    The loop divides the sums by the counts of the whole step. Raises ValueError on a count
+    mismatch.
     """
     h, _ = model.hidden(**inputs, latents=latents)  # (B, T, D)
 
