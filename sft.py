@@ -17,10 +17,8 @@ and OUT/step_N (a Hugging Face folder plus trainer.pt).
 Where this differs from the paper:
  1. Eq. (2) is a mean over the tokens of the step, Eq. (3) a mean over the D dimensions, as in the
     official code: with the printed sum, lam = 0.1 would weigh the latents 4,096 times more.
- 2. Optional, off by default: `latent_loss`, `latent_head`, `stop_term`;
-    `self_forcing`, which from a point of the training on feeds a row its own predicted latents
-    instead of the true ones, as decoding will; `pause_tokens`, a control in which a span has its
-    length but no visual content and no target.
+ 2. Optional, off by default: `latent_loss`, `latent_head`, `stop_term`. What is fed to a span in
+    training can be changed in a few lines: variants/pause_tokens.py, variants/self_forcing.py.
  3. Weights and optimizer are kept in fp32, the arithmetic is bf16 (Table 8 says bf16): at lr 1e-5
     most updates of a bf16 weight would round to nothing.
 Where this differs from the official code:
@@ -57,7 +55,7 @@ from common.runs import (
     step_or_skip,
 )
 from data import DataConfig, Samples, collate, loader, model_inputs, to_device
-from model import log_continue, target_variance
+from model import log_continue
 
 
 @dataclasses.dataclass
@@ -68,7 +66,7 @@ class Config(DataConfig):
     media_root: str = ""  # where relative clip paths start; "" = the folder of the data file
     out: str = "runs/sft"  # the run's folder
     resume: bool = False  # continue from the newest checkpoint in `out`
-    seed: int = 0  # order of the data, self-forcing draws  # ours
+    seed: int = 0  # order of the data  # ours
     # optimisation
     epochs: float = 1.0  # passes over the data  # paper Table 8
     steps: int = 0  # optimizer steps; 0 = from epochs  # ours
@@ -86,12 +84,6 @@ class Config(DataConfig):
     latent_head: str = ""  # "" = none (paper) | linear  # ours
     spans: bool = True  # --no-spans: text-only SFT, the paper's baseline
     stop_term: bool = False  # also train "do not stop yet" inside spans  # ours
-    self_forcing: float = 0.0  # share of the rows fed their own latents, 0 = paper  # ours
-    self_forcing_from: float = 0.3  # from this share of the steps on  # ours
-    # forward passes without gradient that make them; each fixes one more latent  # ours
-    self_forcing_passes: int = 1
-    # control: spans hold a learned token, no latents, no latent loss  # ours
-    pause_tokens: bool = False
     freeze_vision: bool = True  # vision tower and merger  # paper Table 8
     # machine
     bf16: bool = True  # on CUDA; the CPU computes in fp32  # paper Table 8
@@ -108,7 +100,8 @@ class Config(DataConfig):
 
     @property
     def label(self):
-        return "pause" if self.pause_tokens else "latent" if self.spans else "text"
+        """What is trained, in a word: it names the run."""
+        return "latent" if self.spans else "text"
 
 
 def sft_loss(
@@ -155,56 +148,50 @@ def sft_loss(
     return dict(means, ce_sum=ce_sum, n_text=n_text, latent_sum=latent_sum, n_latent=n_latent)
 
 
-class Step(torch.nn.Module):
-    """The forward that DDP wraps: batch -> Eq. (1)'s sums.
+def target_variance(e):
+    """Targets (N, D) -> the mean over D of their variance over N. Source: ours.
 
-    Everything that feeds latents is decided here.
+    It is the error of always guessing the mean embedding.
+    """
+    return (e.float() - e.float().mean(0)).pow(2).mean()
+
+
+class Step(torch.nn.Module):
+    """The forward that DDP wraps: a batch -> its sums of Eq. (2) and (3).
+
+    A variant that feeds a span something else overrides `fed`.
     """
 
-    def __init__(self, model, config, latent_var=None):
+    def __init__(self, model, config, latent_var=1.0):
         super().__init__()
         self.model, self.config, self.latent_var = model, config, latent_var
 
-    def forward(self, batch, own=None):
-        """batch from `data.collate`.
+    def fed(self, batch, e, progress):
+        """What is fed at the `<|latent|>` positions (N, D), row by row in order. Source: sec. 3.2.
 
-        Own (B,) bool: rows that are fed their own latents (self-forcing).
-
-        -> the sum of Eq. (2) over the batch, lam times that of Eq. (3), and the latter alone
-        without gradient.
+        batch from `data.collate`; e (N, D): the true future, which is fed here (teacher forcing).
+        progress: the share of the training that is done, in [0, 1).
         """
-        m, c, inputs = self.model, self.config, model_inputs(batch)
-        is_latent = batch["input_ids"] == m.config.latent_id  # (B, L)
-        e = (
-            m.encode_frames(batch["future_pixel_values"], batch["future_grid_thw"])
-            if "future_pixel_values" in batch
-            else None
-        )  # (N, D)
-        fed, lam = e, c.lam
-        if c.pause_tokens and e is not None:
-            fed, lam = m.get_input_embeddings()(batch["input_ids"][is_latent]), 0.0
-        elif own is not None and e is not None:
-            row_of = is_latent.nonzero()[:, 0]  # (N,)
-            with torch.no_grad():
-                for _ in range(
-                    c.self_forcing_passes
-                ):  # after pass k a row's first k latents are what decoding gives
-                    h, _ = m.hidden(**inputs, latents=fed.to(e.dtype))  # (B, L, D)
-                    z = m.to_latent(
-                        h[:, :-1][is_latent[:, 1:]]
-                    )  # (N, D): the state before each latent predicts it
-                    fed = torch.where(own[row_of, None], z.to(e.dtype), e)
+        return e
+
+    def forward(self, batch, progress=0.0):
+        """-> the sum of Eq. (2), lam times that of Eq. (3), and the latter alone, no gradient."""
+        model, c, e, latents = self.model, self.config, None, None
+        if "future_pixel_values" in batch:
+            e = model.encode_frames(
+                batch["future_pixel_values"], batch["future_grid_thw"]
+            )  # (N, D)
+            latents = self.fed(batch, e, progress)
         out = sft_loss(
-            m,
-            **inputs,
-            latents=fed,
-            targets=e,
+            model,
+            **model_inputs(batch),
             labels=batch["labels"],
-            lam=lam,
-            latent_var=self.latent_var or 1.0,
+            latents=latents,
+            targets=e,
+            latent_var=self.latent_var,
             stop_term=c.stop_term,
         )
-        return out["ce_sum"], lam * out["latent_sum"], out["latent_sum"].detach()
+        return out["ce_sum"], c.lam * out["latent_sum"], out["latent_sum"].detach()
 
 
 def learning_rate(step, steps, config):
@@ -299,9 +286,13 @@ def plan_data(rows, tokenizer, first, config, machine):
 
 
 def measure_variance(model, samples, order, config, machine):
-    """What nmse divides Eq. (3) by: one number for the whole run, from its first 64 samples."""
+    """What Eq. (3) is divided by: one number for the whole run.
+
+    mse: 1. nmse: the variance of the targets in the first 64 samples. Raises SystemExit if rows
+    have spans but none of these can be read.
+    """
     if config.latent_loss != "nmse" or not config.spans:
-        return None
+        return 1.0
     batch = to_device(collate([samples[i] for i in order[:64]], 0), machine.device)
     if "future_pixel_values" in batch:
         with machine.autocast():
@@ -311,7 +302,7 @@ def measure_variance(model, samples, order, config, machine):
         raise SystemExit(
             "none of the first 64 samples has a readable future frame to measure the variance of"
         )
-    return None
+    return 1.0
 
 
 def wrap(module, config, machine):
@@ -338,40 +329,25 @@ def count_step(micro, latent_id, config, machine):
     return machine.sum([n_text, n_latent, n_tokens])
 
 
-def own_rows(step, steps, accumulate, config, machine):
-    """Self-forcing: which rows of each micro-batch are fed their own latents, or None.
-
-    The same draw on every rank, whatever their number.
-    """
-    if not config.self_forcing or step < config.self_forcing_from * steps:
-        return [None] * accumulate
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    own = torch.rand(config.global_batch, generator=generator) < config.self_forcing
-    own = machine.share(own)
-    size = config.micro_batch
-    return [own[k * size : (k + 1) * size] for k in range(accumulate)]
-
-
-def backward(ddp, micro, own, n_text, n_latent, machine):
+def backward(ddp, micro, progress, n_text, n_latent, machine):
     """Forward and backward of a step's micro-batches -> this rank's sums of Eq. (2) and (3)."""
     sums = torch.zeros(2, dtype=torch.float64)
-    for k, batch in enumerate(micro):
-        last = k == len(micro) - 1
-        rows = None if own[k] is None else own[k][batch["kept"]].to(machine.device)
+    for batch in micro:
+        last = batch is micro[-1]  # DDP adds up the ranks' gradients once a step
         with contextlib.nullcontext() if last or machine.world == 1 else ddp.no_sync():
             with machine.autocast():
-                ce, weighted, latent = ddp(to_device(batch, machine.device), rows)
+                ce, weighted, latent = ddp(to_device(batch, machine.device), progress)
             loss = ce / n_text + weighted / max(n_latent, 1)  # Eq. (1)
             (loss * machine.world).backward()  # DDP takes the mean over ranks; the sum is wanted
         sums += torch.stack([ce.detach(), latent]).double().cpu()
     return sums
 
 
-def train(config, rows=None):
+def train(config, rows=None, module=Step):
     """Run the training -> path of the last checkpoint.
 
-    rows: list of Row, default those of config.data. Raises SystemExit on a folder in use or bad
-    input.
+    rows: list of Row, default those of config.data. module: `Step`, or a variant's subclass of it.
+    Raises SystemExit on a folder in use or bad input.
     """
     machine = Machine(config.bf16)
     rows = rows_of(config) if rows is None else rows
@@ -387,7 +363,7 @@ def train(config, rows=None):
     measured = resumed or dict(latent_var=measure_variance(model, samples, order, config, machine))
     latent_var = measured["latent_var"]
     optimizer, trained = make_optimizer(model, config, machine.world)
-    ddp = wrap(Step(model, config, latent_var), config, machine)
+    ddp = wrap(module(model, config, latent_var), config, machine)
     if resumed:
         restore(optimizer, checkpoint, resumed, machine.rank)
     log = Log(config, first, machine)
@@ -408,12 +384,10 @@ def train(config, rows=None):
         line.update(skipped=[list(skip) for skip in skipped])
         line.update(ce=None, latent=None, loss=None, grad_norm=None, update_skipped=True)
         if n_text:
-            own = own_rows(step, steps, accumulate, config, machine)
-            sums = machine.sum(backward(ddp, micro, own, n_text, n_latent, machine))
+            sums = machine.sum(backward(ddp, micro, step / steps, n_text, n_latent, machine))
             ce, latent = sums[0] / n_text, sums[1] / max(n_latent, 1)
             norm = step_or_skip(optimizer, trained, lr, config.clip)
-            loss = ce + (0 if config.pause_tokens else config.lam) * latent
-            line.update(ce=ce, latent=latent, loss=loss, grad_norm=norm)
+            line.update(ce=ce, latent=latent, loss=ce + config.lam * latent, grad_norm=norm)
             line.update(update_skipped=not math.isfinite(norm))
         line.update(seconds=round(time.time() - began, 4))
         log.write(line, ce=line["ce"], latent=line["latent"])

@@ -1,7 +1,8 @@
 """Eq. (1)-(3) by hand, and the training loop: schedule, order, exact sums over micro-batches and
-ranks, resume, skips, self-forcing.
+ranks, resume, skips.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -17,8 +18,6 @@ from test_model import IMAGE, ROWS, SPAN, log_softmax, make_batch
 
 import sft
 from common import runs
-from common.formats import read_rows
-from data import Samples, collate, model_inputs
 from model import load
 from toy import tiny
 
@@ -26,8 +25,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SMALL = dict(tiny.TINY, global_batch=8, micro_batch=4, workers=0)
 
 
-def settings(world, out, **more):
-    return sft.Config(
+def settings(world, out, cls=sft.Config, **more):
+    return cls(
         **{
             **SMALL,
             "model": world["model"],
@@ -198,32 +197,25 @@ def test_every_epoch_is_a_permutation_and_ranks_share_it():
             assert sorted(seen) == sorted(order[step * 8 : step * 8 + 8])
 
 
+def assert_resumes(train, config):
+    """A straight run of 4 steps, and one resumed after 2, have the same weights and log lines."""
+    straight = train(config)
+    other = config.out + "_resumed"
+    shutil.copytree(config.out, other)
+    shutil.rmtree(os.path.join(other, "step_000004"))
+    resumed = train(dataclasses.replace(config, out=other, resume=True))
+    a, b, half = map(weights, (straight, resumed, os.path.join(config.out, "step_000002")))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not all(torch.equal(a[k], half[k]) for k in a)
+    lines = [[dict(line, seconds=0) for line in read_log(out)] for out in (config.out, other)]
+    assert lines[0] == lines[1] and len(lines[0]) == 4
+
+
 def test_a_straight_run_equals_a_resumed_one_bit_for_bit(world, tmp_path):
     """Breaks if anything that decides the weights is missing from the checkpoint: order, Adam
-    state, step, draws.
+    state, step.
     """
-    c = settings(world, tmp_path / "a", save_every=2, self_forcing=0.5, self_forcing_from=0.0)
-    straight = sft.train(c)
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    shutil.rmtree(tmp_path / "b" / "step_000004")
-    resumed = sft.train(
-        settings(
-            world,
-            tmp_path / "b",
-            save_every=2,
-            self_forcing=0.5,
-            self_forcing_from=0.0,
-            resume=True,
-        )
-    )
-    a, b = weights(straight), weights(resumed)
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    drop = {"seconds"}
-    assert [
-        {k: v for k, v in line.items() if k not in drop} for line in read_log(tmp_path / "a")
-    ] == [{k: v for k, v in line.items() if k not in drop} for line in read_log(tmp_path / "b")]
-    half = weights(str(tmp_path / "a" / "step_000002"))
-    assert not all(torch.equal(a[k], half[k]) for k in a)
+    assert_resumes(sft.train, settings(world, tmp_path / "a", save_every=2))
 
 
 def test_killed_while_saving_leaves_the_older_checkpoint(world, tmp_path, monkeypatch):
@@ -294,6 +286,19 @@ def test_a_later_step_without_a_readable_sample_is_logged_and_skipped(world, tmp
     assert log[1]["ce"] is None and log[1]["skipped"][0][0] == f"{data}:{second}"
     one, two = (weights(os.path.join(os.path.dirname(done), f"step_00000{k}")) for k in (2, 3))
     assert any(not torch.equal(one[k], two[k]) for k in one) and done.endswith("step_000003")
+
+
+def test_variance_of_the_targets_by_hand(world, tmp_path):
+    """Breaks if nmse divides Eq. (3) by another number than the variance, or mse by any."""
+    e = torch.tensor([[1.0, 0.0], [3.0, 0.0], [5.0, 3.0]])
+    assert sft.target_variance(e).item() == pytest.approx((8 / 3 + 2) / 2)
+    lines = {}
+    for kind in ("mse", "nmse"):
+        done = sft.train(settings(world, tmp_path / kind, steps=1, latent_loss=kind))
+        lines[kind] = read_log(tmp_path / kind)[0]
+    trainer = torch.load(os.path.join(done, "trainer.pt"), weights_only=False)
+    assert lines["mse"]["latent"] / trainer["latent_var"] == pytest.approx(lines["nmse"]["latent"])
+    assert trainer["latent_var"] != pytest.approx(1, abs=0.01)
 
 
 # A run whose optimizer is plain gradient descent with rate 1: the weights then show the gradient
@@ -414,55 +419,6 @@ def test_zero_redundancy_gives_the_same_weights_and_resumes(world, tmp_path):
     again = run(tmp_path / "zero", "--zero", "--resume")
     for k in plain:
         assert torch.allclose(plain[k], zero[k], atol=1e-6) and torch.equal(zero[k], again[k])
-
-
-@pytest.fixture
-def batch(world):
-    model, tokenizer = load(world["model"])
-    rows = [row for row in read_rows(world["data"]) if row.group in ("3-hop", "1-hop")][:4]
-    samples = Samples(rows, tokenizer, settings(world, "unused"))
-    return model, collate([samples[i] for i in range(4)], 0)
-
-
-def test_self_forcing_feeds_what_decoding_would(batch):
-    """Breaks if the fed latents are not the model's own: after as many passes as spans they are a
-    fixed point.
-    """
-    model, b = batch
-    step = sft.Step(model, sft.Config(self_forcing_passes=3))
-    fed = []
-    original = model.embed
-    model.embed = lambda *args, **kw: (
-        fed.append(args[5] if len(args) > 5 else kw["latents"]) or original(*args, **kw)
-    )
-    step(b, own=torch.tensor([True, False, True, False]))
-    e, z = fed[0], fed[-1]  # the first pass reads the true latents, the last forward the row's own
-    row = (b["input_ids"] == model.config.latent_id).nonzero()[:, 0]
-    assert torch.equal(z[row % 2 == 1], e[row % 2 == 1]) and not torch.allclose(
-        z[row == 0], e[row == 0]
-    )
-    # one word at a time: the latent after LS is to_latent of the state there, with all earlier
-    # latents its own
-    with torch.no_grad():
-        latents = e.clone()
-        places = (b["input_ids"] == model.config.latent_id).nonzero().tolist()
-        for k, (r, t) in enumerate(places):
-            if r % 2 == 0:
-                h, _ = model.hidden(**model_inputs(b), latents=latents)
-                latents[k] = model.to_latent(h[r, t - 1])
-    assert torch.allclose(z, latents, atol=1e-5)
-
-
-def test_pause_tokens_learn_their_embedding_and_have_no_latent_loss(batch):
-    """Breaks if the control sees the future frames, or is trained to match them."""
-    model, b = batch
-    model.requires_grad_(True)
-    step = sft.Step(model, sft.Config(pause_tokens=True, lam=1.0))
-    ce, weighted, latent = step(b)
-    b2 = dict(b, future_pixel_values=torch.randn_like(b["future_pixel_values"]))
-    assert weighted.item() == 0 and latent.item() > 0 and torch.equal(step(b2)[0], ce)
-    ce.backward()
-    assert model.get_input_embeddings().weight.grad[model.config.latent_id].abs().sum() > 0
 
 
 def test_text_only_rows_have_no_spans_and_the_vision_tower_stays(world, tmp_path):
