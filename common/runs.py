@@ -168,16 +168,13 @@ def save_checkpoint(folder, model, tokenizer, trainer, optimizer, rank, world):
 
 def restore(optimizer, checkpoint, trainer, rank):
     """Optimizer and random state of a checkpoint, back in place on each rank. Source: ours."""
-    mine = torch.load(
-        os.path.join(checkpoint, f"rank_{min(rank, trainer['world'] - 1)}.pt"),
-        map_location="cpu",
-        weights_only=False,
-    )
-    sharded = isinstance(optimizer, ZeroRedundancyOptimizer)
-    (optimizer.optim if sharded else optimizer).load_state_dict(
-        mine["shard"] if sharded else trainer["optimizer"]
-    )
-    set_random_state(mine["random"])
+    path = os.path.join(checkpoint, f"rank_{min(rank, trainer['world'] - 1)}.pt")
+    own = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        optimizer.optim.load_state_dict(own["shard"])
+    else:
+        optimizer.load_state_dict(trainer["optimizer"])
+    set_random_state(own["random"])
     trainer["optimizer"] = None
 
 
@@ -197,39 +194,47 @@ def rows_of(config):
     return rows
 
 
+def fingerprint(rows):
+    """What a run was trained on: ids, questions, options, answers, texts and frames of all rows.
+
+    Source: ours. A frame counts by its path and index, or by its bytes.
+    """
+    digest = hashlib.sha256()
+    for row in rows:
+        parts = (row.id, row.question, row.options, row.answer, row.prompt, row.response)
+        digest.update(repr(parts).encode())
+    return digest.hexdigest()
+
+
 def resume_point(config, rows, world):
     """-> newest checkpoint of config.out or None, its trainer.pt, the rows' fingerprint.
 
-    Source: ours.
-
-    Raises SystemExit if there is one and `resume` is off, or if it was made with other rows, values
-    or, with ZeRO, ranks.
+    Source: ours. Raises SystemExit if there is one and `resume` is off, or if it was made with
+    other rows, values or, with ZeRO, ranks.
     """
-    fingerprint = hashlib.sha256("\n".join(row.id for row in rows).encode()).hexdigest()
+    trained_on = fingerprint(rows)
     checkpoint = (checkpoints(config.out) or [None])[-1]
     if checkpoint is None:
-        return None, None, fingerprint
+        return None, None, trained_on
     if not config.resume:
         raise SystemExit(
             f"{config.out} already holds {os.path.basename(checkpoint)}: pass --resume to "
-            "continue it, "
-            "or another --out"
+            "continue it, or another --out"
         )
-    trainer = torch.load(
-        os.path.join(checkpoint, "trainer.pt"), map_location="cpu", mmap=True, weights_only=False
-    )
-    if trainer["rows"] != fingerprint:
+    path = os.path.join(checkpoint, "trainer.pt")
+    trainer = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    if trainer["rows"] != trained_on:
         raise SystemExit(f"{checkpoint} was trained on other rows than those of {config.data}")
     if config.zero and trainer["world"] != world:
         raise SystemExit(
             f"{checkpoint} holds optimizer shards of {trainer['world']} ranks, this run has {world}"
         )
-    changed = {
-        k for k, v in dataclasses.asdict(config).items() if trainer["config"].get(k) != v
-    } - HARMLESS
+    before, now = trainer["config"], dataclasses.asdict(config)
+    names = (before.keys() | now.keys()) - HARMLESS  # a field that only one of them has differs too
+    changed = sorted(k for k in names if (k in before, before.get(k)) != (k in now, now.get(k)))
     if changed:
-        raise SystemExit(f"{checkpoint} was made with other values of {', '.join(sorted(changed))}")
-    return checkpoint, trainer, fingerprint
+        raise SystemExit(f"{checkpoint} was made with other values of {', '.join(changed)}")
+    return checkpoint, trainer, trained_on
 
 
 def checkpoints(folder):
@@ -256,20 +261,24 @@ def newest(folder):
 
 
 def random_state():
+    """Python's, numpy's, torch's and this process's GPU's, as plain values. Source: ours."""
+    name, keys, *rest = np.random.get_state()
     return dict(
         python=random.getstate(),
-        numpy=np.random.get_state(),
+        numpy=[name, keys.tolist(), *rest],
         torch=torch.get_rng_state(),
-        cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     )
 
 
 def set_random_state(state):
+    """The other way round. A run that goes on with another device keeps that device's state."""
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def read_log(path):

@@ -296,7 +296,7 @@ def test_variance_of_the_targets_by_hand(world, tmp_path):
     for kind in ("mse", "nmse"):
         done = sft.train(settings(world, tmp_path / kind, steps=1, latent_loss=kind))
         lines[kind] = read_log(tmp_path / kind)[0]
-    trainer = torch.load(os.path.join(done, "trainer.pt"), weights_only=False)
+    trainer = torch.load(os.path.join(done, "trainer.pt"), weights_only=True)
     assert lines["mse"]["latent"] / trainer["latent_var"] == pytest.approx(lines["nmse"]["latent"])
     assert trainer["latent_var"] != pytest.approx(1, abs=0.01)
 
