@@ -694,8 +694,7 @@ def train(config, rows=None):
             checkpoint = os.path.join(config.out, f"step_{step + 1:06d}")
             state = dict(step=step + 1, batch=at, config=dataclasses.asdict(config))
             state.update(world=machine.world, rows=fingerprint)
-            rank, world = machine.rank, machine.world
-            save_checkpoint(checkpoint, model, tokenizer, state, optimizer, rank, world)
+            save_checkpoint(checkpoint, model, tokenizer, state, optimizer, machine)
             if machine.master:
                 draw_curves(log.path, os.path.join(config.out, "rewards.png"), CURVES)
     return checkpoint

@@ -36,24 +36,14 @@ import dataclasses
 import math
 import os
 import time
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from common.report import draw_curves
-from common.runs import (
-    Log,
-    Machine,
-    make_optimizer,
-    newest,
-    parse_config,
-    restore,
-    resume_point,
-    rows_of,
-    save_checkpoint,
-    step_or_skip,
-)
+from common.runs import Machine, Run, make_optimizer, newest, parse_config, rows_of, step_or_skip
 from data import DataConfig, Samples, collate, loader, model_inputs, to_device
 from model import log_continue
 
@@ -213,6 +203,11 @@ def sample_order(n, total, seed):
     ].tolist()
 
 
+def micro_count(global_batch, micro_batch, world):
+    """Micro-batches a step on each rank."""
+    return -(-global_batch // (world * micro_batch))
+
+
 def micro_batches(order, first_step, steps, global_batch, micro_batch, rank, world):
     """The lists of indices one rank reads from first_step on: the same number a step on each
     rank, some may be empty.
@@ -220,11 +215,11 @@ def micro_batches(order, first_step, steps, global_batch, micro_batch, rank, wor
     Step s owns order[s*G:(s+1)*G] whatever the number of ranks, so that 1 process and 8 see the
     same batches.
     """
-    count = -(-global_batch // (world * micro_batch))
+    count = micro_count(global_batch, micro_batch, world)
     for step in range(first_step, steps):
-        mine = order[step * global_batch : (step + 1) * global_batch][rank::world]
+        own = order[step * global_batch : (step + 1) * global_batch][rank::world]
         for k in range(count):
-            yield mine[k * micro_batch : (k + 1) * micro_batch]
+            yield own[k * micro_batch : (k + 1) * micro_batch]
 
 
 def print_row(batch, tokenizer, latent_id):
@@ -265,24 +260,28 @@ def load_model(config, checkpoint, machine):
     return model, tokenizer
 
 
-def plan_data(rows, tokenizer, first, config, machine):
-    """The order is fixed by the seed, the place in it by the step.
+def plan_order(rows, config):
+    """The rows in the order they are used, fixed by the seed -> (list of indices, steps).
 
-    -> the encoded samples, their order, the number of steps, this rank's micro-batches from step
-    `first` on. Raises SystemExit if there is nothing to train on.
+    Raises SystemExit if there is nothing to train on.
     """
     total = config.steps * config.global_batch or round(len(rows) * config.epochs)
     if total < 1:
         raise SystemExit(
             f"nothing to train on: {config.steps} steps, {config.epochs} epochs of {len(rows)} rows"
         )
-    steps = -(-total // config.global_batch)
-    order = sample_order(len(rows), total, config.seed)
-    samples = Samples(rows, tokenizer, config, train=True, spans=config.spans)
-    sizes = config.global_batch, config.micro_batch, machine.rank, machine.world
-    plan = list(micro_batches(order, first, steps, *sizes))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return samples, order, steps, iter(loader(samples, plan, config.workers, pad_id=pad))
+    return sample_order(len(rows), total, config.seed), -(-total // config.global_batch)
+
+
+def load_steps(samples, order, first, steps, config, machine):
+    """From step `first` on: the micro-batches of this rank, a list a step, decoded ahead."""
+    sizes = config.global_batch, config.micro_batch
+    plan = list(micro_batches(order, first, steps, *sizes, machine.rank, machine.world))
+    pad = samples.tokenizer.pad_token_id or 0
+    # begun here, before a checkpoint's random state is put back: a loader draws a number
+    batches = iter(loader(samples, plan, config.workers, pad_id=pad))
+    count = micro_count(*sizes, machine.world)
+    return ([next(batches) for _ in range(count)] for _ in range(first, steps))
 
 
 def measure_variance(model, samples, order, config, machine):
@@ -317,30 +316,53 @@ def wrap(module, config, machine):
     )
 
 
-def count_step(micro, latent_id, config, machine):
-    """The denominators of Eq. (2) and (3): all tokens of the step, all ranks, before a backward.
+class Counts(NamedTuple):
+    """What a step holds, over all micro-batches and ranks."""
 
-    -> n_text, n_latent, tokens fed.
-    """
+    n_text: int  # |T| of Eq. (2)
+    n_latent: int  # |S| of Eq. (3)
+    n_tokens: int  # all that are fed, padding too
+
+
+def count_step(micro, latent_id, config, machine):
+    """A step's micro-batches on each rank -> Counts, known before the first backward."""
     n_latent = sum(int((batch["input_ids"] == latent_id).sum()) for batch in micro)
     n_text = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in micro)
     n_text += n_latent * config.stop_term
     n_tokens = sum(batch["input_ids"].numel() for batch in micro)
-    return machine.sum([n_text, n_latent, n_tokens])
+    return Counts(*(int(n) for n in machine.sum([n_text, n_latent, n_tokens])))
 
 
-def backward(ddp, micro, progress, n_text, n_latent, machine):
-    """Forward and backward of a step's micro-batches -> this rank's sums of Eq. (2) and (3)."""
+def backward(ddp, micro, progress, counts, machine):
+    """Forward and backward of a step's micro-batches -> means of Eq. (2) and (3) on all ranks."""
+    n_text, n_latent = counts.n_text, max(counts.n_latent, 1)
     sums = torch.zeros(2, dtype=torch.float64)
     for batch in micro:
         last = batch is micro[-1]  # DDP adds up the ranks' gradients once a step
         with contextlib.nullcontext() if last or machine.world == 1 else ddp.no_sync():
             with machine.autocast():
                 ce, weighted, latent = ddp(to_device(batch, machine.device), progress)
-            loss = ce / n_text + weighted / max(n_latent, 1)  # Eq. (1)
+            loss = ce / n_text + weighted / n_latent  # Eq. (1)
             (loss * machine.world).backward()  # DDP takes the mean over ranks; the sum is wanted
         sums += torch.stack([ce.detach(), latent]).double().cpu()
-    return sums
+    ce, latent = machine.sum(sums)
+    return ce / n_text, latent / n_latent
+
+
+def log_line(step, lr, counts, ce, latent, norm, skipped, config):
+    """A step's line in log.jsonl; ce, latent and norm are None if there was nothing to learn."""
+    return dict(
+        step=step,
+        lr=lr,
+        tokens=counts.n_tokens,
+        latents=counts.n_latent,
+        ce=ce,
+        latent=latent,
+        loss=None if ce is None else ce + config.lam * latent,
+        grad_norm=norm,
+        update_skipped=norm is None or not math.isfinite(norm),
+        skipped=[list(skip) for skip in skipped],
+    )
 
 
 def train(config, rows=None, module=Step):
@@ -349,69 +371,64 @@ def train(config, rows=None, module=Step):
     rows: list of Row, default those of config.data. module: `Step`, or a variant's subclass of it.
     Raises SystemExit on a folder in use or bad input.
     """
+    # the run's folder; the model; the data in its order
     machine = Machine(config.bf16)
     rows = rows_of(config) if rows is None else rows
-    checkpoint, resumed, fingerprint = resume_point(config, rows, machine.world)
-    os.makedirs(config.out, exist_ok=True)
+    run = Run(config, rows, machine, config.label)
+    order, steps = plan_order(rows, config)
     torch.manual_seed(config.seed)
-    model, tokenizer = load_model(config, checkpoint, machine)
+    model, tokenizer = load_model(config, run.checkpoint, machine)
+    samples = Samples(rows, tokenizer, config, train=True, spans=config.spans)
+    batches = load_steps(samples, order, run.first, steps, config, machine)
 
-    first = resumed["step"] if resumed else 0
-    samples, order, steps, batches = plan_data(rows, tokenizer, first, config, machine)
-    accumulate = -(-config.global_batch // (machine.world * config.micro_batch))
-
-    measured = resumed or dict(latent_var=measure_variance(model, samples, order, config, machine))
-    latent_var = measured["latent_var"]
-    optimizer, trained = make_optimizer(model, config, machine.world)
+    # what is trained, and the state of a run that goes on
+    latent_var = run.state["latent_var"] if run.state else None
+    if latent_var is None:
+        latent_var = measure_variance(model, samples, order, config, machine)
     ddp = wrap(module(model, config, latent_var), config, machine)
-    if resumed:
-        restore(optimizer, checkpoint, resumed, machine.rank)
-    log = Log(config, first, machine)
-    log.say(describe(config, rows, model, steps, accumulate, machine))
+    optimizer, trained = make_optimizer(model, config, machine.world)
+    run.start(optimizer, describe(config, rows, model, steps, machine))
 
-    for step in log.steps(steps, config.label):
+    for step in run.log.steps(steps, run.name):
+        # the step's samples; those that cannot be read are named and left out
         began = time.time()
-        micro = [next(batches) for _ in range(accumulate)]
+        micro = next(batches)
         if step == 0 and machine.master:
             print_row(micro[0], tokenizer, model.config.latent_id)
-        skipped, _ = log.skips([skip for batch in micro for skip in batch["skipped"]])
-        n_text, n_latent, n_tokens = count_step(micro, model.config.latent_id, config, machine)
-        if n_text == 0 and step == 0:  # a wrong media_root, most likely
+        skipped, _ = run.log.skips([skip for batch in micro for skip in batch["skipped"]])
+
+        # what Eq. (2) and (3) are divided by
+        counts = count_step(micro, model.config.latent_id, config, machine)
+        if counts.n_text == 0 and step == 0:  # a wrong media_root, most likely
             why = f"could be used, e.g. {skipped[0].why}" if skipped else "has a word to learn"
-            raise SystemExit(f"no sample of step {step} {why}")
-        lr = learning_rate(step, steps, config)
-        line = dict(step=step, lr=lr, tokens=int(n_tokens), latents=int(n_latent))
-        line.update(skipped=[list(skip) for skip in skipped])
-        line.update(ce=None, latent=None, loss=None, grad_norm=None, update_skipped=True)
-        if n_text:
-            sums = machine.sum(backward(ddp, micro, step / steps, n_text, n_latent, machine))
-            ce, latent = sums[0] / n_text, sums[1] / max(n_latent, 1)
+            raise SystemExit(f"no sample of step 0 {why}")
+
+        # Eq. (1), its gradient, the update; a step without a word to learn has none
+        lr, ce, latent, norm = learning_rate(step, steps, config), None, None, None
+        if counts.n_text:
+            ce, latent = backward(ddp, micro, step / steps, counts, machine)
             norm = step_or_skip(optimizer, trained, lr, config.clip)
-            line.update(ce=ce, latent=latent, loss=ce + config.lam * latent, grad_norm=norm)
-            line.update(update_skipped=not math.isfinite(norm))
+
+        # a line in the log, and now and then a checkpoint
+        line = log_line(step, lr, counts, ce, latent, norm, skipped, config)
         line.update(seconds=round(time.time() - began, 4))
-        log.write(line, ce=line["ce"], latent=line["latent"])
-
-        if (step + 1) % config.save_every == 0 or step + 1 == steps:
-            checkpoint = os.path.join(config.out, f"step_{step + 1:06d}")
-            state = dict(step=step + 1, config=dataclasses.asdict(config), world=machine.world)
-            state.update(rows=fingerprint, latent_var=latent_var)
-            rank, world = machine.rank, machine.world
-            save_checkpoint(checkpoint, model, tokenizer, state, optimizer, rank, world)
-            if machine.master:
-                draw_curves(log.path, os.path.join(config.out, "loss.png"))
-    return checkpoint
+        run.log.write(line, ce=ce, latent=latent)
+        due = run.save_if_due(step + 1, steps, model, tokenizer, optimizer, latent_var=latent_var)
+        if due and machine.master:
+            draw_curves(run.log.path, os.path.join(config.out, "loss.png"))
+    return run.checkpoint
 
 
-def describe(config, rows, model, steps, accumulate, machine):
+def describe(config, rows, model, steps, machine):
     """The run in one line."""
-    weights = [p.numel() for p in model.parameters()]
+    weights = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    micro = micro_count(config.global_batch, config.micro_batch, machine.world)
     return (
         f"{config.label} SFT: {len(rows)} rows, {steps} steps x {config.global_batch} samples = "
-        f"{machine.world} ranks x {accumulate} micro-batches x {config.micro_batch}, "
+        f"{machine.world} ranks x {micro} micro-batches x {config.micro_batch}, "
         f"{machine.device.type}, seed {config.seed}, {trained:,} parameters trained of "
-        f"{sum(weights):,}, a checkpoint every {config.save_every} steps"
+        f"{weights:,}, a checkpoint every {config.save_every} steps"
     )
 
 

@@ -136,30 +136,30 @@ def make_optimizer(model, config, world):
     return torch.optim.AdamW(groups, **adam), trained
 
 
-def save_checkpoint(folder, model, tokenizer, trainer, optimizer, rank, world):
-    """All ranks: write a Hugging Face folder, trainer.pt and each rank's rank_R.pt under a
-    temporary name, then rename.
+def save_checkpoint(folder, model, tokenizer, trainer, optimizer, machine):
+    """All ranks: write a Hugging Face folder, trainer.pt and each rank's rank_R.pt. Source: ours.
 
-    A killed save leaves no half checkpoint. rank_R.pt holds what differs by rank: random state,
-    with ZeRO the shard of the optimizer. Source: ours.
+    They are written under a temporary name and renamed: a killed save leaves no half checkpoint.
+    rank_R.pt holds what differs by rank: random state, with ZeRO the shard of the optimizer.
     """
     sharded = isinstance(optimizer, ZeroRedundancyOptimizer)
     trainer = dict(trainer, optimizer=None if sharded else optimizer.state_dict())
-    rank_state = dict(
-        random=random_state(), shard=optimizer.optim.state_dict() if sharded else None
-    )
+    shard = optimizer.optim.state_dict() if sharded else None
     partial = os.path.join(os.path.dirname(folder), ".partial_" + os.path.basename(folder))
-    if rank == 0:
+
+    # the first rank makes the folder, then each adds its own file
+    if machine.master:
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         torch.save(trainer, os.path.join(partial, "trainer.pt"))
-    if world > 1:
-        dist.barrier()
-    torch.save(rank_state, os.path.join(partial, f"rank_{rank}.pt"))
-    if world > 1:
-        dist.barrier()
-    if rank == 0:
+    machine.wait()
+    path = os.path.join(partial, f"rank_{machine.rank}.pt")
+    torch.save(dict(random=random_state(), shard=shard), path)
+    machine.wait()
+
+    # all is there: it gets its name, and all but the last two go
+    if machine.master:
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(partial, folder)
         for old in checkpoints(os.path.dirname(folder))[:-2]:
@@ -336,6 +336,11 @@ class Machine:
         dist.all_gather_object(lists, list(items))
         return sum(lists, [])
 
+    def wait(self):
+        """Until every rank is here."""
+        if self.world > 1:
+            dist.barrier()
+
     def load(self, folder, train=False, **kwargs):
         """A folder -> (model, tokenizer): fp32 weights to train; else bf16 on CUDA, eval mode."""
         dtype = torch.bfloat16 if self.bf16 and not train else torch.float32
@@ -473,7 +478,46 @@ class Log:
         )
         if line.get("groups") == 0:
             tqdm.write(f"step {line['step']}: no group kept, no update")
-        if line.get("updates_skipped") or line.get("update_skipped"):
+        if line.get("update_skipped") and line["grad_norm"] is None:
+            tqdm.write(f"step {line['step']}: no sample could be used, no update")
+        elif line.get("updates_skipped") or line.get("update_skipped"):
             tqdm.write(f"step {line['step']}: gradient is not finite, update skipped")
         if self.wandb:
             self.wandb.log(line)
+
+
+class Run:
+    """A training's folder: its guard, its checkpoints, its log. Source: ours.
+
+    name: what is trained, in a word. A run is continued under its own name only. checkpoint, state:
+    the newest checkpoint of the folder and its trainer.pt, or None. first: the step to begin with.
+    Raises SystemExit as `resume_point` does.
+    """
+
+    def __init__(self, config, rows, machine, name):
+        self.config, self.machine, self.name, self.log = config, machine, name, None
+        self.checkpoint, self.state, self.rows = resume_point(config, rows, machine.world)
+        if self.state and self.state["name"] != name:
+            raise SystemExit(f"{self.checkpoint} trained {self.state['name']!r}, not {name!r}")
+        self.first = self.state["step"] if self.state else 0
+
+    def start(self, optimizer, text):
+        """Put back what the checkpoint holds, open the log, say `text`."""
+        if self.state:
+            restore(optimizer, self.checkpoint, self.state, self.machine.rank)
+        os.makedirs(self.config.out, exist_ok=True)
+        self.log = Log(self.config, self.first, self.machine)
+        self.log.say(text)
+
+    def save_if_due(self, done, steps, model, tokenizer, optimizer, **state):
+        """After `done` of `steps` steps: every save_every steps and at the end -> whether it was.
+
+        state: what the script wants back in `Run.state`, plain values.
+        """
+        if done % self.config.save_every and done != steps:
+            return False
+        self.checkpoint = os.path.join(self.config.out, f"step_{done:06d}")
+        state.update(step=done, name=self.name, config=dataclasses.asdict(self.config))
+        state.update(world=self.machine.world, rows=self.rows)
+        save_checkpoint(self.checkpoint, model, tokenizer, state, optimizer, self.machine)
+        return True

@@ -207,6 +207,13 @@ def assert_resumes(train, config):
     a, b, half = map(weights, (straight, resumed, os.path.join(config.out, "step_000002")))
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not all(torch.equal(a[k], half[k]) for k in a)
+    states = [
+        torch.load(os.path.join(done, "rank_0.pt"), weights_only=True)["random"]
+        for done in (straight, resumed)
+    ]
+    for name, state in states[0].items():  # whoever draws next draws the same
+        other_state = states[1][name]
+        assert torch.equal(state, other_state) if name == "torch" else state == other_state, name
     lines = [[dict(line, seconds=0) for line in read_log(out)] for out in (config.out, other)]
     assert lines[0] == lines[1] and len(lines[0]) == 4
 
@@ -270,7 +277,7 @@ def test_a_step_without_a_readable_sample_ends_the_run(world, tmp_path):
         sft.train(settings(world, tmp_path / "b", media_root=str(tmp_path)))
 
 
-def test_a_later_step_without_a_readable_sample_is_logged_and_skipped(world, tmp_path):
+def test_a_later_step_without_a_readable_sample_is_logged_and_skipped(world, tmp_path, capsys):
     """Breaks if rotten clips in the middle of a run end it, or are lost without a name."""
     with open(world["data"]) as f:
         rows = [json.loads(line) for line in f]
@@ -282,10 +289,21 @@ def test_a_later_step_without_a_readable_sample_is_logged_and_skipped(world, tmp
     common = dict(data=data, steps=3, global_batch=1, micro_batch=1, save_every=1)
     done = sft.train(settings(world, tmp_path / "a", **common))
     log = read_log(tmp_path / "a")
+    assert "step 1: no sample could be used, no update" in capsys.readouterr().out
     assert [line["update_skipped"] for line in log] == [False, True, False]
     assert log[1]["ce"] is None and log[1]["skipped"][0][0] == f"{data}:{second}"
     one, two = (weights(os.path.join(os.path.dirname(done), f"step_00000{k}")) for k in (2, 3))
     assert any(not torch.equal(one[k], two[k]) for k in one) and done.endswith("step_000003")
+
+    # nor does it end a run that begins again with it
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for k in (2, 3):
+        shutil.rmtree(tmp_path / "b" / f"step_00000{k}", ignore_errors=True)
+    again = sft.train(settings(world, tmp_path / "b", **common, resume=True))
+    assert [dict(line, seconds=0) for line in read_log(tmp_path / "b")] == [
+        dict(line, seconds=0) for line in log
+    ]
+    assert all(torch.equal(weights(again)[k], v) for k, v in weights(done).items())
 
 
 def test_variance_of_the_targets_by_hand(world, tmp_path):

@@ -12,7 +12,7 @@ from test_sft import settings
 import sft
 from common.formats import Clip, Frame, Row, read_rows
 from common.runs import checkpoints, fingerprint, random_state, set_random_state
-from variants import self_forcing
+from variants import pause_tokens, self_forcing
 
 
 def draws():
@@ -75,3 +75,8 @@ def test_a_run_goes_on_with_the_same_rows_and_the_same_script_only(world, tmp_pa
     with pytest.raises(SystemExit, match="other values of self_forcing, self_forcing_from, "):
         sft.train(dataclasses.replace(again, out=str(tmp_path / "b")))
     assert len(checkpoints(tmp_path / "b")) == 1
+    # a variant with the same fields
+    sft.train(settings(world, tmp_path / "c", lam=0.0, steps=1))
+    pause = settings(world, tmp_path / "c", pause_tokens.Config, lam=0.0, steps=1, resume=True)
+    with pytest.raises(SystemExit, match="trained 'latent', not 'pause'"):
+        pause_tokens.train(pause)
