@@ -278,32 +278,32 @@ def test_a_step_without_a_readable_sample_ends_the_run(world, tmp_path):
 
 
 def test_a_later_step_without_a_readable_sample_is_logged_and_skipped(world, tmp_path, capsys):
-    """Breaks if rotten clips in the middle of a run end it, or are lost without a name."""
+    """Breaks if rotten clips in the middle of a run, or where it is resumed, end it, or are lost
+    without a name.
+    """
     with open(world["data"]) as f:
         rows = [json.loads(line) for line in f]
-    second = sft.sample_order(len(rows), 3, 0)[1]
-    rows[second]["video"] = "clips/missing.mp4"
+    order = sft.sample_order(len(rows), 5, 0)
+    for k in (1, 3):
+        rows[order[k]]["video"] = "clips/missing.mp4"
     data = os.path.join(os.path.dirname(world["data"]), "rotten.jsonl")
     with open(data, "w") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
-    common = dict(data=data, steps=3, global_batch=1, micro_batch=1, save_every=1)
-    done = sft.train(settings(world, tmp_path / "a", **common))
+    more = dict(data=data, steps=5, global_batch=1, micro_batch=1, save_every=3)
+    done = sft.train(settings(world, tmp_path / "a", **more))
     log = read_log(tmp_path / "a")
     assert "step 1: no sample could be used, no update" in capsys.readouterr().out
-    assert [line["update_skipped"] for line in log] == [False, True, False]
-    assert log[1]["ce"] is None and log[1]["skipped"][0][0] == f"{data}:{second}"
-    one, two = (weights(os.path.join(os.path.dirname(done), f"step_00000{k}")) for k in (2, 3))
-    assert any(not torch.equal(one[k], two[k]) for k in one) and done.endswith("step_000003")
+    assert [line["update_skipped"] for line in log] == [False, True, False, True, False]
+    assert log[1]["ce"] is None and log[1]["skipped"][0][0] == f"{data}:{order[1]}"
+    assert done.endswith("step_000005")
+    half, whole = weights(str(tmp_path / "a" / "step_000003")), weights(done)
+    assert any(not torch.equal(half[k], whole[k]) for k in half)
 
-    # nor does it end a run that begins again with it
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    for k in (2, 3):
-        shutil.rmtree(tmp_path / "b" / f"step_00000{k}", ignore_errors=True)
-    again = sft.train(settings(world, tmp_path / "b", **common, resume=True))
-    assert [dict(line, seconds=0) for line in read_log(tmp_path / "b")] == [
-        dict(line, seconds=0) for line in log
-    ]
-    assert all(torch.equal(weights(again)[k], v) for k, v in weights(done).items())
+    shutil.rmtree(done)  # step 3 is now the first one
+    again = weights(sft.train(settings(world, tmp_path / "a", **more, resume=True)))
+    assert all(torch.equal(again[k], whole[k]) for k in whole)
+    resumed = read_log(tmp_path / "a")
+    assert [dict(line, seconds=0) for line in resumed] == [dict(line, seconds=0) for line in log]
 
 
 def test_variance_of_the_targets_by_hand(world, tmp_path):
