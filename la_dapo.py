@@ -53,8 +53,9 @@ Where this differs from the official code:
  8. What is sampled depends on the seed and the place in the data, not on the number of ranks.
  9. With one update a step, pi_old is this forward itself, as in official; the decoder's recorded
     log-probabilities stay a check: their RMS difference is logged as `replay_rms`.
-10. In the filter's mean a repetitive rollout counts 0 (official: -1). Weight decay is 0 (official
-    0.01). The vision tower is frozen (official trains it). k3 is not clamped (official: +-10).
+10. In the filter's mean a repetitive rollout counts 0 (official: -1).
+11. Weight decay is 0 (official: 0.01).
+12. The vision tower is frozen (official trains it).
 
 Axis letters: B prompts, G rollouts of a prompt, R rows (rollouts of all prompts), P prompt tokens,
 T new tokens, S chosen tokens, N latents of all rows, D hidden, V vocabulary.
@@ -243,10 +244,11 @@ def clipped_surrogate(logp, old, A, eps_low=0.2, eps_high=0.28, dual_clip=3.0):
 def kl_k3(logp, ref):
     """KL(pi, ref) a token, estimated by exp(d) - d - 1 with d = ref - logp: never negative.
 
-    Source: sec. 3.3 (GRPO).
+    Source: sec. 3.3 (GRPO); official clamps d to +-20 and the estimate to +-10. Where it is at a
+    clamp, a token has no gradient: d is above 2.6 or below -11.
     """
-    d = ref - logp
-    return d.exp() - d - 1
+    d = (ref - logp).clamp(-20, 20)
+    return (d.exp() - d - 1).clamp(-10, 10)
 
 
 def adjoint_loss(loss, predicted, latents, terms):

@@ -121,6 +121,22 @@ def test_kl_is_unbiased_and_never_negative():
     assert kl_k3(p.log(), p.log()).abs().max() == 0
 
 
+def test_kl_of_a_token_that_is_far_off():
+    """Breaks if one token with exp(d) out of bounds takes over the loss, or makes it infinite.
+
+    d = -30, -9, 2, 3, 200: the second and third are as without clamps.
+    """
+    d = torch.tensor([-30.0, -9.0, 2.0, 3.0, 200.0])
+    logp = torch.zeros_like(d).requires_grad_()
+    k3 = kl_k3(logp, d)
+    torch.testing.assert_close(
+        k3.detach(), torch.tensor([10, math.exp(-9) + 8, math.exp(2) - 3, 10, 10])
+    )
+    k3.sum().backward()  # dk3/dlogp = 1 - exp(d)
+    slope = torch.tensor([0, 1 - math.exp(-9), 1 - math.exp(2), 0, 0])
+    torch.testing.assert_close(logp.grad, slope)
+
+
 def test_learning_rate_by_hand():
     """Breaks if the warm-up is not linear, or the last step is not near final_lr."""
     c = la_dapo.Config(lr=1.0, steps=14, warmup_steps=4, final_lr=0.1)
