@@ -260,16 +260,17 @@ def adjoint_loss(loss, predicted, latents, terms):
 
         dloss/dw = (partial, z held constant) + g (1 - J)^-1 df/dw,    g = dloss/dz.
 
-    A latent depends on earlier ones only: J is strictly lower triangular, and lam = g (1 - J)^-1 =
-    g + gJ + gJJ + ... ends after as many terms as the longest response has latents. No Jacobian is
-    formed: each term is a vector-Jacobian product. loss: scalar; predicted (N, D) = f; latents (N,
-    D), the leaf z; terms: how many of the series. Keeps the graph.
+    A latent depends on earlier ones only: J is strictly lower triangular. So the adjoint
+    g (1 - J)^-1 = g + gJ + gJJ + ... ends after as many terms as the longest response has latents.
+    No Jacobian is formed: each term is a vector-Jacobian product. Keeps the graph.
+
+    loss: scalar; predicted (N, D) = f; latents (N, D), the leaf z; terms: how many of the series.
     """
-    lam = term = torch.autograd.grad(loss, latents, retain_graph=True)[0]  # (N, D) g
+    adjoint = term = torch.autograd.grad(loss, latents, retain_graph=True)[0]  # (N, D) g
     for _ in range(terms - 1):
         term = torch.autograd.grad(predicted, latents, term, retain_graph=True)[0]  # (N, D) gJ^k
-        lam = lam + term
-    return (lam.detach() * (predicted - predicted.detach())).sum()
+        adjoint = adjoint + term
+    return (adjoint.detach() * (predicted - predicted.detach())).sum()
 
 
 def schedule(step, steps, config):

@@ -137,7 +137,7 @@ def test_kl_of_a_token_that_is_far_off():
     torch.testing.assert_close(logp.grad, slope)
 
 
-def test_learning_rate_by_hand():
+def test_schedule_by_hand():
     """Breaks if the warm-up is not linear, or the last step is not near final_lr."""
     c = la_dapo.Config(lr=1.0, steps=14, warmup_steps=4, final_lr=0.1)
     assert [la_dapo.schedule(s, c.steps, c) for s in (0, 3, 4, 7, 13)] == pytest.approx(
