@@ -448,6 +448,28 @@ def test_ratio_one_gives_the_reinforce_gradient(model, tokenizer):
     )
 
 
+@pytest.mark.parametrize("minibatches, ratio", [(1, 1.0), (2, math.exp(0.1))])
+def test_what_the_ratio_compares_with(model, tokenizer, minibatches, ratio):
+    """Breaks if with one update a step the decoder's record enters the ratio, if with several it
+    does not, or if its difference is not logged. The record is off by 0.1 everywhere.
+    """
+    batch, rollout = sampled(model, tokenizer, n=2)
+    recorded = rollout.logprobs - 0.1 * rollout.sampled
+    A = torch.ones(len(recorded), 1)
+    prepared = la_dapo.Batch(
+        batch,
+        dataclasses.replace(rollout, logprobs=recorded),
+        torch.arange(len(A)) // 2,
+        A,
+        torch.ones_like(A),
+    )
+    config = la_dapo.Config(kl=0.0, temperature=0.9, minibatches=minibatches)
+    figures = Counter()
+    la_dapo.policy_loss(model, prepared, int(rollout.sampled.sum()), config, figures)
+    assert figures["ratio"] == pytest.approx(ratio, abs=1e-5)
+    assert math.sqrt(figures["replay_ms"]) == pytest.approx(0.1, abs=1e-4)
+
+
 # --------------------------------------------------------------------------------------------- loop
 
 
@@ -805,11 +827,13 @@ def test_an_epoch_counts_updates_and_refills_wrap(world, loud, tmp_path):
     Ten prompts, no group is ever kept (all answers are wrong), so each step costs max_tries passes.
     """
     data = ten_rows(world, "epoch.jsonl", broken=[])
-    more = dict(data=data, steps=0, groups=4, prompts=4, max_tries=3, filter=True)
+    more = dict(data=data, steps=0, groups=3, prompts=4, max_tries=3, filter=True, final_lr=0.1)
     done = la_dapo.train(settings(world, loud, tmp_path / "a", **more))
     lines = log_of(tmp_path / "a")
-    assert len(lines) == 10 // 4 and done.endswith("step_000002")
-    assert [line["prompts"] for line in lines] == [[0, 12], [12, 24]]
+    assert len(lines) == 10 // 3 and done.endswith("step_000003")
+    assert [line["prompts"] for line in lines] == [[0, 12], [12, 24], [24, 36]]
+    rates = [line["lr"] for line in lines]  # final_lr needs no --steps
+    assert rates == pytest.approx([1e-3, 5.5e-4, 1e-4])
     few = settings(world, loud, tmp_path / "b", **dict(more, groups=40, prompts=2, max_tries=1))
     la_dapo.train(few)
     assert len(log_of(tmp_path / "b")) == 1  # at least one
