@@ -296,6 +296,11 @@ class Group:
     verdict: str = ""  # of `keep_group`
     slot: int = 0  # its number among the groups of the step, over all ranks
 
+    @property
+    def rewards(self):
+        """{name: G values}: the reward and its parts, whatever `rewards.score_group` gives."""
+        return {k: v for k, v in self.parts.items() if k not in ("correct", "unjudged")}
+
 
 @functools.lru_cache(maxsize=2)
 def permutation(n, seed, epoch):
@@ -374,7 +379,8 @@ def first_kept(groups, config, machine):
     return needed, len(places), len(kept) - len(needed)
 
 
-PARTS = ("total", "accuracy", "format", "contrastive", "diversity", "repetition")
+# in every line of the log, also of a step without a rollout; a reward that is new joins by itself
+REWARDS = ("total", "accuracy", "format", "contrastive", "diversity", "repetition")
 COUNTS = ("unjudged", "kept", "too easy", "too hard", "unjudged groups", "surplus", "skipped")
 CURVES = (("total", "accuracy"), ("contrastive", "diversity"), ("entropy", "kl"), ("grad_norm",))
 
@@ -392,8 +398,8 @@ def count(tally, group, latent_start_id):
     tally.count("cut_off", rollout.finish.count("length"))
     tally.count("unjudged groups" if group.verdict == "unjudged" else group.verdict)
     tally.count("unjudged", sum(group.parts["unjudged"]))
-    for part in PARTS:
-        tally.add(part, group.parts[part])
+    for name, values in group.rewards.items():
+        tally.add(name, values)
 
 
 def collect(model, tokenizer, batches, at, config, judge, machine, tally):
@@ -591,7 +597,7 @@ def log_line(tally, figures):
     """The sums of a step over all ranks -> the figures of its line in log.jsonl."""
     n = max(1, tally["rollouts"])
     return dict(
-        tally.means(PARTS),
+        tally.means(REWARDS),
         **figures,
         length=tally["tokens"] / n,
         spans=tally["spans"] / n,
@@ -608,7 +614,7 @@ def write_rollouts(path, step, groups, config):
     i = step // config.sample_every % config.group_size
     with open(path, "a", encoding="utf-8") as f:
         for group in groups:
-            row, parts = group.sample["row"], group.parts
+            row = group.sample["row"]
             line = dict(
                 step=step,
                 id=row.id,
@@ -616,8 +622,8 @@ def write_rollouts(path, step, groups, config):
                 question=row.question,
                 answer=row.answer,
                 response=group.texts[i],
-                group_accuracy=parts["accuracy"],
-                **{part: parts[part][i] for part in PARTS},
+                group_accuracy=group.parts["accuracy"],
+                **{name: values[i] for name, values in group.rewards.items()},
             )
             f.write(json.dumps(line, ensure_ascii=False) + "\n")
 

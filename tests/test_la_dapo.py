@@ -146,6 +146,28 @@ def test_schedule_by_hand():
     assert la_dapo.schedule(9, 100, la_dapo.Config(lr=1.0)) == 1.0
 
 
+def test_tally_by_hand():
+    """Breaks if the deviation or the sum over ranks is wrong, None counts as a value, or a name
+    without values is missing from the line.
+    """
+
+    class TwoAlike:
+        def gather(self, items):
+            return items * 2
+
+    tally = runs.Tally()
+    tally.add("reward", [1.0, None])
+    tally.add("reward", [2.0, 6.0])  # mean 3, squares 41 / 3
+    tally.count("kept")
+    tally.count("kept", 2)
+    total = tally.over(TwoAlike())
+    assert (tally["kept"], total["kept"], total["surplus"]) == (3, 6, 0)
+    for sums in (tally, total):
+        assert sums.means(["absent"]) == pytest.approx(
+            dict(absent=0, absent_std=0, reward=3, reward_std=math.sqrt(41 / 3 - 9))
+        )
+
+
 # ------------------------------------------------------------------------------------------- replay
 
 
@@ -637,6 +659,25 @@ def test_killed_and_resumed_equals_straight_through(world, loud, tmp_path):
         la_dapo.train(settings(world, loud, tmp_path / "b"))
     with pytest.raises(SystemExit, match="lambda_c"):
         la_dapo.train(settings(world, loud, tmp_path / "b", resume=True, lambda_c=0.3))
+
+
+def test_a_new_reward_reaches_the_log_by_itself(world, loud, tmp_path, monkeypatch):
+    """Breaks if a reward that `score_group` gains needs an edit in the loop to be logged, or a
+    verdict is logged as one.
+    """
+    inner = la_dapo.score
+
+    def with_novelty(*args, **weights):
+        return [dict(parts, novelty=[0.0, 0.5, 1.0]) for parts in inner(*args, **weights)]
+
+    monkeypatch.setattr(la_dapo, "score", with_novelty)
+    la_dapo.train(settings(world, loud, tmp_path / "a", steps=1))
+    (line,) = log_of(tmp_path / "a")
+    assert line["novelty"] == pytest.approx(0.5)
+    assert line["novelty_std"] == pytest.approx(math.sqrt(1 / 6))
+    assert "correct_std" not in line and "unjudged_std" not in line
+    rollouts = open(tmp_path / "a" / "rollouts_0.jsonl").read().splitlines()
+    assert [json.loads(rollout)["novelty"] for rollout in rollouts] == [0.0] * 4
 
 
 def test_no_group_kept(world, loud, tmp_path):
