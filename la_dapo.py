@@ -626,8 +626,8 @@ def save(policy, config, machine):
     policy.checkpoint = os.path.join(config.out, f"step_{policy.step:06d}")
     state = dict(step=policy.step, batch=policy.batch, config=dataclasses.asdict(config))
     state.update(world=machine.world, rows=policy.trained_on)
-    model, tokenizer, rank, world = policy.model, policy.tokenizer, machine.rank, machine.world
-    save_checkpoint(policy.checkpoint, model, tokenizer, state, policy.optimizer, rank, world)
+    model, tokenizer = policy.model, policy.tokenizer
+    save_checkpoint(policy.checkpoint, model, tokenizer, state, policy.optimizer, machine)
     if machine.master:
         log, picture = (os.path.join(config.out, name) for name in ("log.jsonl", "rewards.png"))
         draw_curves(log, picture, CURVES)

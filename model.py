@@ -309,13 +309,6 @@ def log_density(z, mean, sigma):
     return -((z.to(wide) - mean.to(wide)) / sigma).square().mean(-1) / 2
 
 
-def target_variance(e):
-    """(N, D) -> the mean over D of the variance over N: the error of always guessing the mean
-    embedding. Ours.
-    """
-    return (e.float() - e.float().mean(0)).pow(2).mean()
-
-
 def add_latent_tokens(tokenizer):
     """Give a tokenizer the three control tokens if it lacks them -> {config key: id}.
 

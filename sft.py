@@ -17,10 +17,8 @@ and OUT/step_N (a Hugging Face folder plus trainer.pt).
 Where this differs from the paper:
  1. Eq. (2) is a mean over the tokens of the step, Eq. (3) a mean over the D dimensions, as in the
     official code: with the printed sum, lam = 0.1 would weigh the latents 4,096 times more.
- 2. Optional, off by default: `latent_loss`, `latent_head`, `stop_term`;
-    `self_forcing`, which from a point of the training on feeds a row its own predicted latents
-    instead of the true ones, as decoding will; `pause_tokens`, a control in which a span has its
-    length but no visual content and no target.
+ 2. Optional, off by default: `latent_loss`, `latent_head`, `stop_term`. What is fed to a span in
+    training can be changed in a few lines: variants/pause_tokens.py, variants/self_forcing.py.
  3. Weights and optimizer are kept in fp32, the arithmetic is bf16 (Table 8 says bf16): at lr 1e-5
     most updates of a bf16 weight would round to nothing.
 Where this differs from the official code:
@@ -38,26 +36,16 @@ import dataclasses
 import math
 import os
 import time
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from common.report import draw_curves
-from common.runs import (
-    Log,
-    Machine,
-    make_optimizer,
-    newest,
-    parse_config,
-    restore,
-    resume_point,
-    rows_of,
-    save_checkpoint,
-    step_or_skip,
-)
+from common.runs import Machine, Run, make_optimizer, newest, parse_config, rows_of, step_or_skip
 from data import DataConfig, Samples, collate, loader, model_inputs, to_device
-from model import log_continue, target_variance
+from model import log_continue
 
 
 @dataclasses.dataclass
@@ -68,7 +56,7 @@ class Config(DataConfig):
     media_root: str = ""  # where relative clip paths start; "" = the folder of the data file
     out: str = "runs/sft"  # the run's folder
     resume: bool = False  # continue from the newest checkpoint in `out`
-    seed: int = 0  # order of the data, self-forcing draws  # ours
+    seed: int = 0  # order of the data  # ours
     # optimisation
     epochs: float = 1.0  # passes over the data  # paper Table 8
     steps: int = 0  # optimizer steps; 0 = from epochs  # ours
@@ -86,12 +74,6 @@ class Config(DataConfig):
     latent_head: str = ""  # "" = none (paper) | linear  # ours
     spans: bool = True  # --no-spans: text-only SFT, the paper's baseline
     stop_term: bool = False  # also train "do not stop yet" inside spans  # ours
-    self_forcing: float = 0.0  # share of the rows fed their own latents, 0 = paper  # ours
-    self_forcing_from: float = 0.3  # from this share of the steps on  # ours
-    # forward passes without gradient that make them; each fixes one more latent  # ours
-    self_forcing_passes: int = 1
-    # control: spans hold a learned token, no latents, no latent loss  # ours
-    pause_tokens: bool = False
     freeze_vision: bool = True  # vision tower and merger  # paper Table 8
     # machine
     bf16: bool = True  # on CUDA; the CPU computes in fp32  # paper Table 8
@@ -108,15 +90,14 @@ class Config(DataConfig):
 
     @property
     def label(self):
-        return "pause" if self.pause_tokens else "latent" if self.spans else "text"
+        """What is trained, in a word: it names the run."""
+        return "latent" if self.spans else "text"
 
 
 def sft_loss(
     model, *, labels, latents=None, lam=0.1, targets=None, latent_var=1.0, stop_term=False, **inputs
 ):
-    """Eq. (1)-(3) on one batch -> dict(loss, ce, latent: means.
-
-    Ce_sum, n_text, latent_sum, n_latent).
+    """Eq. (1)-(3) on one batch. Source: sec. 3.2.
 
     inputs: HF-named tensors (input_ids, attention_mask, pixel_values, image_grid_thw, ...).
     labels (B, T): -100 = no label, aligned with input_ids (the shift is inside).
@@ -125,8 +106,10 @@ def sft_loss(
     latent_var: Eq. (3) is divided by it; 1 = the paper's.
     stop_term: also train "do not stop yet", - log(1 - p(<|latent_end|>)) on each step that feeds a
     latent, as further members of T.
-    The sums and counts are what is trained: the loop divides sums by the counts of the whole step.
-    Raises ValueError on a count mismatch.
+
+    -> loss, ce and latent are means; ce_sum and latent_sum are sums over n_text and n_latent.
+    The loop divides the sums by the counts of the whole step. Raises ValueError on a count
+    mismatch.
     """
     h, _ = model.hidden(**inputs, latents=latents)  # (B, T, D)
 
@@ -155,56 +138,50 @@ def sft_loss(
     return dict(means, ce_sum=ce_sum, n_text=n_text, latent_sum=latent_sum, n_latent=n_latent)
 
 
-class Step(torch.nn.Module):
-    """The forward that DDP wraps: batch -> Eq. (1)'s sums.
+def target_variance(e):
+    """Targets (N, D) -> the mean over D of their variance over N. Source: ours.
 
-    Everything that feeds latents is decided here.
+    It is the error of always guessing the mean embedding.
+    """
+    return (e.float() - e.float().mean(0)).pow(2).mean()
+
+
+class Step(torch.nn.Module):
+    """The forward that DDP wraps: a batch -> its sums of Eq. (2) and (3).
+
+    A variant that feeds a span something else overrides `fed`.
     """
 
-    def __init__(self, model, config, latent_var=None):
+    def __init__(self, model, config, latent_var=1.0):
         super().__init__()
         self.model, self.config, self.latent_var = model, config, latent_var
 
-    def forward(self, batch, own=None):
-        """batch from `data.collate`.
+    def fed(self, batch, e, progress):
+        """What is fed at the `<|latent|>` positions (N, D), row by row in order. Source: sec. 3.2.
 
-        Own (B,) bool: rows that are fed their own latents (self-forcing).
-
-        -> the sum of Eq. (2) over the batch, lam times that of Eq. (3), and the latter alone
-        without gradient.
+        batch from `data.collate`; e (N, D): the true future, which is fed here (teacher forcing).
+        progress: the share of the training that is done, in [0, 1).
         """
-        m, c, inputs = self.model, self.config, model_inputs(batch)
-        is_latent = batch["input_ids"] == m.config.latent_id  # (B, L)
-        e = (
-            m.encode_frames(batch["future_pixel_values"], batch["future_grid_thw"])
-            if "future_pixel_values" in batch
-            else None
-        )  # (N, D)
-        fed, lam = e, c.lam
-        if c.pause_tokens and e is not None:
-            fed, lam = m.get_input_embeddings()(batch["input_ids"][is_latent]), 0.0
-        elif own is not None and e is not None:
-            row_of = is_latent.nonzero()[:, 0]  # (N,)
-            with torch.no_grad():
-                for _ in range(
-                    c.self_forcing_passes
-                ):  # after pass k a row's first k latents are what decoding gives
-                    h, _ = m.hidden(**inputs, latents=fed.to(e.dtype))  # (B, L, D)
-                    z = m.to_latent(
-                        h[:, :-1][is_latent[:, 1:]]
-                    )  # (N, D): the state before each latent predicts it
-                    fed = torch.where(own[row_of, None], z.to(e.dtype), e)
+        return e
+
+    def forward(self, batch, progress=0.0):
+        """-> the sum of Eq. (2), lam times that of Eq. (3), and the latter alone, no gradient."""
+        model, c, e, latents = self.model, self.config, None, None
+        if "future_pixel_values" in batch:
+            e = model.encode_frames(
+                batch["future_pixel_values"], batch["future_grid_thw"]
+            )  # (N, D)
+            latents = self.fed(batch, e, progress)
         out = sft_loss(
-            m,
-            **inputs,
-            latents=fed,
-            targets=e,
+            model,
+            **model_inputs(batch),
             labels=batch["labels"],
-            lam=lam,
-            latent_var=self.latent_var or 1.0,
+            latents=latents,
+            targets=e,
+            latent_var=self.latent_var,
             stop_term=c.stop_term,
         )
-        return out["ce_sum"], lam * out["latent_sum"], out["latent_sum"].detach()
+        return out["ce_sum"], c.lam * out["latent_sum"], out["latent_sum"].detach()
 
 
 def learning_rate(step, steps, config):
@@ -226,6 +203,11 @@ def sample_order(n, total, seed):
     ].tolist()
 
 
+def micro_count(global_batch, micro_batch, world):
+    """Micro-batches a step on each rank."""
+    return -(-global_batch // (world * micro_batch))
+
+
 def micro_batches(order, first_step, steps, global_batch, micro_batch, rank, world):
     """The lists of indices one rank reads from first_step on: the same number a step on each
     rank, some may be empty.
@@ -233,11 +215,11 @@ def micro_batches(order, first_step, steps, global_batch, micro_batch, rank, wor
     Step s owns order[s*G:(s+1)*G] whatever the number of ranks, so that 1 process and 8 see the
     same batches.
     """
-    count = -(-global_batch // (world * micro_batch))
+    count = micro_count(global_batch, micro_batch, world)
     for step in range(first_step, steps):
-        mine = order[step * global_batch : (step + 1) * global_batch][rank::world]
+        own = order[step * global_batch : (step + 1) * global_batch][rank::world]
         for k in range(count):
-            yield mine[k * micro_batch : (k + 1) * micro_batch]
+            yield own[k * micro_batch : (k + 1) * micro_batch]
 
 
 def print_row(batch, tokenizer, latent_id):
@@ -278,30 +260,38 @@ def load_model(config, checkpoint, machine):
     return model, tokenizer
 
 
-def plan_data(rows, tokenizer, first, config, machine):
-    """The order is fixed by the seed, the place in it by the step.
+def plan_order(rows, config):
+    """The rows in the order they are used, fixed by the seed -> (list of indices, steps).
 
-    -> the encoded samples, their order, the number of steps, this rank's micro-batches from step
-    `first` on. Raises SystemExit if there is nothing to train on.
+    Raises SystemExit if there is nothing to train on.
     """
     total = config.steps * config.global_batch or round(len(rows) * config.epochs)
     if total < 1:
         raise SystemExit(
             f"nothing to train on: {config.steps} steps, {config.epochs} epochs of {len(rows)} rows"
         )
-    steps = -(-total // config.global_batch)
-    order = sample_order(len(rows), total, config.seed)
-    samples = Samples(rows, tokenizer, config, train=True, spans=config.spans)
-    sizes = config.global_batch, config.micro_batch, machine.rank, machine.world
-    plan = list(micro_batches(order, first, steps, *sizes))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return samples, order, steps, iter(loader(samples, plan, config.workers, pad_id=pad))
+    return sample_order(len(rows), total, config.seed), -(-total // config.global_batch)
+
+
+def load_steps(samples, order, first, steps, config, machine):
+    """From step `first` on: the micro-batches of this rank, a list a step, decoded ahead."""
+    sizes = config.global_batch, config.micro_batch
+    plan = list(micro_batches(order, first, steps, *sizes, machine.rank, machine.world))
+    pad = samples.tokenizer.pad_token_id or 0
+    # begun here, before a checkpoint's random state is put back: a loader draws a number
+    batches = iter(loader(samples, plan, config.workers, pad_id=pad))
+    count = micro_count(*sizes, machine.world)
+    return ([next(batches) for _ in range(count)] for _ in range(first, steps))
 
 
 def measure_variance(model, samples, order, config, machine):
-    """What nmse divides Eq. (3) by: one number for the whole run, from its first 64 samples."""
+    """What Eq. (3) is divided by: one number for the whole run.
+
+    mse: 1. nmse: the variance of the targets in the first 64 samples. Raises SystemExit if rows
+    have spans but none of these can be read.
+    """
     if config.latent_loss != "nmse" or not config.spans:
-        return None
+        return 1.0
     batch = to_device(collate([samples[i] for i in order[:64]], 0), machine.device)
     if "future_pixel_values" in batch:
         with machine.autocast():
@@ -311,7 +301,7 @@ def measure_variance(model, samples, order, config, machine):
         raise SystemExit(
             "none of the first 64 samples has a readable future frame to measure the variance of"
         )
-    return None
+    return 1.0
 
 
 def wrap(module, config, machine):
@@ -326,118 +316,119 @@ def wrap(module, config, machine):
     )
 
 
-def count_step(micro, latent_id, config, machine):
-    """The denominators of Eq. (2) and (3): all tokens of the step, all ranks, before a backward.
+class Counts(NamedTuple):
+    """What a step holds, over all micro-batches and ranks."""
 
-    -> n_text, n_latent, tokens fed.
-    """
+    n_text: int  # |T| of Eq. (2)
+    n_latent: int  # |S| of Eq. (3)
+    n_tokens: int  # all that are fed, padding too
+
+
+def count_step(micro, latent_id, config, machine):
+    """A step's micro-batches on each rank -> Counts, known before the first backward."""
     n_latent = sum(int((batch["input_ids"] == latent_id).sum()) for batch in micro)
     n_text = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in micro)
     n_text += n_latent * config.stop_term
     n_tokens = sum(batch["input_ids"].numel() for batch in micro)
-    return machine.sum([n_text, n_latent, n_tokens])
+    return Counts(*(int(n) for n in machine.sum([n_text, n_latent, n_tokens])))
 
 
-def own_rows(step, steps, accumulate, config, machine):
-    """Self-forcing: which rows of each micro-batch are fed their own latents, or None.
-
-    The same draw on every rank, whatever their number.
-    """
-    if not config.self_forcing or step < config.self_forcing_from * steps:
-        return [None] * accumulate
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    own = torch.rand(config.global_batch, generator=generator) < config.self_forcing
-    own = machine.share(own)
-    size = config.micro_batch
-    return [own[k * size : (k + 1) * size] for k in range(accumulate)]
-
-
-def backward(ddp, micro, own, n_text, n_latent, machine):
-    """Forward and backward of a step's micro-batches -> this rank's sums of Eq. (2) and (3)."""
+def backward(ddp, micro, progress, counts, machine):
+    """Forward and backward of a step's micro-batches -> means of Eq. (2) and (3) on all ranks."""
+    n_text, n_latent = counts.n_text, max(counts.n_latent, 1)
     sums = torch.zeros(2, dtype=torch.float64)
-    for k, batch in enumerate(micro):
-        last = k == len(micro) - 1
-        rows = None if own[k] is None else own[k][batch["kept"]].to(machine.device)
+    for batch in micro:
+        last = batch is micro[-1]  # DDP adds up the ranks' gradients once a step
         with contextlib.nullcontext() if last or machine.world == 1 else ddp.no_sync():
             with machine.autocast():
-                ce, weighted, latent = ddp(to_device(batch, machine.device), rows)
-            loss = ce / n_text + weighted / max(n_latent, 1)  # Eq. (1)
+                ce, weighted, latent = ddp(to_device(batch, machine.device), progress)
+            loss = ce / n_text + weighted / n_latent  # Eq. (1)
             (loss * machine.world).backward()  # DDP takes the mean over ranks; the sum is wanted
         sums += torch.stack([ce.detach(), latent]).double().cpu()
-    return sums
+    ce, latent = machine.sum(sums)
+    return ce / n_text, latent / n_latent
 
 
-def train(config, rows=None):
+def log_line(step, lr, counts, ce, latent, norm, skipped, config):
+    """A step's line in log.jsonl; ce, latent and norm are None if there was nothing to learn."""
+    return dict(
+        step=step,
+        lr=lr,
+        tokens=counts.n_tokens,
+        latents=counts.n_latent,
+        ce=ce,
+        latent=latent,
+        loss=None if ce is None else ce + config.lam * latent,
+        grad_norm=norm,
+        update_skipped=norm is None or not math.isfinite(norm),
+        skipped=[list(skip) for skip in skipped],
+    )
+
+
+def train(config, rows=None, module=Step):
     """Run the training -> path of the last checkpoint.
 
-    rows: list of Row, default those of config.data. Raises SystemExit on a folder in use or bad
-    input.
+    rows: list of Row, default those of config.data. module: `Step`, or a variant's subclass of it.
+    Raises SystemExit on a folder in use or bad input.
     """
+    # the run's folder; the model; the data in its order
     machine = Machine(config.bf16)
     rows = rows_of(config) if rows is None else rows
-    checkpoint, resumed, fingerprint = resume_point(config, rows, machine.world)
-    os.makedirs(config.out, exist_ok=True)
+    run = Run(config, rows, machine, config.label)
+    order, steps = plan_order(rows, config)
     torch.manual_seed(config.seed)
-    model, tokenizer = load_model(config, checkpoint, machine)
+    model, tokenizer = load_model(config, run.checkpoint, machine)
+    samples = Samples(rows, tokenizer, config, train=True, spans=config.spans)
+    batches = load_steps(samples, order, run.first, steps, config, machine)
 
-    first = resumed["step"] if resumed else 0
-    samples, order, steps, batches = plan_data(rows, tokenizer, first, config, machine)
-    accumulate = -(-config.global_batch // (machine.world * config.micro_batch))
-
-    measured = resumed or dict(latent_var=measure_variance(model, samples, order, config, machine))
-    latent_var = measured["latent_var"]
+    # what is trained, and the state of a run that goes on
+    latent_var = run.state["latent_var"] if run.state else None
+    if latent_var is None:
+        latent_var = measure_variance(model, samples, order, config, machine)
+    ddp = wrap(module(model, config, latent_var), config, machine)
     optimizer, trained = make_optimizer(model, config, machine.world)
-    ddp = wrap(Step(model, config, latent_var), config, machine)
-    if resumed:
-        restore(optimizer, checkpoint, resumed, machine.rank)
-    log = Log(config, first, machine)
-    log.say(describe(config, rows, model, steps, accumulate, machine))
+    run.start(optimizer, describe(config, rows, model, steps, machine))
 
-    for step in log.steps(steps, config.label):
+    for step in run.log.steps(steps, run.name):
+        # the step's samples; those that cannot be read are named and left out
         began = time.time()
-        micro = [next(batches) for _ in range(accumulate)]
+        micro = next(batches)
         if step == 0 and machine.master:
             print_row(micro[0], tokenizer, model.config.latent_id)
-        skipped, _ = log.skips([skip for batch in micro for skip in batch["skipped"]])
-        n_text, n_latent, n_tokens = count_step(micro, model.config.latent_id, config, machine)
-        if n_text == 0 and step == 0:  # a wrong media_root, most likely
+        skipped, _ = run.log.skips([skip for batch in micro for skip in batch["skipped"]])
+
+        # what Eq. (2) and (3) are divided by
+        counts = count_step(micro, model.config.latent_id, config, machine)
+        if counts.n_text == 0 and step == 0:  # a wrong media_root, most likely
             why = f"could be used, e.g. {skipped[0].why}" if skipped else "has a word to learn"
-            raise SystemExit(f"no sample of step {step} {why}")
-        lr = learning_rate(step, steps, config)
-        line = dict(step=step, lr=lr, tokens=int(n_tokens), latents=int(n_latent))
-        line.update(skipped=[list(skip) for skip in skipped])
-        line.update(ce=None, latent=None, loss=None, grad_norm=None, update_skipped=True)
-        if n_text:
-            own = own_rows(step, steps, accumulate, config, machine)
-            sums = machine.sum(backward(ddp, micro, own, n_text, n_latent, machine))
-            ce, latent = sums[0] / n_text, sums[1] / max(n_latent, 1)
+            raise SystemExit(f"no sample of step 0 {why}")
+
+        # Eq. (1), its gradient, the update; a step without a word to learn has none
+        lr, ce, latent, norm = learning_rate(step, steps, config), None, None, None
+        if counts.n_text:
+            ce, latent = backward(ddp, micro, step / steps, counts, machine)
             norm = step_or_skip(optimizer, trained, lr, config.clip)
-            loss = ce + (0 if config.pause_tokens else config.lam) * latent
-            line.update(ce=ce, latent=latent, loss=loss, grad_norm=norm)
-            line.update(update_skipped=not math.isfinite(norm))
+
+        # a line in the log, and now and then a checkpoint
+        line = log_line(step, lr, counts, ce, latent, norm, skipped, config)
         line.update(seconds=round(time.time() - began, 4))
-        log.write(line, ce=line["ce"], latent=line["latent"])
-
-        if (step + 1) % config.save_every == 0 or step + 1 == steps:
-            checkpoint = os.path.join(config.out, f"step_{step + 1:06d}")
-            state = dict(step=step + 1, config=dataclasses.asdict(config), world=machine.world)
-            state.update(rows=fingerprint, latent_var=latent_var)
-            rank, world = machine.rank, machine.world
-            save_checkpoint(checkpoint, model, tokenizer, state, optimizer, rank, world)
-            if machine.master:
-                draw_curves(log.path, os.path.join(config.out, "loss.png"))
-    return checkpoint
+        run.log.write(line, ce=ce, latent=latent)
+        due = run.save_if_due(step + 1, steps, model, tokenizer, optimizer, latent_var=latent_var)
+        if due and machine.master:
+            draw_curves(run.log.path, os.path.join(config.out, "loss.png"))
+    return run.checkpoint
 
 
-def describe(config, rows, model, steps, accumulate, machine):
+def describe(config, rows, model, steps, machine):
     """The run in one line."""
-    weights = [p.numel() for p in model.parameters()]
+    weights = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    micro = micro_count(config.global_batch, config.micro_batch, machine.world)
     return (
         f"{config.label} SFT: {len(rows)} rows, {steps} steps x {config.global_batch} samples = "
-        f"{machine.world} ranks x {accumulate} micro-batches x {config.micro_batch}, "
+        f"{machine.world} ranks x {micro} micro-batches x {config.micro_batch}, "
         f"{machine.device.type}, seed {config.seed}, {trained:,} parameters trained of "
-        f"{sum(weights):,}, a checkpoint every {config.save_every} steps"
+        f"{weights:,}, a checkpoint every {config.save_every} steps"
     )
 
 

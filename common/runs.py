@@ -136,30 +136,30 @@ def make_optimizer(model, config, world):
     return torch.optim.AdamW(groups, **adam), trained
 
 
-def save_checkpoint(folder, model, tokenizer, trainer, optimizer, rank, world):
-    """All ranks: write a Hugging Face folder, trainer.pt and each rank's rank_R.pt under a
-    temporary name, then rename.
+def save_checkpoint(folder, model, tokenizer, trainer, optimizer, machine):
+    """All ranks: write a Hugging Face folder, trainer.pt and each rank's rank_R.pt. Source: ours.
 
-    A killed save leaves no half checkpoint. rank_R.pt holds what differs by rank: random state,
-    with ZeRO the shard of the optimizer. Source: ours.
+    They are written under a temporary name and renamed: a killed save leaves no half checkpoint.
+    rank_R.pt holds what differs by rank: random state, with ZeRO the shard of the optimizer.
     """
     sharded = isinstance(optimizer, ZeroRedundancyOptimizer)
     trainer = dict(trainer, optimizer=None if sharded else optimizer.state_dict())
-    rank_state = dict(
-        random=random_state(), shard=optimizer.optim.state_dict() if sharded else None
-    )
+    shard = optimizer.optim.state_dict() if sharded else None
     partial = os.path.join(os.path.dirname(folder), ".partial_" + os.path.basename(folder))
-    if rank == 0:
+
+    # the first rank makes the folder, then each adds its own file
+    if machine.master:
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         torch.save(trainer, os.path.join(partial, "trainer.pt"))
-    if world > 1:
-        dist.barrier()
-    torch.save(rank_state, os.path.join(partial, f"rank_{rank}.pt"))
-    if world > 1:
-        dist.barrier()
-    if rank == 0:
+    machine.wait()
+    path = os.path.join(partial, f"rank_{machine.rank}.pt")
+    torch.save(dict(random=random_state(), shard=shard), path)
+    machine.wait()
+
+    # all is there: it gets its name, and all but the last two go
+    if machine.master:
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(partial, folder)
         for old in checkpoints(os.path.dirname(folder))[:-2]:
@@ -168,16 +168,13 @@ def save_checkpoint(folder, model, tokenizer, trainer, optimizer, rank, world):
 
 def restore(optimizer, checkpoint, trainer, rank):
     """Optimizer and random state of a checkpoint, back in place on each rank. Source: ours."""
-    mine = torch.load(
-        os.path.join(checkpoint, f"rank_{min(rank, trainer['world'] - 1)}.pt"),
-        map_location="cpu",
-        weights_only=False,
-    )
-    sharded = isinstance(optimizer, ZeroRedundancyOptimizer)
-    (optimizer.optim if sharded else optimizer).load_state_dict(
-        mine["shard"] if sharded else trainer["optimizer"]
-    )
-    set_random_state(mine["random"])
+    path = os.path.join(checkpoint, f"rank_{min(rank, trainer['world'] - 1)}.pt")
+    own = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        optimizer.optim.load_state_dict(own["shard"])
+    else:
+        optimizer.load_state_dict(trainer["optimizer"])
+    set_random_state(own["random"])
     trainer["optimizer"] = None
 
 
@@ -197,39 +194,47 @@ def rows_of(config):
     return rows
 
 
+def fingerprint(rows):
+    """What a run was trained on: ids, questions, options, answers, texts and frames of all rows.
+
+    Source: ours. A frame counts by its path and index, or by its bytes.
+    """
+    digest = hashlib.sha256()
+    for row in rows:
+        parts = (row.id, row.question, row.options, row.answer, row.prompt, row.response)
+        digest.update(repr(parts).encode())
+    return digest.hexdigest()
+
+
 def resume_point(config, rows, world):
     """-> newest checkpoint of config.out or None, its trainer.pt, the rows' fingerprint.
 
-    Source: ours.
-
-    Raises SystemExit if there is one and `resume` is off, or if it was made with other rows, values
-    or, with ZeRO, ranks.
+    Source: ours. Raises SystemExit if there is one and `resume` is off, or if it was made with
+    other rows, values or, with ZeRO, ranks.
     """
-    fingerprint = hashlib.sha256("\n".join(row.id for row in rows).encode()).hexdigest()
+    trained_on = fingerprint(rows)
     checkpoint = (checkpoints(config.out) or [None])[-1]
     if checkpoint is None:
-        return None, None, fingerprint
+        return None, None, trained_on
     if not config.resume:
         raise SystemExit(
             f"{config.out} already holds {os.path.basename(checkpoint)}: pass --resume to "
-            "continue it, "
-            "or another --out"
+            "continue it, or another --out"
         )
-    trainer = torch.load(
-        os.path.join(checkpoint, "trainer.pt"), map_location="cpu", mmap=True, weights_only=False
-    )
-    if trainer["rows"] != fingerprint:
+    path = os.path.join(checkpoint, "trainer.pt")
+    trainer = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    if trainer["rows"] != trained_on:
         raise SystemExit(f"{checkpoint} was trained on other rows than those of {config.data}")
     if config.zero and trainer["world"] != world:
         raise SystemExit(
             f"{checkpoint} holds optimizer shards of {trainer['world']} ranks, this run has {world}"
         )
-    changed = {
-        k for k, v in dataclasses.asdict(config).items() if trainer["config"].get(k) != v
-    } - HARMLESS
+    before, now = trainer["config"], dataclasses.asdict(config)
+    names = (before.keys() | now.keys()) - HARMLESS  # a field that only one of them has differs too
+    changed = sorted(k for k in names if (k in before, before.get(k)) != (k in now, now.get(k)))
     if changed:
-        raise SystemExit(f"{checkpoint} was made with other values of {', '.join(sorted(changed))}")
-    return checkpoint, trainer, fingerprint
+        raise SystemExit(f"{checkpoint} was made with other values of {', '.join(changed)}")
+    return checkpoint, trainer, trained_on
 
 
 def checkpoints(folder):
@@ -256,20 +261,24 @@ def newest(folder):
 
 
 def random_state():
+    """Python's, numpy's, torch's and this process's GPU's, as plain values. Source: ours."""
+    name, keys, *rest = np.random.get_state()
     return dict(
         python=random.getstate(),
-        numpy=np.random.get_state(),
+        numpy=[name, keys.tolist(), *rest],
         torch=torch.get_rng_state(),
-        cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     )
 
 
 def set_random_state(state):
+    """The other way round. A run that goes on with another device keeps that device's state."""
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def read_log(path):
@@ -326,6 +335,11 @@ class Machine:
         lists = [None] * self.world
         dist.all_gather_object(lists, list(items))
         return sum(lists, [])
+
+    def wait(self):
+        """Until every rank is here."""
+        if self.world > 1:
+            dist.barrier()
 
     def load(self, folder, train=False, **kwargs):
         """A folder -> (model, tokenizer): fp32 weights to train; else bf16 on CUDA, eval mode."""
@@ -466,7 +480,46 @@ class Log:
         )
         if line.get("groups") == 0:
             tqdm.write(f"step {line['step']}: no group kept, no update")
-        if line.get("updates_skipped") or line.get("update_skipped"):
+        if line.get("update_skipped") and line["grad_norm"] is None:
+            tqdm.write(f"step {line['step']}: no sample could be used, no update")
+        elif line.get("updates_skipped") or line.get("update_skipped"):
             tqdm.write(f"step {line['step']}: gradient is not finite, update skipped")
         if self.wandb:
             self.wandb.log(line)
+
+
+class Run:
+    """A training's folder: its guard, its checkpoints, its log. Source: ours.
+
+    name: what is trained, in a word. A run is continued under its own name only. checkpoint, state:
+    the newest checkpoint of the folder and its trainer.pt, or None. first: the step to begin with.
+    Raises SystemExit as `resume_point` does.
+    """
+
+    def __init__(self, config, rows, machine, name):
+        self.config, self.machine, self.name, self.log = config, machine, name, None
+        self.checkpoint, self.state, self.rows = resume_point(config, rows, machine.world)
+        if self.state and self.state["name"] != name:
+            raise SystemExit(f"{self.checkpoint} trained {self.state['name']!r}, not {name!r}")
+        self.first = self.state["step"] if self.state else 0
+
+    def start(self, optimizer, text):
+        """Put back what the checkpoint holds, open the log, say `text`."""
+        if self.state:
+            restore(optimizer, self.checkpoint, self.state, self.machine.rank)
+        os.makedirs(self.config.out, exist_ok=True)
+        self.log = Log(self.config, self.first, self.machine)
+        self.log.say(text)
+
+    def save_if_due(self, done, steps, model, tokenizer, optimizer, **state):
+        """After `done` of `steps` steps: every save_every steps and at the end -> whether it was.
+
+        state: what the script wants back in `Run.state`, plain values.
+        """
+        if done % self.config.save_every and done != steps:
+            return False
+        self.checkpoint = os.path.join(self.config.out, f"step_{done:06d}")
+        state.update(step=done, name=self.name, config=dataclasses.asdict(self.config))
+        state.update(world=self.machine.world, rows=self.rows)
+        save_checkpoint(self.checkpoint, model, tokenizer, state, optimizer, self.machine)
+        return True

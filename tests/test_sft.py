@@ -1,7 +1,8 @@
-"""The training loop: schedule, order, exact sums over micro-batches and ranks, resume, skips,
-self-forcing.
+"""Eq. (1)-(3) by hand, and the training loop: schedule, order, exact sums over micro-batches and
+ranks, resume, skips.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -13,11 +14,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_model import IMAGE, ROWS, SPAN, log_softmax, make_batch
 
 import sft
 from common import runs
-from common.formats import read_rows
-from data import Samples, collate, model_inputs
 from model import load
 from toy import tiny
 
@@ -25,8 +25,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SMALL = dict(tiny.TINY, global_batch=8, micro_batch=4, workers=0)
 
 
-def settings(world, out, **more):
-    return sft.Config(
+def settings(world, out, cls=sft.Config, **more):
+    return cls(
         **{
             **SMALL,
             "model": world["model"],
@@ -45,6 +45,121 @@ def weights(checkpoint):
 def read_log(out):
     with open(os.path.join(out, "log.jsonl")) as f:
         return [json.loads(line) for line in f]
+
+
+@pytest.fixture
+def sample(model, tokenizer):
+    """Two rows as in training: batch, labels from the words after `?` on but not `<|latent|>`,
+    five latents.
+    """
+    batch = make_batch(
+        tokenizer,
+        [
+            ["which", IMAGE, "?", SPAN, "hits red", SPAN.replace("<|latent|> ", "", 1), "blue"],
+            ["which wall ?", SPAN, "up"],
+        ],
+    )
+    ids, labels = batch["input_ids"], batch["input_ids"].clone()
+    labels[(ids == model.config.latent_id) | (batch["attention_mask"] == 0)] = -100
+    for row, after in zip(
+        labels, (ids == tokenizer.convert_tokens_to_ids("?")).int().argmax(1).tolist()
+    ):
+        row[: after + 1] = -100
+    assert (labels != -100).sum().tolist() == 7 + 3
+    torch.manual_seed(1)
+    return dict(batch=batch, labels=labels, latents=torch.randn(5, 96))
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("kind", ["mse", "nmse"])
+def test_loss_by_hand(model, sample, kind, head):
+    """Eq. (1)-(3). Breaks if the mean, the state compared, the labels' shift, the order or the
+    weights are wrong.
+    """
+    if head:
+        model.add_latent_head()
+        torch.nn.init.normal_(model.latent_head.weight, std=0.1)
+        torch.nn.init.normal_(model.latent_head.bias)
+    args = dict(**sample["batch"], latents=sample["latents"], labels=sample["labels"])
+    out, e = model(**sample["batch"], latents=sample["latents"]), sample["latents"].numpy()
+    h, logp, ce, z, go = (
+        model.to_latent(out.hidden_states[-1]).detach().numpy(),
+        log_softmax(out.logits),
+        [],
+        [],
+        [],
+    )
+    for r, row in enumerate(sample["batch"]["input_ids"].tolist()):  # t is predicted at t - 1
+        for t in range(1, len(row)):
+            if sample["labels"][r, t] != -100:
+                ce.append(-logp[r, t - 1, row[t]])
+            if row[t] == model.config.latent_id:
+                z.append(h[r, t - 1])
+                go.append(-np.log(1 - np.exp(logp[r, t - 1, model.config.latent_end_id])))
+    ce, z, go = np.array(ce), np.array(z), np.array(go)
+    distance = ((z - e) ** 2).mean(1) / (2.5 if kind == "nmse" else 1)
+    args.update(lam=0.3, latent_var=2.5 if kind == "nmse" else 1.0)
+
+    def check(got, words, n_text):
+        assert (got["n_text"], got["n_latent"]) == (n_text, 5)
+        for key, value in dict(
+            ce_sum=words,
+            ce=words / n_text,
+            latent_sum=distance.sum(),
+            latent=distance.mean(),
+            loss=words / n_text + 0.3 * distance.mean(),
+        ).items():
+            assert got[key].item() == pytest.approx(value, rel=1e-5), key
+
+    got = sft.sft_loss(model, **args)
+    check(got, ce.sum(), 10)
+    check(sft.sft_loss(model, **args, stop_term=True), ce.sum() + go.sum(), 10 + 5)
+    assert go.sum() > 1e-3
+
+    at_t = h[sample["batch"]["input_ids"].numpy() == model.config.latent_id]
+    assert (
+        abs(((at_t - e) ** 2).mean() - ((z - e) ** 2).mean()) > 1e-3
+    )  # the state *at* t would be another number
+    for order in (
+        [1, 0, 2, 3, 4],
+        [4, 0, 1, 2, 3],
+    ):  # two frames swapped; all of them one position off
+        off = sft.sft_loss(model, **args, targets=sample["latents"][order])
+        assert off["ce"] == got["ce"] and abs(off["latent"] - got["latent"]) > 1e-4
+
+
+def test_batch_without_latents(model, tokenizer):
+    """Breaks if a text-only batch gives NaN, or leaves the head without a gradient (DDP would
+    hang).
+    """
+    model.add_latent_head()
+    batch = make_batch(tokenizer, ROWS["images"])
+    got = sft.sft_loss(model, **batch, labels=batch["input_ids"], latent_var=2.0, stop_term=True)
+    assert (
+        got["latent"] == 0
+        and got["n_latent"] == 0
+        and got["loss"] == got["ce"]
+        and torch.isfinite(got["loss"])
+    )
+    got["loss"].backward()
+    assert not model.latent_head.weight.grad.any() and not model.latent_head.bias.grad.any()
+
+
+def test_gradient_reaches_the_states_and_not_the_targets(model, sample):
+    """Breaks if Eq. (3) trains nothing, or trains the target to come to the state."""
+    targets = torch.randn(5, 96, requires_grad=True)
+    args = dict(
+        **sample["batch"], latents=sample["latents"], labels=sample["labels"], targets=targets
+    )
+    got = sft.sft_loss(model, **args)
+    got["latent"].backward()
+    assert targets.grad is None
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    assert grads["lm_head.weight"] is None  # Eq. (3) has no words in it
+    assert all(g.abs().sum() > 0 for name, g in grads.items() if "language_model" in name)
+    assert got["latent"].item() == pytest.approx(
+        sft.sft_loss(model, **{**args, "targets": targets + 0})["latent"].item()
+    )
 
 
 def test_learning_rate_by_hand():
@@ -82,32 +197,32 @@ def test_every_epoch_is_a_permutation_and_ranks_share_it():
             assert sorted(seen) == sorted(order[step * 8 : step * 8 + 8])
 
 
+def assert_resumes(train, config):
+    """A straight run of 4 steps, and one resumed after 2, have the same weights and log lines."""
+    straight = train(config)
+    other = config.out + "_resumed"
+    shutil.copytree(config.out, other)
+    shutil.rmtree(os.path.join(other, "step_000004"))
+    resumed = train(dataclasses.replace(config, out=other, resume=True))
+    a, b, half = map(weights, (straight, resumed, os.path.join(config.out, "step_000002")))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not all(torch.equal(a[k], half[k]) for k in a)
+    states = [
+        torch.load(os.path.join(done, "rank_0.pt"), weights_only=True)["random"]
+        for done in (straight, resumed)
+    ]
+    for name, state in states[0].items():  # whoever draws next draws the same
+        other_state = states[1][name]
+        assert torch.equal(state, other_state) if name == "torch" else state == other_state, name
+    lines = [[dict(line, seconds=0) for line in read_log(out)] for out in (config.out, other)]
+    assert lines[0] == lines[1] and len(lines[0]) == 4
+
+
 def test_a_straight_run_equals_a_resumed_one_bit_for_bit(world, tmp_path):
     """Breaks if anything that decides the weights is missing from the checkpoint: order, Adam
-    state, step, draws.
+    state, step.
     """
-    c = settings(world, tmp_path / "a", save_every=2, self_forcing=0.5, self_forcing_from=0.0)
-    straight = sft.train(c)
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    shutil.rmtree(tmp_path / "b" / "step_000004")
-    resumed = sft.train(
-        settings(
-            world,
-            tmp_path / "b",
-            save_every=2,
-            self_forcing=0.5,
-            self_forcing_from=0.0,
-            resume=True,
-        )
-    )
-    a, b = weights(straight), weights(resumed)
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    drop = {"seconds"}
-    assert [
-        {k: v for k, v in line.items() if k not in drop} for line in read_log(tmp_path / "a")
-    ] == [{k: v for k, v in line.items() if k not in drop} for line in read_log(tmp_path / "b")]
-    half = weights(str(tmp_path / "a" / "step_000002"))
-    assert not all(torch.equal(a[k], half[k]) for k in a)
+    assert_resumes(sft.train, settings(world, tmp_path / "a", save_every=2))
 
 
 def test_killed_while_saving_leaves_the_older_checkpoint(world, tmp_path, monkeypatch):
@@ -162,7 +277,7 @@ def test_a_step_without_a_readable_sample_ends_the_run(world, tmp_path):
         sft.train(settings(world, tmp_path / "b", media_root=str(tmp_path)))
 
 
-def test_a_later_step_without_a_readable_sample_is_logged_and_skipped(world, tmp_path):
+def test_a_later_step_without_a_readable_sample_is_logged_and_skipped(world, tmp_path, capsys):
     """Breaks if rotten clips in the middle of a run end it, or are lost without a name."""
     with open(world["data"]) as f:
         rows = [json.loads(line) for line in f]
@@ -174,10 +289,34 @@ def test_a_later_step_without_a_readable_sample_is_logged_and_skipped(world, tmp
     common = dict(data=data, steps=3, global_batch=1, micro_batch=1, save_every=1)
     done = sft.train(settings(world, tmp_path / "a", **common))
     log = read_log(tmp_path / "a")
+    assert "step 1: no sample could be used, no update" in capsys.readouterr().out
     assert [line["update_skipped"] for line in log] == [False, True, False]
     assert log[1]["ce"] is None and log[1]["skipped"][0][0] == f"{data}:{second}"
     one, two = (weights(os.path.join(os.path.dirname(done), f"step_00000{k}")) for k in (2, 3))
     assert any(not torch.equal(one[k], two[k]) for k in one) and done.endswith("step_000003")
+
+    # nor does it end a run that begins again with it
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for k in (2, 3):
+        shutil.rmtree(tmp_path / "b" / f"step_00000{k}", ignore_errors=True)
+    again = sft.train(settings(world, tmp_path / "b", **common, resume=True))
+    assert [dict(line, seconds=0) for line in read_log(tmp_path / "b")] == [
+        dict(line, seconds=0) for line in log
+    ]
+    assert all(torch.equal(weights(again)[k], v) for k, v in weights(done).items())
+
+
+def test_variance_of_the_targets_by_hand(world, tmp_path):
+    """Breaks if nmse divides Eq. (3) by another number than the variance, or mse by any."""
+    e = torch.tensor([[1.0, 0.0], [3.0, 0.0], [5.0, 3.0]])
+    assert sft.target_variance(e).item() == pytest.approx((8 / 3 + 2) / 2)
+    lines = {}
+    for kind in ("mse", "nmse"):
+        done = sft.train(settings(world, tmp_path / kind, steps=1, latent_loss=kind))
+        lines[kind] = read_log(tmp_path / kind)[0]
+    trainer = torch.load(os.path.join(done, "trainer.pt"), weights_only=True)
+    assert lines["mse"]["latent"] / trainer["latent_var"] == pytest.approx(lines["nmse"]["latent"])
+    assert trainer["latent_var"] != pytest.approx(1, abs=0.01)
 
 
 # A run whose optimizer is plain gradient descent with rate 1: the weights then show the gradient
@@ -298,55 +437,6 @@ def test_zero_redundancy_gives_the_same_weights_and_resumes(world, tmp_path):
     again = run(tmp_path / "zero", "--zero", "--resume")
     for k in plain:
         assert torch.allclose(plain[k], zero[k], atol=1e-6) and torch.equal(zero[k], again[k])
-
-
-@pytest.fixture
-def batch(world):
-    model, tokenizer = load(world["model"])
-    rows = [row for row in read_rows(world["data"]) if row.group in ("3-hop", "1-hop")][:4]
-    samples = Samples(rows, tokenizer, settings(world, "unused"))
-    return model, collate([samples[i] for i in range(4)], 0)
-
-
-def test_self_forcing_feeds_what_decoding_would(batch):
-    """Breaks if the fed latents are not the model's own: after as many passes as spans they are a
-    fixed point.
-    """
-    model, b = batch
-    step = sft.Step(model, sft.Config(self_forcing_passes=3))
-    fed = []
-    original = model.embed
-    model.embed = lambda *args, **kw: (
-        fed.append(args[5] if len(args) > 5 else kw["latents"]) or original(*args, **kw)
-    )
-    step(b, own=torch.tensor([True, False, True, False]))
-    e, z = fed[0], fed[-1]  # the first pass reads the true latents, the last forward the row's own
-    row = (b["input_ids"] == model.config.latent_id).nonzero()[:, 0]
-    assert torch.equal(z[row % 2 == 1], e[row % 2 == 1]) and not torch.allclose(
-        z[row == 0], e[row == 0]
-    )
-    # one word at a time: the latent after LS is to_latent of the state there, with all earlier
-    # latents its own
-    with torch.no_grad():
-        latents = e.clone()
-        places = (b["input_ids"] == model.config.latent_id).nonzero().tolist()
-        for k, (r, t) in enumerate(places):
-            if r % 2 == 0:
-                h, _ = model.hidden(**model_inputs(b), latents=latents)
-                latents[k] = model.to_latent(h[r, t - 1])
-    assert torch.allclose(z, latents, atol=1e-5)
-
-
-def test_pause_tokens_learn_their_embedding_and_have_no_latent_loss(batch):
-    """Breaks if the control sees the future frames, or is trained to match them."""
-    model, b = batch
-    model.requires_grad_(True)
-    step = sft.Step(model, sft.Config(pause_tokens=True, lam=1.0))
-    ce, weighted, latent = step(b)
-    b2 = dict(b, future_pixel_values=torch.randn_like(b["future_pixel_values"]))
-    assert weighted.item() == 0 and latent.item() > 0 and torch.equal(step(b2)[0], ce)
-    ce.backward()
-    assert model.get_input_embeddings().weight.grad[model.config.latent_id].abs().sum() > 0
 
 
 def test_text_only_rows_have_no_spans_and_the_vision_tower_stays(world, tmp_path):

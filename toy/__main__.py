@@ -40,6 +40,7 @@ from common.runs import checkpoints, newest, parse_config, read_lines
 from data import DataConfig
 from toy.tiny import TINY, make_model, make_tokenizer
 from toy.world import candidates, make_world, write_rows
+from variants import pause_tokens, self_forcing
 
 
 @dataclasses.dataclass
@@ -82,13 +83,14 @@ class Config:
 
 VARIANTS = {
     "text": dict(spans=False),
-    "pause": dict(pause_tokens=True),
+    "pause": dict(lam=0.0),
     "latent": dict(),
     "latent+self": dict(self_forcing=0.5, self_forcing_passes=3),
     "latent-stop": dict(stop_term=False),
     "latent-long": dict(longer=True),  # what SFT makes of the time that RL takes
     "latent-long-all": dict(longer=True, all=True),
 }
+SCRIPTS = {"pause": pause_tokens, "latent+self": self_forcing}  # the others: sft
 
 
 # Its policy is sure of itself, so many samples are needed to see two outcomes: they are decoded
@@ -161,7 +163,10 @@ GROUPS = ("1-hop", "2-hop", "3-hop", "interp")
 
 
 def trained(script, out, rows=None, **settings):
-    """The checkpoint of a training (script: sft or la_dapo), run unless it is already complete."""
+    """The checkpoint of a training, run unless it is complete.
+
+    script: sft, la_dapo or a variant.
+    """
     done = checkpoints(out)
     if done and done[-1].endswith(f"step_{settings['steps']:06d}"):
         return done[-1]
@@ -236,7 +241,7 @@ def run_seed(seed, config, world):
         )
         data = world["all" if variant.pop("all", False) else "train"]
         models[name] = trained(
-            sft,
+            SCRIPTS.get(name, sft),
             os.path.join(home, name),
             **{**TINY, **common, **variant, **dict(model=base, data=data, steps=steps)},
         )

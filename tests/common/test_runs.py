@@ -1,0 +1,82 @@
+"""Plumbing of a run: random state, the guard of its folder."""
+
+import dataclasses
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from test_sft import settings
+
+import sft
+from common.formats import Clip, Frame, Row, read_rows
+from common.runs import checkpoints, fingerprint, random_state, set_random_state
+from variants import pause_tokens, self_forcing
+
+
+def draws():
+    return [random.random(), random.gauss(0, 1), *np.random.standard_normal(3), *torch.rand(3)]
+
+
+def test_random_state_goes_through_a_file_without_pickled_objects(tmp_path):
+    """Breaks if one generator is forgotten, or a checkpoint can only be read by running code."""
+    np.random.standard_normal(1)  # numpy and Python keep the second half of a pair of normals
+    random.gauss(0, 1)
+    torch.save(random_state(), tmp_path / "state.pt")
+    expected = draws()
+    assert draws() != expected
+    set_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert draws() == expected
+
+
+def test_a_checkpoint_holds_plain_values(world, tmp_path):
+    """Breaks if trainer.pt or rank_0.pt can only be read by running code."""
+    done = sft.train(settings(world, tmp_path, steps=1))
+    for name in ("trainer.pt", "rank_0.pt"):
+        assert torch.load(os.path.join(done, name), weights_only=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(id="other"),
+        dict(question="other ?"),
+        dict(answer="other"),
+        dict(options=["a", "c"]),
+        dict(prompt=["see", Frame("a.mp4", 4), Clip("c.mp4")]),
+        dict(prompt=["see", Frame("a.mp4", 3), Clip("c.mp4", 1.0)]),
+        dict(response=["so", Frame(b"PNG other", 0)]),
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_fingerprint_sees_each_part_of_a_row(change):
+    """Breaks if a run is continued on rows of which something that is trained on has changed."""
+    prompt, response = ["see", Frame("a.mp4", 3), Clip("c.mp4")], ["so", Frame(b"PNG", 0)]
+    row = Row("f.json:0", "r", prompt, response, "b", "what ?", ["a", "b"])
+    assert fingerprint([row]) == fingerprint([dataclasses.replace(row, where="moved.json:0")])
+    assert fingerprint([row]) != fingerprint([dataclasses.replace(row, **change)])
+    assert fingerprint([row, row]) != fingerprint([row])
+
+
+def test_a_run_goes_on_with_the_same_rows_and_the_same_script_only(world, tmp_path):
+    """Breaks if other rows under the same ids, or another script's run, are continued silently."""
+    config = settings(world, tmp_path / "a", steps=1)
+    sft.train(config)
+    rows = read_rows(world["data"])
+    rows[5] = dataclasses.replace(rows[5], answer="other")
+    again = dataclasses.replace(config, resume=True)
+    with pytest.raises(SystemExit, match="was trained on other rows"):
+        sft.train(again, rows)
+    forced = settings(world, tmp_path / "a", self_forcing.Config, steps=1, resume=True)
+    with pytest.raises(SystemExit, match="other values of self_forcing, self_forcing_from, "):
+        self_forcing.train(forced)
+    self_forcing.train(settings(world, tmp_path / "b", self_forcing.Config, steps=1))
+    with pytest.raises(SystemExit, match="other values of self_forcing, self_forcing_from, "):
+        sft.train(dataclasses.replace(again, out=str(tmp_path / "b")))
+    assert len(checkpoints(tmp_path / "b")) == 1
+    # a variant with the same fields
+    sft.train(settings(world, tmp_path / "c", lam=0.0, steps=1))
+    pause = settings(world, tmp_path / "c", pause_tokens.Config, lam=0.0, steps=1, resume=True)
+    with pytest.raises(SystemExit, match="trained 'latent', not 'pause'"):
+        pause_tokens.train(pause)

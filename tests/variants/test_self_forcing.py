@@ -1,0 +1,123 @@
+"""Rows that are fed their own latents in training."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from test_sft import ROOT, assert_resumes, read_log, settings
+
+import sft
+from data import model_inputs
+from variants import self_forcing
+from variants.self_forcing import Config, Step, is_drawn
+
+
+def fed_by(step, batch, progress=0.5):
+    """What the last forward of a step reads as latents (N, D), and the true ones."""
+    fed, embed = [], step.model.embed
+
+    def spy(*args, **kw):
+        fed.append(args[5] if len(args) > 5 else kw["latents"])
+        return embed(*args, **kw)
+
+    step.model.embed = spy
+    step(batch, progress)
+    step.model.embed = embed
+    return fed[-1], fed[0]  # the first pass reads the true latents
+
+
+def test_self_forcing_feeds_what_decoding_would(batch, monkeypatch):
+    """Breaks if the fed latents are not the model's own: after as many passes as spans they are a
+    fixed point.
+    """
+    model, b = batch
+    drawn = [b["rows"][0].id, b["rows"][2].id]
+    monkeypatch.setattr(self_forcing, "is_drawn", lambda row, *_: row.id in drawn)
+    z, e = fed_by(Step(model, Config(self_forcing_passes=3)), b)
+    row = (b["input_ids"] == model.config.latent_id).nonzero()[:, 0]
+    assert torch.equal(z[row % 2 == 1], e[row % 2 == 1])
+    assert not torch.allclose(z[row == 0], e[row == 0])
+    # one word at a time: the latent after LS is to_latent of the state there, with all earlier
+    # latents its own
+    with torch.no_grad():
+        latents = e.clone()
+        places = (b["input_ids"] == model.config.latent_id).nonzero().tolist()
+        for k, (r, t) in enumerate(places):
+            if r % 2 == 0:
+                h, _ = model.hidden(**model_inputs(b), latents=latents)
+                latents[k] = model.to_latent(h[r, t - 1])
+    assert torch.allclose(z, latents, atol=1e-5)
+
+
+def test_the_targets_stay_the_true_future(batch, monkeypatch):
+    """Breaks if a drawn row is compared with its own latents: Eq. (3) would be met by anything."""
+    model, b = batch
+    monkeypatch.setattr(self_forcing, "is_drawn", lambda *_: True)
+    step = Step(model, Config())
+    z, e = fed_by(step, b)
+    args = dict(**model_inputs(b), labels=b["labels"], latents=z)
+    expected = [sft.sft_loss(model, **args, targets=t)["latent_sum"].item() for t in (e, z)]
+    assert step(b, 0.5)[2].item() == pytest.approx(expected[0], rel=1e-5)
+    assert abs(expected[0] - expected[1]) > 1e-2
+
+
+def test_draws_depend_on_seed_progress_and_id_alone(batch):
+    """Breaks if the rate, the start or the independence of the draws is wrong."""
+    row = batch[1]["rows"][0]
+    rows = [dataclasses.replace(row, id=f"row {k}") for k in range(2000)]
+
+    def draws(progress=0.5, **settings):
+        return np.array([is_drawn(r, progress, Config(**settings)) for r in rows])
+
+    assert draws().mean() == pytest.approx(0.5, abs=0.04)
+    assert draws(self_forcing=0.1).mean() == pytest.approx(0.1, abs=0.03)
+    assert not draws(progress=0.29).any() and draws(progress=0.3).any()
+    assert (draws() == draws()).all()
+    for other in (draws(seed=1), draws(progress=0.51)):
+        assert (draws() == other).mean() == pytest.approx(0.5, abs=0.05)
+    with pytest.raises(ValueError, match="self_forcing_passes is 0"):
+        Config(self_forcing_passes=0)
+
+
+def test_a_straight_run_equals_a_resumed_one_bit_for_bit(world, tmp_path):
+    """Breaks if a draw depends on what ran before it."""
+    more = dict(save_every=2, self_forcing_from=0.0)
+    assert_resumes(self_forcing.train, settings(world, tmp_path / "a", Config, **more))
+
+
+def test_ranks_and_micro_batches_feed_the_same(world, tmp_path):
+    """Breaks if the number of processes or the size of a micro-batch decides who is drawn.
+
+    Runs the command too: two processes by torchrun.
+    """
+    more = dict(steps=2, global_batch=8, self_forcing_from=0.0, latent_loss="mse", lam=0.3)
+    one = settings(world, tmp_path / "one", Config, **more, micro_batch=8)
+    small = settings(world, tmp_path / "small", Config, **more, micro_batch=1)
+    two = settings(world, tmp_path / "two", Config, **more, micro_batch=3)
+    plain = settings(world, tmp_path / "plain", Config, **{**more, "self_forcing": 0.0})
+    for config in (one, small, plain):
+        self_forcing.train(config)
+    command = "-m torch.distributed.run --standalone --nproc_per_node=2 -m variants.self_forcing"
+    flags = [
+        f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
+        for name, value in vars(two).items()
+    ]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    done = subprocess.run(
+        [sys.executable, *command.split(), *flags],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [read_log(config.out) for config in (one, small, two, plain)]
+    for key in ("ce", "latent", "grad_norm"):
+        values = np.array([[line[key] for line in run] for run in lines])  # (4 runs, 2 steps)
+        assert np.allclose(values[:3], values[0], rtol=1e-4)
+        assert not np.allclose(values[3], values[0], rtol=1e-3)
