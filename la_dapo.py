@@ -53,8 +53,9 @@ Where this differs from the official code:
  8. What is sampled depends on the seed and the place in the data, not on the number of ranks.
  9. With one update a step, pi_old is this forward itself, as in official; the decoder's recorded
     log-probabilities stay a check: their RMS difference is logged as `replay_rms`.
-10. In the filter's mean a repetitive rollout counts 0 (official: -1). Weight decay is 0 (official
-    0.01). The vision tower is frozen (official trains it). k3 is not clamped (official: +-10).
+10. In the filter's mean a repetitive rollout counts 0 (official: -1).
+11. Weight decay is 0 (official: 0.01).
+12. The vision tower is frozen (official trains it).
 
 Axis letters: B prompts, G rollouts of a prompt, R rows (rollouts of all prompts), P prompt tokens,
 T new tokens, S chosen tokens, N latents of all rows, D hidden, V vocabulary.
@@ -243,10 +244,11 @@ def clipped_surrogate(logp, old, A, eps_low=0.2, eps_high=0.28, dual_clip=3.0):
 def kl_k3(logp, ref):
     """KL(pi, ref) a token, estimated by exp(d) - d - 1 with d = ref - logp: never negative.
 
-    Source: sec. 3.3 (GRPO).
+    Source: sec. 3.3 (GRPO); official clamps d to +-20 and the estimate to +-10. Where it is at a
+    clamp, a token has no gradient: d is above 2.6 or below -11.
     """
-    d = ref - logp
-    return d.exp() - d - 1
+    d = (ref - logp).clamp(-20, 20)
+    return (d.exp() - d - 1).clamp(-10, 10)
 
 
 def adjoint_loss(loss, predicted, latents, terms):
@@ -258,16 +260,17 @@ def adjoint_loss(loss, predicted, latents, terms):
 
         dloss/dw = (partial, z held constant) + g (1 - J)^-1 df/dw,    g = dloss/dz.
 
-    A latent depends on earlier ones only: J is strictly lower triangular, and lam = g (1 - J)^-1 =
-    g + gJ + gJJ + ... ends after as many terms as the longest response has latents. No Jacobian is
-    formed: each term is a vector-Jacobian product. loss: scalar; predicted (N, D) = f; latents (N,
-    D), the leaf z; terms: how many of the series. Keeps the graph.
+    A latent depends on earlier ones only: J is strictly lower triangular. So the adjoint
+    g (1 - J)^-1 = g + gJ + gJJ + ... ends after as many terms as the longest response has latents.
+    No Jacobian is formed: each term is a vector-Jacobian product. Keeps the graph.
+
+    loss: scalar; predicted (N, D) = f; latents (N, D), the leaf z; terms: how many of the series.
     """
-    lam = term = torch.autograd.grad(loss, latents, retain_graph=True)[0]  # (N, D) g
+    adjoint = term = torch.autograd.grad(loss, latents, retain_graph=True)[0]  # (N, D) g
     for _ in range(terms - 1):
         term = torch.autograd.grad(predicted, latents, term, retain_graph=True)[0]  # (N, D) gJ^k
-        lam = lam + term
-    return (lam.detach() * (predicted - predicted.detach())).sum()
+        adjoint = adjoint + term
+    return (adjoint.detach() * (predicted - predicted.detach())).sum()
 
 
 def schedule(step, steps, config):
@@ -282,6 +285,20 @@ def schedule(step, steps, config):
 
 
 @dataclasses.dataclass
+class Policy:
+    """What a run trains, what it is compared with, and how far the run is."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    ref_model: torch.nn.Module | None  # the KL's reference
+    optimizer: torch.optim.Optimizer
+    trained_on: str  # fingerprint of the rows
+    checkpoint: str | None = None  # the last one
+    step: int = 0  # the next
+    batch: int = 0  # of the data, the next
+
+
+@dataclasses.dataclass
 class Group:
     """One prompt and its G rollouts, on the rank that made them."""
 
@@ -292,6 +309,11 @@ class Group:
     parts: dict = None  # of `rewards.score_group`
     verdict: str = ""  # of `keep_group`
     slot: int = 0  # its number among the groups of the step, over all ranks
+
+    @property
+    def rewards(self):
+        """{name: G values}: the reward and its parts, whatever `rewards.score_group` gives."""
+        return {k: v for k, v in self.parts.items() if k not in ("correct", "unjudged")}
 
 
 @functools.lru_cache(maxsize=2)
@@ -371,8 +393,10 @@ def first_kept(groups, config, machine):
     return needed, len(places), len(kept) - len(needed)
 
 
-PARTS = ("total", "accuracy", "format", "contrastive", "diversity", "repetition")
-COUNTS = ("unjudged", "kept", "too easy", "too hard", "unjudged groups", "surplus", "skipped")
+# in every line of the log, also of a step without a rollout; a reward that is new joins by itself
+REWARDS = ("total", "accuracy", "format", "contrastive", "diversity", "repetition")
+VERDICTS = ("kept", "too easy", "too hard", "unjudged groups")
+COUNTS = ("rollouts", "unjudged", *VERDICTS, "surplus", "groups", "skipped")
 CURVES = (("total", "accuracy"), ("contrastive", "diversity"), ("entropy", "kl"), ("grad_norm",))
 
 
@@ -389,19 +413,19 @@ def count(tally, group, latent_start_id):
     tally.count("cut_off", rollout.finish.count("length"))
     tally.count("unjudged groups" if group.verdict == "unjudged" else group.verdict)
     tally.count("unjudged", sum(group.parts["unjudged"]))
-    for part in PARTS:
-        tally.add(part, group.parts[part])
+    for name, values in group.rewards.items():
+        tally.add(name, values)
 
 
-def collect(model, tokenizer, batches, at, config, judge, machine, tally):
-    """Roll out prompts until `groups` groups are kept, or max_tries times. All ranks walk in step.
+def collect(policy, batches, config, judge, machine, tally):
+    """Roll out prompts until `groups` groups are kept, or max_tries times; moves policy.batch on.
 
-    -> this rank's kept groups, all its groups, its skipped samples, the next batch of the data.
+    All ranks walk in step. -> this rank's kept groups, all its groups, its skipped samples.
     """
-    every, skipped = [], []
+    model, every, skipped = policy.model, [], []
     for _ in range(config.max_tries):
-        end = at + -(-config.prompts_a_try // config.rollout_batch)
-        for k in range(at, end):
+        end = policy.batch + -(-config.prompts_a_try // config.rollout_batch)
+        for k in range(policy.batch, end):
             if k % machine.world != machine.rank:
                 continue
             with tally.clock("rollout"):
@@ -409,20 +433,21 @@ def collect(model, tokenizer, batches, at, config, judge, machine, tally):
                 skipped += batch["skipped"]
                 groups = []
                 if batch["rows"]:
-                    groups = roll_out(model, tokenizer, batch, k, config, machine)
+                    groups = roll_out(model, policy.tokenizer, batch, k, config, machine)
             with tally.clock("reward"):
                 if groups:
                     score_groups(groups, model.config, judge, config)
                 for group in groups:
                     count(tally, group, model.config.latent_start_id)
             every += groups
-        at = end
+        policy.batch = end
         kept, n_kept, surplus = first_kept(every, config, machine)
         if n_kept >= config.groups:
             break
+    tally.count("groups", len(kept))
     tally.count("surplus", surplus)
     tally.count("skipped", len(skipped))
-    return kept, every, skipped, at
+    return kept, every, skipped
 
 
 # ------------------------------------------------------------------------------------------- update
@@ -529,31 +554,40 @@ def minibatch(groups, ref_model, config, machine):
     return batches, machine.sum([n_tokens])[0]
 
 
-def update(model, ref_model, optimizer, groups, lr, config, machine):
+def update(policy, groups, lr, config, machine):
     """All updates of a step from this rank's kept groups (may be none) -> figures, on all ranks
     alike.
     """
+    # advantages, and the reference's log-probabilities
+    minibatches = []
+    for k in range(config.minibatches):
+        part = [group for group in groups if group.slot % config.minibatches == k]
+        minibatches.append(minibatch(part, policy.ref_model, config, machine))
+
+    # clipped loss -> step
     figures, norms = Counter(), []
-    slots = [
-        [g for g in groups if g.slot % config.minibatches == k] for k in range(config.minibatches)
-    ]
-    todo = [minibatch(some, ref_model, config, machine) for some in slots]
     for _ in range(config.inner_epochs):
-        for batches, n_tokens in todo:
+        for batches, n_tokens in minibatches:
             if n_tokens == 0:  # fewer groups than minibatches
                 continue
             for batch in batches:
                 with machine.autocast():
-                    loss = policy_loss(model, batch, n_tokens, config, figures)
+                    loss = policy_loss(policy.model, batch, n_tokens, config, figures)
                 loss.backward()
-            norms.append(machine.step(optimizer, lr, config.clip))
+            norms.append(machine.step(policy.optimizer, lr, config.clip))
+    return update_figures(figures, norms, machine)
 
+
+def update_figures(figures, norms, machine):
+    """This rank's sums and the gradient norm of each update -> the step's figures, on all ranks
+    alike. None where there was no update.
+    """
     names = ("loss", "ratio", "clip_fraction", "kl", "entropy", "replay_ms")
     sums = machine.sum([figures[name] / max(1, len(norms)) for name in names])
-    out = dict(zip(names, sums if norms else [None] * len(names)))
-    mean_square = out.pop("replay_ms")
+    means = dict(zip(names, sums if norms else [None] * len(names)))
+    mean_square = means.pop("replay_ms")
     return dict(
-        out,
+        means,
         replay_rms=None if mean_square is None else math.sqrt(mean_square),
         ratio_max=max(machine.gather([float(figures["ratio_max"])])),
         grad_norm=norms[-1] if norms else None,
@@ -565,14 +599,38 @@ def update(model, ref_model, optimizer, groups, lr, config, machine):
 # --------------------------------------------------------------------------------------------- loop
 
 
-def load_models(config, checkpoint, machine):
-    """The policy (fp32 weights), its tokenizer, and the KL's reference or None."""
+def start(config, rows, machine):
+    """The policy as the run's newest checkpoint or else `config.model` holds it -> Policy.
+
+    Raises SystemExit as `resume_point` does.
+    """
+    checkpoint, resumed, trained_on = resume_point(config, rows, machine.world)
+    os.makedirs(config.out, exist_ok=True)
+    torch.manual_seed(config.seed)
     model, tokenizer = machine.load(checkpoint or newest(config.model), train=True)
     model.model.visual.requires_grad_(not config.freeze_vision)
-    if not config.kl:
-        return model, tokenizer, None
-    ref_model, _ = machine.load(newest(config.model))
-    return model, tokenizer, ref_model.requires_grad_(False)
+    ref_model = None
+    if config.kl:
+        ref_model, _ = machine.load(newest(config.model))
+        ref_model.requires_grad_(False)
+    optimizer, _ = make_optimizer(model, config, machine.world)
+    policy = Policy(model, tokenizer, ref_model, optimizer, trained_on, checkpoint)
+    if resumed:
+        restore(optimizer, checkpoint, resumed, machine.rank)
+        policy.step, policy.batch = resumed["step"], resumed["batch"]
+    return policy
+
+
+def save(policy, config, machine):
+    """All ranks: write the run's checkpoint before policy.step; the first one draws the curves."""
+    policy.checkpoint = os.path.join(config.out, f"step_{policy.step:06d}")
+    state = dict(step=policy.step, batch=policy.batch, config=dataclasses.asdict(config))
+    state.update(world=machine.world, rows=policy.trained_on)
+    model, tokenizer = policy.model, policy.tokenizer
+    save_checkpoint(policy.checkpoint, model, tokenizer, state, policy.optimizer, machine)
+    if machine.master:
+        log, picture = (os.path.join(config.out, name) for name in ("log.jsonl", "rewards.png"))
+        draw_curves(log, picture, CURVES)
 
 
 def prompt_loader(rows, tokenizer, at, config, machine):
@@ -584,19 +642,29 @@ def prompt_loader(rows, tokenizer, at, config, machine):
     return iter(loader(samples, plan, config.workers, pad_id=pad, side="left", keep=True))
 
 
-def log_line(tally, figures):
-    """The sums of a step over all ranks -> the figures of its line in log.jsonl."""
+def check_readable(step, tally, skipped):
+    """Raises SystemExit if the first step rolled nothing out: a wrong media_root, most likely."""
+    if step == 0 and not tally["rollouts"]:
+        why = f", e.g. {skipped[0].why}" if skipped else ""
+        raise SystemExit(f"none of the first prompts could be used{why}")
+
+
+def log_line(tally, skipped, failures):
+    """What all ranks tallied in a step, the samples they skipped and the judge's failures -> the
+    figures of its line in log.jsonl.
+    """
     n = max(1, tally["rollouts"])
     return dict(
-        tally.means(PARTS),
-        **figures,
+        tally.means(REWARDS),
         length=tally["tokens"] / n,
         spans=tally["spans"] / n,
         latents=tally["latents"] / n,
         forced_stops=tally["forced"] / max(1, tally["spans"]),
         cut_off=tally["cut_off"] / n,
         **{name.replace(" ", "_"): tally[name] for name in COUNTS},
-        rollouts=tally["rollouts"],
+        skipped_names=[list(skip) for skip in skipped],
+        judge_failures=dict(failures),
+        **tally.seconds(),
     )
 
 
@@ -605,7 +673,7 @@ def write_rollouts(path, step, groups, config):
     i = step // config.sample_every % config.group_size
     with open(path, "a", encoding="utf-8") as f:
         for group in groups:
-            row, parts = group.sample["row"], group.parts
+            row = group.sample["row"]
             line = dict(
                 step=step,
                 id=row.id,
@@ -613,8 +681,8 @@ def write_rollouts(path, step, groups, config):
                 question=row.question,
                 answer=row.answer,
                 response=group.texts[i],
-                group_accuracy=parts["accuracy"],
-                **{part: parts[part][i] for part in PARTS},
+                group_accuracy=group.parts["accuracy"],
+                **{name: values[i] for name, values in group.rewards.items()},
             )
             f.write(json.dumps(line, ensure_ascii=False) + "\n")
 
@@ -641,73 +709,56 @@ def count_steps(rows, config):
 
 
 def train(config, rows=None):
-    """Run LA-DAPO -> path of the last checkpoint.
+    """Run LA-DAPO on rows (a list of Row, default those of config.data) -> the last checkpoint.
 
-    rows: list of Row, default those of config.data. Raises SystemExit on a folder in use,
-    ValueError on bad input.
+    Raises SystemExit on a folder in use, ValueError on bad input.
     """
     machine = Machine(config.bf16)
     rows = usable(rows_of(config) if rows is None else rows, config)
     steps = count_steps(rows, config)
-    checkpoint, resumed, fingerprint = resume_point(config, rows, machine.world)
-    os.makedirs(config.out, exist_ok=True)
-    torch.manual_seed(config.seed)
-    model, tokenizer, ref_model = load_models(config, checkpoint, machine)
-    optimizer, trained = make_optimizer(model, config, machine.world)
-    if resumed:
-        restore(optimizer, checkpoint, resumed, machine.rank)
-    first, at = (resumed["step"], resumed["batch"]) if resumed else (0, 0)
-    batches = prompt_loader(rows, tokenizer, at, config, machine)
+    policy = start(config, rows, machine)
+    batches = prompt_loader(rows, policy.tokenizer, policy.batch, config, machine)
     judge = Judge(config.judge_url, config.judge_model) if config.judge_model else None
-    log = Log(config, first, machine)
+    log = Log(config, policy.step, machine)
     rollouts_path = os.path.join(config.out, f"rollouts_{machine.rank}.jsonl")
-    trim_log(rollouts_path, first)
-    log.say(describe(config, rows, trained, steps, machine))
+    trim_log(rollouts_path, policy.step)
+    log.say(describe(config, rows, policy.model, steps, machine))
 
     for step in log.steps(steps, "la_dapo"):
-        tally, began_at = Tally(), at
         # rollouts -> rewards -> group filter and refill
-        kept, every, skipped, at = collect(
-            model, tokenizer, batches, at, config, judge, machine, tally
-        )
+        tally, began_at = Tally(), policy.batch
+        kept, every, skipped = collect(policy, batches, config, judge, machine, tally)
         skipped, failures = log.skips(skipped, judge)
-        # advantages -> clipped loss -> step
-        with tally.clock("update"):
-            lr = schedule(step, steps, config)
-            figures = update(model, ref_model, optimizer, kept, lr, config, machine)
 
+        # advantages -> clipped loss -> step
+        lr = schedule(step, steps, config)
+        with tally.clock("update"):
+            figures = update(policy, kept, lr, config, machine)
+        policy.step = step + 1
+
+        # sums over all ranks -> log, rollouts, checkpoint
         tally = tally.over(machine)
-        if step == 0 and not tally["rollouts"]:  # a wrong media_root, most likely
-            why = f", e.g. {skipped[0].why}" if skipped else ""
-            raise SystemExit(f"none of the first prompts could be used{why}")
-        places = [b * config.rollout_batch for b in (began_at, at)]
-        line = dict(step=step, lr=lr, prompts=places, **log_line(tally, figures))
-        line.update(
-            groups=len(machine.gather([g.place for g in kept])),
-            skipped_names=[list(skip) for skip in skipped],
-        )
-        line.update(judge_failures=dict(failures), **tally.seconds())
+        check_readable(step, tally, skipped)
+        places = [b * config.rollout_batch for b in (began_at, policy.batch)]
+        line = dict(step=step, lr=lr, prompts=places, **figures)
+        line.update(log_line(tally, skipped, failures))
         if step % config.sample_every == 0:
             write_rollouts(rollouts_path, step, every, config)
         log.write(line, reward=line["total"], accuracy=line["accuracy"], groups=line["groups"])
-        if (step + 1) % config.save_every == 0 or step + 1 == steps:
-            checkpoint = os.path.join(config.out, f"step_{step + 1:06d}")
-            state = dict(step=step + 1, batch=at, config=dataclasses.asdict(config))
-            state.update(world=machine.world, rows=fingerprint)
-            save_checkpoint(checkpoint, model, tokenizer, state, optimizer, machine)
-            if machine.master:
-                draw_curves(log.path, os.path.join(config.out, "rewards.png"), CURVES)
-    return checkpoint
+        if policy.step % config.save_every == 0 or policy.step == steps:
+            save(policy, config, machine)
+    return policy.checkpoint
 
 
-def describe(config, rows, trained, steps, machine):
+def describe(config, rows, model, steps, machine):
     """The run in one line."""
     same = ": the ratio is 1" if config.updates_a_step == 1 else ""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return (
         f"LA-DAPO: {len(rows)} prompts, {steps} steps of {config.groups} groups x "
         f"{config.group_size} rollouts, {config.prompts_a_try} prompts a try, "
         f"{machine.world} ranks, {machine.device.type}, seed {config.seed}, "
-        f"{sum(p.numel() for p in trained):,} parameters trained, "
+        f"{trained:,} parameters trained, "
         f"{config.updates_a_step} update(s) a step{same}"
     )
 

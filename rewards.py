@@ -33,23 +33,12 @@ import torch.nn.functional as F
 from common.formats import answer_of
 from model import LATENT, LATENT_END, LATENT_START
 
-_TAG = (
-    rf"</?(?:reason|answer)>|{re.escape(LATENT_START)}|{re.escape(LATENT)}|{re.escape(LATENT_END)}"
-)
-
-
+_START, _LATENT, _END = (re.escape(marker) for marker in (LATENT_START, LATENT, LATENT_END))
+_TAG = rf"</?(?:reason|answer)>|{_START}|{_LATENT}|{_END}"
 _TEXT = rf"(?:(?!{_TAG}).)*"  # anything that holds no tag and no span marker
-
-
-_R, _A = (
-    rf"<reason>{_TEXT}</reason>\s*",
-    rf"<answer>{_TEXT}</answer>(?:\s|<\|im_end\|>|<\|endoftext\|>)*",
-)
-
-
-_L = rf"{re.escape(LATENT_START)}(?:\s*{re.escape(LATENT)})+\s*{re.escape(LATENT_END)}\s*"
-
-
+_R = rf"<reason>{_TEXT}</reason>\s*"
+_A = rf"<answer>{_TEXT}</answer>(?:\s|<\|im_end\|>|<\|endoftext\|>)*"
+_L = rf"{_START}(?:\s*{_LATENT})+\s*{_END}\s*"
 _FORMAT = re.compile(rf"\s*(?:{_R})?(?:{_L}{_R})+{_A}", re.S)
 
 
@@ -158,12 +147,12 @@ def contrastive_reward(latents, correct, tau=0.5):
     s = similarity([latents[i] for i in rows]).tolist()
     right = [bool(correct[i]) for i in rows]
     for a, i in enumerate(rows):
-        positives = [s[a][b] for b in range(len(rows)) if right[b] and b != a]  # P_i
+        # P_i: the other correct rollouts; a lone correct one is its own positive
+        positives = [s[a][b] for b in range(len(rows)) if right[b] and b != a]
         if right[a] and not positives:
-            positives = [1.0]  # a lone correct rollout is its own positive
-        negatives = [
-            s[a][b] for b in range(len(rows)) if not right[b]
-        ]  # N_i: i itself, if wrong, too
+            positives = [1.0]
+        # N_i: the wrong ones, i itself too if it is wrong
+        negatives = [s[a][b] for b in range(len(rows)) if not right[b]]
         minus = sum(math.exp(s_ij / tau) for s_ij in negatives)
         plus = math.exp(max(positives) / tau) if positives else 1.0  # s_i+; without positives 1
         reward[i] = plus / (plus + minus) if negatives else max(positives) / tau
@@ -268,32 +257,24 @@ def score(texts, rollout, rows, config, judge=None, **weights):
     texts: the responses; rollout: latent_decode's; config: the model's, for its span tokens; judge:
     a `Judge`, asked once for all that it is needed for; weights: of `score_group`.
     """
-    G, verdicts = len(texts) // len(rows), [{} for _ in rows]
+    G = len(texts) // len(rows)
+    of_row = [slice(k * G, (k + 1) * G) for k in range(len(rows))]
+    verdicts = [{} for _ in rows]
     if judge:
-        asked = [
-            (k, i)
-            for k, row in enumerate(rows)
-            for i in range(G)
-            if needs_judge(texts[k * G + i], row.answer, row.options)
-        ]
-        found = judge(
-            [(rows[k].question, rows[k].answer, answer_of(texts[k * G + i])) for k, i in asked]
-        )
-        for (k, i), verdict in zip(asked, found):
+        places, questions = [], []
+        for k, row in enumerate(rows):
+            for i, text in enumerate(texts[of_row[k]]):
+                if needs_judge(text, row.answer, row.options):
+                    places.append((k, i))
+                    questions.append((row.question, row.answer, answer_of(text)))
+        for (k, i), verdict in zip(places, judge(questions)):
             verdicts[k][i] = verdict
-    ids = config.latent_start_id, config.latent_id
-    spans = [
-        span_lengths(t[:n], *ids) for t, n in zip(rollout.tokens.tolist(), rollout.lengths.tolist())
-    ]
+
+    lengths, ids = rollout.lengths.tolist(), (config.latent_start_id, config.latent_id)
+    spans = [span_lengths(t[:n], *ids) for t, n in zip(rollout.tokens.tolist(), lengths)]
     return [
         score_group(
-            texts[k * G : (k + 1) * G],
-            rollout.latents[k * G : (k + 1) * G],
-            spans[k * G : (k + 1) * G],
-            row.answer,
-            row.options,
-            verdicts[k],
-            **weights,
+            texts[own], rollout.latents[own], spans[own], row.answer, row.options, asked, **weights
         )
-        for k, row in enumerate(rows)
+        for own, row, asked in zip(of_row, rows, verdicts)
     ]

@@ -411,10 +411,12 @@ class Tally:
         total.spent = self.spent
         return total
 
-    def means(self, names):
-        """{name: mean, name_std: deviation} of each name."""
-        out = {}
-        for name in names:
+    def means(self, names=()):
+        """{name: mean, name_std: deviation} of these names, 0 where there is no value, and of all
+        others that were added.
+        """
+        added, out = [name for name, _ in self.values], {}
+        for name in dict.fromkeys([*names, *added]):
             n = max(1, self.values[name, "n"])
             mean = self.values[name, "sum"] / n
             out[name] = mean

@@ -121,13 +121,51 @@ def test_kl_is_unbiased_and_never_negative():
     assert kl_k3(p.log(), p.log()).abs().max() == 0
 
 
-def test_learning_rate_by_hand():
+def test_kl_of_a_token_that_is_far_off():
+    """Breaks if one token with exp(d) out of bounds takes over the loss, or makes it infinite.
+
+    d = -30, -9, 2, 3, 200: the second and third are as without clamps.
+    """
+    d = torch.tensor([-30.0, -9.0, 2.0, 3.0, 200.0])
+    logp = torch.zeros_like(d).requires_grad_()
+    k3 = kl_k3(logp, d)
+    torch.testing.assert_close(
+        k3.detach(), torch.tensor([10, math.exp(-9) + 8, math.exp(2) - 3, 10, 10])
+    )
+    k3.sum().backward()  # dk3/dlogp = 1 - exp(d)
+    slope = torch.tensor([0, 1 - math.exp(-9), 1 - math.exp(2), 0, 0])
+    torch.testing.assert_close(logp.grad, slope)
+
+
+def test_schedule_by_hand():
     """Breaks if the warm-up is not linear, or the last step is not near final_lr."""
     c = la_dapo.Config(lr=1.0, steps=14, warmup_steps=4, final_lr=0.1)
     assert [la_dapo.schedule(s, c.steps, c) for s in (0, 3, 4, 7, 13)] == pytest.approx(
         [0.25, 1.0, 1.0, 0.7, 0.1]
     )
     assert la_dapo.schedule(9, 100, la_dapo.Config(lr=1.0)) == 1.0
+
+
+def test_tally_by_hand():
+    """Breaks if the deviation or the sum over ranks is wrong, None counts as a value, or a name
+    without values is missing from the line.
+    """
+
+    class TwoAlike:
+        def gather(self, items):
+            return items * 2
+
+    tally = runs.Tally()
+    tally.add("reward", [1.0, None])
+    tally.add("reward", [2.0, 6.0])  # mean 3, squares 41 / 3
+    tally.count("kept")
+    tally.count("kept", 2)
+    total = tally.over(TwoAlike())
+    assert (tally["kept"], total["kept"], total["surplus"]) == (3, 6, 0)
+    for sums in (tally, total):
+        assert sums.means(["absent"]) == pytest.approx(
+            dict(absent=0, absent_std=0, reward=3, reward_std=math.sqrt(41 / 3 - 9))
+        )
 
 
 # ------------------------------------------------------------------------------------------- replay
@@ -432,6 +470,28 @@ def test_ratio_one_gives_the_reinforce_gradient(model, tokenizer):
     )
 
 
+@pytest.mark.parametrize("minibatches, ratio", [(1, 1.0), (2, math.exp(0.1))])
+def test_what_the_ratio_compares_with(model, tokenizer, minibatches, ratio):
+    """Breaks if with one update a step the decoder's record enters the ratio, if with several it
+    does not, or if its difference is not logged. The record is off by 0.1 everywhere.
+    """
+    batch, rollout = sampled(model, tokenizer, n=2)
+    recorded = rollout.logprobs - 0.1 * rollout.sampled
+    A = torch.ones(len(recorded), 1)
+    prepared = la_dapo.Batch(
+        batch,
+        dataclasses.replace(rollout, logprobs=recorded),
+        torch.arange(len(A)) // 2,
+        A,
+        torch.ones_like(A),
+    )
+    config = la_dapo.Config(kl=0.0, temperature=0.9, minibatches=minibatches)
+    figures = Counter()
+    la_dapo.policy_loss(model, prepared, int(rollout.sampled.sum()), config, figures)
+    assert figures["ratio"] == pytest.approx(ratio, abs=1e-5)
+    assert math.sqrt(figures["replay_ms"]) == pytest.approx(0.1, abs=1e-4)
+
+
 # --------------------------------------------------------------------------------------------- loop
 
 
@@ -599,6 +659,25 @@ def test_killed_and_resumed_equals_straight_through(world, loud, tmp_path):
         la_dapo.train(settings(world, loud, tmp_path / "b"))
     with pytest.raises(SystemExit, match="lambda_c"):
         la_dapo.train(settings(world, loud, tmp_path / "b", resume=True, lambda_c=0.3))
+
+
+def test_a_new_reward_reaches_the_log_by_itself(world, loud, tmp_path, monkeypatch):
+    """Breaks if a reward that `score_group` gains needs an edit in the loop to be logged, or a
+    verdict is logged as one.
+    """
+    inner = la_dapo.score
+
+    def with_novelty(*args, **weights):
+        return [dict(parts, novelty=[0.0, 0.5, 1.0]) for parts in inner(*args, **weights)]
+
+    monkeypatch.setattr(la_dapo, "score", with_novelty)
+    la_dapo.train(settings(world, loud, tmp_path / "a", steps=1))
+    (line,) = log_of(tmp_path / "a")
+    assert line["novelty"] == pytest.approx(0.5)
+    assert line["novelty_std"] == pytest.approx(math.sqrt(1 / 6))
+    assert "correct_std" not in line and "unjudged_std" not in line
+    rollouts = open(tmp_path / "a" / "rollouts_0.jsonl").read().splitlines()
+    assert [json.loads(rollout)["novelty"] for rollout in rollouts] == [0.0] * 4
 
 
 def test_no_group_kept(world, loud, tmp_path):
@@ -789,11 +868,13 @@ def test_an_epoch_counts_updates_and_refills_wrap(world, loud, tmp_path):
     Ten prompts, no group is ever kept (all answers are wrong), so each step costs max_tries passes.
     """
     data = ten_rows(world, "epoch.jsonl", broken=[])
-    more = dict(data=data, steps=0, groups=4, prompts=4, max_tries=3, filter=True)
+    more = dict(data=data, steps=0, groups=3, prompts=4, max_tries=3, filter=True, final_lr=0.1)
     done = la_dapo.train(settings(world, loud, tmp_path / "a", **more))
     lines = log_of(tmp_path / "a")
-    assert len(lines) == 10 // 4 and done.endswith("step_000002")
-    assert [line["prompts"] for line in lines] == [[0, 12], [12, 24]]
+    assert len(lines) == 10 // 3 and done.endswith("step_000003")
+    assert [line["prompts"] for line in lines] == [[0, 12], [12, 24], [24, 36]]
+    rates = [line["lr"] for line in lines]  # final_lr needs no --steps
+    assert rates == pytest.approx([1e-3, 5.5e-4, 1e-4])
     few = settings(world, loud, tmp_path / "b", **dict(more, groups=40, prompts=2, max_tries=1))
     la_dapo.train(few)
     assert len(log_of(tmp_path / "b")) == 1  # at least one
