@@ -56,7 +56,7 @@ from tqdm import tqdm
 
 from common.formats import Frame, RecordError, Row, Skipped, answer_of, read_record, read_records
 from common.judge import Judge
-from common.runs import newest, parse_config, read_lines, set_up_ranks, write
+from common.runs import leave, newest, parse_config, read_lines, set_up_ranks, write
 from data import DataConfig, Samples, encode, loader, model_inputs, to_device
 from latent_decode import generate
 from model import LATENT, best_attention, load
@@ -834,3 +834,4 @@ if __name__ == "__main__":
         probe(config)
     if config.step != "probe" and int(os.environ.get("RANK", 0)) == 0:
         cut(config)
+    leave()

@@ -55,7 +55,7 @@ from common.clips import ClipError, film, load_frames, normalise, resize_and_cut
 from common.formats import Skipped, answer_of
 from common.judge import add_verdicts
 from common.report import as_text, paper_rows, score_rows, used, write_report
-from common.runs import newest, parse_config, read_lines, set_up_ranks, write_json
+from common.runs import leave, newest, parse_config, read_lines, set_up_ranks, write_json
 from data import DataConfig, Samples, loader, model_inputs, to_device
 from latent_decode import generate, own_latent
 from model import LATENT, best_attention, load
@@ -729,3 +729,4 @@ def imagined(model, row, latents, lengths, budget):
 
 if __name__ == "__main__":
     evaluate(parse_config(Config))
+    leave()

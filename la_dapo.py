@@ -77,6 +77,7 @@ from common.runs import (
     Log,
     Machine,
     Tally,
+    leave,
     make_optimizer,
     newest,
     parse_config,
@@ -765,3 +766,4 @@ def describe(config, rows, model, steps, machine):
 
 if __name__ == "__main__":
     print("last checkpoint:", train(parse_config(Config)))
+    leave()

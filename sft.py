@@ -43,7 +43,16 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from common.report import draw_curves
-from common.runs import Machine, Run, make_optimizer, newest, parse_config, rows_of, step_or_skip
+from common.runs import (
+    Machine,
+    Run,
+    leave,
+    make_optimizer,
+    newest,
+    parse_config,
+    rows_of,
+    step_or_skip,
+)
 from data import DataConfig, Samples, collate, loader, model_inputs, to_device
 from model import log_continue
 
@@ -434,3 +443,4 @@ def describe(config, rows, model, steps, machine):
 
 if __name__ == "__main__":
     print("last checkpoint:", train(parse_config(Config)))
+    leave()

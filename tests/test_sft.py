@@ -328,6 +328,7 @@ torch.optim.AdamW = lambda groups, **kw: torch.optim.SGD(groups, lr=1.0)
 import sft
 if __name__ == "__main__":
     sft.train(sft.Config(**json.loads(sys.argv[1])))
+    sft.leave()
 """
 
 

@@ -15,7 +15,7 @@ Source: ours, after pause tokens (Goyal et al. 2024).
 import dataclasses
 
 import sft
-from common.runs import parse_config
+from common.runs import leave, parse_config
 
 
 @dataclasses.dataclass
@@ -47,3 +47,4 @@ def train(config, rows=None):
 
 if __name__ == "__main__":
     print("last checkpoint:", train(parse_config(Config)))
+    leave()

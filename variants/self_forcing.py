@@ -21,7 +21,7 @@ import random
 import torch
 
 import sft
-from common.runs import parse_config
+from common.runs import leave, parse_config
 from data import model_inputs
 
 
@@ -76,3 +76,4 @@ def train(config, rows=None):
 
 if __name__ == "__main__":
     print("last checkpoint:", train(parse_config(Config)))
+    leave()

@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +15,18 @@ import sft
 from common.formats import Clip, Frame, Row, read_rows
 from common.runs import checkpoints, fingerprint, random_state, set_random_state
 from variants import pause_tokens, self_forcing
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+LEAVES = """
+import atexit, os, sys
+sys.path.insert(0, {root!r})
+from common.runs import leave, set_up_ranks
+rank, _, _ = set_up_ranks()
+atexit.register(os.abort)  # what gloo's threads do when the interpreter is taken down
+print("done", rank, end="")
+leave()
+"""
 
 
 def draws():
@@ -80,3 +94,16 @@ def test_a_run_goes_on_with_the_same_rows_and_the_same_script_only(world, tmp_pa
     pause = settings(world, tmp_path / "c", pause_tokens.Config, lam=0.0, steps=1, resume=True)
     with pytest.raises(SystemExit, match="trained 'latent', not 'pause'"):
         pause_tokens.train(pause)
+
+
+def test_ranks_leave_together_and_before_the_interpreter_is_taken_down(tmp_path):
+    """Breaks if a run that is done can still fail at its exit, or its last words are lost."""
+    script = tmp_path / "leaves.py"
+    script.write_text(LEAVES.format(root=ROOT))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    done = subprocess.run([*launch, script], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "done 0" in done.stdout and "done 1" in done.stdout
+    alone = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
+    assert alone.returncode < 0  # one process has no group to leave: it goes on to its own end
