@@ -399,6 +399,7 @@ def test_micro_batches_and_two_processes_give_the_gradient_of_one_big_batch(worl
         assert np.allclose([line[key] for line in lines], lines[0][key], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_zero_redundancy_gives_the_same_weights_and_resumes(world, tmp_path):
     """Breaks if the sharded optimizer state is not gathered before it is saved."""
     command = [
@@ -470,6 +471,7 @@ def test_loss_falls_and_curves_are_drawn(world, tmp_path):
     assert os.path.getsize(tmp_path / "loss.png") > 5000 and done.endswith("step_000060")
 
 
+@pytest.mark.slow
 def test_the_script_takes_a_full_vocabulary_and_shows_a_row(world, tmp_path):
     """Breaks if the command line differs from the functions, or a 151,936-word vocabulary needs
     another path.
