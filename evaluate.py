@@ -37,7 +37,6 @@ import dataclasses
 import glob
 import hashlib
 import json
-import math
 import os
 import re
 import subprocess
@@ -53,6 +52,7 @@ from tqdm import tqdm
 from common.benchmarks import PAPER, read_benchmark
 from common.clips import ClipError, film, load_frames, normalise, resize_and_cut
 from common.formats import Skipped, answer_of
+from common.intervals import bootstrap, wilson
 from common.judge import add_verdicts
 from common.report import as_text, paper_rows, score_rows, used, write_report
 from common.runs import leave, newest, parse_config, read_lines, set_up_ranks, write_json
@@ -134,36 +134,6 @@ def strict_letter(text, options):
 def plain(text):
     """Lower case, single spaces, no punctuation around it."""
     return " ".join(text.lower().split()).strip(" .,:;!?\"'()")
-
-
-def wilson(right, n, z=1.96):
-    """95% interval of a share: Wilson's (low, high). n = 0: (0, 1). Source: Wilson 1927."""
-    if n == 0:
-        return 0.0, 1.0
-    p, zz = right / n, z * z / n
-    middle, half = (p + zz / 2) / (1 + zz), z / (1 + zz) * math.sqrt(p * (1 - p) / n + zz / (4 * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def bootstrap(groups, clips=None, seed=0, draws=1000, top=1.0):
-    """95% interval of the mean of group means: [low, high]. Source: Efron 1979, percentiles.
-
-    groups: lists of values, each resampled on its own; one list = a micro average. clips: the same
-    lists of the values' clips: questions on one clip are no independent draws, so clips are drawn,
-    with all their values; None = each value has its own. No value at all: [0, top].
-    """
-    rng, means = np.random.default_rng(seed), []
-    for k, values in enumerate(groups):
-        if not len(values):
-            continue
-        labels = clips[k] if clips else range(len(values))
-        _, clip = np.unique(labels, return_inverse=True)
-        total, n = np.bincount(clip, np.asarray(values, float)), np.bincount(clip)
-        picks = [rng.integers(len(n), size=len(n)) for _ in range(draws)]
-        means.append([total[pick].sum() / n[pick].sum() for pick in picks])  # (draws,)
-    if not means:
-        return [0.0, top]
-    return [round(float(v), 6) for v in np.percentile(np.mean(means, 0), (2.5, 97.5))]
 
 
 def summarise(lines, average="micro", seed=0):
