@@ -444,3 +444,31 @@ if __name__ == "__main__":
             "usage: python -m common.report FOLDER [FOLDER ...]   (folders that evaluate.py wrote)"
         )
     print(compare(sys.argv[1:]))
+
+
+def draw_selection(tables, fates, png):
+    """What curation chose, as a picture: how many candidates have which gain (Fig. 6), category and
+    number of future frames.
+
+    tables: {by: {key: {fate: count}}} of `curate.tabulate`; fates: their names, in order.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shape = dict(figsize=(12, 3.4), constrained_layout=True, width_ratios=(2, 1, 1))
+    fig, axes = plt.subplots(1, 3, **shape)
+    for ax, by in zip(axes, ("gain", "category", "future frames")):
+        keys = list(tables[by])
+        below = np.zeros(len(keys))
+        for fate in fates:
+            counts = np.array([tables[by][key].get(fate, 0) for key in keys])
+            ax.bar([str(key) for key in keys], counts, bottom=below, label=fate)
+            below += counts
+        ax.set_xlabel(by)
+    axes[0].set(xlabel="gain, p_v - p_t", ylabel="candidates")
+    axes[1].tick_params(axis="x", rotation=30)
+    axes[2].legend(fontsize=7, frameon=False)
+    fig.savefig(png, dpi=110)
+    plt.close(fig)
