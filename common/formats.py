@@ -75,7 +75,7 @@ def read_rows(path, media_root=None, bad=None):
     return rows
 
 
-def report_bad(bad, total, max_bad):
+def report_bad(bad, total, max_bad, fate="cannot be used and are left out"):
     """Print how many of `total` records were left out, by reason, and name each. Source: ours.
 
     bad: list of Skipped. Raises SystemExit if all are bad, or more than the share max_bad (0..1).
@@ -83,14 +83,14 @@ def report_bad(bad, total, max_bad):
     if not bad:
         return
     reasons = collections.Counter(why for _, why in bad)
-    print(f"{len(bad)} of {total} records cannot be used and are left out:")
+    print(f"{len(bad)} of {total} records {fate}:")
     for why, count in reasons.most_common():
         print(f"{count:6} {why}")
     for where, why in bad:
         print(f"{where}: {why}")
     if len(bad) == total or len(bad) > max_bad * total:
         raise SystemExit(
-            f"{len(bad)} of {total} records cannot be used, more than max_bad = {max_bad} allows; "
+            f"{len(bad)} of {total} records {fate}, more than max_bad = {max_bad} allows; "
             f"the first: {bad[0].where}: {bad[0].why}"
         )
 
