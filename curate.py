@@ -55,7 +55,7 @@ from common.formats import (
     report_bad,
 )
 from common.judge import Judge
-from common.report import draw_selection
+from common.report import draw_selection, selection_text, tabulate_selection
 from common.runs import Machine, leave, parse_config, write, write_json
 from common.walk import Book, check_rows, read_book, settings_of, walk
 from data import DataConfig, model_inputs, to_device
@@ -434,7 +434,8 @@ def cut(config):
     path = write_selected(config, [records[id] for id in chosen], [place[id] for id in chosen])
 
     # tables, names and pictures
-    tables = tabulate(rows, lines, fates)
+    gains = {line["id"]: visual_gain(line["p_t"], line["p_v"]) for line in scored}
+    tables = tabulate_selection(rows, gains, fates)
     why = {id: lines[id].get("skipped", "unjudged") for id in rows if id in lines}
     named = {id: why[id] for id in rows if fates[id] in ("unjudged", "skipped")}
     no_answer = sum(line.get("no_answer", 0) for line in lines.values())
@@ -442,7 +443,7 @@ def cut(config):
         f"{len(chosen)} of {len(rows)} candidates chosen; {no_answer} rollouts without an answer "
         f"(wrong)\n{noise_text(n, max_p_t, min_gain)}"
     )
-    text += "".join(table_text(by, table) for by, table in tables.items())
+    text += selection_text(tables, FATES)
     text += "\n" + "".join(f"\n{id}: {reason}" for id, reason in named.items())
     content = dict(k=config.k, n=n, max_p_t=max_p_t, min_gain=min_gain)
     content.update(chosen=chosen, tables=tables, named=named)
@@ -468,34 +469,6 @@ def write_selected(config, records, places):
     texts = [json.dumps(record, ensure_ascii=False) for record in records]
     write(f"{path}.jsonl", "".join(text + "\n" for text in texts))
     return f"{path}.jsonl"
-
-
-def tabulate(rows, lines, fates):
-    """How many candidates had which fate -> {by: {key: Counter}}, by all, category, future frames
-    and gain (Fig. 6).
-    """
-    keys = {"all": {}, "category": {}, "future frames": {}, "gain": {}}
-    for id, row in rows.items():
-        readable, line = isinstance(row, Row), lines.get(id, {})
-        keys["all"][id] = "all"
-        keys["category"][id] = row.group if readable else "?"
-        keys["future frames"][id] = len(future_of(row)) if readable else "?"
-        keys["gain"][id] = visual_gain(line["p_t"], line["p_v"]) if "p_t" in line else "?"
-    tables = {}
-    for by, key_of in keys.items():
-        order = sorted(set(key_of.values()), key=lambda key: (isinstance(key, str), key))
-        tables[by] = {key: Counter() for key in order}
-        for id, key in key_of.items():
-            tables[by][key][fates[id]] += 1
-    return tables
-
-
-def table_text(by, table):
-    """One table of `tabulate` as text."""
-    lines = [f"\n\n{by:<16}" + "".join(f"{fate:>14}" for fate in FATES)]
-    for key, count in table.items():
-        lines.append(f"{key:<16}" + "".join(f"{count[fate]:>14}" for fate in FATES))
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import base64
 import json
 import os
 import sys
+from collections import Counter
 from html import escape
 
 import numpy as np
@@ -23,6 +24,7 @@ import torch
 
 from common.benchmarks import PAPER
 from common.clips import ClipError, film, jpeg, key_frame_positions, read_clip
+from common.formats import Frame, Row
 from common.runs import read_log
 from model import LATENT_END, LATENT_START
 
@@ -446,11 +448,44 @@ if __name__ == "__main__":
     print(compare(sys.argv[1:]))
 
 
+def tabulate_selection(rows, gains, fates):
+    """How many candidates of curation had which fate -> {by: {key: Counter}}, by all, category,
+    future frames and gain (Fig. 6).
+
+    rows: {id: Row, or Skipped}; gains: {id: gain} of those that have one; fates: {id: fate}.
+    """
+    keys = {"all": {}, "category": {}, "future frames": {}, "gain": {}}
+    for id, row in rows.items():
+        readable = isinstance(row, Row)
+        keys["all"][id] = "all"
+        keys["category"][id] = row.group if readable else "?"
+        future = [part for part in row.response if isinstance(part, Frame)] if readable else []
+        keys["future frames"][id] = len(future) if readable else "?"
+        keys["gain"][id] = gains.get(id, "?")
+    tables = {}
+    for by, key_of in keys.items():
+        order = sorted(set(key_of.values()), key=lambda key: (isinstance(key, str), key))
+        tables[by] = {key: Counter() for key in order}
+        for id, key in key_of.items():
+            tables[by][key][fates[id]] += 1
+    return tables
+
+
+def selection_text(tables, fates):
+    """The tables of `tabulate_selection` as text."""
+    lines = [""]
+    for by, table in tables.items():
+        lines += ["", f"{by:<16}" + "".join(f"{fate:>14}" for fate in fates)]
+        for key, count in table.items():
+            lines.append(f"{key:<16}" + "".join(f"{count[fate]:>14}" for fate in fates))
+    return "\n".join(lines)
+
+
 def draw_selection(tables, fates, png):
     """What curation chose, as a picture: how many candidates have which gain (Fig. 6), category and
     number of future frames.
 
-    tables: {by: {key: {fate: count}}} of `curate.tabulate`; fates: their names, in order.
+    tables: {by: {key: {fate: count}}} of `tabulate_selection`; fates: their names, in order.
     """
     import matplotlib
 
