@@ -15,16 +15,13 @@ from collections import Counter
 
 import pytest
 import torch
-from test_toy import ball
 
 import curate
 from common import formats
-from common.clips import key_frame_positions, read_clip
 from common.formats import read_rows
 from curate import false_keep_rate, final_answer, keep, mark, select, visual_gain
 from data import Samples, collate, encode, model_inputs
 from model import load
-from toy import __main__ as demo
 from toy import tiny
 from toy import world as paddle
 
@@ -582,51 +579,3 @@ def test_logprob_of_an_answer_of_several_words(world):
     expected = [logp[i - 1, ids[i]].item() for i in range(len(ids) - 5, len(ids) - 2)]
     assert [tokenizer.decode([t]) for t in ids[-5:-2]] == ["red", "blue", "red"]
     assert curate.mean_logprob(model, batch, empty) == pytest.approx([sum(expected) / 3])
-
-
-# --------------------------------------------------------------------------------------- on the toy
-
-
-def test_spearman_by_hand():
-    """Breaks if ranks are not ranks, or ties do not share their mean: 1 - 6 sum d^2 / (n (n^2 -
-    1)) without ties.
-    """
-    assert demo.spearman([1, 2, 3, 4, 5], [1, 30, 20, 500, 40]) == pytest.approx(
-        0.8
-    )  # d = 0 1 1 1 1
-    assert demo.spearman([1, 2, 3, 4, 5], [1, 30, 20, 500, 4]) == pytest.approx(
-        0.3
-    )  # d = 0 2 0 1 3
-    assert demo.spearman([0, 0, 1, 1], [5, 6, 7, 7]) == pytest.approx(
-        4 / 18**0.5
-    )  # ranks 1.5 1.5 3.5 3.5, 1 2 3.5 3.5
-
-
-def test_two_of_three_candidates_ask_for_what_is_visible(world, tmp_path):
-    """Breaks if such an answer is not in the frames that are shown, or the pool does not take 1-,
-    2- and 3-hop by turns.
-    """
-    clips = os.path.join(os.path.dirname(world["data"]), "clips")
-    records = [
-        r
-        for s in range(6)
-        for r in paddle.candidates(s, demo.Config.bend, os.path.join(clips, f"{s}.mp4"))
-    ]
-    paddle.write_rows(str(tmp_path / "pool.jsonl"), records)
-    rows = read_rows(str(tmp_path / "pool.jsonl"))
-    assert [row.group for row in rows] == [
-        g for hop in demo.GROUPS[:3] * 2 for g in ("near", "move", hop)
-    ]
-    for near, move in zip(rows[::3], rows[1::3]):
-        frames, _, _ = read_clip(near.prompt[0].source, key_frame_positions)
-        (x0, y0, _), (x1, y1, wall) = ball(frames[2]), ball(frames[3])
-        assert near.answer == wall
-        assert (
-            move.answer == f"moves {'right' if x1 > x0 else 'left'} {'up' if y1 < y0 else 'down'}"
-        )
-        for row in (near, move):
-            assert [p.index for p in row.prompt if not isinstance(p, str)] == [
-                3,
-                4,
-            ] and row.answer in row.options
-            assert [p.index for p in row.response if not isinstance(p, str)] == [5]
