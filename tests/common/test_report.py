@@ -10,6 +10,7 @@ import evaluate
 from common import report, runs
 from common.benchmarks import PAPER
 from common.formats import Frame, Row
+from common.judge import stamp
 from model import LATENT, LATENT_END, LATENT_START
 
 
@@ -126,3 +127,78 @@ def test_compare(scripted, tmp_path, monkeypatch):
         report.compare(["nowhere"])
     for columns, published in PAPER.values():
         assert all(len(values) in (len(columns), len(columns) - 2) for values in published.values())
+
+
+def write_run(folder, lines, groups=("a", "b"), average="micro"):
+    """A folder as evaluate.py leaves it, of result lines alone -> its path."""
+    folder.mkdir()
+    (folder / "samples_0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scores = dict(accuracy=0.5, bootstrap=(0.4, 0.6))
+    summary = dict(scores={group: scores for group in (*groups, "all")}, latents="generated")
+    summary.update(found=len(lines), total=len(lines), average=average)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return str(folder)
+
+
+def answers(rights, group="a", first=0):
+    """Result lines of a run, each question on a clip of its own."""
+    lines = []
+    for i, right in enumerate(rights, first):
+        lines.append(dict(id=f"q{i}", clip=f"{i}.mp4", group=group, gold="A", right=bool(right)))
+    return lines
+
+
+def row_of(text, folder):
+    """The cells of a run's last row."""
+    row = [line for line in text.splitlines() if line.startswith(f"| {folder} |")][-1]
+    return [cell.strip() for cell in row.strip("|").split("|")][1:]
+
+
+def test_runs_are_compared_question_by_question(tmp_path):
+    """Breaks if runs are not paired by question, or a difference is marked that may be chance.
+
+    Group a: always wrong against always right, +1. Group b: one of four won, one lost, 0. All:
+    (8 * 1 + 0) / 12. A question that only one run could read is left out.
+    """
+    first = write_run(tmp_path / "x", answers([0] * 8) + answers([0, 1, 1, 0], "b", 8))
+    lines = answers([1, 0, 1, 0], "b", 8)[::-1] + answers([1] * 8)
+    gone = dict(id="q99", group="a", skipped="gone")
+    better = write_run(tmp_path / "y", [*lines, *answers([1], first=50), gone])
+    text = report.compare([first, better, first])
+    a, b, every, n = row_of(text, better)
+    assert (a, n) == ("+1.000 (+1.000 to +1.000) *", "12") and every.startswith("+0.667 (+0.")
+    assert b.startswith("+0.000 (-0.") and not b.endswith("*") and every.endswith("*")
+    assert row_of(text, first) == [*["+0.000 (+0.000 to +0.000)"] * 3, "12"]
+    assert "Minus" not in report.compare([first])
+
+    # a macro average weighs the groups alike: (1 + 0) / 2
+    last = answers([1], "b", 8)
+    macro = write_run(tmp_path / "m", answers([0] * 8) + last, average="macro")
+    other = write_run(tmp_path / "n", answers([1] * 8) + last, average="macro")
+    assert row_of(report.compare([macro, other]), other)[2] == "+0.500 (+0.500 to +0.500) *"
+
+
+def test_runs_on_other_questions_are_refused(tmp_path):
+    """Breaks if two runs that were asked different things are compared."""
+    other_gold = [dict(answers([1])[0], gold="C")]
+    x = write_run(tmp_path / "x", answers([1, 0]))
+    y = write_run(tmp_path / "y", answers([1], first=7))
+    z = write_run(tmp_path / "z", other_gold)
+    with pytest.raises(SystemExit, match="x and .*y have no scored question in common"):
+        report.compare([x, y])
+    with pytest.raises(SystemExit, match="'q0' is not the same question, its gold is 'A' and 'C'"):
+        report.compare([x, z])
+
+
+def test_judged_runs_are_compared_by_their_average(tmp_path):
+    """Breaks if a run of TwiFF-Bench is compared by something else, or unjudged rows count."""
+    line = dict(id="q", clip="v", group="a", parsed=True, response="r")
+    lines = [line, dict(line, id="late", clip="w")]
+    folders = [write_run(tmp_path / name, lines, groups=("a",)) for name in "xy"]
+    for folder, chain in zip(folders, (2, 4)):
+        judged = dict(chain=chain, answer=3, average=(chain + 3) / 2)
+        verdict = dict(id="q", response=stamp("r"), judged=judged, why=None)
+        with open(f"{folder}/judged.jsonl", "w") as f:
+            f.write(json.dumps(verdict) + "\n")
+    cells = row_of(report.compare(folders), folders[1])
+    assert cells == ["+1.000 (+1.000 to +1.000) *"] * 2 + ["1"]
