@@ -8,7 +8,14 @@ from scripted import futurebench, play, png, settings
 
 import evaluate
 from common import clips
-from common.benchmarks import ASK_LETTER, READERS, normal_form, read_benchmark
+from common.benchmarks import (
+    ASK_LETTER,
+    MVBENCH_CUT,
+    MVBENCH_FOLDERS,
+    READERS,
+    normal_form,
+    read_benchmark,
+)
 from common.clips import read_uniform
 from common.formats import Clip, Frame, RecordError
 from tests.conftest import frames
@@ -292,6 +299,22 @@ def test_a_part_of_a_clip(tmp_path):
     )
     rows, _ = read_benchmark("mcq", str(tmp_path / "state_change.json"), str(tmp_path))
     assert rows[0].prompt[0] == Clip(str(tmp_path / "perception/videos/v.mp4"), 1.0, 2.0)
+
+
+@pytest.mark.parametrize("whole, cut", MVBENCH_CUT.items())
+def test_clips_that_are_cut_already(tmp_path, whole, cut):
+    """Breaks if a clip of MVBench's `video` revision is not found, or is cut once more; or if
+    without it the whole clip is no longer cut.
+    """
+    (task, *_) = MVBENCH_FOLDERS[whole]
+    (tmp_path / f"{task}.json").write_text(json.dumps([RECORDS["MVBench"][0]]))
+    (row,), _ = read_benchmark("mcq", str(tmp_path / f"{task}.json"), str(tmp_path))
+    assert row.prompt[0] == Clip(str(tmp_path / whole / "Z.mp4"), 1.0, 2.0)
+    (tmp_path / cut).mkdir(parents=True)
+    paddle.write_mp4(str(tmp_path / cut / "Z.mp4"), frames(10, 64, 96), fps=10)
+    (row,), _ = read_benchmark("mcq", str(tmp_path / f"{task}.json"), str(tmp_path))
+    assert row.prompt[0] == Clip(str(tmp_path / cut / "Z.mp4"))
+    assert read_uniform(row.prompt[0], 4)[1] == [0, 3, 6, 9]
 
 
 def test_futurebench_is_asked_on_the_cut_clips(scripted):
