@@ -14,16 +14,13 @@ import sys
 from collections import Counter
 
 import pytest
-from test_toy import ball
 
 import curate
 from common import formats
-from common.clips import key_frame_positions, read_clip
 from common.formats import read_rows
 from curate import false_keep_rate, final_answer, keep, mark, select, visual_gain
 from data import encode
 from model import load
-from toy import __main__ as demo
 from toy import tiny
 from toy import world as paddle
 
@@ -502,36 +499,3 @@ def test_cut_keeps_the_records(world, probed, tmp_path, kind, written):
         formats.read_records(str(tmp_path / f"selected.{written}")) == chosen and len(chosen) == 3
     )
     assert all(r in formats.read_records(data) for r in chosen)
-
-
-# --------------------------------------------------------------------------------------- on the toy
-
-
-def test_two_of_three_candidates_ask_for_what_is_visible(world, tmp_path):
-    """Breaks if such an answer is not in the frames that are shown, or the pool does not take 1-,
-    2- and 3-hop by turns.
-    """
-    clips = os.path.join(os.path.dirname(world["data"]), "clips")
-    records = [
-        r
-        for s in range(6)
-        for r in paddle.candidates(s, demo.Config.bend, os.path.join(clips, f"{s}.mp4"))
-    ]
-    paddle.write_rows(str(tmp_path / "pool.jsonl"), records)
-    rows = read_rows(str(tmp_path / "pool.jsonl"))
-    assert [row.group for row in rows] == [
-        g for hop in demo.GROUPS[:3] * 2 for g in ("near", "move", hop)
-    ]
-    for near, move in zip(rows[::3], rows[1::3]):
-        frames, _, _ = read_clip(near.prompt[0].source, key_frame_positions)
-        (x0, y0, _), (x1, y1, wall) = ball(frames[2]), ball(frames[3])
-        assert near.answer == wall
-        assert (
-            move.answer == f"moves {'right' if x1 > x0 else 'left'} {'up' if y1 < y0 else 'down'}"
-        )
-        for row in (near, move):
-            assert [p.index for p in row.prompt if not isinstance(p, str)] == [
-                3,
-                4,
-            ] and row.answer in row.options
-            assert [p.index for p in row.response if not isinstance(p, str)] == [5]
