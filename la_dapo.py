@@ -352,7 +352,6 @@ def roll_out(model, tokenizer, batch, k, config, machine):
             top_p=config.top_p,
             max_new_tokens=config.max_new_tokens,
             max_latents=config.max_latents,
-            latent_sigma=config.latent_sigma,
             share=config.share,
             generator=torch.Generator().manual_seed(config.seed * 1_000_003 + k),
         )
