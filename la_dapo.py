@@ -639,7 +639,7 @@ def prompt_loader(rows, tokenizer, at, config, machine):
     plan = prompt_batches(len(rows), config.rollout_batch, at, config.seed, rank, world)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     samples = Samples(rows, tokenizer, config, train=False)
-    return iter(loader(samples, plan, config.workers, pad_id=pad, side="left", keep=True))
+    return iter(loader(samples, plan, config.workers, pad_id=pad, side="left"))
 
 
 def check_readable(step, tally, skipped):

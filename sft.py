@@ -53,7 +53,7 @@ from common.runs import (
     rows_of,
     step_or_skip,
 )
-from data import DataConfig, Samples, collate, loader, model_inputs, to_device
+from data import DataConfig, Samples, at_least, collate, loader, model_inputs, to_device
 from model import log_continue
 
 
@@ -94,6 +94,7 @@ class Config(DataConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        at_least(self, 1, "global_batch", "micro_batch", "save_every")
         if self.latent_loss not in ("mse", "nmse"):
             raise ValueError(f"latent_loss is {self.latent_loss!r}, expected mse or nmse")
 
