@@ -373,10 +373,14 @@ class Machine:
             dist.barrier()
 
     def load(self, folder, train=False, **kwargs):
-        """A folder -> (model, tokenizer): fp32 weights to train; else bf16 on CUDA, eval mode."""
+        """A model's folder, a run's folder or a hub id -> (model, tokenizer).
+
+        Weights in fp32 to train; else bf16 on CUDA, in evaluation mode.
+        """
         dtype = torch.bfloat16 if self.bf16 and not train else torch.float32
         attention = best_attention() if self.bf16 else "sdpa"
-        model, tokenizer = load(folder, dtype=dtype, attn_implementation=attention, **kwargs)
+        options = dict(dtype=dtype, attn_implementation=attention, **kwargs)
+        model, tokenizer = load(newest(folder), **options)
         return model.to(self.device).train(train), tokenizer
 
     def share(self, items):
