@@ -36,7 +36,6 @@ Axis letters: B prompts, R rows = B * n (row i * n + k is sample k of prompt i),
 T new tokens, S chosen tokens, N latents, D hidden, V vocabulary.
 """
 
-import contextlib
 import functools
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -44,11 +43,12 @@ from typing import NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from common.cache import DecodingCache, SharedCache
 from common.rollouts import Book, Rollout, join, take  # noqa: F401  importable from here too
+from common.shared_prefix import DecodingCache, Layout, SharedCache
 from model import log_continue
 
 CHUNK = 16  # steps between two looks at which rows are done
+MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 LOGITS = 1024  # tokens of a replay whose logits are in memory at a time
 
 
@@ -265,28 +265,17 @@ def generate(
     rule = _rule(model, temperature, top_p, max_latents, eos_token_id, banned)
     inputs = {k: v for k, v in batch.items() if k != "mm_token_type_ids"}  # HF's: recomputed
 
-    with _decoding_mode(model):
+    training = model.training
+    model.eval()
+    try:
         h, prompt = model.hidden(**dict(inputs, attention_mask=mask), use_cache=True)
-        # a half-filled cache needs a mask: sdpa takes one
-        model.model.language_model.set_attn_implementation("sdpa")
-        cache = (SharedCache if share else DecodingCache)(prompt, mask, n, max_new_tokens)
+        cache = (SharedCache if share else DecodingCache)(prompt, mask.sum(1).tolist(), n)
         position = mask.sum(-1, keepdim=True) + model.model.rope_deltas  # (B, 1)
         state = _begin(h[:, -1].repeat_interleave(n, 0), position.repeat_interleave(n, 0))
         run = functools.partial(step, model, cache, rule=rule, feed=feed)
         book = Book(len(state.row), max_new_tokens, rule)
         return _decode(run, cache, state, book, generator, stream, cuda_graph and ids.is_cuda)
-
-
-@contextlib.contextmanager
-def _decoding_mode(model):
-    """Evaluation mode; afterwards, mode and attention are as they were."""
-    training, text = model.training, model.model.language_model
-    attention = text.config._attn_implementation
-    model.eval()
-    try:
-        yield
     finally:
-        text.set_attn_implementation(attention)
         model.train(training)
 
 
@@ -322,6 +311,8 @@ def _decode(run, cache, state, book, generator, stream, graph):
     for start in range(0, T, CHUNK):
         # drawn for all rows, live or not: a row's numbers do not depend on when others finish
         size = R, min(CHUNK, T - start)
+        if cache.reserve(size[1]):
+            captured = None
         u = torch.rand(size, generator=generator, device=source).to(device)
 
         records = []
@@ -332,6 +323,7 @@ def _decode(run, cache, state, book, generator, stream, graph):
             records.append(record)
         chunk = Record(*(torch.stack(field, 1) for field in zip(*records)))  # (live, steps)
         book.write(state.row, start, chunk)
+        cache.used += size[1]
         if stream:
             stream(chunk.token)
 
@@ -370,25 +362,49 @@ def replay(model, batch, rollout, temperature, prompt_of=None):
     if prompt_of is None:
         prompt_of = torch.arange(R, device=ids.device) // (R // len(mask))
 
-    # the prompts, then every row after a copy of its own: gradients of a group add up in its prompt
-    h, cache = model.hidden(**batch, use_cache=True)  # (B, P, D)
-    cache.batch_select_indices(prompt_of)
-    wide = torch.promote_types(h.dtype, torch.float32)
-    z = torch.cat(rollout.latents).detach().to(wide).requires_grad_()  # (N, D)
-    count = torch.arange(T, device=ids.device)
-    start = (mask.sum(-1, keepdim=True) + model.model.rope_deltas)[prompt_of]  # (R, 1)
-    real = (count < rollout.lengths[:, None]).to(mask.dtype)  # (R, T)
-    seen = torch.cat([mask[prompt_of], real], 1)  # (R, P + T)
-    places = (start + count).expand(3, -1, -1)  # (3, R, T)
-    new, _ = model.hidden(ids, seen, latents=z, past_key_values=cache, position_ids=places)
+    # one row without padding: each prompt, then its rollouts
+    real, said = mask.bool(), torch.arange(T, device=ids.device) < rollout.lengths[:, None]
+    grids = {name: grid for name, grid in batch.items() if name.endswith("grid_thw")}
+    positions, offset = model.positions(batch["input_ids"], mask, **grids)  # (3, B, P), (B, 1)
+    start = (mask.sum(-1, keepdim=True) + offset)[prompt_of]  # (R, 1)
+    after = (start + torch.arange(T, device=ids.device)).expand(3, -1, -1)  # (3, R, T)
+    flat_ids = torch.cat([batch["input_ids"][real], ids[said]])  # (N,) prompts, then rollouts
+    flat_positions = torch.cat([positions[:, real], after[:, said]], 1)  # (3, N)
+    number = torch.arange(len(mask), device=ids.device)[:, None].expand_as(mask)  # (B, P)
+    order = torch.cat([number[real], prompt_of[:, None].expand_as(ids)[said]])  # whose token
+    order = order.argsort(stable=True)  # (N,)
+    layout = _layout(mask, rollout, prompt_of)
 
-    # the state that chose each token, what it chose, what it would feed
-    h = torch.cat([h[prompt_of, -1:], new[:, :-1]], 1)  # (R, T, D)
-    logprob, entropy = _choices(model, h[sampled], ids[sampled], temperature)  # (S,)
-    predicted = model.to_latent(h[ids == model.config.latent_id]).to(wide)  # (N, D)
+    # the latents are a leaf, fed in the order of that row
+    wide = torch.promote_types(model.dtype, torch.float32)
+    z = torch.cat(rollout.latents).detach().to(wide).requires_grad_()  # (N, D)
+    is_latent = flat_ids == model.config.latent_id
+    count = is_latent.cumsum(0) - 1
+    fed = z[count[order][is_latent[order]]]
+    media = {name: x for name, x in batch.items() if name in MEDIA}
+    embedded = model.embed(flat_ids[order][None], fed, **media)  # (1, N, D)
+    h, _ = model.states(embedded, flat_positions[:, order], layout)
+    h = h[order.argsort()]  # (N, D): prompts, then rollouts
+
+    # the state that chose each token: that of the token before, at first the prompt's last
+    at = torch.zeros_like(ids).masked_scatter(
+        said, torch.arange(int(real.sum()), len(h), device=ids.device)
+    )
+    last = mask.sum(1).cumsum(0) - 1  # (B,)
+    before = torch.cat([last[prompt_of][:, None], at[:, :-1]], 1)  # (R, T)
+    logprob, entropy = _choices(model, h[before[sampled]], ids[sampled], temperature)  # (S,)
+    predicted = model.to_latent(h[before[ids == model.config.latent_id]]).to(wide)  # (N, D)
     zero = torch.zeros_like(ids, dtype=wide)
     logprob, entropy = (zero.masked_scatter(sampled, x) for x in (logprob, entropy))  # (R, T)
     return Replay(logprob, entropy, predicted, z)
+
+
+def _layout(mask, rollout, prompt_of):
+    """Prompts of mask (B, P), each with its rollouts -> Layout."""
+    lengths = [[] for _ in mask]
+    for b, length in zip(prompt_of.tolist(), rollout.lengths.tolist()):
+        lengths[b].append(length)
+    return Layout(list(zip(mask.sum(1).tolist(), lengths)), mask.device)
 
 
 def _choices(model, h, chosen, temperature):

@@ -33,6 +33,8 @@ import torch.nn as nn
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from common import shared_prefix
+
 LATENT_START, LATENT, LATENT_END = "<|latent_start|>", "<|latent|>", "<|latent_end|>"
 # config key: token
 LATENT_IDS = dict(latent_start_id=LATENT_START, latent_id=LATENT, latent_end_id=LATENT_END)
@@ -151,43 +153,43 @@ class FutureL1(Qwen3VLForConditionalGeneration):
             input_ids, is_image.int() + 2 * is_video.int(), **grids, attention_mask=attention_mask
         )
 
-    def _positions_after(self, past, input_ids, attention_mask):
-        """Positions (3, B, T) of words after a cached prompt: on from where its positions ended."""
-        B, T = input_ids.shape
-        if attention_mask is None:
-            attention_mask = input_ids.new_ones(B, past + T)
-        seen = attention_mask.cumsum(-1)[:, -T:] - 1  # (B, T)
-        return (seen + self.model.rope_deltas).expand(3, -1, -1)
-
     # ------------------------------------------------------------------------------- states, logits
 
-    def hidden(
-        self, input_ids, attention_mask=None, latents=None, past_key_values=None,
-        position_ids=None, use_cache=False, **media,
-    ):  # fmt: skip
-        """-> last hidden states after the final norm (B, T, D), the cache or None.
+    def states(self, embedded, position_ids, layout, use_cache=False):
+        """One row without padding -> last hidden states after the final norm (N, D), the cache.
 
-        media: pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw. Arguments as
-        `forward`.
+        embedded: what `embed` gives for ids (1, N). position_ids (3, N). layout: where the row's
+        sequences lie (common/shared_prefix.py). The cache is None without use_cache.
         """
-        x, visual, deepstack = self.embed(input_ids, latents=latents, **media)
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        if position_ids is None and past:
-            position_ids = self._positions_after(past, input_ids, attention_mask)
-        elif position_ids is None:
-            grids = {name: grid for name, grid in media.items() if name.endswith("grid_thw")}
-            position_ids, offset = self.positions(input_ids, attention_mask, **grids)
-            self.model.rope_deltas = offset
-        out = self.model.language_model(
+        x, visual, deepstack = embedded
+        text = self.model.language_model
+        if text.config._attn_implementation != shared_prefix.NAME:
+            text.set_attn_implementation(shared_prefix.NAME)
+        out = text(
             inputs_embeds=x,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
+            position_ids=position_ids[:, None],  # (3, 1, N)
             visual_pos_masks=visual,
             deepstack_visual_embeds=deepstack,
-            use_cache=bool(use_cache) or past_key_values is not None,
+            use_cache=use_cache,
+            prefix=layout,
         )
-        return out.last_hidden_state, out.past_key_values
+        return out.last_hidden_state[0], out.past_key_values
+
+    def hidden(self, input_ids, attention_mask=None, latents=None, use_cache=False, **media):
+        """A padded batch -> last hidden states (B, T, D), 0 at padding; the cache of `states`.
+
+        The rows are put into one row without padding. media: pixel_values, image_grid_thw,
+        pixel_values_videos, video_grid_thw. Arguments as `forward`.
+        """
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        real = real.bool()  # (B, T)
+        embedded = self.embed(input_ids[real][None], latents, **media)  # (1, N, D)
+        grids = {name: grid for name, grid in media.items() if name.endswith("grid_thw")}
+        position_ids, self.model.rope_deltas = self.positions(input_ids, real.long(), **grids)
+        layout = shared_prefix.Layout([(0, [n]) for n in real.sum(1).tolist()], real.device)
+        h, cache = self.states(embedded, position_ids[:, real], layout, use_cache)  # (N, D)
+        padded = h.new_zeros(*real.shape, h.shape[-1])  # (B, T, D)
+        return padded.masked_scatter(real[..., None], h), cache
 
     def to_latent(self, h):
         """States (..., D) -> the latents they predict: themselves (paper), or through the head."""
@@ -218,9 +220,9 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         logits_to_keep: only the last k positions, 0 = all. mm_token_type_ids is accepted because HF
         processors return it; it is recomputed. Raises ValueError on a count mismatch.
         """
-        h, cache = self.hidden(input_ids, attention_mask, **inputs)
+        h, _ = self.hidden(input_ids, attention_mask, **inputs)
         logits = self.lm_head(h[:, -logits_to_keep:])
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache, hidden_states=(h,))
+        return CausalLMOutputWithPast(logits=logits, hidden_states=(h,))
 
     def generate(self, *args, **kwargs):
         """Raises TypeError that says where to go: transformers' loop knows no latents. Ours."""

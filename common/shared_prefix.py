@@ -104,7 +104,7 @@ class Layout:
 
     def attend(self, layer, query, key, value, scaling):
         """query (1, H, N, d), key and value (1, H_kv, N, d) -> (1, N, H, d)."""
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, H, d)
+        q, k, v = (_in_dtype(x)[0].transpose(0, 1) for x in (query, key, value))  # (N, H, d)
         outputs = [call.attend(q, k, v, scaling) for call in self.calls]
         return torch.cat(outputs)[self.back][None]
 
@@ -151,3 +151,147 @@ class _Places:
         if self.start is not None:
             return x[None, self.start : self.start + T].transpose(1, 2)
         return x.index_select(0, self.index.flatten()).view(S, T, *x.shape[1:]).transpose(1, 2)
+
+
+class DecodingCache:
+    """Keys and values of the rows that are decoded together, each prompt's once. Source: ours.
+
+    prompt: transformers' cache after the prompts in one row without padding.
+    lengths: tokens of each prompt (B,). n: rows a prompt.
+    """
+
+    def __init__(self, prompt, lengths, n):
+        B, P = len(lengths), max(lengths)
+        device = prompt.layers[0].keys.device
+        starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)[:, None]
+        place, length = torch.arange(P)[None], torch.tensor(lengths)[:, None]
+        index = (starts + torch.minimum(place, length - 1)).to(device)  # (B, P)
+        self.padding = (place >= length).to(device)[:, None, None, None]  # (B, 1, 1, 1, P)
+        self.prompt, self.own = [], []  # (keys, values) a layer: (B, H_kv, P, d), (R, H_kv, C, d)
+        for layer in prompt.layers:
+            keys, values = (_in_dtype(x)[0][:, index] for x in (layer.keys, layer.values))
+            layer.keys = layer.values = None
+            self.prompt.append((keys.transpose(0, 1), values.transpose(0, 1)))
+            self.own.append([x.new_empty(B * n, len(x), 0, x.shape[-1]) for x in (keys, values)])
+        self.used = 0  # places of the own caches that are filled
+        self.place = torch.zeros(1, dtype=torch.long, device=device)  # the same, for the kernels
+        self._seat(torch.arange(B, device=device).repeat_interleave(n))
+
+    def _seat(self, prompt_of):
+        """Each row gets a seat at its prompt: seats (B, n) are what the prompt's keys meet."""
+        self.prompt_of, B = prompt_of, len(self.prompt[0][0])
+        count = torch.bincount(prompt_of, minlength=B)
+        self.n = int(count.max())
+        first = count.cumsum(0) - count
+        own_place = torch.arange(len(prompt_of), device=prompt_of.device) - first[prompt_of]
+        full = len(prompt_of) == B * self.n  # then seats are rows
+        self.seat = None if full else prompt_of * self.n + own_place  # (R,)
+
+    def reserve(self, steps):
+        """Room for so many more tokens a row -> whether that took new memory."""
+        room = self.own[0][0].shape[2]
+        if self.used + steps <= room:
+            return False
+        more = max(2 * room, self.used + steps) - room
+        self.own = [[F.pad(x, (0, 0, 0, more)) for x in pair] for pair in self.own]
+        return True
+
+    def feed(self, text, x, position, token):
+        """One more input a row: x (R, D) at position (R, 1) -> the states after it (R, D).
+
+        text: the language model. token (R,): what x stands for; only `SharedCache` reads it.
+        """
+        out = text(
+            inputs_embeds=x[:, None],  # (R, 1, D)
+            position_ids=position.expand(3, -1, -1),
+            use_cache=False,
+            prefix=self,
+        )
+        self.place.add_(1)
+        return out.last_hidden_state[:, 0]
+
+    def attend(self, layer, query, key, value, scaling):
+        """query (R, H, 1, d), key and value (R, H_kv, 1, d) -> (R, 1, H, d)."""
+        (keys, values), (own_keys, own_values) = self.prompt[layer], self.own[layer]
+        own_keys.index_copy_(2, self.place, key.to(own_keys.dtype))
+        own_values.index_copy_(2, self.place, value.to(own_values.dtype))
+        (R, H, _, d), (B, H_kv, P, _) = query.shape, keys.shape
+        g = H // H_kv  # query heads of a key head
+        q = query.to(keys.dtype).view(R, H_kv, g, d) * scaling
+
+        # scores against the prompt, seat by seat, and against what the row has said itself
+        seats = (
+            self._to_seats(q).reshape(B, self.n, H_kv, g, d).transpose(1, 2)
+        )  # (B, H_kv, n, g, d)
+        score = (seats.flatten(2, 3) @ keys.transpose(2, 3)).view(B, H_kv, self.n, g, P)
+        score = score.masked_fill(self.padding, -torch.inf).transpose(1, 2).flatten(0, 1)
+        score = self._to_rows(score)  # (R, H_kv, g, P)
+        own = q @ own_keys.transpose(2, 3)  # (R, H_kv, g, C)
+        to_come = torch.arange(own.shape[-1], device=own.device) > self.place  # (C,)
+        own = own.masked_fill(to_come, -torch.inf)
+        p = torch.cat([score, own], -1).float().softmax(-1).to(values.dtype)
+
+        # the values, in the same two places
+        p, p_own = p[..., :P], p[..., P:]
+        p = self._to_seats(p).reshape(B, self.n, H_kv, g, P).transpose(1, 2).flatten(2, 3)
+        out = (p @ values).view(B, H_kv, self.n, g, d).transpose(1, 2).flatten(0, 1)
+        out = self._to_rows(out) + p_own @ own_values  # (R, H_kv, g, d)
+        return out.reshape(R, 1, H, d)
+
+    def _to_seats(self, x):
+        """Rows (R, ...) -> seats (B * n, ...), empty ones 0."""
+        if self.seat is None:
+            return x
+        return x.new_zeros(len(self.padding) * self.n, *x.shape[1:]).index_copy(0, self.seat, x)
+
+    def _to_rows(self, x):
+        return x if self.seat is None else x[self.seat]
+
+    def keep(self, rows):
+        """Only these rows go on, in this order; a row may be named more than once."""
+        prompts, prompt_of = torch.unique(self.prompt_of[rows], return_inverse=True)
+        if len(prompts) < len(self.padding):
+            self.padding = self.padding[prompts]
+            self.prompt = [(k[prompts], v[prompts]) for k, v in self.prompt]
+        self.own = [[x[rows] for x in pair] for pair in self.own]
+        self._seat(prompt_of)
+
+
+class SharedCache(DecodingCache):
+    """Samples of a prompt share one row of the cache until they part. Source: ours.
+
+    Exact while latents are a function of the words before them. Pays where samples part late
+    (a sure policy, short answers). Looks at the device at every step.
+    """
+
+    def __init__(self, prompt, lengths, n):
+        super().__init__(prompt, lengths, 1)
+        self.reads = self.prompt_of.repeat_interleave(n)  # (R,)
+
+    def feed(self, text, x, position, token):
+        """As `DecodingCache.feed`, once for all rows that are still equal."""
+        first = self._split(token)
+        h = super().feed(text, x[first], position[first], token)
+        return h[self.reads]
+
+    def keep(self, rows):
+        """As `DecodingCache.keep`; rows of the cache that nobody reads any more go."""
+        left, self.reads = torch.unique(self.reads[rows], return_inverse=True)
+        super().keep(left)
+
+    def _split(self, token):
+        """Rows that shared a cache row and now differ get one each -> the first row of each."""
+        _, reads = torch.unique(self.reads * 2**32 + token, return_inverse=True)
+        order = torch.arange(len(reads), device=reads.device)
+        first = torch.full((int(reads.max()) + 1,), len(reads), device=reads.device)
+        first.scatter_reduce_(0, reads, order, "amin")
+        if len(first) > len(self.prompt_of):
+            super().keep(self.reads[first])
+        self.reads = reads
+        return first
+
+
+def _in_dtype(x):
+    """Keys and values in one dtype: autocast gives keys in fp32 (their norm's), values in bf16."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

@@ -11,6 +11,8 @@ import torch
 from test_model import IMAGE, VIDEO, WIDE, log_softmax, make_batch
 
 import latent_decode
+from common import shared_prefix
+from common.shared_prefix import DecodingCache
 from latent_decode import Rollout, Rule, choose, decode_slowly, generate
 
 ROWS = [
@@ -56,11 +58,14 @@ def spans(tokens, c):
 
 
 def rows_fed(model):
-    """A list that gets the number of rows of each call of the language model."""
+    """A list that gets the number of rows of each decoding step of the language model."""
     sizes = []
-    model.model.language_model.register_forward_pre_hook(
-        lambda m, a, kw: sizes.append(len(kw["inputs_embeds"])), with_kwargs=True
-    )
+
+    def hook(module, args, inputs):
+        if isinstance(inputs["prefix"], DecodingCache):
+            sizes.append(len(inputs["inputs_embeds"]))
+
+    model.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)
     return sizes
 
 
@@ -133,7 +138,7 @@ def test_greedy_equals_the_slow_decoder(model, tokenizer, eos, monkeypatch, chun
         rollout = generate(model, batch, max_new_tokens=36, max_latents=3, eos_token_id=eos)
         if min(sizes) < 6:  # rows left, after a whole chunk, when half of them were done
             k = next(i for i, n in enumerate(sizes) if n < 6)
-            assert sizes[k] <= 3 and (k - 1) % chunk == 0
+            assert sizes[k] <= 3 and k % chunk == 0
             happened.add("compaction")
         for r, row in enumerate(ROWS):
             expected = reference(model, make_batch(tokenizer, [row]), 36, 3, eos)
@@ -295,7 +300,7 @@ def test_a_feed_may_have_a_state_of_its_own(model, tokenizer, eos):
         feed = Noise(18, 96, 0.5)
         seed = torch.Generator().manual_seed(0)
         rollout = generate(model, batch, **args, eos_token_id=ends, feed=feed, generator=seed)
-        assert feed.rows == sizes[1:]  # sizes[0] is the prompts'
+        assert feed.rows == sizes
         runs.append((rollout, min(feed.rows)))
     (some, left), (endless, all_rows) = runs
     assert left < all_rows == 18
@@ -592,7 +597,6 @@ def test_the_model_is_left_as_it_was(model, tokenizer, attention, training, fail
     model.lm_head.register_forward_pre_hook(hook)
     with pytest.raises(RuntimeError, match="stop here") if fails else contextlib.nullcontext():
         generate(model, make_batch(tokenizer, ROWS, "left"), max_new_tokens=3)
-    assert set(modes) == {(False, "sdpa")}
+    assert set(modes) == {(False, shared_prefix.NAME)}
     assert all(m.training == training for m in model.modules())
-    for config in (model.config, model.config.text_config, model.config.vision_config):
-        assert config._attn_implementation == attention
+    assert model.config.vision_config._attn_implementation == attention
