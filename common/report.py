@@ -13,9 +13,11 @@ Axis letters: N latents, F frames, K tokens of a frame, M spans, D hidden.
 """
 
 import base64
+import glob
 import json
 import os
 import sys
+from collections import Counter
 from html import escape
 
 import numpy as np
@@ -23,7 +25,10 @@ import torch
 
 from common.benchmarks import PAPER
 from common.clips import ClipError, film, jpeg, key_frame_positions, read_clip
-from common.runs import read_log
+from common.formats import Frame, Row
+from common.intervals import paired_bootstrap
+from common.judge import add_verdicts
+from common.runs import read_lines, read_log
 from model import LATENT_END, LATENT_START
 
 
@@ -70,37 +75,112 @@ def as_text(head, rows):
     )
 
 
-def compare(folders):
-    """Several evaluations -> their scores by group with intervals, as a markdown table. Raises
-    SystemExit. Ours.
+def read_summary(folder):
+    """An evaluation's summary.json. Raises SystemExit if there is none."""
+    path = os.path.join(folder, "summary.json")
+    if not os.path.exists(path):
+        raise SystemExit(f"{path}: no such file (evaluate.py writes it at its end)")
+    with open(path) as f:
+        return json.load(f)
+
+
+def scored_lines(folder):
+    """An evaluation's result lines that have a score -> {id: line}, with `score` in each.
+
+    The score is 0 or 1 for options, the average of the judge's two for TwiFF-Bench. Source: ours.
     """
-    lines, groups = [], None
-    for folder in folders:
-        path = os.path.join(folder, "summary.json")
-        if not os.path.exists(path):
-            raise SystemExit(f"{path}: no such file (evaluate.py writes it at its end)")
-        with open(path) as f:
-            summary = json.load(f)
-        if groups is None:
-            groups = list(summary["scores"])
-            lines = [
-                "| | latents | " + " | ".join(groups) + " | found |",
-                "|---" * (len(groups) + 3) + "|",
-            ]
-        cells = []
+    lines = []
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "samples*.jsonl"))):
+        lines += read_lines(path)
+    add_verdicts(folder, lines)
+    scored = {}
+    for line in lines:
+        if "right" in line:
+            scored[line["id"]] = dict(line, score=float(line["right"]))
+        elif "judged" in line:
+            scored[line["id"]] = dict(line, score=line["judged"]["average"])
+    return scored
+
+
+def compare(folders):
+    """Several evaluations -> their scores by group with intervals, as a markdown table. Ours.
+
+    Below it, each run against the first. Raises SystemExit for a folder without an evaluation.
+    """
+    summaries = [read_summary(folder) for folder in folders]
+    groups = list(summaries[0]["scores"])
+    head = "| | latents | " + " | ".join(groups) + " | found |"
+    lines = [head, "|---" * (len(groups) + 3) + "|"]
+    for folder, summary in zip(folders, summaries):
+        cells = [folder, summary["latents"]]
         for group in groups:
-            s = summary["scores"].get(group, {})
-            value, (low, high) = (
-                s.get("accuracy", s.get("average")),
-                s.get("bootstrap", (None, None)),
-            )
-            cells.append("" if value is None else f"{value:.3f} ({low:.3f} - {high:.3f})")
-        lines.append(
-            f"| {folder} | {summary['latents']} | "
-            + " | ".join(cells)
-            + f" | {summary['found']}/{summary['total']} |"
-        )
+            scores = summary["scores"].get(group)
+            cells.append(_score(scores) if scores else "")
+        cells.append(f"{summary['found']}/{summary['total']}")
+        lines.append("| " + " | ".join(cells) + " |")
+    if len(folders) > 1:
+        lines += ["", *differences(folders, groups, summaries[0]["average"])]
     return "\n".join(lines)
+
+
+def _score(scores):
+    """A group's score with its interval, as text."""
+    low, high = scores["bootstrap"]
+    value = scores["accuracy"] if "accuracy" in scores else scores["average"]
+    return f"{value:.3f} ({low:.3f} - {high:.3f})"
+
+
+def differences(folders, groups, average):
+    """Each run minus the first, over the questions that both have a score for -> markdown lines.
+
+    average: how the groups make "all", micro | macro. A difference whose interval leaves out 0 is
+    marked. Raises SystemExit if two runs have no question in common, or another one by the same
+    id. Source: ours.
+    """
+    first = scored_lines(folders[0])
+    lines = [
+        f"Minus {folders[0]}, over the questions both answered; 95 % intervals of the paired",
+        "difference, clips drawn whole; * = it leaves out 0",
+        "",
+        "| | " + " | ".join(groups) + " | questions |",
+        "|---" * (len(groups) + 2) + "|",
+    ]
+    for folder in folders[1:]:
+        pairs = pair(first, scored_lines(folder), folders[0], folder)
+        cells = [folder]
+        for group in groups:
+            some = [(a, b) for a, b in pairs if group in (a["group"], "all")]
+            macro = group == "all" and average == "macro"
+            cells.append(_difference(some, macro) if some else "")
+        lines.append("| " + " | ".join([*cells, str(len(pairs))]) + " |")
+    return lines
+
+
+def pair(a, b, name, other):
+    """Two runs' {id: line} -> [(line, line)] of the same questions. Raises SystemExit."""
+    pairs = [(a[id], b[id]) for id in a if id in b]
+    if not pairs:
+        raise SystemExit(f"{name} and {other} have no scored question in common")
+    for one, two in pairs:
+        for key in ("group", "gold", "prompt"):
+            if one.get(key) != two.get(key):
+                raise SystemExit(
+                    f"{name} and {other}: {one['id']!r} is not the same question, its {key} is "
+                    f"{one.get(key)!r} and {two.get(key)!r}"
+                )
+    return pairs
+
+
+def _difference(pairs, macro):
+    """The mean difference of paired lines with its interval, as text."""
+    gain, (low, high) = paired_bootstrap(
+        [a["score"] for a, _ in pairs],
+        [b["score"] for _, b in pairs],
+        [str(a.get("clip", a["id"])) for a, _ in pairs],
+        groups=[a["group"] for a, _ in pairs] if macro else None,
+    )
+    text = f"{gain:+.3f} ({low:+.3f} to {high:+.3f})"
+    return text + " *" * (low > 0 or high < 0)
 
 
 STYLE = """
@@ -444,3 +524,64 @@ if __name__ == "__main__":
             "usage: python -m common.report FOLDER [FOLDER ...]   (folders that evaluate.py wrote)"
         )
     print(compare(sys.argv[1:]))
+
+
+def tabulate_selection(rows, gains, fates):
+    """How many candidates of curation had which fate -> {by: {key: Counter}}, by all, category,
+    future frames and gain (Fig. 6).
+
+    rows: {id: Row, or Skipped}; gains: {id: gain} of those that have one; fates: {id: fate}.
+    """
+    keys = {"all": {}, "category": {}, "future frames": {}, "gain": {}}
+    for id, row in rows.items():
+        readable = isinstance(row, Row)
+        keys["all"][id] = "all"
+        keys["category"][id] = row.group if readable else "?"
+        future = [part for part in row.response if isinstance(part, Frame)] if readable else []
+        keys["future frames"][id] = len(future) if readable else "?"
+        keys["gain"][id] = gains.get(id, "?")
+    tables = {}
+    for by, key_of in keys.items():
+        order = sorted(set(key_of.values()), key=lambda key: (isinstance(key, str), key))
+        tables[by] = {key: Counter() for key in order}
+        for id, key in key_of.items():
+            tables[by][key][fates[id]] += 1
+    return tables
+
+
+def selection_text(tables, fates):
+    """The tables of `tabulate_selection` as text."""
+    lines = [""]
+    for by, table in tables.items():
+        lines += ["", f"{by:<16}" + "".join(f"{fate:>14}" for fate in fates)]
+        for key, count in table.items():
+            lines.append(f"{key:<16}" + "".join(f"{count[fate]:>14}" for fate in fates))
+    return "\n".join(lines)
+
+
+def draw_selection(tables, fates, png):
+    """What curation chose, as a picture: how many candidates have which gain (Fig. 6), category and
+    number of future frames.
+
+    tables: {by: {key: {fate: count}}} of `tabulate_selection`; fates: their names, in order.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shape = dict(figsize=(12, 3.4), constrained_layout=True, width_ratios=(2, 1, 1))
+    fig, axes = plt.subplots(1, 3, **shape)
+    for ax, by in zip(axes, ("gain", "category", "future frames")):
+        keys = list(tables[by])
+        below = np.zeros(len(keys))
+        for fate in fates:
+            counts = np.array([tables[by][key].get(fate, 0) for key in keys])
+            ax.bar([str(key) for key in keys], counts, bottom=below, label=fate)
+            below += counts
+        ax.set_xlabel(by)
+    axes[0].set(xlabel="gain, p_v - p_t", ylabel="candidates")
+    axes[1].tick_params(axis="x", rotation=30)
+    axes[2].legend(fontsize=7, frameon=False)
+    fig.savefig(png, dpi=110)
+    plt.close(fig)

@@ -13,6 +13,7 @@ import os
 import random
 import re
 import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -313,6 +314,16 @@ def trim_log(path, first):
     with open(path + ".part", "w") as f:
         f.writelines(json.dumps(line) + "\n" for line in kept)
     os.replace(path + ".part", path)
+
+
+def commit():
+    """The code's git commit, or None outside a checkout or without git. Source: ours."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def write(path, text):

@@ -11,9 +11,11 @@ import pytest
 import torch
 from test_sft import settings
 
+import evaluate
 import sft
+from common import judge
 from common.formats import Clip, Frame, Row, read_rows
-from common.runs import checkpoints, fingerprint, random_state, set_random_state
+from common.runs import checkpoints, fingerprint, parse_config, random_state, set_random_state
 from variants import pause_tokens, self_forcing
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -24,7 +26,7 @@ sys.path.insert(0, {root!r})
 from common.runs import leave, set_up_ranks
 rank, _, _ = set_up_ranks()
 atexit.register(os.abort)  # what gloo's threads do when the interpreter is taken down
-print("done", rank, end="")
+print(f"done {{rank}}", end="")
 leave()
 """
 
@@ -107,3 +109,13 @@ def test_ranks_leave_together_and_before_the_interpreter_is_taken_down(tmp_path)
     assert "done 0" in done.stdout and "done 1" in done.stdout
     alone = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
     assert alone.returncode < 0  # one process has no group to leave: it goes on to its own end
+
+
+def test_flags_with_hyphens():
+    """Breaks if --max-new-tokens is refused, or a value with hyphens is changed."""
+    flags = ["--max-new-tokens", "9", "--no-cuda-graph", "--data", "a-b/c-d", "--out=x-y"]
+    config = parse_config(evaluate.Config, flags)
+    assert config.max_new_tokens == 9 and not config.cuda_graph
+    assert (config.data, config.out) == ("a-b/c-d", "x-y")
+    args = '{"a-b": "--no-x"}'
+    assert parse_config(judge.Config, ["--no-images", "--args", args]).args == args
