@@ -281,8 +281,8 @@ def measure_sft(model, config, device):
 
     def forward_backward():
         with torch.autocast(device, torch.bfloat16):
-            ce, weighted, _ = step(batch)
-        (ce + weighted).backward()
+            ce, latent = step(batch)
+        (ce + latent).backward()
 
     forward_backward()  # warm-up
     seconds, memory = timed(forward_backward, times=3)
