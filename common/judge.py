@@ -53,6 +53,17 @@ def read_verdict(reply):
     return "yes" in said if len(said) == 1 else None
 
 
+def read_args(text):
+    """--judge_args, a JSON object as text -> dict. Source: ours. Raises ValueError on others."""
+    try:
+        args = json.loads(text)
+    except json.JSONDecodeError:
+        args = None
+    if not isinstance(args, dict):
+        raise ValueError(f"the judge's args are {text!r}, expected a JSON object")
+    return args
+
+
 class Judge:
     """Asks an OpenAI-compatible server whether answers are right. Source: sec. 3.3; the rest ours.
 
@@ -310,7 +321,7 @@ def score_run(run, config):
 
     arguments = {k: getattr(config, k) for k in ("images", "concurrency", "retries", "timeout")}
     cache = os.path.join(run, "judge_replies.jsonl")
-    arguments.update(cache=cache, args=json.loads(config.args))
+    arguments.update(cache=cache, args=read_args(config.args))
     judge = ScoreJudge(config.url, config.model, **arguments)
     verdicts = judge([(row, lines[row.id]["response"]) for row in rows])
     text = ""
