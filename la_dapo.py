@@ -73,6 +73,7 @@ from common.formats import Skipped, report_bad
 from common.groups import CURVES, Group, Harvest, load_prompts, log_line, prepare, write_rollouts
 from common.judge import Judge, read_args
 from common.report import draw_curves
+from common.rollouts import join, take
 from common.runs import (
     Machine,
     Run,
@@ -84,15 +85,9 @@ from common.runs import (
     rows_of,
     trim_log,
 )
-from data import DataConfig, model_inputs, to_device
-from latent_decode import generate, join, own_latent, replay, take
+from data import DataConfig, at_least, model_inputs, to_device
+from latent_decode import generate, own_latent, replay
 from rewards import Weights, pick, score
-
-
-def at_least(config, least, *names):
-    for name in names:
-        if getattr(config, name) < least:
-            raise ValueError(f"{name} is {getattr(config, name)}, expected at least {least}")
 
 
 @dataclasses.dataclass

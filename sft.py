@@ -53,7 +53,7 @@ from common.runs import (
     rows_of,
     step_or_skip,
 )
-from data import DataConfig, Samples, collate, loader, model_inputs, to_device
+from data import DataConfig, Samples, at_least, collate, loader, model_inputs, to_device
 from model import log_continue
 
 
@@ -94,6 +94,7 @@ class Config(DataConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        at_least(self, 1, "global_batch", "micro_batch", "save_every")
         if self.latent_loss not in ("mse", "nmse"):
             raise ValueError(f"latent_loss is {self.latent_loss!r}, expected mse or nmse")
 
@@ -125,7 +126,7 @@ def sft_loss(
     # Eq. (2): words, answer and control tokens; only positions that carry a label reach the head
     has_label = labels[:, 1:] != -100  # (B, T - 1): the state at t - 1 predicts t
     words = labels[:, 1:][has_label]  # (n_text,)
-    logits = model.lm_head(h[:, :-1][has_label]).float()  # (n_text, V)
+    logits = model.logits(h[:, :-1][has_label])  # (n_text, V)
     ce_sum, n_text = F.cross_entropy(logits, words, reduction="sum"), words.numel()
 
     # Eq. (3), as a mean over D
@@ -138,7 +139,7 @@ def sft_loss(
     latent_sum, n_latent = distance.sum(), len(distance)
 
     if stop_term:
-        log_stop = model.lm_head(h_before).float().log_softmax(-1)[:, model.config.latent_end_id]
+        log_stop = model.logits(h_before).log_softmax(-1)[:, model.config.latent_end_id]
         ce_sum = ce_sum - log_continue(log_stop).sum()
         n_text = n_text + n_latent
 

@@ -48,7 +48,7 @@ def load_prompts(rows, tokenizer, first, config, machine):
     plan = prompt_batches(len(rows), config.rollout_batch, first, config.seed, rank, world)
     samples = Samples(rows, tokenizer, config, train=False)
     pad = tokenizer.pad_token_id or 0
-    return iter(loader(samples, plan, config.workers, pad_id=pad, side="left", keep=True))
+    return iter(loader(samples, plan, config.workers, pad_id=pad, side="left"))
 
 
 @dataclass
