@@ -51,11 +51,10 @@ Where this differs from the official code:
  9. With one update a step, pi_old is this forward itself, as in official; the decoder's recorded
     log-probabilities stay a check: their RMS difference is logged as `replay_rms`.
 10. In the filter's mean a repetitive rollout counts 0 (official: -1).
-11. Weight decay is 0 (official: 0.01).
-12. The vision tower is frozen (official trains it).
-13. Rows without options are judged by exact match where there is no judge. How many they are is
-    said at the start; that all of them are is an error, unless `exact_match` says it is meant.
-14. A run that goes on compares with the folder it began with, wherever `model` leads by then.
+11. Weight decay is 0 (official: 0.01). The vision tower is frozen (official trains it).
+12. Without a judge an open answer has to match exactly. How many rows are open is said at the
+    start. If all are, the run ends there, unless `exact_match` says that it is meant.
+13. A run that goes on compares with the folder it began with (kl), wherever `model` leads by then.
 
 Axis letters: B prompts, G rollouts of a prompt, R rows (rollouts of all prompts), P prompt tokens,
 T new tokens, S chosen tokens, N latents of all rows, D hidden, V vocabulary.
@@ -65,6 +64,7 @@ import dataclasses
 import math
 import os
 from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -267,8 +267,8 @@ class Policy(NamedTuple):
     model: torch.nn.Module
     tokenizer: object
     reference: torch.nn.Module | None  # the KL's; None = no KL
-    loss: object  # `policy_loss`, or another function of its arguments
-    feed: object  # None = own latents; else feed(config, k) -> batch k's, see latent_decode.step
+    loss: Callable  # `policy_loss`, or another function of its arguments
+    feed: Callable | None  # None = own latents; else feed(config, k) -> the `feed` of batch k
 
 
 def roll_out(policy, batch, k, config, machine):
@@ -287,10 +287,10 @@ def roll_out(policy, batch, k, config, machine):
     texts = policy.tokenizer.batch_decode(tokens)
 
     groups = []
-    for j, sample in enumerate(batch["samples"]):
-        place = k * config.rollout_batch + batch["kept"][j]
-        own = take(rollout, range(j * G, (j + 1) * G))
-        groups.append(Group(place, sample, own, texts[j * G : (j + 1) * G]))
+    for j, (sample, place) in enumerate(zip(batch["samples"], batch["kept"])):
+        own = range(j * G, (j + 1) * G)
+        place += k * config.rollout_batch
+        groups.append(Group(place, sample, take(rollout, own), [texts[i] for i in own]))
     return groups
 
 

@@ -180,7 +180,8 @@ def diversity_reward(latents, span_lengths):
 
     latents (N, D) or None; the rest as in `span_likeness`.
     """
-    return -span_likeness(torch.zeros(0, 1) if latents is None else latents, span_lengths).item()
+    likeness = span_likeness(torch.zeros(0, 1) if latents is None else latents, span_lengths)
+    return 0.0 - likeness.item()  # not -0.0
 
 
 def needs_judge(response, gold, options=None):

@@ -325,6 +325,16 @@ def test_bf16_autocast(model, tokenizer, head, monkeypatch):
 # ------------------------------------------------------------------------- gradient through latents
 
 
+def compute_norms_exactly(monkeypatch):
+    """transformers' own computes in fp32 whatever comes in, too coarse for a difference."""
+
+    def norm(self, x):
+        variance = x.square().mean(-1, keepdim=True)
+        return self.weight * x * torch.rsqrt(variance + self.variance_epsilon)
+
+    monkeypatch.setattr(Qwen3VLTextRMSNorm, "forward", norm)
+
+
 def wide_rollout(model, tokenizer):
     """A float64 model with a head, and a rollout with several spans of several latents."""
     batch, rollout = sampled(
@@ -343,20 +353,21 @@ def wide_rollout(model, tokenizer):
     return batch, rollout
 
 
-def decoded_again(model, batch, rollout, A):
-    """sum A log p(words) with the latents made anew by the weights as they are: fixed point,
-    exact after N passes.
-    """
+def latents_again(model, batch, rollout, prompt_of=None):
+    """The rollout with the latents that the weights make now: fixed point, after N passes exact."""
     z = rollout.latents
+    for _ in range(max(len(x) for x in z)):
+        fed = dataclasses.replace(rollout, latents=z)
+        new = replay(model, batch, fed, 0.9, prompt_of).predicted
+        z = list(new.split([len(x) for x in z]))
+    return dataclasses.replace(rollout, latents=z)
+
+
+def decoded_again(model, batch, rollout, A, prompt_of=None):
+    """sum A log p(words) with the latents made anew by the weights as they are."""
     with torch.no_grad():
-        for _ in range(max(len(x) for x in z)):
-            new = replay(model, batch, dataclasses.replace(rollout, latents=z), 0.9).predicted
-            z = list(new.split([len(x) for x in z]))
-        return (
-            (A * token_logprobs(model, batch, dataclasses.replace(rollout, latents=z), 0.9))
-            .sum()
-            .item()
-        )
+        again = latents_again(model, batch, rollout, prompt_of)
+        return (A * token_logprobs(model, batch, again, 0.9, prompt_of)).sum().item()
 
 
 def test_the_adjoint_gradient_equals_finite_differences(model, tokenizer, monkeypatch):
@@ -365,14 +376,7 @@ def test_the_adjoint_gradient_equals_finite_differences(model, tokenizer, monkey
     Constants must miss by a wide margin:
     the head gets no gradient at all, and the rest is wrong by more than a tenth of its size."""
 
-    def norm(
-        self, x
-    ):  # transformers' own computes in fp32 whatever comes in, too coarse for a difference
-        return (
-            self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
-        )
-
-    monkeypatch.setattr(Qwen3VLTextRMSNorm, "forward", norm)
+    compute_norms_exactly(monkeypatch)
     batch, rollout = wide_rollout(model, tokenizer)
     A = torch.randn(
         len(rollout.tokens), 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
@@ -508,6 +512,17 @@ def settings(world, loud, out, **more):
             **more,
         }
     )
+
+
+def flags(config, **more):
+    """A config, some fields changed, as the command line has it."""
+    argv = []
+    for name, value in {**vars(config), **more}.items():
+        if isinstance(value, bool):
+            argv.append(f"--{'' if value else 'no-'}{name}")
+        else:
+            argv.append(f"--{name}={value}")
+    return argv
 
 
 def weights(checkpoint):
