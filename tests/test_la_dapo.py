@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -650,6 +651,85 @@ def test_killed_and_resumed_equals_straight_through(world, loud, tmp_path):
         la_dapo.train(settings(world, loud, tmp_path / "b", resume=True, lambda_c=0.3))
 
 
+def run_folder(loud, folder):
+    """A run's folder that holds the loud model as its second checkpoint."""
+    shutil.copytree(loud, folder / "step_000002")
+    return str(folder)
+
+
+def test_the_reference_stays_where_the_run_began(world, loud, tmp_path):
+    """Breaks if a run that goes on is compared with what --model leads to by then: the run's folder
+    has got a newer checkpoint, with other weights.
+    """
+    start = run_folder(loud, tmp_path / "sft")
+    config = settings(world, start, tmp_path / "a", steps=2, save_every=1, kl=0.05)
+    straight = weights(la_dapo.train(config))
+    shutil.rmtree(tmp_path / "a" / "step_000002")
+    kl = [line["kl"] for line in log_of(tmp_path / "a")]
+    shutil.copytree(world["model"], tmp_path / "sft" / "step_000003")
+    resumed = weights(la_dapo.train(dataclasses.replace(config, resume=True)))
+    assert kl[1] > 0 and [line["kl"] for line in log_of(tmp_path / "a")] == kl
+    assert all(torch.equal(straight[k], resumed[k]) for k in straight)
+
+
+def test_another_reference_is_refused(world, loud, tmp_path):
+    """Breaks if the reference's weights or config may change under a run, or it may go, unnoticed;
+    or if a run without KL asks for one.
+    """
+    start = run_folder(loud, tmp_path / "sft")
+    config = settings(world, start, tmp_path / "a", steps=2, save_every=1, kl=0.05)
+    without = dataclasses.replace(config, out=str(tmp_path / "b"), kl=0.0)
+    for c in (config, without):
+        la_dapo.train(c)
+        shutil.rmtree(os.path.join(c.out, "step_000002"))
+    path = tmp_path / "sft" / "step_000002" / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(SystemExit, match="step_000001 is compared with .*step_000002 .*other weig"):
+        la_dapo.train(dataclasses.replace(config, resume=True))
+    shutil.rmtree(tmp_path / "sft" / "step_000002")
+    with pytest.raises(SystemExit, match="step_000002: no model there"):
+        la_dapo.train(dataclasses.replace(config, resume=True))
+    assert la_dapo.train(dataclasses.replace(without, resume=True)).endswith("step_000002")
+
+
+def test_answers_that_nobody_can_judge(world, loud, tmp_path, capsys):
+    """Breaks if open answers without a judge are learnt from unsaid, or a run that can judge none
+    of them starts without being told so.
+    """
+    rows = read_rows(world["data"])
+    for row in rows[:5]:
+        row.options = None
+    config = settings(world, loud, tmp_path / "a", steps=1, groups=2)
+    la_dapo.train(config, rows)
+    assert "5 open answers judged by exact match alone" in capsys.readouterr().out
+    for row in rows:
+        row.options = None
+    config = settings(world, loud, tmp_path / "b", steps=1, groups=2)
+    with pytest.raises(SystemExit, match="all 24 rows have open answers .*--judge_model"):
+        la_dapo.train(config, rows)
+    la_dapo.train(dataclasses.replace(config, exact_match=True), rows)
+    assert len(log_of(tmp_path / "b")) == 1
+
+
+def test_the_judge_gets_its_arguments(world, loud, tmp_path, monkeypatch, capsys):
+    """Breaks if url, model or --judge_args do not reach the judge, or bad JSON does."""
+    asked = []
+
+    def judge(*args, **more):
+        asked.append((args, more))
+        return FakeJudge(lambda answer: True)
+
+    monkeypatch.setattr(la_dapo, "Judge", judge)
+    more = dict(judge_url="http://x/v1", judge_model="m", judge_args='{"temperature": null}')
+    la_dapo.train(settings(world, loud, tmp_path / "a", steps=1, groups=2, **more))
+    assert asked == [(("http://x/v1", "m"), dict(args={"temperature": None}))]
+    assert "0 open answers judged by m" in capsys.readouterr().out
+    for text in ("[1]", "{", "null"):
+        with pytest.raises(ValueError, match="expected a JSON object"):
+            settings(world, loud, tmp_path / "b", judge_model="m", judge_args=text)
+
+
 def test_a_new_reward_reaches_the_log_by_itself(world, loud, tmp_path, monkeypatch):
     """Breaks if a reward that `score_group` gains needs an edit in the loop to be logged, or a
     verdict is logged as one.
@@ -906,8 +986,6 @@ def test_bad_settings_are_refused(world, loud, tmp_path):
         dict(tau=0.0),
         dict(groups=0),
         dict(group_size=1),
-        dict(judge_args="[1]"),
-        dict(judge_args="{"),
     ):
         with pytest.raises(ValueError):
             settings(world, loud, tmp_path / "x", **bad)

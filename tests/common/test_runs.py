@@ -13,7 +13,7 @@ from test_sft import settings
 
 import sft
 from common.formats import Clip, Frame, Row, read_rows
-from common.runs import checkpoints, fingerprint, random_state, set_random_state
+from common.runs import checkpoints, fingerprint, model_fingerprint, random_state, set_random_state
 from variants import pause_tokens, self_forcing
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -107,3 +107,31 @@ def test_ranks_leave_together_and_before_the_interpreter_is_taken_down(tmp_path)
     assert "done 0" in done.stdout and "done 1" in done.stdout
     alone = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
     assert alone.returncode < 0  # one process has no group to leave: it goes on to its own end
+
+
+def test_what_a_model_folder_holds(tmp_path):
+    """Breaks if other weights, another config or another file of weights goes unnoticed, or what is
+    not weights counts.
+    """
+    weights, config = tmp_path / "model-1.safetensors", tmp_path / "config.json"
+    content = random.Random(0).randbytes(3 * 2**20)
+    weights.write_bytes(content)
+    config.write_text("{}")
+    before = model_fingerprint(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert model_fingerprint(str(tmp_path)) == before
+
+    changed = [b"x" + content[1:], content[:-1] + b"x", content[: 2**20] + content[2**20 + 1 :]]
+    prints = {before}
+    for other in changed:
+        weights.write_bytes(other)
+        prints.add(model_fingerprint(str(tmp_path)))
+    weights.write_bytes(content)
+    config.write_text('{"a": 1}')
+    prints.add(model_fingerprint(str(tmp_path)))
+    config.write_text("{}")
+    os.rename(weights, tmp_path / "model-2.safetensors")
+    prints.add(model_fingerprint(str(tmp_path)))
+    assert len(prints) == 6
+    with pytest.raises(SystemExit, match="nowhere: no model there"):
+        model_fingerprint(str(tmp_path / "nowhere"))
