@@ -10,9 +10,9 @@
     python la_dapo.py --model runs/sft --data train.json --out runs/rl              # CPU or one GPU
     torchrun --nproc_per_node 8 la_dapo.py --model runs/sft --data train.json --out runs/rl --zero
 
-Ablations, one flag each: --lambda_c 0, --lambda_d 0, --kl 0, --adjoint_terms -1, and --no-filter:
-all groups are kept. That is not GRPO: the token mean, the clip with its higher upper bound and the
-dual clip stay. variants/noisy_latents.py samples latents, variants/own_path.py adds dR/dz.
+Ablations, one flag each: --lambda_c 0, --lambda_d 0, --kl 0, --adjoint_terms -1, --no-filter. The
+last keeps all groups and is not GRPO: token mean, clip-higher and dual clip stay.
+Variants: variants/noisy_latents.py samples latents, variants/own_path.py adds dR/dz.
 
 Which path carries which gradient. The log-probability of an answer depends on the weights twice: at
 each chosen token, and through the latents, which are a function of the weights themselves and are
@@ -56,8 +56,7 @@ Where this differs from the official code:
     start. If all are, the run ends there, unless `exact_match` says that it is meant.
 13. A run that goes on compares with the folder it began with (kl), wherever `model` leads by then.
 
-Axis letters: B prompts, G rollouts of a prompt, R rows (rollouts of all prompts), P prompt tokens,
-T new tokens, S chosen tokens, N latents of all rows, D hidden, V vocabulary.
+Axis letters: G rollouts of a prompt, R rows (rollouts), T new tokens, N latents, D hidden.
 """
 
 import dataclasses
@@ -70,10 +69,10 @@ from typing import NamedTuple
 import torch
 
 from common.formats import Skipped, report_bad
-from common.groups import CURVES, Group, Harvest, load_prompts, log_line, prepare, write_rollouts
-from common.judge import Judge, read_args
+from common.groups import CURVES, Group, Harvest, RolloutLog, load_prompts, log_line, prepare
+from common.judge import judge_of, read_args
 from common.report import draw_curves
-from common.rollouts import join, take
+from common.rollouts import take
 from common.runs import (
     Machine,
     Run,
@@ -83,11 +82,10 @@ from common.runs import (
     newest,
     parse_config,
     rows_of,
-    trim_log,
 )
 from data import DataConfig, at_least, model_inputs, to_device
 from latent_decode import generate, own_latent, replay
-from rewards import Weights, pick, score
+from rewards import Weights, ask_judge, pick, score_group, span_lengths
 
 
 @dataclasses.dataclass
@@ -194,10 +192,10 @@ def group_advantages(rewards):
 
 
 def keep_group(correct, unjudged, low=0.1, high=0.9):
-    """DAPO's filter on one group -> "kept", "too hard", "too easy" or "unjudged" (fewer than two
-    verdicts). Sec. 3.3.
+    """DAPO's filter on one group -> "kept", "too hard", "too easy", "unjudged". Source: sec. 3.3.
 
-    Kept iff low < mean accuracy < high. A repetitive rollout counts as wrong.
+    Kept iff low < mean accuracy < high. A repetitive rollout counts as wrong. A mean needs at least
+    two verdicts.
     """
     known = [c for c, u in zip(correct, unjudged) if not u]
     if len(known) < 2:
@@ -209,9 +207,7 @@ def keep_group(correct, unjudged, low=0.1, high=0.9):
 def clipped_surrogate(logp, old, A, eps_low=0.2, eps_high=0.28, dual_clip=3.0):
     """max(-r A, -clip(r, 1 - eps_low, 1 + eps_high) A), where A < 0 at most -dual_clip A.
 
-    Source: sec. 3.3 (DAPO).
-
-    logp, old, A: same shape or broadcast -> loss a token, ratio r.
+    logp, old, A: same shape or broadcast -> loss a token, ratio r. Source: sec. 3.3 (DAPO).
     """
     r = (logp - old).exp()
     loss = torch.maximum(-r * A, -r.clamp(1 - eps_low, 1 + eps_high) * A)
@@ -229,11 +225,10 @@ def kl_k3(logp, ref):
 
 
 def adjoint_loss(loss, predicted, latents, terms):
-    """A term of value 0 whose gradient is the part of dloss/dweights that flows through the
-    latents. Source: ours.
+    """A term of value 0 with the gradient of the loss that flows through the latents. Source: ours.
 
-    With f(z, w) the latents predicted while z are fed, decoding makes z = f(z, w), so dz/dw = (1 -
-    J)^-1 df/dw with J = df/dz, and
+    With f(z, w) the latents predicted while z are fed, decoding makes z = f(z, w). So
+    dz/dw = (1 - J)^-1 df/dw with J = df/dz, and
 
         dloss/dw = (partial, z held constant) + g (1 - J)^-1 df/dw,    g = dloss/dz.
 
@@ -283,27 +278,33 @@ def roll_out(policy, batch, k, config, machine):
     with machine.autocast():
         inputs = model_inputs(to_device(batch, machine.device))
         rollout = generate(policy.model, inputs, generator=generator, **how)
-    tokens = [row[:n] for row, n in zip(rollout.tokens.cpu(), rollout.lengths)]
+    tokens = [row[:n].tolist() for row, n in zip(rollout.tokens.cpu(), rollout.lengths)]
     texts = policy.tokenizer.batch_decode(tokens)
+    ids = policy.model.config.latent_start_id, policy.model.config.latent_id
+    spans = [span_lengths(row, *ids) for row in tokens]
 
     groups = []
     for j, (sample, place) in enumerate(zip(batch["samples"], batch["kept"])):
-        own = range(j * G, (j + 1) * G)
+        own = slice(j * G, (j + 1) * G)
+        rows = take(rollout, range(len(tokens))[own])
         place += k * config.rollout_batch
-        groups.append(Group(place, sample, take(rollout, own), [texts[i] for i in own]))
+        groups.append(Group(place, sample, rows, texts[own], spans[own]))
     return groups
 
 
-def score_groups(groups, model_config, judge, config):
+def score_groups(groups, judge, config):
     """Eq. (7) for each group, and the filter's verdict on it. The judge is asked once for all."""
-    if not groups:
-        return
-    texts = [text for group in groups for text in group.texts]
-    rows = [group.sample["row"] for group in groups]
-    rollout = join([group.rollout for group in groups])
+    responses, rows = [], []
+    for group in groups:
+        responses += group.texts
+        rows += [group.sample["row"]] * len(group.texts)
+    verdicts = iter(ask_judge(judge, responses, rows))
+
     weights = Weights(config.lambda_c, config.lambda_d, config.tau)
-    for group, parts in zip(groups, score(texts, rollout, rows, model_config, judge, weights)):
-        group.parts = parts
+    for group in groups:
+        row, judged = group.sample["row"], [next(verdicts) for _ in group.texts]
+        rollouts = group.texts, group.rollout.latents, group.spans
+        group.parts = parts = score_group(*rollouts, row.answer, row.options, judged, weights)
         group.verdict = keep_group(parts["correct"], parts["unjudged"], config.low, config.high)
 
 
@@ -322,10 +323,10 @@ def fill_slots(groups, config, machine):
 
 
 def collect(policy, batches, first, judge, config, machine):
-    """Roll out prompts until `groups` groups are kept, or max_tries times.
+    """Roll out prompts until `groups` groups are kept, or max_tries times -> Harvest, end.
 
-    batches: this rank's; first: the number of the next batch of all ranks, which walk in step.
-    -> Harvest, the number of the batch after it.
+    batches: this rank's. first, end: the batch of all ranks that is next before and after. Ranks
+    walk in step.
     """
     harvest, end = Harvest(), first
     for _ in range(config.max_tries):
@@ -337,14 +338,14 @@ def collect(policy, batches, first, judge, config, machine):
                 batch = next(batches)
                 groups = roll_out(policy, batch, k, config, machine)
             with harvest.tally.clock("reward"):
-                score_groups(groups, policy.model.config, judge, config)
+                score_groups(groups, judge, config)
             harvest.groups += groups
             harvest.skipped += batch["skipped"]
         filled, surplus = fill_slots(harvest.groups, config, machine)
         if filled == config.groups:
             break
     harvest.tally.count("surplus", surplus)
-    harvest.count(policy.model.config.latent_start_id)
+    harvest.count()
     return harvest, end
 
 
@@ -402,8 +403,7 @@ def minibatch(groups, policy, config, machine):
     """One minibatch's groups on this rank -> its batches, and its chosen tokens over all ranks."""
     batches = []
     for i in range(0, len(groups), config.micro_batch):
-        some = groups[i : i + config.micro_batch]
-        batch = prepare(some, policy.feed is None, machine.device)
+        batch = prepare(groups[i : i + config.micro_batch], policy.feed is None, machine.device)
         if policy.reference is not None:
             with torch.no_grad(), machine.autocast():
                 batch.ref = replayed(policy.reference, batch, config).logprobs
@@ -413,7 +413,7 @@ def minibatch(groups, policy, config, machine):
 
 
 def update(policy, optimizer, groups, lr, config, machine):
-    """All updates of a step from this rank's kept groups (may be none) -> the step's figures."""
+    """All updates of a step from this rank's kept groups (may be none) -> figures of all ranks."""
     # advantages; equal rollouts together; the reference's log-probabilities
     for group in groups:
         group.A = group_advantages(group.parts["total"])
@@ -436,9 +436,7 @@ def update(policy, optimizer, groups, lr, config, machine):
 
 
 def update_figures(figures, norms, machine):
-    """This rank's sums and the gradient norm of each update -> the step's figures, on all ranks
-    alike. None where there was no update.
-    """
+    """Sums of this rank, norms of the updates -> the step's figures; None = there was no update."""
     n = len(norms)
     names = ("loss", "ratio", "clip_fraction", "kl", "entropy", "replay_ms")
     sums = machine.sum([figures[name] for name in names])
@@ -466,31 +464,23 @@ def train(config, rows=None, policy_loss=policy_loss, feed=None):
     # the run's folder; the policy and what it is compared with; the prompts in their order
     machine = Machine(config.bf16)
     rows = usable(rows_of(config) if rows is None else rows, config)
-    steps, judge = count_steps(rows, config), make_judge(rows, config)
+    steps, judge = count_steps(rows, config), judge_of(config)
     run = Run(config, rows, machine, config.label)
-    place = run.state["batch"] if run.state else 0
-    torch.manual_seed(config.seed)
-    model, tokenizer = machine.load(run.checkpoint or newest(config.model), train=True)
-    model.model.visual.requires_grad_(not config.freeze_vision)
+    model, tokenizer = load_model(run)
     reference, origin = load_reference(run)
     policy = Policy(model, tokenizer, reference, policy_loss, feed)
-    batches = load_prompts(rows, tokenizer, place, config, machine)
-
-    # the state of a run that goes on
     optimizer, _ = make_optimizer(model, config, machine.world)
+    place = run.state["batch"] if run.state else 0  # the batch of prompts that comes next
+    batches = load_prompts(rows, tokenizer, place, config, machine)
     run.start(optimizer, describe(config, rows, model, steps, machine))
-    rollouts_path = os.path.join(config.out, f"rollouts_{machine.rank}.jsonl")
-    trim_log(rollouts_path, run.first)
+    rollouts = RolloutLog(run)
 
     for step in run.log.steps(steps, run.name):
         # rollouts -> rewards -> group filter and refill
-        began_at = place
-        harvest, place = collect(policy, batches, place, judge, config, machine)
+        harvest, end = collect(policy, batches, place, judge, config, machine)
         skipped, failures = run.log.skips(harvest.skipped, judge)
         tally = harvest.tally.over(machine)
-        if step == 0 and not tally["rollouts"]:  # a wrong media_root, most likely
-            why = f", e.g. {skipped[0].why}" if skipped else ""
-            raise SystemExit(f"none of the first prompts could be used{why}")
+        check_readable(step, tally, skipped)
 
         # advantages -> clipped loss -> step
         lr = schedule(step, steps, config)
@@ -498,18 +488,25 @@ def train(config, rows=None, policy_loss=policy_loss, feed=None):
             figures = update(policy, optimizer, harvest.kept, lr, config, machine)
 
         # a line in the log, now and then a rollout of each group, and a checkpoint
-        places = [began_at * config.rollout_batch, place * config.rollout_batch]
+        places = [place * config.rollout_batch, end * config.rollout_batch]
         line = dict(step=step, lr=lr, prompts=places, **figures)
         line.update(log_line(tally, skipped, failures))
-        if step % config.sample_every == 0:
-            i = step // config.sample_every % config.group_size
-            write_rollouts(rollouts_path, harvest.groups, step, i)
         run.log.write(line, reward=line["total"], accuracy=line["accuracy"], groups=line["groups"])
-        state = dict(batch=place, origin=origin)
+        rollouts.write(step, harvest.groups)
+        place, state = end, dict(batch=end, origin=origin)
         due = run.save_if_due(step + 1, steps, model, tokenizer, optimizer, **state)
         if due and machine.master:
             draw_curves(run.log.path, os.path.join(config.out, "rewards.png"), CURVES)
     return run.checkpoint
+
+
+def load_model(run):
+    """The policy in fp32, as the newest checkpoint holds it or where the run begins."""
+    torch.manual_seed(run.config.seed)
+    folder = run.checkpoint or newest(run.config.model)
+    model, tokenizer = run.machine.load(folder, train=True)
+    model.model.visual.requires_grad_(not run.config.freeze_vision)
+    return model, tokenizer
 
 
 def load_reference(run):
@@ -533,12 +530,19 @@ def load_reference(run):
 def usable(rows, config):
     """The rows whose answers can be rewarded; the others are counted, named and left out.
 
-    Raises SystemExit if they are more than the share max_bad.
+    Raises SystemExit if they are more than the share max_bad; or if all answers are open, there is
+    no judge, and exact_match is off.
     """
     bad = [row for row in rows if row.options and pick(row.answer, row.options) is None]
     reasons = [Skipped(r.where, f"the answer {r.answer!r} is none of {r.options}") for r in bad]
     if bad:
         report_bad(reasons, len(rows), config.max_bad)
+    all_open = bool(rows) and not any(row.options for row in rows)
+    if all_open and not (config.judge_model or config.exact_match):
+        raise SystemExit(
+            f"all {len(rows)} rows have open answers (no options): --judge_model NAME judges them, "
+            "--exact_match says that only the very words are right"
+        )
     gone = {row.where for row in bad}
     return [row for row in rows if row.where not in gone]
 
@@ -551,19 +555,11 @@ def count_steps(rows, config):
     return config.steps or max(1, prompts // config.groups)
 
 
-def make_judge(rows, config):
-    """The judge of open answers, or None. Source: ours.
-
-    Raises SystemExit if all answers are open, there is no judge, and exact_match is off.
-    """
-    if config.judge_model:
-        return Judge(config.judge_url, config.judge_model, args=read_args(config.judge_args))
-    if not any(row.options for row in rows) and not config.exact_match:
-        raise SystemExit(
-            f"all {len(rows)} rows have open answers (no options): --judge_model NAME judges them, "
-            "--exact_match says that only the very words are right"
-        )
-    return None
+def check_readable(step, tally, skipped):
+    """Raises SystemExit if the first step rolled nothing out: a wrong media_root, most likely."""
+    if step == 0 and not tally["rollouts"]:
+        why = f", e.g. {skipped[0].why}" if skipped else ""
+        raise SystemExit(f"none of the first prompts could be used{why}")
 
 
 def describe(config, rows, model, steps, machine):

@@ -248,34 +248,14 @@ def span_lengths(tokens, latent_start, latent):
     return out
 
 
-def ask_judge(judge, texts, rows):
-    """A judge's verdict on each text, G for each row: False where it was not asked. Source: ours.
+def ask_judge(judge, responses, rows):
+    """A judge's verdict on each response to the row beside it; False where it was not asked.
 
-    It is asked once for all that it is needed for.
+    It is asked once for all that it is needed for; None = nobody is asked. Source: ours.
     """
     questions = {}
-    for i, text in enumerate(texts):
-        row = rows[i * len(rows) // len(texts)]
-        if needs_judge(text, row.answer, row.options):
-            questions[i] = (row.question, row.answer, answer_of(text))
-    verdicts = dict(zip(questions, judge(list(questions.values()))))
-    return [verdicts.get(i, False) for i in range(len(texts))]
-
-
-def score(texts, rollout, rows, config, judge=None, weights=Weights()):
-    """Eq. (7) for a batch of rollouts, G for each row -> [dict of `score_group`, one a row].
-
-    texts: the responses; rollout: latent_decode's; config: the model's, for its span tokens; judge:
-    a `Judge` or None.
-    """
-    G = len(texts) // len(rows)
-    verdicts = ask_judge(judge, texts, rows) if judge else [False] * len(texts)
-    ids = config.latent_start_id, config.latent_id
-    lengths = rollout.lengths.tolist()
-    spans = [span_lengths(t[:n], *ids) for t, n in zip(rollout.tokens.tolist(), lengths)]
-    scores = []
-    for k, row in enumerate(rows):
-        own = slice(k * G, (k + 1) * G)
-        rollouts = texts[own], rollout.latents[own], spans[own]
-        scores.append(score_group(*rollouts, row.answer, row.options, verdicts[own], weights))
-    return scores
+    for i, (response, row) in enumerate(zip(responses, rows)):
+        if judge and needs_judge(response, row.answer, row.options):
+            questions[i] = (row.question, row.answer, answer_of(response))
+    verdicts = dict(zip(questions, judge(list(questions.values())))) if questions else {}
+    return [verdicts.get(i, False) for i in range(len(responses))]

@@ -12,12 +12,13 @@ Axis letters: G rollouts of a prompt, R rows (rollouts of several prompts), T ne
 
 import functools
 import json
+import os
 from dataclasses import dataclass, field
 
 import torch
 
 from common.rollouts import Rollout, join, take
-from common.runs import Tally
+from common.runs import Tally, trim_log
 from data import Samples, collate, loader, model_inputs
 
 
@@ -59,6 +60,7 @@ class Group:
     sample: dict  # the encoded prompt
     rollout: Rollout  # G rows
     texts: list  # G responses
+    spans: list  # G lists: the latents in each span
     parts: dict = None  # of `rewards.score_group`
     verdict: str = ""  # of `la_dapo.keep_group`
     A: torch.Tensor | None = None  # (G,) advantages
@@ -83,12 +85,12 @@ class Harvest:
         """The groups to learn from."""
         return [group for group in self.groups if group.slot is not None]
 
-    def count(self, latent_start_id):
+    def count(self):
         """Add up everything in the tally."""
         self.tally.count("groups", len(self.kept))
         self.tally.count("skipped", len(self.skipped))
         for group in self.groups:
-            count(self.tally, group, latent_start_id)
+            count(self.tally, group)
 
 
 @dataclass
@@ -148,14 +150,14 @@ COUNTS = ("rollouts", "unjudged", *VERDICTS, "surplus", "groups", "skipped")
 CURVES = (("total", "accuracy"), ("contrastive", "diversity"), ("entropy", "kl"), ("grad_norm",))
 
 
-def count(tally, group, latent_start_id):
+def count(tally, group):
     """Add a group's figures to the tally."""
     rollout = group.rollout
     tokens, lengths = rollout.tokens, rollout.lengths
     steps = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
     tally.count("rollouts", len(tokens))
     tally.count("tokens", int(lengths.sum()))
-    tally.count("spans", int((tokens == latent_start_id).sum()))
+    tally.count("spans", sum(map(len, group.spans)))
     tally.count("latents", sum(len(z) for z in rollout.latents))
     tally.count("forced", int((steps & ~rollout.sampled).sum()))
     tally.count("cut_off", rollout.finish.count("length"))
@@ -182,13 +184,24 @@ def log_line(tally, skipped, failures):
     )
 
 
-def write_rollouts(path, groups, step, i):
-    """Append rollout i of each group as a line."""
-    with open(path, "a", encoding="utf-8") as f:
-        for group in groups:
-            row = group.sample["row"]
-            line = dict(step=step, id=row.id, verdict=group.verdict, question=row.question)
-            line.update(answer=row.answer, response=group.texts[i])
-            line.update(group_accuracy=group.parts["accuracy"])
-            line.update({name: values[i] for name, values in group.rewards.items()})
-            f.write(json.dumps(line, ensure_ascii=False) + "\n")
+class RolloutLog:
+    """rollouts_R.jsonl of rank R: every sample_every steps one whole rollout of each group."""
+
+    def __init__(self, run):
+        self.config = run.config
+        self.path = os.path.join(run.config.out, f"rollouts_{run.machine.rank}.jsonl")
+        trim_log(self.path, run.first)
+
+    def write(self, step, groups):
+        """Append a line a group, each time another rollout of the group."""
+        if step % self.config.sample_every:
+            return
+        i = step // self.config.sample_every % self.config.group_size
+        with open(self.path, "a", encoding="utf-8") as f:
+            for group in groups:
+                row = group.sample["row"]
+                line = dict(step=step, id=row.id, verdict=group.verdict, question=row.question)
+                line.update(answer=row.answer, response=group.texts[i])
+                line.update(group_accuracy=group.parts["accuracy"])
+                line.update({name: values[i] for name, values in group.rewards.items()})
+                f.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -54,14 +54,24 @@ def read_verdict(reply):
 
 
 def read_args(text):
-    """--judge_args, a JSON object as text -> dict. Source: ours. Raises ValueError on others."""
+    """A JSON object as text, "" = none -> dict. Ours. Raises ValueError on anything else."""
     try:
-        args = json.loads(text)
+        args = json.loads(text or "{}")
     except json.JSONDecodeError:
         args = None
     if not isinstance(args, dict):
         raise ValueError(f"the judge's args are {text!r}, expected a JSON object")
     return args
+
+
+def judge_of(config):
+    """The judge that a script's judge_url, judge_model and judge_args name; None without a model.
+
+    Source: ours.
+    """
+    if not config.judge_model:
+        return None
+    return Judge(config.judge_url, config.judge_model, args=read_args(config.judge_args))
 
 
 class Judge:

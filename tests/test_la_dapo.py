@@ -720,7 +720,7 @@ def test_the_judge_gets_its_arguments(world, loud, tmp_path, monkeypatch, capsys
         asked.append((args, more))
         return FakeJudge(lambda answer: True)
 
-    monkeypatch.setattr(la_dapo, "Judge", judge)
+    monkeypatch.setattr("common.judge.Judge", judge)
     more = dict(judge_url="http://x/v1", judge_model="m", judge_args='{"temperature": null}')
     la_dapo.train(settings(world, loud, tmp_path / "a", steps=1, groups=2, **more))
     assert asked == [(("http://x/v1", "m"), dict(args={"temperature": None}))]
@@ -734,12 +734,12 @@ def test_a_new_reward_reaches_the_log_by_itself(world, loud, tmp_path, monkeypat
     """Breaks if a reward that `score_group` gains needs an edit in the loop to be logged, or a
     verdict is logged as one.
     """
-    inner = la_dapo.score
+    inner = la_dapo.score_group
 
-    def with_novelty(*args, **weights):
-        return [dict(parts, novelty=[0.0, 0.5, 1.0]) for parts in inner(*args, **weights)]
+    def with_novelty(*args):
+        return dict(inner(*args), novelty=[0.0, 0.5, 1.0])
 
-    monkeypatch.setattr(la_dapo, "score", with_novelty)
+    monkeypatch.setattr(la_dapo, "score_group", with_novelty)
     la_dapo.train(settings(world, loud, tmp_path / "a", steps=1))
     (line,) = log_of(tmp_path / "a")
     assert line["novelty"] == pytest.approx(0.5)
@@ -817,7 +817,7 @@ def test_unjudged_rollouts_leave_the_group(world, loud, tmp_path, monkeypatch):
     """
     monkeypatch.setattr(rewards, "needs_judge", lambda *a: True)
     monkeypatch.setattr(rewards, "answer_of", lambda text: text)
-    monkeypatch.setattr(la_dapo, "Judge", lambda *args, **more: FakeJudge(lambda answer: None))
+    monkeypatch.setattr(la_dapo, "judge_of", lambda config: FakeJudge(lambda answer: None))
     done = la_dapo.train(
         settings(world, loud, tmp_path / "a", judge_model="m", steps=2, max_tries=2)
     )
@@ -828,7 +828,7 @@ def test_unjudged_rollouts_leave_the_group(world, loud, tmp_path, monkeypatch):
     # every third is silent, the others differ: two of three rollouts are left, with rewards 0 and 1
     verdicts = iter([None, True, False] * 100)
     monkeypatch.setattr(
-        la_dapo, "Judge", lambda *args, **more: FakeJudge(lambda answer: next(verdicts))
+        la_dapo, "judge_of", lambda config: FakeJudge(lambda answer: next(verdicts))
     )
     seen, inner = [], la_dapo.prepare
     monkeypatch.setattr(la_dapo, "prepare", lambda *a: seen.append(inner(*a)) or seen[-1])

@@ -29,7 +29,7 @@ import torch
 
 import la_dapo
 from common.runs import leave, parse_config
-from rewards import contrastive_reward, span_lengths, span_likeness
+from rewards import contrastive_reward, span_likeness
 
 
 @dataclasses.dataclass
@@ -50,25 +50,23 @@ class Config(la_dapo.Config):
         return f"own path ({self.own})"
 
 
-def own_rewards(group, latents, ids, config):
+def own_rewards(group, latents, config):
     """What a group's latents earn, sum_i lambda_c R_ctr,i + lambda_d R_div,i -> scalar.
 
-    latents: G tensors (N_i, D), None = unjudged; ids: `<|latent_start|>` and `<|latent|>`.
-    Differentiable in the latents. Source: Eq. (4)-(7).
+    latents: G tensors (N_i, D), None = unjudged. Differentiable in them. Source: Eq. (4)-(7).
     """
     reward = torch.zeros(())
     if config.own != "div":
         ctr = contrastive_reward(latents, group.parts["correct"], config.tau)
         reward = reward + config.lambda_c * ctr.sum()
     if config.own != "ctr":
-        for z, tokens, n in zip(latents, group.rollout.tokens, group.rollout.lengths):
+        for z, lengths in zip(latents, group.spans):
             if z is not None:
-                likeness = span_likeness(z, span_lengths(tokens[:n].tolist(), *ids))
-                reward = reward - config.lambda_d * likeness.cpu()
+                reward = reward - config.lambda_d * span_likeness(z, lengths).cpu()
     return reward
 
 
-def batch_rewards(latents, batch, ids, config):
+def batch_rewards(latents, batch, config):
     """`own_rewards` of a batch's groups, each in units of its deviation, summed -> scalar.
 
     latents: those of the batch's rows. A merged row's are those of each rollout it stands for.
@@ -81,7 +79,7 @@ def batch_rewards(latents, batch, ids, config):
     for group, own in zip(batch.groups, of_group):
         known = torch.tensor([R for R in group.parts["total"] if R is not None])
         std = known.std().clamp(min=config.least_std)
-        total = total + own_rewards(group, own, ids, config) / std
+        total = total + own_rewards(group, own, config) / std
     return total
 
 
@@ -90,8 +88,7 @@ def policy_loss(model, batch, n_tokens, config, figures):
     new = la_dapo.replayed(model, batch, config)
     loss, kl = la_dapo.clipped_loss(new, batch, n_tokens, config, figures)
     latents = new.latents.split([len(z) for z in batch.rollout.latents])
-    ids = model.config.latent_start_id, model.config.latent_id
-    reward = batch_rewards(latents, batch, ids, config).to(loss.device)
+    reward = batch_rewards(latents, batch, config).to(loss.device)
     return loss + kl + la_dapo.through_latents(loss - reward / n_tokens, new, batch, config)
 
 

@@ -24,7 +24,7 @@ sys.path.insert(0, {root!r})
 from common.runs import leave, set_up_ranks
 rank, _, _ = set_up_ranks()
 atexit.register(os.abort)  # what gloo's threads do when the interpreter is taken down
-print("done", rank, end="")
+print(f"done {{rank}} ", end="")  # one piece: two ranks share the screen
 leave()
 """
 

@@ -30,6 +30,11 @@ from variants.own_path import Config
 UNJUDGED, TWICE = 5, 1  # of the first group: a rollout without verdict, and one that came twice
 
 
+def spans_of(rollout, i, c):
+    """The latents in each span of row i, an open one too."""
+    return spans(rollout.tokens[i, : rollout.lengths[i]].tolist() + [c.latent_end_id], c)
+
+
 def two_groups(model, tokenizer, A):
     """A Batch of two prompts with six rollouts each (the first has a seventh, equal to its second,
     and one that is unjudged), and the rollouts of its rows. A (11, 1): advantages of the rows.
@@ -43,7 +48,9 @@ def two_groups(model, tokenizer, A):
         correct = [i in (0, TWICE, 3, 6) and not unjudged[i] for i in range(G)]
         total = [None if unjudged[i] else 0.9 * correct[i] + 0.01 * i for i in range(G)]
         parts = dict(correct=correct, total=total, unjudged=unjudged)
-        groups.append(Group(0, {}, take(rollout, own), [""] * G, parts))
+        rows = take(rollout, own)
+        lengths = [spans_of(rows, i, model.config) for i in range(G)]
+        groups.append(Group(0, {}, rows, [""] * G, lengths, parts))
         members += [[i] for i in range(6) if not unjudged[i]]
     members[TWICE] = [TWICE, 6]
     rows = [i for i in range(12) if i != UNJUDGED]
@@ -62,8 +69,8 @@ def slow_own_rewards(batch, latents, c, own):
     for group, of_rollout in zip(batch.groups, (first, z[5:])):
         ctr = sum(slow_contrastive(of_rollout, group.parts["correct"], 0.5))
         div = 0.0
-        for x, tokens, n in zip(of_rollout, group.rollout.tokens, group.rollout.lengths):
-            lengths = [] if x is None else spans(tokens[:n].tolist() + [c.latent_end_id], c)
+        for i, x in enumerate(of_rollout):
+            lengths = [] if x is None else spans_of(group.rollout, i, c)
             if sum(length > 0 for length in lengths) > 1:
                 div -= slow_likeness(x, lengths)
         std = np.std([R for R in group.parts["total"] if R is not None], ddof=1)
@@ -118,10 +125,9 @@ def test_equal_rollouts_have_an_update(model, tokenizer):
     """
     batch = two_groups(model, tokenizer, torch.zeros(11, 1, dtype=torch.float64))
     group, config = batch.groups[1], Config(own="div", kl=0.0, temperature=0.9)
-    n_spans = [len(spans(t.tolist(), model.config)) for t in group.rollout.tokens]
-    i = int(np.argmax(n_spans))
+    i = int(np.argmax([len(lengths) for lengths in group.spans]))
     parts = dict(correct=[True] * 8, total=[1.0] * 8, unjudged=[False] * 8)
-    same = Group(0, {}, take(group.rollout, [i] * 8), [""] * 8, parts)
+    same = Group(0, {}, take(group.rollout, [i] * 8), [""] * 8, [group.spans[i]] * 8, parts)
     prompts = {k: v for k, v in batch.prompts.items() if k in ("input_ids", "attention_mask")}
     prompts = {k: v[1:] for k, v in prompts.items()}  # the second prompt is of words alone
 
