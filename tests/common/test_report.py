@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from scripted import FB, SPAN, futurebench, play, settings
 
@@ -202,3 +203,24 @@ def test_judged_runs_are_compared_by_their_average(tmp_path):
             f.write(json.dumps(verdict) + "\n")
     cells = row_of(report.compare(folders), folders[1])
     assert cells == ["+1.000 (+1.000 to +1.000) *"] * 2 + ["1"]
+
+
+def test_a_curve_is_the_mean_of_ten_steps(tmp_path):
+    """Breaks if the thick line lags or leads, or a run of few steps has no line."""
+    values = np.arange(12.0) ** 2
+    by_hand = [sum(values[k : k + 10]) / 10 for k in range(3)]
+    assert report.running_mean(values) == pytest.approx(by_hand)
+    assert report.running_mean([3.0, 5.0]).tolist() == [3.0, 5.0]
+    lines = [dict(step=k, ce=1.0 / (k + 1), latent=0.0, grad_norm=None) for k in range(12)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn = []
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr("matplotlib.axes.Axes.plot", lambda ax, x, y, **k: drawn.append(x) or [_Line()])
+        m.setattr("matplotlib.axes.Axes.legend", lambda ax, **k: None)
+        report.draw_curves(str(tmp_path / "log.jsonl"), str(tmp_path / "loss.png"))
+    assert drawn == [list(range(12)), [9, 10, 11]]  # ce alone: the others have no value
+
+
+class _Line:
+    def get_color(self):
+        return "C0"
