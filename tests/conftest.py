@@ -3,7 +3,8 @@
 import os
 import sys
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# two cores: one thread a worker, else two
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
