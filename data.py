@@ -28,7 +28,6 @@ Where this differs from the paper and the official code:
     characters. The system message names no special token for the same reason.
  4. The blocks of a response are tokenised one by one, so that removing the spans (text-only SFT)
     leaves every other token as it was: in Qwen's vocabulary ">" and what follows it would merge.
-
  5. Pixel budgets of observed images and of whole videos are ours (`DataConfig`): the paper gives
     none. A picture may be as small as one token; Hugging Face's released settings would enlarge it
     to 64.
@@ -38,6 +37,7 @@ Axis letters: T frames, H and W pixels, P patches (before the 2x2 merge), B rows
 
 import dataclasses
 import functools
+from itertools import chain
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -47,7 +47,7 @@ from common.clips import (  # noqa: F401  importable from here too
     MERGE,
     TEMPORAL,
     ClipError,
-    _cut,
+    cut_to,
     key_frame_positions,
     load_frames,
     normalise,
@@ -58,14 +58,18 @@ from common.formats import Frame, RecordError, Skipped
 from model import LATENT, LATENT_END, LATENT_START
 
 SYSTEM = (
-    "You answer questions about what happens next in a video. Work in two modes and switch "
-    "between them freely. "
-    "In words: put each step of your reasoning between <reason> and </reason>. In images: where "
-    "picturing a "
-    "coming frame helps, open a latent span and imagine it there before you go on. When you are "
-    "sure, give the "
-    "final answer between <answer> and </answer>."
+    "You answer questions about what happens next in a video. Work in two modes and switch between "
+    "them freely. In words: put each step of your reasoning between <reason> and </reason>. In "
+    "images: where picturing a coming frame helps, open a latent span and imagine it there before "
+    "you go on. When you are sure, give the final answer between <answer> and </answer>."
 )  # ours
+
+
+def at_least(config, least, *names):
+    """Raises ValueError if one of these fields of a config is below `least`. Source: ours."""
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} is {getattr(config, name)}, expected at least {least}")
 
 
 @dataclasses.dataclass
@@ -85,21 +89,8 @@ class DataConfig:
     max_bad: float = 0.05  # share of unusable records above which a run ends at its start  # ours
 
     def __post_init__(self):
-        at_least_1 = (
-            "num_frames",
-            "l_max",
-            "image_max_tokens",
-            "video_max_tokens",
-            "max_length",
-            "global_batch",
-            "micro_batch",
-            "save_every",
-            "batch",
-            "max_new_tokens",
-        )  # these: of the scripts
-        for name in at_least_1:
-            if getattr(self, name, 1) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        at_least(self, 1, "num_frames", "l_max", "image_max_tokens", "video_max_tokens")
+        at_least(self, 1, "max_length")
 
     @property
     def budgets(self):
@@ -119,66 +110,21 @@ class Special(str):
 def encode(row, tokenizer, config, train=True, spans=True):
     """Row -> dict of ids, labels and patches, ready for `collate`.
 
-    Source: chat layout above, sec. 3.2.
-
     train: with the response and its labels, else the prompt alone. spans: False drops the latent
     spans and leaves every other token (text-only SFT). Labels: all response tokens but
     `<|latent|>`, incl. `<|im_end|>`. Raises ClipError for media, RecordError for a sample over
-    max_length.
+    max_length. Source: chat layout above, sec. 3.2.
     """
-    image_budget, future_budget, video_budget = config.budgets
-    stills = [p for p in row.prompt if isinstance(p, Frame)]
-    stills = iter(list(zip(stills, load_frames(stills, image_budget))))
-    images, videos, pieces = (
-        [],
-        [],
-        [
-            Special("<|im_start|>"),
-            "system\n" + config.system,
-            Special("<|im_end|>"),
-            "\n",
-            Special("<|im_start|>"),
-            "user\n",
-        ],
-    )
-    for part in row.prompt:
-        if isinstance(part, str):
-            pieces.append(part)
-        elif isinstance(part, Frame):
-            images.append(next(stills)[1])
-            pieces += _visual("<|image_pad|>", images[-1][1])
-        else:
-            frames, numbers, fps = read_uniform(part, config.num_frames)
-            numbers = [*numbers, numbers[-1]]  # an odd last frame is doubled, its time too
-            videos.append(_cut(frames, video_budget, part.path))
-            t, h, w = videos[-1][1].tolist()
-            for k in range(t):  # each temporal patch of two frames is announced by its mean time
-                pieces += [
-                    f"<{(numbers[2 * k] / fps + numbers[2 * k + 1] / fps) / 2:.1f} seconds>",
-                    *_visual("<|video_pad|>", torch.tensor([1, h, w])),
-                ]
-    pieces += [Special("<|im_end|>"), "\n", Special("<|im_start|>"), "assistant\n"]
+    pieces, images, videos = _prompt(row, config)
     ids, futures = _tokenize(pieces, tokenizer), []
     labels = [-100] * len(ids)
     if train:
-        to_come = [p for p in row.response if isinstance(p, Frame)] if spans else []
-        futures = load_frames(to_come, future_budget)
-        grids = iter(grid for _, grid in futures)
+        response = [part for part in row.response if spans or not isinstance(part, Frame)]
+        _, future_budget, _ = config.budgets
+        futures = load_frames([p for p in response if isinstance(p, Frame)], future_budget)
         latent = tokenizer.convert_tokens_to_ids(LATENT)
-        for part in [*row.response, None]:
-            if isinstance(part, Frame):
-                if not spans:
-                    continue
-                n = int(next(grids).prod()) // MERGE**2
-                new = _tokenize(
-                    [Special(LATENT_START), *[Special(LATENT)] * n, Special(LATENT_END)], tokenizer
-                )
-            elif part is None:
-                new = _tokenize(
-                    [f"<answer>{row.answer}</answer>", Special("<|im_end|>")], tokenizer
-                )
-            else:
-                new = _tokenize([f"<reason>{part}</reason>"], tokenizer)
+        for block in _blocks(response, row.answer, futures):
+            new = _tokenize(block, tokenizer)
             ids += new
             labels += [-100 if token == latent else token for token in new]
     if len(ids) > config.max_length:
@@ -188,19 +134,60 @@ def encode(row, tokenizer, config, train=True, spans=True):
     return dict(ids=ids, labels=labels, images=images, videos=videos, futures=futures, row=row)
 
 
+def _prompt(row, config):
+    """Row -> the pieces of its prompt, its images and its videos, (patches, grid) each."""
+    image_budget, _, _ = config.budgets
+    images = load_frames([part for part in row.prompt if isinstance(part, Frame)], image_budget)
+    videos, shown = [], iter(images)
+    pieces = [Special("<|im_start|>"), "system\n" + config.system, Special("<|im_end|>"), "\n"]
+    pieces += [Special("<|im_start|>"), "user\n"]
+    for part in row.prompt:
+        if isinstance(part, str):
+            pieces.append(part)
+        elif isinstance(part, Frame):
+            _, grid = next(shown)
+            pieces += _visual("<|image_pad|>", grid)
+        else:
+            patches, grid, stamped = _video(part, config)
+            videos.append((patches, grid))
+            pieces += stamped
+    pieces += [Special("<|im_end|>"), "\n", Special("<|im_start|>"), "assistant\n"]
+    return pieces, images, videos
+
+
+def _video(clip, config):
+    """A Clip -> patches, grid, and pieces in which each two frames are announced by their time."""
+    _, _, video_budget = config.budgets
+    frames, numbers, fps = read_uniform(clip, config.num_frames)
+    patches, grid = cut_to(video_budget, frames, clip.path)
+    times = [number / fps for number in (*numbers, numbers[-1])]  # an odd last frame is doubled
+    t, h, w = grid.tolist()
+    pieces = []
+    for first, second in zip(times[: 2 * t : 2], times[1::2]):
+        pieces.append(f"<{(first + second) / 2:.1f} seconds>")
+        pieces += _visual("<|video_pad|>", torch.tensor([1, h, w]))
+    return patches, grid, pieces
+
+
 def _visual(token, grid):
-    return [
-        Special("<|vision_start|>"),
-        *[Special(token)] * (int(grid.prod()) // MERGE**2),
-        Special("<|vision_end|>"),
-    ]
+    pads = [Special(token)] * (int(grid.prod()) // MERGE**2)
+    return [Special("<|vision_start|>"), *pads, Special("<|vision_end|>")]
+
+
+def _blocks(response, answer, futures):
+    """Yields the pieces of each block of a response; futures: (patches, grid) of its Frames."""
+    grids = iter(grid for _, grid in futures)
+    for part in response:
+        if isinstance(part, Frame):
+            latents = [Special(LATENT)] * (int(next(grids).prod()) // MERGE**2)
+            yield [Special(LATENT_START), *latents, Special(LATENT_END)]
+        else:
+            yield [f"<reason>{part}</reason>"]
+    yield [f"<answer>{answer}</answer>", Special("<|im_end|>")]
 
 
 def _tokenize(pieces, tokenizer):
-    """Specials become their id.
-
-    Neighbouring texts are joined first, as a chat template would join them.
-    """
+    """Pieces -> ids. Neighbouring texts are joined first, as a chat template would join them."""
     ids, text = [], ""
     for piece in [*pieces, Special("")]:
         if not isinstance(piece, Special):
@@ -215,19 +202,11 @@ def _tokenize(pieces, tokenizer):
 
 
 class Samples(Dataset):
-    """Rows encoded on demand, in background workers where the loader has them.
-
-    A broken one becomes a Skipped.
-    """
+    """Rows encoded on demand, in the loader's workers. A broken one becomes a Skipped."""
 
     def __init__(self, rows, tokenizer, config, train=True, spans=True):
-        self.rows, self.tokenizer, self.config, self.train, self.spans = (
-            rows,
-            tokenizer,
-            config,
-            train,
-            spans,
-        )
+        self.rows, self.tokenizer, self.config = rows, tokenizer, config
+        self.train, self.spans = train, spans
 
     def __len__(self):
         return len(self.rows)
@@ -239,42 +218,37 @@ class Samples(Dataset):
             return Skipped(self.rows[i].where, str(e))
 
 
-def collate(samples, pad_id, side="right", keep=False):
-    """Encoded samples -> a batch of HF-named tensors, plus `rows` and `skipped`. Source: ours.
+def collate(samples, pad_id, side="right"):
+    """Encoded samples -> a batch: HF-named tensors, and lists of what they are. Source: ours.
 
     input_ids, attention_mask, labels (B, L); pixel_values / image_grid_thw, pixel_values_videos /
     video_grid_thw, future_pixel_values / future_grid_thw where there are any. side: "left" to
-    generate, "right" to train. keep: also hand on the encoded `samples`. `kept`: which of the
-    samples are in the batch. If every sample was skipped, a one-token row without a label stands
-    in, so that each rank still takes its step.
+    generate, "right" to train. `samples`, `rows`: the B that are in the batch; `kept`: their
+    numbers among those given; `skipped`: the others. If every sample was skipped, a one-token row
+    without a label stands in, so that each rank still takes its step.
     """
-    skipped = [s for s in samples if isinstance(s, Skipped)]
-    good = [s for s in samples if not isinstance(s, Skipped)]
+    kept = [i for i, sample in enumerate(samples) if not isinstance(sample, Skipped)]
+    skipped = [sample for sample in samples if isinstance(sample, Skipped)]
+    good = [samples[i] for i in kept]
     ids = [torch.tensor(s["ids"]) for s in good] or [torch.tensor([pad_id])]
     labels = [torch.tensor(s["labels"]) for s in good] or [torch.tensor([-100])]
 
     def pad(rows, value):
-        return torch.nn.utils.rnn.pad_sequence(rows, True, value, padding_side=side)
+        return torch.nn.utils.rnn.pad_sequence(rows, True, value, padding_side=side)  # (B, L)
 
-    batch = dict(
-        input_ids=pad(ids, pad_id),
-        labels=pad(labels, -100),
-        attention_mask=pad([torch.ones_like(x) for x in ids], 0),
-    )  # (B, L)
-    for kind, pixels, grid in (
+    batch = dict(input_ids=pad(ids, pad_id), labels=pad(labels, -100))
+    batch["attention_mask"] = pad([torch.ones_like(x) for x in ids], 0)
+    for medium, pixels, grids in (
         ("images", "pixel_values", "image_grid_thw"),
         ("videos", "pixel_values_videos", "video_grid_thw"),
         ("futures", "future_pixel_values", "future_grid_thw"),
     ):
-        found = [pair for s in good for pair in s[kind]]
-        if found:
-            batch[pixels] = normalise(torch.cat([patches for patches, _ in found]))  # (P, 1536)
-            batch[grid] = torch.stack([g for _, g in found])  # (images, 3)
-    batch["rows"], batch["skipped"] = [s["row"] for s in good], skipped
-    if keep:
-        batch["samples"] = good
-    batch["kept"] = [i for i, s in enumerate(samples) if not isinstance(s, Skipped)]
-    return batch
+        pairs = list(chain.from_iterable(sample[medium] for sample in good))
+        if pairs:
+            batch[pixels] = normalise(torch.cat([patches for patches, _ in pairs]))  # (P, 1536)
+            batch[grids] = torch.stack([grid for _, grid in pairs])  # (images, 3)
+    rows = [sample["row"] for sample in good]
+    return dict(batch, samples=good, rows=rows, kept=kept, skipped=skipped)
 
 
 def to_device(batch, device):
@@ -301,9 +275,7 @@ def model_inputs(batch):
 
 
 def loader(samples, batches, workers, **collate_arguments):
-    """A DataLoader over explicit lists of indices (one list a batch), decoding ahead in `workers`
-    processes.
-    """
+    """A DataLoader over lists of indices, one a batch, decoding ahead in `workers` processes."""
     return DataLoader(
         samples,
         batch_sampler=batches,

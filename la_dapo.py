@@ -352,7 +352,6 @@ def roll_out(model, tokenizer, batch, k, config, machine):
             top_p=config.top_p,
             max_new_tokens=config.max_new_tokens,
             max_latents=config.max_latents,
-            latent_sigma=config.latent_sigma,
             share=config.share,
             generator=torch.Generator().manual_seed(config.seed * 1_000_003 + k),
         )
@@ -640,7 +639,7 @@ def prompt_loader(rows, tokenizer, at, config, machine):
     plan = prompt_batches(len(rows), config.rollout_batch, at, config.seed, rank, world)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     samples = Samples(rows, tokenizer, config, train=False)
-    return iter(loader(samples, plan, config.workers, pad_id=pad, side="left", keep=True))
+    return iter(loader(samples, plan, config.workers, pad_id=pad, side="left"))
 
 
 def check_readable(step, tally, skipped):

@@ -36,6 +36,8 @@ Axis letters: B prompts, R rows = B * n (row i * n + k is sample k of prompt i),
 T new tokens, S chosen tokens, N latents, D hidden, V vocabulary.
 """
 
+import contextlib
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,7 +45,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from common.cache import DecodingCache, SharedCache
-from model import log_continue, log_density
+from common.rollouts import Book, Rollout, join, take  # noqa: F401  importable from here too
+from model import log_continue
 
 CHUNK = 16  # steps between two looks at which rows are done
 LOGITS = 1024  # tokens of a replay whose logits are in memory at a time
@@ -65,7 +68,7 @@ def decode_slowly(model, prompt, max_new_tokens, max_latents=8, eos=()):
         ids = torch.cat([prompt["input_ids"], torch.tensor([tokens], dtype=torch.long)], 1)
         rest = dict(prompt, input_ids=ids, attention_mask=None)  # (1, P + tokens so far)
         h = model.hidden(**rest, latents=latents)[0][0, -1]  # (D,) h_p
-        logits = model.lm_head(h)  # (V,)
+        logits = model.logits(h)  # (V,)
         if span is None:
             token = int(logits.index_fill(0, never, -torch.inf).argmax())
             span = 0 if token == c.latent_start_id else None
@@ -114,11 +117,9 @@ def choose(logits, in_span, count, u, rule):
 
     # in a span there is one event: stop or continue
     log_stop = logp[:, rule.latent_end]
+    stops = log_stop.exp() > u if rule.temperature else logp.argmax(-1) == rule.latent_end
     forced = count >= rule.max_latents
-    wants_to_stop = (
-        logp.argmax(-1) == rule.latent_end if rule.temperature == 0 else log_stop.exp() > u
-    )
-    stop = forced | wants_to_stop
+    stop = forced | stops
     log_event = torch.where(stop, log_stop, log_continue(log_stop))
 
     token = torch.where(in_span, torch.where(stop, rule.latent_end, rule.latent), word)
@@ -184,7 +185,7 @@ def step(model, cache, state, u, rule, feed=own_latent):
 
     feed(model, state) -> (R, D): the next latent of each row that is in a span.
     """
-    token, logprob, sampled = choose(model.lm_head(state.h), state.in_span, state.count, u, rule)
+    token, logprob, sampled = choose(model.logits(state.h), state.in_span, state.count, u, rule)
     token = torch.where(state.done, rule.pad, token)
     z = feed(model, state)
     record = Record(token, logprob.masked_fill(state.done, 0), sampled & ~state.done, z)
@@ -229,36 +230,24 @@ def capture(run, state, u):
 # ----------------------------------------------------------------------------------------- generate
 
 
-@dataclass
-class Rollout:
-    """What was generated, as it was fed. Tensors are on the model's device."""
-
-    tokens: torch.Tensor  # (R, T) generated tokens only, padded after the end of turn
-    sampled: torch.Tensor  # (R, T) bool: the policy chose it; False where forced or padding
-    latents: list  # R tensors (N_i, D), one row a `<|latent|>` token, after head and noise
-    logprobs: torch.Tensor  # (R, T) under the full softmax at the temperature; 0 where not chosen
-    finish: list  # R of "eos" | "length"
-    lengths: torch.Tensor  # (R,) generated tokens incl. the end of turn
-    latent_sigma: float = 0.0  # where > 0, a latent's log-density is part of its logprob
-
-
 @torch.no_grad()
 def generate(
     model, batch, *, max_new_tokens, temperature=0.0, top_p=1.0, max_latents=8, n=1,
     eos_token_id=None, generator=None, feed=own_latent, banned=(), stream=None, share=False,
-    cuda_graph=False, latent_sigma=0.0,
+    cuda_graph=False,
 ):  # fmt: skip
     """Continue each prompt n times -> Rollout. Source: sec. 3.1.
 
     batch: dict of HF-named tensors, left-padded (`data.model_inputs`).
     temperature 0 = greedy; log-probabilities are then those of the untempered softmax.
     max_latents: longest span; paper: 2 * L_max = 8. eos_token_id: int or list, default the model's.
-    generator: where random numbers come from. feed: what a span is fed, see `step` (ablations).
-    banned: token ids that are never produced among words.
+    generator: where random numbers come from. banned: ids that are never produced among words.
+    feed: what a span is fed, see `step`. It is called once a step, in order, with the rows that are
+    still decoded; `state.row` are their numbers. So it may be an object with a state of its own.
     stream: called with each new piece of the tokens, (live rows, up to CHUNK), as it is known.
-    share: decode what the samples of a prompt have in common once (common/cache.py).
-    cuda_graph: on CUDA, capture one step and replay it.
-    latent_sigma > 0: Gaussian noise on each latent, whose log-density counts (model.log_density).
+    share: decode what the samples of a prompt have in common once (common/cache.py). Another feed
+    is refused then: equal words would no longer mean equal latents.
+    cuda_graph: on CUDA, capture one step and replay it; then feed may have no state on the host.
 
     A greedy result does not depend on what else is in the batch (up to rounding). A sampled one
     does not depend on when other rows finish. Raises ValueError for right padding or bad arguments.
@@ -271,34 +260,31 @@ def generate(
         raise ValueError(
             f"bad arguments: {max_new_tokens=} {n=} {max_latents=} {temperature=} {top_p=}"
         )
-    if share and (latent_sigma or feed is not own_latent or cuda_graph):
-        raise ValueError(
-            "share: with noise or other latents equal samples differ; a captured step has one size"
-        )
+    if share and (feed is not own_latent or cuda_graph):
+        raise ValueError("share: takes no other feed, and no cuda_graph, whose step has one size")
     rule = _rule(model, temperature, top_p, max_latents, eos_token_id, banned)
-    noise = _Noise(latent_sigma) if latent_sigma else None
+    inputs = {k: v for k, v in batch.items() if k != "mm_token_type_ids"}  # HF's: recomputed
 
+    with _decoding_mode(model):
+        h, prompt = model.hidden(**dict(inputs, attention_mask=mask), use_cache=True)
+        # a half-filled cache needs a mask: sdpa takes one
+        model.model.language_model.set_attn_implementation("sdpa")
+        cache = (SharedCache if share else DecodingCache)(prompt, mask, n, max_new_tokens)
+        position = mask.sum(-1, keepdim=True) + model.model.rope_deltas  # (B, 1)
+        state = _begin(h[:, -1].repeat_interleave(n, 0), position.repeat_interleave(n, 0))
+        run = functools.partial(step, model, cache, rule=rule, feed=feed)
+        book = Book(len(state.row), max_new_tokens, rule)
+        return _decode(run, cache, state, book, generator, stream, cuda_graph and ids.is_cuda)
+
+
+@contextlib.contextmanager
+def _decoding_mode(model):
+    """Evaluation mode; afterwards, mode and attention are as they were."""
     training, text = model.training, model.model.language_model
     attention = text.config._attn_implementation
     model.eval()
     try:
-        inputs = {k: v for k, v in batch.items() if k != "mm_token_type_ids"}  # HF's: recomputed
-        h, prompt = model.hidden(**dict(inputs, attention_mask=mask), use_cache=True)
-        text.set_attn_implementation("sdpa")  # a half-filled cache needs a mask: sdpa takes one
-        cache = (SharedCache if share else DecodingCache)(prompt, mask, n, max_new_tokens)
-        position = mask.sum(-1, keepdim=True) + model.model.rope_deltas  # (B, 1)
-        state = _begin(h[:, -1].repeat_interleave(n, 0), position.repeat_interleave(n, 0))
-        return _decode(
-            model,
-            cache,
-            state,
-            rule,
-            noise or feed,
-            max_new_tokens,
-            generator,
-            stream,
-            cuda_graph and ids.is_cuda,
-        )
+        yield
     finally:
         text.set_attn_implementation(attention)
         model.train(training)
@@ -326,57 +312,28 @@ def _begin(h, position):
     return State(rows, h, position, in_span=no, span=zero - 1, count=zero, done=no)
 
 
-class _Noise:
-    """As `feed`: the state's latent plus Gaussian noise. Source: ours."""
+def _decode(run, cache, state, book, generator, stream, graph):
+    """The loop over steps, `run(state, u)`, in chunks; after each, finished rows leave -> Rollout.
 
-    def __init__(self, sigma):
-        self.sigma, self.drawn = sigma, None  # (R, D) standard normal, set before each step
-
-    def __call__(self, model, state):
-        z = model.to_latent(state.h)
-        return z + self.sigma * self.drawn[state.row].to(z.dtype)
-
-    def density(self, z, drawn):
-        """log_density of latents whose noise is `drawn` (..., D) -> (...)."""
-        mean = z - self.sigma * drawn.to(z.dtype)
-        return log_density(z.flatten(0, -2), mean.flatten(0, -2), self.sigma).view(z.shape[:-1])
-
-
-def _decode(model, cache, state, rule, feed, T, generator, stream, graph):
-    """The loop over steps, in chunks; after each, finished rows leave -> Rollout."""
-    R, device = state.h.shape[0], state.h.device
-    noise = feed if isinstance(feed, _Noise) else None
-    book = _Book(R, T, rule, device)
-    captured = None  # the graph of a step, made once a plain one has run at this number of rows
-
-    def run(state, u):
-        return step(model, cache, state, u, rule, feed)
-
+    graph: capture a step, once a plain one has run at this number of rows.
+    """
+    (R, T), device, captured = book.tokens.shape, state.h.device, None
+    source = generator.device if generator else device
     for start in range(0, T, CHUNK):
-        steps = min(CHUNK, T - start)
         # drawn for all rows, live or not: a row's numbers do not depend on when others finish
-        source = dict(generator=generator, device=generator.device if generator else device)
-        u = torch.rand(R, steps, **source).to(device)
-        drawn = torch.randn(R, steps, state.h.shape[1], **source).to(device) if noise else None
+        size = R, min(CHUNK, T - start)
+        u = torch.rand(size, generator=generator, device=source).to(device)
+
         records = []
-        for j in range(steps):
-            if noise:
-                noise.drawn = drawn[:, j]
-            state, record = (captured or run)(state, u[state.row, j])
+        for drawn in u[state.row].unbind(1):  # (live,) a step
+            state, record = (captured or run)(state, drawn)
             if graph and captured is None:
-                captured = capture(run, state, u[state.row, j])
+                captured = capture(run, state, drawn)
             records.append(record)
-        chunk = Record(
-            *(torch.stack(x, 1) for x in zip(*records))
-        )  # (live, steps), z (live, steps, D)
-        if noise:
-            density = noise.density(chunk.z, drawn[state.row]).masked_fill(
-                chunk.token != rule.latent, 0
-            )
-            chunk = chunk._replace(logprob=chunk.logprob + density)
+        chunk = Record(*(torch.stack(field, 1) for field in zip(*records)))  # (live, steps)
+        book.write(state.row, start, chunk)
         if stream:
             stream(chunk.token)
-        book.write(state.row, start, chunk)
 
         # finished rows leave, when half of them have finished
         live = (~state.done).nonzero()[:, 0]
@@ -385,40 +342,7 @@ def _decode(model, cache, state, rule, feed, T, generator, stream, graph):
         if len(live) <= len(state.row) // 2:
             state, captured = state.at(live), None
             cache.keep(live)
-    return book.rollout(noise.sigma if noise else 0.0)
-
-
-class _Book:
-    """Writes the records of the live rows into those of all rows."""
-
-    def __init__(self, R, T, rule, device):
-        self.rule = rule
-        self.tokens = rule.pad.expand(R, T).clone()
-        self.sampled = torch.zeros(R, T, dtype=torch.bool, device=device)
-        self.logprobs = torch.zeros(R, T, device=device)
-        self.latents = [[] for _ in range(R)]
-
-    def write(self, row, start, chunk):
-        """chunk: a Record of (live, steps); row (live,): their numbers."""
-        columns = slice(start, start + chunk.token.shape[1])
-        self.tokens[row, columns] = chunk.token
-        self.sampled[row, columns] = chunk.sampled
-        self.logprobs[row, columns] = chunk.logprob
-        is_latent = chunk.token == self.rule.latent  # (live, steps)
-        parts = chunk.z[is_latent].split(is_latent.sum(1).tolist())
-        for r, part in zip(row.tolist(), parts):
-            self.latents[r].append(part)
-
-    def rollout(self, latent_sigma):
-        """-> Rollout."""
-        ended = torch.isin(self.tokens, self.rule.eos) & self.sampled  # (R, T)
-        T = ended.shape[1]
-        lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, T)
-        finish = ["eos" if e else "length" for e in ended.any(1).tolist()]
-        latents = [torch.cat(parts) for parts in self.latents]
-        return Rollout(
-            self.tokens, self.sampled, latents, self.logprobs, finish, lengths, latent_sigma
-        )
+    return book.rollout()
 
 
 # ------------------------------------------------------------------------------------------- replay
@@ -441,50 +365,37 @@ def replay(model, batch, rollout, temperature, prompt_of=None):
     batch: left-padded prompts (`data.model_inputs`), encoded once each. prompt_of (R,): each row's
     prompt, default R / B rows of each in turn.
     """
-    ids, mask = rollout.tokens, batch["attention_mask"]  # (R, T), (B, P)
-    R, T = ids.shape
+    ids, sampled, mask = rollout.tokens, rollout.sampled, batch["attention_mask"]
+    R, T = ids.shape  # mask (B, P)
     if prompt_of is None:
         prompt_of = torch.arange(R, device=ids.device) // (R // len(mask))
-    is_latent = ids == model.config.latent_id  # (R, T)
 
     # the prompts, then every row after a copy of its own: gradients of a group add up in its prompt
     h, cache = model.hidden(**batch, use_cache=True)  # (B, P, D)
-    start = (mask.sum(-1, keepdim=True) + model.model.rope_deltas)[prompt_of]  # (R, 1)
     cache.batch_select_indices(prompt_of)
     wide = torch.promote_types(h.dtype, torch.float32)
     z = torch.cat(rollout.latents).detach().to(wide).requires_grad_()  # (N, D)
     count = torch.arange(T, device=ids.device)
+    start = (mask.sum(-1, keepdim=True) + model.model.rope_deltas)[prompt_of]  # (R, 1)
     real = (count < rollout.lengths[:, None]).to(mask.dtype)  # (R, T)
-    new, _ = model.hidden(
-        ids,
-        torch.cat([mask[prompt_of], real], 1),  # (R, P + T)
-        latents=z,
-        past_key_values=cache,
-        position_ids=(start + count).expand(3, -1, -1),  # (3, R, T)
-        use_cache=True,
-    )
-    h = torch.cat(
-        [h[prompt_of, -1:], new[:, :-1]], 1
-    )  # (R, T, D): the state that chooses each token
+    seen = torch.cat([mask[prompt_of], real], 1)  # (R, P + T)
+    places = (start + count).expand(3, -1, -1)  # (3, R, T)
+    new, _ = model.hidden(ids, seen, latents=z, past_key_values=cache, position_ids=places)
 
-    logprob, entropy = _choices(
-        model, h[rollout.sampled], ids[rollout.sampled], temperature
-    )  # (S,)
+    # the state that chose each token, what it chose, what it would feed
+    h = torch.cat([h[prompt_of, -1:], new[:, :-1]], 1)  # (R, T, D)
+    logprob, entropy = _choices(model, h[sampled], ids[sampled], temperature)  # (S,)
+    predicted = model.to_latent(h[ids == model.config.latent_id]).to(wide)  # (N, D)
     zero = torch.zeros_like(ids, dtype=wide)
-    logprobs = zero.masked_scatter(rollout.sampled, logprob)  # (R, T)
-    predicted = model.to_latent(h[is_latent]).to(wide)  # (N, D)
-    if rollout.latent_sigma:
-        density = log_density(z.detach(), predicted, rollout.latent_sigma)  # (N,)
-        logprobs = logprobs + zero.masked_scatter(is_latent, density)
-    return Replay(logprobs, zero.masked_scatter(rollout.sampled, entropy), predicted, z)
+    logprob, entropy = (zero.masked_scatter(sampled, x) for x in (logprob, entropy))  # (R, T)
+    return Replay(logprob, entropy, predicted, z)
 
 
 def _choices(model, h, chosen, temperature):
     """States (S, D), what was chosen there (S,) -> log-probability and entropy of each (S,)."""
 
     def choice(h, chosen):
-        logits = model.lm_head(h).to(torch.promote_types(h.dtype, torch.float32))
-        logp = (logits / temperature).log_softmax(-1)  # (S', V)
+        logp = (model.logits(h) / temperature).log_softmax(-1)  # (S', V)
         log_stop = logp[:, model.config.latent_end_id]
         log_go = log_continue(log_stop)
         continued = chosen == model.config.latent_id
@@ -509,36 +420,3 @@ def token_logprobs(model, batch, rollout, temperature, prompt_of=None):
     Source: sec. 3.3, the policy of Eq. (7).
     """
     return replay(model, batch, rollout, temperature, prompt_of).logprobs
-
-
-def take(rollout, rows):
-    """Some rows of a Rollout, cut to the longest of them. Source: ours."""
-    rows = torch.as_tensor(rows, device=rollout.tokens.device)
-    T = int(rollout.lengths[rows].max())
-    return Rollout(
-        rollout.tokens[rows, :T],
-        rollout.sampled[rows, :T],
-        [rollout.latents[r] for r in rows.tolist()],
-        rollout.logprobs[rows, :T],
-        [rollout.finish[r] for r in rows.tolist()],
-        rollout.lengths[rows],
-        rollout.latent_sigma,
-    )
-
-
-def join(rollouts):
-    """Rollouts one below the other, padded to the longest. Source: ours."""
-
-    def stack(name):
-        rows = [row for r in rollouts for row in getattr(r, name)]
-        return torch.nn.utils.rnn.pad_sequence(rows, True)
-
-    return Rollout(
-        stack("tokens"),
-        stack("sampled"),
-        [z for r in rollouts for z in r.latents],
-        stack("logprobs"),
-        [end for r in rollouts for end in r.finish],
-        torch.cat([r.lengths for r in rollouts]),
-        rollouts[0].latent_sigma,
-    )

@@ -9,7 +9,7 @@ next input embedding.
     e* = vision tower and merger of a future frame, what a latent is trained to be    sec. 3.2
 
     model, tokenizer = load("Qwen/Qwen3-VL-2B-Instruct")  # or a Future-L1 folder, or a toy folder
-    out = model(input_ids, attention_mask, pixel_values, image_grid_thw, latents=latents)
+    out = model(**batch, latents=latents)  # batch: input_ids, attention_mask, pixel_values, ...
 
 The loss, Eq. (1)-(3), is in sft.py.
 
@@ -20,6 +20,7 @@ Where this differs from the official code:
  2. A subclass, not a patched copy: weights of either project load in the other and in stock
     Qwen3-VL. Stock `generate` then runs without imagination: it feeds `<|latent|>`, the token.
  3. The number of latents is checked against the number of `<|latent|>` tokens before anything runs.
+ 4. What is learnt from or sampled from are logits in fp32 (`FutureL1.logits`), not rounded to bf16.
 
 Axis letters: B rows, T tokens, N latents (all rows together), D hidden, V vocabulary.
 """
@@ -33,13 +34,8 @@ from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 LATENT_START, LATENT, LATENT_END = "<|latent_start|>", "<|latent|>", "<|latent_end|>"
-
-
-LATENT_IDS = {
-    "latent_start_id": LATENT_START,
-    "latent_id": LATENT,
-    "latent_end_id": LATENT_END,
-}  # config key: token
+# config key: token
+LATENT_IDS = dict(latent_start_id=LATENT_START, latent_id=LATENT, latent_end_id=LATENT_END)
 
 
 class FutureL1(Qwen3VLForConditionalGeneration):
@@ -55,42 +51,29 @@ class FutureL1(Qwen3VLForConditionalGeneration):
             self.add_latent_head()
 
     def add_latent_head(self):
-        """A linear map from states to latents, starting as the identity, i.e.
-
-        As the paper's method. Source: ours.
-        """
-        D = self.config.text_config.hidden_size
+        """A linear map from states to latents, at first the identity, the paper's method. Ours."""
+        weight, D = self.lm_head.weight, self.config.text_config.hidden_size
         self.config.latent_head = "linear"
-        self.latent_head = nn.Linear(
-            D, D, dtype=self.lm_head.weight.dtype, device=self.lm_head.weight.device
-        )
+        self.latent_head = nn.Linear(D, D, dtype=weight.dtype, device=weight.device)
         nn.init.eye_(self.latent_head.weight)
         nn.init.zeros_(self.latent_head.bias)
 
     @classmethod
     def from_pretrained(cls, folder, *args, **kwargs):
-        """Load a Future-L1 folder, or a stock Qwen3-VL folder (adds the three tokens.
+        """Load a Future-L1 folder, or a stock Qwen3-VL folder. Source: ours.
 
-        Its tokenizer is then read too).
-
-        Embeddings are resized only if the ids do not fit: stock Qwen3-VL has spare rows, and those
-        are left as they
-        are, so that a stock folder gives stock logits. Raises OSError if the folder is not a model.
-                                                  Source: ours.
+        To a stock folder the three tokens are added, so its tokenizer is read too. Embeddings are
+        resized only if the ids do not fit. Stock Qwen3-VL has spare rows: these are left as they
+        are, so that a stock folder gives stock logits. Raises OSError if the folder is no model.
         """
         loaded = super().from_pretrained(folder, *args, **kwargs)
-        model = (
-            loaded[0] if isinstance(loaded, tuple) else loaded
-        )  # a tuple with output_loading_info=True
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
         if any(getattr(model.config, key, None) is None for key in LATENT_IDS):
             model.set_latent_tokens(add_latent_tokens(AutoTokenizer.from_pretrained(folder)))
         return loaded
 
     def set_latent_tokens(self, ids):
-        """ids {config key: id} -> stored in the config.
-
-        Grows the embeddings if an id does not fit. Source: ours.
-        """
+        """Keep ids {config key: id} in the config; embeddings grow if one does not fit. Ours."""
         for key, value in ids.items():
             setattr(self.config, key, value)
         rows = self.get_input_embeddings().num_embeddings
@@ -99,9 +82,7 @@ class FutureL1(Qwen3VLForConditionalGeneration):
             self.config.text_config.vocab_size = max(ids.values()) + 1
 
     def save_pretrained(self, folder, **kwargs):
-        """A plain Hugging Face folder whose config names the stock class, so that other software
-        loads it.
-        """
+        """A plain Hugging Face folder whose config names the stock class: others load it too."""
         super().save_pretrained(folder, **kwargs)
         path = os.path.join(folder, "config.json")
         with open(path) as f:
@@ -119,109 +100,84 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         pixel_values (patches, 1536), grid (frames, 3) -> (N, D): vision tower and merger, no
         deepstack, no pooling, no gradient (the target is frozen, whatever else is trained).
         """
-        return self.model.visual(
-            pixel_values.to(self.model.visual.dtype), grid_thw=grid
-        ).pooler_output
+        return self._look(pixel_values, grid).pooler_output
+
+    def _look(self, pixels, grid):
+        """Patches (P, 1536) through the vision tower."""
+        visual = self.model.visual
+        return visual(pixels.to(visual.dtype), grid_thw=grid)
 
     def embed(
-        self,
-        input_ids,
-        pixel_values=None,
-        image_grid_thw=None,
-        pixel_values_videos=None,
-        video_grid_thw=None,
-        latents=None,
-    ):
-        """Token ids (B, T) -> what is fed: embeddings (B, T, D), mask of visual positions,
-        deepstack features.
+        self, input_ids, latents=None, pixel_values=None, image_grid_thw=None,
+        pixel_values_videos=None, video_grid_thw=None,
+    ):  # fmt: skip
+        """Token ids (B, T) -> what is fed (B, T, D), where it is visual (B, T), deepstack features.
 
-        Raises ValueError naming both numbers if images, videos or latents do not match their
-        placeholder tokens.
+        The last two are None without images and videos. Raises ValueError naming both numbers if
+        latents, images or videos do not match their placeholder tokens.
         """
         x = self.get_input_embeddings()(input_ids)  # (B, T, D)
-        visual, parts = None, []
+        is_latent = input_ids == getattr(self.config, "latent_id", -1)
+        x = _put(x, is_latent, latents, LATENT, "latents")
+
+        where, deepstack = [], []
         for name, token_id, pixels, grid in (
             ("image", self.config.image_token_id, pixel_values, image_grid_thw),
             ("video", self.config.video_token_id, pixel_values_videos, video_grid_thw),
         ):
-            where = input_ids == token_id  # (B, T)
-            if pixels is None:
-                _check_count(f"<|{name}_pad|>", where, f"{name} features", None)
-                continue
-            out = self.model.visual(pixels.to(self.model.visual.dtype), grid_thw=grid)
-            _check_count(f"<|{name}_pad|>", where, f"{name} features", out.pooler_output)
-            x = x.masked_scatter(where[..., None], out.pooler_output.to(x.dtype))
-            visual = where if visual is None else visual | where
-            parts.append((where, out.deepstack_features))
-        where = input_ids == getattr(self.config, "latent_id", -1)
-        _check_count(LATENT, where, "latents", latents)
-        if latents is not None:
-            x = x.masked_scatter(where[..., None], latents.to(x.dtype))  # row by row, in order
-        if len(parts) < 2:
-            return x, visual, parts[0][1] if parts else None
-        # both images and videos: their features in the order of the sequence
-        deepstack = []
-        for per_kind in zip(*(features for _, features in parts)):
-            joint = per_kind[0].new_zeros(int(visual.sum()), per_kind[0].shape[-1])
-            for (where, _), features in zip(parts, per_kind):
-                joint[where[visual]] = features
-            deepstack.append(joint)
-        return x, visual, deepstack
+            looks = None if pixels is None else self._look(pixels, grid)
+            features = None if looks is None else looks.pooler_output
+            x = _put(x, input_ids == token_id, features, f"<|{name}_pad|>", f"{name} features")
+            if looks is not None:
+                where.append(input_ids == token_id)
+                deepstack.append(looks.deepstack_features)
+        if not where:
+            return x, None, None
+
+        # images first, then videos -> the order of the sequence
+        order = torch.cat([place.flatten().nonzero()[:, 0] for place in where]).argsort()
+        deepstack = [torch.cat(layer)[order] for layer in zip(*deepstack)]
+        return x, where[0] | where[-1], deepstack
 
     def positions(self, input_ids, attention_mask=None, image_grid_thw=None, video_grid_thw=None):
         """M-RoPE positions (3, B, T) and each row's offset (B, 1) for the words after it.
 
-        Source: Qwen3-VL.
-
-        Latents count as text.
+        Latents count as text. Source: Qwen3-VL.
         """
-        kind = (input_ids == self.config.image_token_id).int() + 2 * (
-            input_ids == self.config.video_token_id
-        ).int()
+        is_image = input_ids == self.config.image_token_id
+        is_video = input_ids == self.config.video_token_id
+        grids = dict(image_grid_thw=image_grid_thw, video_grid_thw=video_grid_thw)
         return self.model.get_rope_index(
-            input_ids,
-            kind,
-            image_grid_thw=image_grid_thw,
-            video_grid_thw=video_grid_thw,
-            attention_mask=attention_mask,
+            input_ids, is_image.int() + 2 * is_video.int(), **grids, attention_mask=attention_mask
         )
+
+    def _positions_after(self, past, input_ids, attention_mask):
+        """Positions (3, B, T) of words after a cached prompt: on from where its positions ended."""
+        B, T = input_ids.shape
+        if attention_mask is None:
+            attention_mask = input_ids.new_ones(B, past + T)
+        seen = attention_mask.cumsum(-1)[:, -T:] - 1  # (B, T)
+        return (seen + self.model.rope_deltas).expand(3, -1, -1)
+
+    # ------------------------------------------------------------------------------- states, logits
 
     def hidden(
-        self,
-        input_ids,
-        attention_mask=None,
-        pixel_values=None,
-        image_grid_thw=None,
-        pixel_values_videos=None,
-        video_grid_thw=None,
-        latents=None,
-        past_key_values=None,
-        position_ids=None,
-        use_cache=False,
-    ):
+        self, input_ids, attention_mask=None, latents=None, past_key_values=None,
+        position_ids=None, use_cache=False, **media,
+    ):  # fmt: skip
         """-> last hidden states after the final norm (B, T, D), the cache or None.
 
-        Arguments as `forward`.
+        media: pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw. Arguments as
+        `forward`.
         """
-        x, visual, deepstack = self.embed(
-            input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw, latents
-        )
+        x, visual, deepstack = self.embed(input_ids, latents=latents, **media)
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        if position_ids is None and past == 0:
-            position_ids, self.model.rope_deltas = self.positions(
-                input_ids, attention_mask, image_grid_thw, video_grid_thw
-            )
-        elif (
-            position_ids is None
-        ):  # words after a cached prompt: count on from where its M-RoPE positions ended
-            seen = (
-                torch.arange(past + input_ids.shape[1], device=x.device).expand(len(x), -1)
-                if attention_mask is None
-                else attention_mask.cumsum(-1) - 1
-            )
-            position_ids = (seen[:, -input_ids.shape[1] :] + self.model.rope_deltas).expand(
-                3, -1, -1
-            )  # (3, B, T)
+        if position_ids is None and past:
+            position_ids = self._positions_after(past, input_ids, attention_mask)
+        elif position_ids is None:
+            grids = {name: grid for name, grid in media.items() if name.endswith("grid_thw")}
+            position_ids, offset = self.positions(input_ids, attention_mask, **grids)
+            self.model.rope_deltas = offset
         out = self.model.language_model(
             inputs_embeds=x,
             attention_mask=attention_mask,
@@ -229,68 +185,78 @@ class FutureL1(Qwen3VLForConditionalGeneration):
             past_key_values=past_key_values,
             visual_pos_masks=visual,
             deepstack_visual_embeds=deepstack,
-            use_cache=use_cache,
+            use_cache=bool(use_cache) or past_key_values is not None,
         )
         return out.last_hidden_state, out.past_key_values
 
     def to_latent(self, h):
-        """Hidden states (..., D) -> the latents they predict (..., D): themselves (paper) or
-        through the head.
-        """
+        """States (..., D) -> the latents they predict: themselves (paper), or through the head."""
         return h if self.latent_head is None else self.latent_head(h)
 
-    def forward(
-        self,
-        input_ids,
-        attention_mask=None,
-        pixel_values=None,
-        image_grid_thw=None,
-        pixel_values_videos=None,
-        video_grid_thw=None,
-        latents=None,
-        past_key_values=None,
-        position_ids=None,
-        use_cache=None,
-        logits_to_keep=0,
-        mm_token_type_ids=None,
-    ):
-        """Logits (B, T, V), with `latents` (N, D) fed at the `<|latent|>` positions, row by row
-        in order.
+    def logits(self, h):
+        """States (..., D) -> logits (..., V), in fp32 where weights or arithmetic are bf16. Ours.
 
-        `.hidden_states[-1]` is h (B, T, D). logits_to_keep: only the last k positions, 0 = all.
-        mm_token_type_ids is accepted because HF processors return it; it is recomputed. Raises
-        ValueError on a count mismatch.
+        In bf16, logits between 16 and 32 are .125 apart: one bit is a factor of 1.13 in a
+        probability. Under autocast the product takes bf16 as well; only its result is not rounded.
         """
-        h, cache = self.hidden(
-            input_ids,
-            attention_mask,
-            pixel_values,
-            image_grid_thw,
-            pixel_values_videos,
-            video_grid_thw,
-            latents,
-            past_key_values,
-            position_ids,
-            bool(use_cache) or past_key_values is not None,
-        )
+        device = h.device.type
+        narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+        if torch.finfo(narrow).bits >= 32:
+            return self.lm_head(h)
+        weight = self.lm_head.weight  # (V, D)
+        rows = h.reshape(-1, h.shape[-1])
+        logits = _Fp32Product.apply(rows.to(narrow), weight.to(narrow))
+        return logits.view(*h.shape[:-1], len(weight))
+
+    def forward(
+        self, input_ids, attention_mask=None, logits_to_keep=0, mm_token_type_ids=None, **inputs
+    ):
+        """Logits (B, T, V) of the lm_head, in its own dtype as stock's. `logits` rounds less.
+
+        inputs: HF-named tensors and `hidden`'s arguments. `latents` (N, D) are fed at the
+        `<|latent|>` positions, row by row in order. `.hidden_states[-1]` is h (B, T, D).
+        logits_to_keep: only the last k positions, 0 = all. mm_token_type_ids is accepted because HF
+        processors return it; it is recomputed. Raises ValueError on a count mismatch.
+        """
+        h, cache = self.hidden(input_ids, attention_mask, **inputs)
         logits = self.lm_head(h[:, -logits_to_keep:])
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache, hidden_states=(h,))
 
     def generate(self, *args, **kwargs):
-        """Not here: transformers' own loop knows no latents.
-
-        Raises TypeError that says where to go. Source: ours.
-        """
+        """Raises TypeError that says where to go: transformers' loop knows no latents. Ours."""
         raise TypeError(
             "latent_decode.generate decodes words and latents; for words alone, load the folder as "
             "transformers' Qwen3VLForConditionalGeneration"
         )
 
 
-def _check_count(token, where, name, rows):
-    found, given = int(where.sum()), 0 if rows is None else len(rows)
-    if found != given:
-        raise ValueError(f"{found} {token} tokens in input_ids but {given} {name}")
+def _put(x, where, rows, token, name):
+    """x (B, T, D) with `rows` (N, D) at the places `where` (B, T), row by row in order.
+
+    Raises ValueError if there is not one for each place.
+    """
+    places, given = int(where.sum()), 0 if rows is None else len(rows)
+    if places != given:
+        raise ValueError(f"{places} {token} tokens in input_ids but {given} {name}")
+    return x if rows is None else x.masked_scatter(where[..., None], rows.to(x.dtype))
+
+
+class _Fp32Product(torch.autograd.Function):
+    """x (M, D), w (V, D), both bf16 -> x w^T (M, V) in fp32; the gradients are bf16."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        if x.is_cuda:
+            return torch.mm(x, w.T, out_dtype=torch.float32)  # has no gradient of its own
+        with torch.autocast(x.device.type, enabled=False):
+            return x.float() @ w.float().T
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        return grad @ w, grad.T @ x
 
 
 def log_continue(log_stop):
@@ -298,40 +264,29 @@ def log_continue(log_stop):
     return torch.log(-torch.expm1(log_stop.clamp(max=-1e-7)))  # finite where p rounds to 1
 
 
-def log_density(z, mean, sigma):
-    """log N(z; mean, sigma^2) of noisy latents (N, D) -> (N,), the mean over D and without the
-    constant. Source: ours.
-
-    The mean keeps it on the scale of a word's log-probability; the sum over thousands of dimensions
-    would drown that.
-    """
-    wide = torch.promote_types(z.dtype, torch.float32)
-    return -((z.to(wide) - mean.to(wide)) / sigma).square().mean(-1) / 2
-
-
 def add_latent_tokens(tokenizer):
-    """Give a tokenizer the three control tokens if it lacks them -> {config key: id}.
-
-    Source: paper sec. 3.1.
-    """
+    """Give a tokenizer the three tokens if it lacks them -> {config key: id}. Source: sec. 3.1."""
     tokenizer.add_tokens(list(LATENT_IDS.values()), special_tokens=True)
     return {key: tokenizer.convert_tokens_to_ids(token) for key, token in LATENT_IDS.items()}
 
 
 def load(folder, latent_head=None, **kwargs):
-    """A model folder or hub id -> (FutureL1, tokenizer), stock or ours. Source: ours.
+    """A model folder or hub id, stock or ours -> (FutureL1, tokenizer). Source: ours.
 
     latent_head: None keeps what the folder has; "linear" adds one, starting as the identity. kwargs
-    go to transformers (dtype=, attn_implementation=). Raises ValueError if weights are missing, or
-    if config and tokenizer disagree on a token's id.
+    go to transformers (dtype=, attn_implementation=). Raises ValueError if weights are missing or
+    left over, or if config and tokenizer disagree on a token's id.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = add_latent_tokens(tokenizer)
     model, info = FutureL1.from_pretrained(folder, output_loading_info=True, **kwargs)
-    if info["missing_keys"]:
-        raise ValueError(
-            f"{folder} lacks {len(info['missing_keys'])} weights, e.g. {min(info['missing_keys'])}"
-        )
+    for keys, fault in (
+        (info["missing_keys"], "are missing from"),
+        (info["unexpected_keys"], "have no place in the model, but are in"),
+    ):
+        if keys:
+            names = ", ".join(sorted(keys)[:4])
+            raise ValueError(f"{len(keys)} weights {fault} {folder}, e.g. {names}")
     for key, token in LATENT_IDS.items():
         if getattr(model.config, key) != ids[key]:
             raise ValueError(
@@ -346,12 +301,8 @@ def load(folder, latent_head=None, **kwargs):
 
 
 def best_attention():
-    """flash_attention_2 where the flash-attn package is installed on CUDA, else sdpa.
-
-    Source: ours.
-    """
+    """flash_attention_2 where the flash-attn package is installed on CUDA, else sdpa. Ours."""
     from transformers.utils import is_flash_attn_2_available
 
-    return (
-        "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
-    )
+    flash = torch.cuda.is_available() and is_flash_attn_2_available()
+    return "flash_attention_2" if flash else "sdpa"

@@ -10,26 +10,19 @@ import torch.nn.functional as F
 
 from common.formats import Clip, Frame
 
-PATCH, MERGE, TEMPORAL = (
-    16,
-    2,
-    2,
-)  # Qwen3-VL: pixels a patch, patches a token (each way), frames a patch
-
-
+# Qwen3-VL: pixels a patch, patches a token (each way), frames a patch
+PATCH, MERGE, TEMPORAL = 16, 2, 2
 CELL = PATCH * MERGE  # pixels a token, each way
 
 
 def fit(num_frames, height, width, min_pixels, max_pixels):
-    """Size (H, W) in whole 32-pixel cells that keeps the shape and meets the budget over all
-    frames.
+    """Size (H, W) in 32-pixel cells that keeps the shape and meets the budget over all frames.
 
     Source: the sizes of Qwen3-VL's image (one frame) and video processors. Raises ValueError beyond
     200:1.
     """
-    if (
-        num_frames > 1 and min(height, width) < CELL
-    ):  # the video processor first scales a tiny clip up to one cell
+    # the video processor first scales a tiny clip up to one cell
+    if num_frames > 1 and min(height, width) < CELL:
         scale = CELL / min(height, width)
         height, width = int(height * scale), int(width * scale)
     if max(height, width) > 200 * min(height, width):
@@ -55,9 +48,8 @@ def resize_and_cut(frames, min_pixels, max_pixels):
     x = torch.as_tensor(frames).permute(0, 3, 1, 2)  # (T, 3, H, W)
     H, W = fit(len(x), *x.shape[-2:], min_pixels, max_pixels)
     if (H, W) != tuple(x.shape[-2:]):
-        x = F.interpolate(
-            x.contiguous(), (H, W), mode="bicubic", antialias=True
-        )  # on bytes, as HF's fast processors
+        # on bytes, as HF's fast processors
+        x = F.interpolate(x.contiguous(), (H, W), mode="bicubic", antialias=True)
     if len(x) % TEMPORAL:
         x = torch.cat([x, x[-1:]])
     t, h, w = len(x) // TEMPORAL, H // PATCH, W // PATCH
@@ -72,8 +64,7 @@ def normalise(patches):
 
 
 def resize_and_patchify(frames, min_pixels, max_pixels):
-    """frames uint8 (T, H, W, 3) -> (patches float (P, 1536), grid (3,)), equal to HF's Qwen3-VL
-    processors.
+    """frames uint8 (T, H, W, 3) -> (patches float (P, 1536), grid (3,)), as HF's processors do.
 
     T = 1 is an image; otherwise a video, whose budgets count the pixels of all T frames. Source:
     Qwen3-VL.
@@ -103,37 +94,32 @@ def key_frame_positions(num_frames):
 
 
 def uniform_positions(num_frames, n):
-    """n frame numbers spread over the whole clip, as Qwen3-VL's video processor takes them; n <=
-    num_frames.
-    """
+    """At most n frame numbers spread over the whole clip, as Qwen3-VL's video processor does."""
     return np.linspace(0, num_frames - 1, min(n, num_frames)).round().astype(int).tolist()
 
 
 def read_clip(path, choose):
-    """Decode some frames of a clip -> (frames uint8 (T, H, W, 3), their numbers, frames per
-    second).
+    """Decode some frames of a clip -> frames uint8 (T, H, W, 3), their numbers, frames a second.
 
     choose(number of frames) -> list of frame numbers. decord first, PyAV when decord refuses.
     Raises ClipError with what both said. Source: ours.
     """
     if not os.path.isfile(path):
         raise ClipError(f"{path}: no such file")
-    said = []
+    faults = []
     for reader in (_decord, _pyav):
         try:
             frames, numbers, fps = reader(path, choose)
             return frames, numbers, fps if fps and math.isfinite(fps) else 24.0
         except ImportError as e:
-            said.append(f"{reader.__name__[1:]}: not installed ({e})")
+            faults.append(f"{reader.__name__[1:]}: not installed ({e})")
         except ClipError as e:
-            said.append(str(e))
-    raise ClipError(f"{path}: cannot be read as a video ({'; '.join(said)})")
+            faults.append(str(e))
+    raise ClipError(f"{path}: cannot be read as a video ({'; '.join(faults)})")
 
 
 def read_uniform(clip, n):
-    """A Clip -> n frames spread over it, as `read_clip` returns them. Raises ClipError. Source:
-    ours.
-    """
+    """A Clip -> n frames spread over it, as `read_clip` returns them. Raises ClipError. Ours."""
     first, last = 0, None
     if clip.start or clip.end < math.inf:
         fps = read_clip(clip.path, lambda total: [0] if total else [])[2]
@@ -155,25 +141,21 @@ def _decord(path, choose):
         clip = decord.VideoReader(path, num_threads=1)
         clock = clip.get_frame_timestamp(np.arange(len(clip)))[:, 0]  # (frames,) seconds
         if clock[:1] < 0 or (np.diff(clock) <= 0).any() or 0 not in clip.get_key_indices():
-            raise ClipError(
-                "decord: cut by stream copy"
-            )  # it would count hidden frames, or mix the order up
+            # it would count hidden frames, or mix the order up
+            raise ClipError("decord: cut by stream copy")
         numbers = choose(len(clip)) if len(clip) else None
         frames = clip.get_batch(numbers).asnumpy() if numbers else None
         fps = float(clip.get_avg_fps())
     except Exception as e:  # whatever a damaged file provokes: the other reader decides
-        raise ClipError(
-            f"decord: {type(e).__name__} {(str(e).strip().splitlines() or [''])[-1]:.100}"
-        ) from e
+        last_line = str(e).strip().rpartition("\n")[2]
+        raise ClipError(f"decord: {type(e).__name__} {last_line:.100}") from e
     if frames is None:
         raise ClipError("decord: no frames")
     return frames, numbers, fps
 
 
 def _shown(frame):
-    """Not one of the frames that a cut by stream copy keeps for the decoder alone, before the
-    clip's time 0.
-    """
+    """Whether a frame is seen: a cut by stream copy keeps some before time 0 for the decoder."""
     return frame.time is None or frame.time >= 0
 
 
@@ -183,20 +165,17 @@ def _pyav(path, choose):
     try:
         with av.open(path) as container:
             stream = container.streams.video[0]
-            total = sum(
-                _shown(frame) for frame in container.decode(stream)
-            )  # the header's count cannot be trusted
+            # the header's count cannot be trusted
+            total = sum(_shown(frame) for frame in container.decode(stream))
             fps = float(stream.average_rate or 0)
         numbers = choose(total)
-        wanted, found = set(numbers), {}
+        wanted, pictures = set(numbers), {}
         with av.open(path) as container:
             for i, frame in enumerate(filter(_shown, container.decode(container.streams.video[0]))):
                 if i in wanted:
-                    found[i] = frame.to_ndarray(format="rgb24")
-        return np.stack([found[i] for i in numbers]), numbers, fps
-    except (
-        Exception
-    ) as e:  # no video stream, no frames, fewer frames than counted, any decoder error
+                    pictures[i] = frame.to_ndarray(format="rgb24")
+        return np.stack([pictures[i] for i in numbers]), numbers, fps
+    except Exception as e:  # no video stream, no frames, fewer than counted, any decoder error
         raise ClipError(f"PyAV: {type(e).__name__} {e}") from e
 
 
@@ -217,11 +196,12 @@ _cache = {}  # (Frame, budget) -> (patches uint8, grid)
 _cache_bytes = 0  # held by _cache; CACHE_BYTES once it is closed
 
 
-def _cut(frames, budget, name):
+def cut_to(budget, frames, source):
+    """`resize_and_cut` of frames from a source (path or bytes). Raises ClipError."""
     try:
         return resize_and_cut(frames, *budget)
     except ValueError as e:
-        raise ClipError(f"{name if isinstance(name, str) else 'image'}: {e}") from e
+        raise ClipError(f"{source if isinstance(source, str) else 'image'}: {e}") from e
 
 
 def load_frames(frames, budget):
@@ -230,11 +210,11 @@ def load_frames(frames, budget):
     They are kept in memory until CACHE_BYTES are full; from then on nothing is added. Until then
     all eight key frames of a clip are cut at once. Raises ClipError. Source: ours.
     """
-    got = {frame: _cache[frame, budget] for frame in frames if (frame, budget) in _cache}
+    loaded = {frame: _cache[frame, budget] for frame in frames if (frame, budget) in _cache}
     for frame in frames:
-        if frame not in got and not frame.index:
-            got[frame] = _cut(read_image(frame.source), budget, frame.source)
-    missing = [frame for frame in frames if frame not in got]
+        if frame not in loaded and not frame.index:
+            loaded[frame] = cut_to(budget, read_image(frame.source), frame.source)
+    missing = [frame for frame in frames if frame not in loaded]
     for path in dict.fromkeys(frame.source for frame in missing):
         numbers = sorted({frame.index for frame in missing if frame.source == path})
         numbers = range(1, 9) if _cache_bytes < CACHE_BYTES else numbers
@@ -242,55 +222,56 @@ def load_frames(frames, budget):
             path, lambda n, of=numbers: [key_frame_positions(n)[i - 1] for i in of]
         )
         for i, picture in zip(numbers, pictures):
-            got[Frame(path, i)] = _cut(picture[None], budget, path)
-    for frame, cut in got.items():
-        _keep(frame, budget, cut)
-    return [got[frame] for frame in frames]
+            loaded[Frame(path, i)] = cut_to(budget, picture[None], path)
+    for frame, patches_and_grid in loaded.items():
+        _keep(frame, budget, patches_and_grid)
+    return [loaded[frame] for frame in frames]
 
 
-def _keep(frame, budget, cut):
+def _keep(frame, budget, patches_and_grid):
     """Add a cut frame to the cache; the first that does not fit closes it."""
     global _cache_bytes
     if (frame, budget) in _cache or _cache_bytes >= CACHE_BYTES:
         return
-    size = cut[0].nbytes + (len(frame.source) if isinstance(frame.source, bytes) else 0)
+    source = len(frame.source) if isinstance(frame.source, bytes) else 0
+    size = patches_and_grid[0].nbytes + source
     if _cache_bytes + size > CACHE_BYTES:
         _cache_bytes = CACHE_BYTES
         return
-    _cache[frame, budget] = cut
+    _cache[frame, budget] = patches_and_grid
     _cache_bytes += size
 
 
 def pixels_of(frames):
     """Frames -> {Frame: uint8 (H, W, 3)}: the pictures, then all eight key frames of each clip.
-    Raises ClipError. Ours.
+
+    Raises ClipError. Source: ours.
     """
-    found = {f: read_image(f.source)[0] for f in frames if not f.index}
-    for path in dict.fromkeys(f.source for f in frames if f.index):
+    pixels = {frame: read_image(frame.source)[0] for frame in frames if not frame.index}
+    for path in dict.fromkeys(frame.source for frame in frames if frame.index):
         pictures, _, _ = read_clip(path, key_frame_positions)
-        found |= {Frame(path, i): picture for i, picture in enumerate(pictures, 1)}
-    return found
+        for i, picture in enumerate(pictures, 1):
+            pixels[Frame(path, i)] = picture
+    return pixels
 
 
 def film(row):
     """The frames around a row -> [(label, role, uint8 (H, W, 3))]; role: seen | future | other.
-    Source: ours.
 
     A row of key frames: all eight of its clip. A row of whole pictures: these. A clip that enters
-    as a video: eight frames spread over what the model saw of it. Raises ClipError.
+    as a video: eight frames spread over what the model saw of it. Raises ClipError. Source: ours.
     """
-    seen, future = (
-        [p for p in part if isinstance(p, Frame)] for part in (row.prompt, row.response)
-    )
+    seen = [part for part in row.prompt if isinstance(part, Frame)]
+    future = [part for part in row.response if isinstance(part, Frame)]
     roles = dict.fromkeys(future, "future") | dict.fromkeys(seen, "seen")
-    found = [
-        (str(f.index or f"picture {i}"), roles.get(f, "other"), picture)
-        for i, (f, picture) in enumerate(pixels_of([*seen, *future]).items(), 1)
-    ]
-    for clip in (p for p in row.prompt if isinstance(p, Clip)):
+    strip = []
+    for i, (frame, picture) in enumerate(pixels_of([*seen, *future]).items(), 1):
+        label = str(frame.index or f"picture {i}")
+        strip.append((label, roles.get(frame, "other"), picture))
+    for clip in (part for part in row.prompt if isinstance(part, Clip)):
         pictures, numbers, fps = read_uniform(clip, 8)
-        found += [(f"{n / fps:.1f} s", "seen", picture) for n, picture in zip(numbers, pictures)]
-    return found
+        strip += [(f"{n / fps:.1f} s", "seen", picture) for n, picture in zip(numbers, pictures)]
+    return strip
 
 
 def jpeg(pixels, side):

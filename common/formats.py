@@ -75,22 +75,23 @@ def read_rows(path, media_root=None, bad=None):
     return rows
 
 
-def report_bad(bad, total, max_bad):
-    """Print how many of `total` records were left out, by reason, and name each. Source: ours.
+def report_bad(bad, total, max_bad, fate="cannot be used and are left out"):
+    """Say how many of `total` records were left out, by reason, and name each. Source: ours.
 
-    bad: list of Skipped. Raises SystemExit if all are bad, or more than the share max_bad (0..1).
+    bad: list of Skipped. Of several ranks the first one prints. Raises SystemExit on each if all
+    are bad, or more than the share max_bad (0..1).
     """
     if not bad:
         return
     reasons = collections.Counter(why for _, why in bad)
-    print(f"{len(bad)} of {total} records cannot be used and are left out:")
-    for why, count in reasons.most_common():
-        print(f"{count:6} {why}")
-    for where, why in bad:
-        print(f"{where}: {why}")
+    lines = [f"{len(bad)} of {total} records {fate}:"]
+    lines += [f"{count:6} {why}" for why, count in reasons.most_common()]
+    lines += [f"{where}: {why}" for where, why in bad]
+    if os.environ.get("RANK", "0") == "0":  # torchrun's
+        print("\n".join(lines))
     if len(bad) == total or len(bad) > max_bad * total:
         raise SystemExit(
-            f"{len(bad)} of {total} records cannot be used, more than max_bad = {max_bad} allows; "
+            f"{len(bad)} of {total} records {fate}, more than max_bad = {max_bad} allows; "
             f"the first: {bad[0].where}: {bad[0].why}"
         )
 
@@ -98,7 +99,8 @@ def report_bad(bad, total, max_bad):
 def read_records(path):
     """A .json, .jsonl or .parquet file -> its records as they stand. Source: ours.
 
-    Raises RecordError, FileNotFoundError.
+    A line of a .jsonl file that is not JSON becomes the RecordError that `read_record` raises for
+    it. Raises RecordError for a file that cannot be read as a whole, FileNotFoundError.
     """
     if path.endswith(".parquet"):
         try:
@@ -108,25 +110,31 @@ def read_records(path):
         return pyarrow.parquet.read_table(path).to_pylist()
     with open(path, encoding="utf-8") as f:
         try:
-            texts = f.read().split("\n") if path.endswith(".jsonl") else [f.read()]
+            text = f.read()
         except UnicodeDecodeError as e:
             raise RecordError(f"{path}: not UTF-8 text ({e})") from e
-    records = []
-    for text in texts:
-        try:
-            records += [json.loads(text)] if text.strip() else []
-        except json.JSONDecodeError as e:
-            raise RecordError(f"{path}:{len(records)}: not JSON ({e})") from e
     if path.endswith(".jsonl"):
-        return records
-    records = records[0] if records else []
+        lines = [line for line in text.split("\n") if line.strip()]
+        return [_parse(line, f"{path}:{i}") for i, line in enumerate(lines)]
+    if not text.strip():
+        return []
+    records = _parse(text, path)
+    if isinstance(records, RecordError):
+        raise records
     if isinstance(records, dict):  # {"data": [...]} or {id: record}
-        records = (
-            records["data"] if isinstance(records.get("data"), list) else list(records.values())
-        )
+        data = records.get("data")
+        records = data if isinstance(data, list) else list(records.values())
     if not isinstance(records, list):
         raise RecordError(f"{path}: expected a list of records, found {type(records).__name__}")
     return records
+
+
+def _parse(text, where):
+    """JSON -> its content, or the RecordError that says why not."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        return RecordError(f"{where}: not JSON ({e})")
 
 
 class Record:
@@ -171,7 +179,12 @@ class Record:
 
 
 def read_record(record, where, media_root="."):
-    """One JSON object -> Row. `where` names it in errors. Raises RecordError."""
+    """One JSON object, as `read_records` gives it -> Row. `where` names it in errors.
+
+    Raises RecordError.
+    """
+    if isinstance(record, RecordError):
+        raise record
     if not isinstance(record, dict):
         raise RecordError(f"{where}: expected an object, found {type(record).__name__}")
     read = next((reader for key, reader in READERS if key in record), None)
@@ -339,19 +352,16 @@ def _steps(pieces):
 
 
 def _split_answer(text, tag):
-    found = re.search(rf"<{tag}>(.*?)</{tag}>", text, re.S)
-    return (
-        (text, None)
-        if found is None
-        else (text[: found.start()] + text[found.end() :], found.group(1).strip())
-    )
+    """-> the text without its first <tag>...</tag>, and what that held; None if there is none."""
+    match = re.search(rf"<{tag}>(.*?)</{tag}>", text, re.S)
+    if match is None:
+        return text, None
+    return text[: match.start()] + text[match.end() :], match.group(1).strip()
 
 
 def _options(options, where):
-    if isinstance(options, dict):
-        options = [
-            options[k] for k in sorted(options, key=lambda k: (len(str(k)), str(k)))
-        ]  # A, B, ... or 1, 2, ... 10
+    if isinstance(options, dict):  # by A, B, ... or 1, 2, ... 10
+        options = [options[k] for k in sorted(options, key=lambda k: (len(str(k)), str(k)))]
     if options is not None and (not isinstance(options, list) or not 2 <= len(options) <= 26):
         raise RecordError(f"{where}: options should be 2 to 26 texts, found {options!r:.60}")
     return options and [str(o) for o in options]
@@ -359,12 +369,11 @@ def _options(options, where):
 
 def _with_options(question, options):
     """Append "A) ..." lines unless the question has them (some FutureBench questions do)."""
-    if all(
-        re.search(rf"\b{chr(65 + i)}\s*[).:]\s*{re.escape(o)}", question)
-        for i, o in enumerate(options)
-    ):
+    lettered = [(chr(65 + i), option) for i, option in enumerate(options)]
+    shown = [re.search(rf"\b{a}\s*[).:]\s*{re.escape(option)}", question) for a, option in lettered]
+    if all(shown):
         return question
-    return question + "\n" + "\n".join(f"{chr(65 + i)}) {o}" for i, o in enumerate(options))
+    return "\n".join([question, *(f"{a}) {option}" for a, option in lettered)])
 
 
 def _image_source(x, where, key, media):
@@ -379,5 +388,5 @@ def _image_source(x, where, key, media):
 
 def answer_of(response):
     """The text of the first closed <answer>, or None. Source: paper sec. 4."""
-    found = re.search(r"<answer>(.*?)</answer>", response, re.S)
-    return found and found.group(1).strip()
+    match = re.search(r"<answer>(.*?)</answer>", response, re.S)
+    return match and match.group(1).strip()

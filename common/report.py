@@ -17,6 +17,7 @@ import glob
 import json
 import os
 import sys
+from collections import Counter
 from html import escape
 
 import numpy as np
@@ -24,6 +25,7 @@ import torch
 
 from common.benchmarks import PAPER
 from common.clips import ClipError, film, jpeg, key_frame_positions, read_clip
+from common.formats import Frame, Row
 from common.intervals import paired_bootstrap
 from common.judge import add_verdicts
 from common.runs import read_lines, read_log
@@ -506,3 +508,64 @@ if __name__ == "__main__":
             "usage: python -m common.report FOLDER [FOLDER ...]   (folders that evaluate.py wrote)"
         )
     print(compare(sys.argv[1:]))
+
+
+def tabulate_selection(rows, gains, fates):
+    """How many candidates of curation had which fate -> {by: {key: Counter}}, by all, category,
+    future frames and gain (Fig. 6).
+
+    rows: {id: Row, or Skipped}; gains: {id: gain} of those that have one; fates: {id: fate}.
+    """
+    keys = {"all": {}, "category": {}, "future frames": {}, "gain": {}}
+    for id, row in rows.items():
+        readable = isinstance(row, Row)
+        keys["all"][id] = "all"
+        keys["category"][id] = row.group if readable else "?"
+        future = [part for part in row.response if isinstance(part, Frame)] if readable else []
+        keys["future frames"][id] = len(future) if readable else "?"
+        keys["gain"][id] = gains.get(id, "?")
+    tables = {}
+    for by, key_of in keys.items():
+        order = sorted(set(key_of.values()), key=lambda key: (isinstance(key, str), key))
+        tables[by] = {key: Counter() for key in order}
+        for id, key in key_of.items():
+            tables[by][key][fates[id]] += 1
+    return tables
+
+
+def selection_text(tables, fates):
+    """The tables of `tabulate_selection` as text."""
+    lines = [""]
+    for by, table in tables.items():
+        lines += ["", f"{by:<16}" + "".join(f"{fate:>14}" for fate in fates)]
+        for key, count in table.items():
+            lines.append(f"{key:<16}" + "".join(f"{count[fate]:>14}" for fate in fates))
+    return "\n".join(lines)
+
+
+def draw_selection(tables, fates, png):
+    """What curation chose, as a picture: how many candidates have which gain (Fig. 6), category and
+    number of future frames.
+
+    tables: {by: {key: {fate: count}}} of `tabulate_selection`; fates: their names, in order.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shape = dict(figsize=(12, 3.4), constrained_layout=True, width_ratios=(2, 1, 1))
+    fig, axes = plt.subplots(1, 3, **shape)
+    for ax, by in zip(axes, ("gain", "category", "future frames")):
+        keys = list(tables[by])
+        below = np.zeros(len(keys))
+        for fate in fates:
+            counts = np.array([tables[by][key].get(fate, 0) for key in keys])
+            ax.bar([str(key) for key in keys], counts, bottom=below, label=fate)
+            below += counts
+        ax.set_xlabel(by)
+    axes[0].set(xlabel="gain, p_v - p_t", ylabel="candidates")
+    axes[1].tick_params(axis="x", rotation=30)
+    axes[2].legend(fontsize=7, frameon=False)
+    fig.savefig(png, dpi=110)
+    plt.close(fig)

@@ -5,13 +5,13 @@ import json
 
 import pytest
 import torch
-from conftest import WORDS, shown
 
 import data
 import sft
 from common import runs
 from common.formats import Clip, Frame, RecordError, Row, Skipped
 from data import Samples
+from tests.conftest import WORDS, shown
 from toy import tiny
 
 SPECIALS = [
@@ -200,6 +200,7 @@ def test_padding(side, ids, labels, mask):
         batch["attention_mask"].tolist() == mask
         and batch["rows"] == ["row 1", "row 4"]
         and batch["kept"] == [0, 2]
+        and [s["ids"] for s in batch["samples"]] == [[1, 9, 3], [4]]
     )
     assert batch["skipped"] == [("f:5", "why")] and not any(
         "video" in key or key == "seq_lens" for key in batch
@@ -285,6 +286,19 @@ def test_budgets():
     """
     config = data.DataConfig(image_max_tokens=3, l_max=4, video_max_tokens=5)
     assert config.budgets == ((1024, 3072), (1024, 4096), (1024, 10240))
+
+
+def test_numbers_below_their_least_are_refused():
+    """Breaks if a config takes a number without meaning, or does not say which."""
+    for name in ("num_frames", "l_max", "image_max_tokens", "video_max_tokens", "max_length"):
+        with pytest.raises(ValueError, match=f"^{name} is 0, expected at least 1$"):
+            data.DataConfig(**{name: 0})
+    for name in ("global_batch", "micro_batch", "save_every"):
+        with pytest.raises(ValueError, match=f"^{name} is -1, expected at least 1$"):
+            sft.Config(**{name: -1})
+    data.at_least(data.DataConfig(), 0, "workers")
+    with pytest.raises(ValueError, match="^max_bad is 0.05, expected at least 0.5$"):
+        data.at_least(data.DataConfig(), 0.5, "workers", "max_bad")
 
 
 def test_a_run_ends_on_too_many_bad_records(tmp_path):

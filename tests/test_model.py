@@ -7,9 +7,12 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from latent_decode import generate, token_logprobs
 from model import LATENT_IDS, FutureL1, add_latent_tokens, load
+from sft import sft_loss
 from toy import tiny
 
 SPAN = "<|latent_start|> <|latent|> <|latent|> <|latent_end|>"
@@ -298,6 +301,85 @@ def test_continuing_a_cache_equals_one_forward(model, tokenizer, rows):
         )
         parts.append(out.logits)
     torch.testing.assert_close(torch.cat(parts, 1), whole[:, P:], atol=1e-4, rtol=0)
+
+
+def check_wide_logits(model, h, autocast):
+    """Logits and gradients of states h (2, 3, D) against the product of what bf16 makes of them."""
+    h = h.requires_grad_()
+    weight = model.lm_head.weight
+    with torch.autocast(h.device.type, torch.bfloat16, enabled=autocast):
+        logits = model.logits(h)
+        assert model.logits(h[:0]).shape == (0, 3, len(weight))
+        assert torch.equal(model.logits(h[0, 0])[None], model.logits(h[0, :1]))
+    x, w = (t.detach().bfloat16().double().cpu() for t in (h, weight))
+    expected = x @ w.T
+    assert logits.dtype == torch.float32 and expected.abs().max() > 16
+    torch.testing.assert_close(logits.double().cpu(), expected, atol=1e-4, rtol=1e-5)
+    assert (logits.bfloat16() - logits).abs().max() > 0.03  # what rounding would have cost
+
+    upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+    got = torch.autograd.grad(logits, (h, weight), upstream.to(h.device))
+    g = upstream.double()
+    for ours, true, like in zip(got, (g @ w, g.flatten(0, 1).T @ x.flatten(0, 1)), (h, weight)):
+        assert ours.dtype == like.dtype
+        error = (ours.double().cpu() - true).norm() / true.norm()
+        assert error < 2**-7  # that of bf16
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_logits_are_not_rounded_to_bf16(model, autocast):
+    """Breaks if logits or their gradient are not those of the bf16 factors, or come out in bf16."""
+    h = torch.randn(2, 3, 96) * 8
+    with torch.no_grad():
+        assert torch.equal(model.logits(h), model.lm_head(h))  # fp32 stays what it was
+        assert model.double().logits(h.double()).dtype == torch.float64
+    model.float() if autocast else model.bfloat16()
+    check_wide_logits(model, h if autocast else h.bfloat16(), autocast)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_logits_are_not_rounded_to_bf16_on_a_gpu(model, autocast):
+    """Breaks as the test above, where the product is one kernel with a result in fp32."""
+    model.to("cuda", torch.float32 if autocast else torch.bfloat16)
+    h = torch.randn(2, 3, 96, device="cuda") * 8
+    check_wide_logits(model, h if autocast else h.bfloat16(), autocast)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_is_sampled_and_learnt_from_is_not_rounded(model, tokenizer, autocast):
+    """Breaks if decoding, replay or the loss of SFT takes logits that were rounded to bf16."""
+    if not autocast:
+        model.bfloat16()
+
+    def hook(module, args):
+        raise AssertionError("the head's own product was taken")
+
+    model.lm_head.register_forward_pre_hook(hook)
+    batch, sample = make_batch(tokenizer, ROWS["images"], "left"), dict(temperature=1.0, n=4)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        rollout = generate(model, batch, max_new_tokens=8, **sample)
+        logprobs = token_logprobs(model, batch, rollout, 1.0)
+        ids = batch["input_ids"]
+        loss = sft_loss(model, **batch, labels=ids, stop_term=True)["loss"]
+    assert logprobs.dtype == loss.dtype == torch.float32
+    torch.testing.assert_close(logprobs, rollout.logprobs, atol=0.5, rtol=0)  # states are in bf16
+
+
+def test_load_refuses_weights_it_would_not_use(model, tokenizer, tmp_path):
+    """Breaks if a part of another model, or a missing one, is passed over with a warning."""
+    folder = save(model, tokenizer, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    extra = weights | {"projector.weight": torch.zeros(2, 2)}
+    missing = {k: v for k, v in weights.items() if k != "lm_head.weight"}
+    for content, fault in (
+        (extra, "1 weights have no place in the model.* projector.weight"),
+        (missing, "1 weights are missing .* lm_head.weight"),
+    ):
+        save_file(content, tmp_path / "model.safetensors", metadata=dict(format="pt"))
+        with pytest.raises(ValueError, match=fault):
+            load(folder)
 
 
 def test_transformers_own_generate_is_refused(model):

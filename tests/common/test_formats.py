@@ -274,7 +274,7 @@ def test_malformed_records(name, key, value, message):
         ("f.jsonl", b"\n \n", "f.jsonl: no rec"),
         ("f.json", b"[]", "no records"),
         ("f.json", b"3", "f.json: expected a list of records, found int"),
-        ("f.json", b"{'a': 1}", "f.json:0: not JSON"),
+        ("f.json", b"{'a': 1}", "f.json: not JSON"),
         ("f.json", b"[[1]]", "f.json:0: expected an object, found list"),
         ("f.json", b'{"data": []}', "no records"),
         ("f.jsonl", json.dumps(RECORDS["mcq"][0]).encode() + b'\n{"id": ', "f.jsonl:1: not JSON"),
@@ -292,6 +292,30 @@ def test_malformed_files(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(RecordError, match=message):
         formats.read_rows(str(tmp_path / name))
+
+
+def test_a_line_that_is_not_json_is_one_bad_record(tmp_path):
+    """Breaks if one torn line of a million ends the run, or shifts the numbers of later ones."""
+    good, path = json.dumps(RECORDS["mcq"][0]), tmp_path / "f.jsonl"
+    path.write_text(f'{good}\n{{"id": \n\n{good}\n')
+    bad = []
+    rows = formats.read_rows(str(path), bad=bad)
+    assert [row.where for row in rows] == [f"{path}:0", f"{path}:2"]
+    ((where, why),) = bad
+    assert where == f"{path}:1" and why.startswith("not JSON (Expecting value")
+    with pytest.raises(RecordError, match="f.jsonl:1: not JSON"):
+        formats.read_rows(str(path))
+
+
+def test_the_first_rank_alone_reports_bad_records(monkeypatch, capsys):
+    """Breaks if eight ranks print the same list, or one of them goes on where the others end."""
+    bad = [formats.Skipped("f:0", "why")]
+    for rank, printed in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        formats.report_bad(bad, 2, 0.5)
+        with pytest.raises(SystemExit, match="1 of 2 records"):
+            formats.report_bad(bad, 2, 0.1)
+        assert bool(capsys.readouterr().out) == printed
 
 
 def test_bad_records_are_counted_and_named(tmp_path, capsys):

@@ -56,7 +56,7 @@ def test_report_escapes_and_shows(scripted, tmp_path, monkeypatch):
     assert page.count("background-image:url(data:image/jpeg;base64,") == 2 * 8
     assert 'class="right">right' in page
     assert "width=device-width" in page and "the paper" not in page
-    lines = runs.read_lines(str(tmp_path / "samples_0.jsonl"))
+    lines = runs.read_lines(str(tmp_path / "samples.jsonl"))
     lines[0]["response"], lines[0]["imagined"] = (
         f"{evil}{LATENT_START}{LATENT}{LATENT_END}",
         dict(error=evil),
