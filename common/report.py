@@ -13,7 +13,6 @@ Axis letters: N latents, F frames, K tokens of a frame, M spans, D hidden.
 """
 
 import base64
-import glob
 import json
 import os
 import sys
@@ -28,7 +27,8 @@ from common.clips import ClipError, film, jpeg, key_frame_positions, read_clip
 from common.formats import Frame, Row
 from common.intervals import paired_bootstrap
 from common.judge import add_verdicts
-from common.runs import read_lines, read_log
+from common.runs import read_log
+from common.walk import read_book
 from model import LATENT_END, LATENT_START
 
 
@@ -89,16 +89,13 @@ def scored_lines(folder):
 
     The score is 0 or 1 for options, the average of the judge's two for TwiFF-Bench. Source: ours.
     """
-    lines = []
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "samples*.jsonl"))):
-        lines += read_lines(path)
-    add_verdicts(folder, lines)
-    scored = {}
-    for line in lines:
+    lines, scored = read_book(folder, "samples"), {}
+    add_verdicts(folder, lines.values())
+    for id, line in lines.items():
         if "right" in line:
-            scored[line["id"]] = dict(line, score=float(line["right"]))
+            scored[id] = dict(line, score=float(line["right"]))
         elif "judged" in line:
-            scored[line["id"]] = dict(line, score=line["judged"]["average"])
+            scored[id] = dict(line, score=line["judged"]["average"])
     return scored
 
 

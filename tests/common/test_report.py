@@ -22,28 +22,14 @@ def test_report_escapes_and_shows(scripted, tmp_path, monkeypatch):
     folder, tokenizer = scripted
     evil = "<script>alert(1)</script>"
     path = str(folder / "0.mp4")
-    rows = [
-        Row(
-            f"f:{i}",
-            f"{i}{evil}",
-            [Frame(path, 1), f"what q{i} ? {evil}"],
-            [Frame(path, 4)],
-            "A",
-            f"what q{i} ? {evil}",
-            [f"one{evil}", "two"],
-            f"{evil}",
-        )
-        for i in range(3)
-    ]
-    play(
-        monkeypatch,
-        tokenizer,
-        {
-            "q0": f"{SPAN} <reason> one </reason> {SPAN} <answer> A </answer>",
-            "q1": "<answer> B </answer>",
-            "q2": "<answer> one",
-        },
-    )
+    rows = []
+    for i in range(3):
+        question, options = f"what q{i} ? {evil}", [f"one{evil}", "two"]
+        prompt, future = [Frame(path, 1), question], [Frame(path, 4)]
+        rows.append(Row(f"f:{i}", f"{i}{evil}", prompt, future, "A", question, options, evil))
+    script = dict(q0=f"{SPAN} <reason> one </reason> {SPAN} <answer> A </answer>")
+    script.update(q1="<answer> B </answer>", q2="<answer> one")
+    play(monkeypatch, tokenizer, script)
     evaluate.evaluate(settings(folder, tmp_path, report=2), rows=rows)
     page = (tmp_path / "report.html").read_text()
     assert evil not in page
@@ -87,26 +73,15 @@ def test_a_span_is_drawn_as_its_nearest_frames(scripted):
         evaluate.read_answer(row, "<answer>B</answer>"), imagined=info, id="0", group="all"
     )
     css = []
-    page = report._sample(
-        0,
-        row,
-        dict(answer, response=f"{span}x{LATENT_START}{LATENT_END}{span}<answer>B</answer>"),
-        css,
-    )
-    strips = [
-        re.findall(r"</i>(\d)<br>([\d.]+)", part) for part in page.split('<div class="span">')[1:]
-    ]
-    assert strips[0] == [
-        ("8", "0.800"),
-        ("7", "0.700"),
-        ("6", "0.600"),
-        ("5", "0.500"),
-        ("4", "0.400"),
-    ]
-    assert strips[1] == [] and strips[2][:2] == [
-        ("1", "0.850"),
-        ("2", "0.750"),
-    ]  # means of .8 and .9, .7 and .8
+    answer["response"] = f"{span}x{LATENT_START}{LATENT_END}{span}<answer>B</answer>"
+    page = report._sample(0, row, answer, css)
+    strips = []
+    for part in page.split('<div class="span">')[1:]:
+        strips.append(dict(re.findall(r"</i>(\d)<br>([\d.]+)", part)))
+    nearest = {"8": "0.800", "7": "0.700", "6": "0.600", "5": "0.500", "4": "0.400"}
+    assert list(strips[0].items()) == list(nearest.items()) and strips[1] == {}
+    # means of .8 and .9, .7 and .8
+    assert list(strips[2].items())[:2] == [("1", "0.850"), ("2", "0.750")]
     assert "<td>0.250</td>" in page
     assert ">wrong</b>" in page
     assert "span 2: 0 latents" in page
