@@ -22,7 +22,7 @@ from curate import visual_gain
 from toy import __main__ as demo
 from toy.__main__ import GROUPS, Training
 from toy.tiny import TINY_CURATION
-from variants import logprob_gain, pause_tokens, self_forcing
+from variants import logprob_gain, noisy_latents, own_path, pause_tokens, self_forcing
 
 LONGER = 2.1  # steps of "latent-long" over those of "latent": what the time of the RL run buys
 
@@ -55,13 +55,16 @@ def rl_rows(settings):
     def rl(title, start="latent", script=la_dapo, **changes):
         return Training(title, script, start, "prompts", dict(settings, **changes))
 
-    noise = dict(adjoint_terms=0, latent_sigma=0.1, share=False, prompts=64)
+    noise = dict(adjoint_terms=0, latent_sigma=0.1, density="mean", share=False, prompts=64)
+    noise_sum = dict(noise, density="sum")
     return {
         "dapo": rl("RL: DAPO", lambda_c=0.0, lambda_d=0.0),
         "dapo+ctr": rl("RL: DAPO + R_ctr", lambda_d=0.0),
         "dapo+div": rl("RL: DAPO + R_div", lambda_c=0.0),
         "constants": rl("RL: LA-DAPO, latents as constants", adjoint_terms=0),
-        "noise": rl("RL: LA-DAPO, noisy latents", **noise),
+        "noise": rl("RL: noisy latents, mean over D", script=noisy_latents, **noise),
+        "noise-sum": rl("RL: noisy latents, sum over D", script=noisy_latents, **noise_sum),
+        "own-path": rl("RL: LA-DAPO, rewards' own path", script=own_path),
         "text-rl": rl("RL from text-only SFT", start="text"),
     }
 
