@@ -148,10 +148,9 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         """
         is_image = input_ids == self.config.image_token_id
         is_video = input_ids == self.config.video_token_id
+        types = is_image.int() + 2 * is_video.int()  # (B, T) 0 text, 1 image, 2 video
         grids = dict(image_grid_thw=image_grid_thw, video_grid_thw=video_grid_thw)
-        return self.model.get_rope_index(
-            input_ids, is_image.int() + 2 * is_video.int(), **grids, attention_mask=attention_mask
-        )
+        return self.model.get_rope_index(input_ids, types, **grids, attention_mask=attention_mask)
 
     # ------------------------------------------------------------------------------- states, logits
 
@@ -184,8 +183,8 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         real = real.bool()  # (B, T)
         embedded = self.embed(input_ids[real][None], latents, **media)  # (1, N, D)
-        grids = {name: grid for name, grid in media.items() if name.endswith("grid_thw")}
-        position_ids, self.model.rope_deltas = self.positions(input_ids, real.long(), **grids)
+        grids = media.get("image_grid_thw"), media.get("video_grid_thw")
+        position_ids, self.model.rope_deltas = self.positions(input_ids, real.long(), *grids)
         layout = shared_prefix.Layout([(0, [n]) for n in real.sum(1).tolist()], real.device)
         h, cache = self.states(embedded, position_ids[:, real], layout, use_cache)  # (N, D)
         padded = h.new_zeros(*real.shape, h.shape[-1])  # (B, T, D)

@@ -140,10 +140,7 @@ def sft_loss(
 
 
 def target_variance(e):
-    """Targets (N, D) -> the mean over D of their variance over N. Source: ours.
-
-    It is the error of always guessing the mean embedding.
-    """
+    """Targets (N, D) -> their variance, a mean over D: the error of guessing their mean. Ours."""
     return (e.float() - e.float().mean(0)).pow(2).mean()
 
 
@@ -194,18 +191,13 @@ def sample_order(n, total, seed):
     return order[:total]
 
 
-def micro_count(global_batch, micro_batch, world):
-    """Micro-batches a step on each rank."""
-    return -(-global_batch // (world * micro_batch))
-
-
 def micro_batches(order, first_step, steps, global_batch, micro_batch, rank, world):
     """Yields the lists of indices that one rank reads from first_step on. Source: ours.
 
     Step s owns order[s*G:(s+1)*G] whatever the number of ranks, so that 1 process and 8 see the
     same batches. Each rank has the same number of lists a step; some may be empty.
     """
-    count = micro_count(global_batch, micro_batch, world)
+    count = -(-global_batch // (world * micro_batch))
     for step in range(first_step, steps):
         own = order[step * global_batch : (step + 1) * global_batch][rank::world]
         for k in range(count):
@@ -251,12 +243,11 @@ def plan_order(rows, config):
 
 def load_steps(samples, order, first, steps, config, machine):
     """From step `first` on: the micro-batches of this rank, a list a step, decoded ahead."""
-    sizes = config.global_batch, config.micro_batch
-    plan = list(micro_batches(order, first, steps, *sizes, machine.rank, machine.world))
-    pad = samples.tokenizer.pad_token_id or 0
+    sizes = config.global_batch, config.micro_batch, machine.rank, machine.world
+    plan = list(micro_batches(order, first, steps, *sizes))
+    count, pad = len(plan) // max(1, steps - first), samples.tokenizer.pad_token_id or 0
     # begun here, before a checkpoint's random state is put back: a loader draws a number
     batches = iter(loader(samples, plan, config.workers, pad_id=pad))
-    count = micro_count(*sizes, machine.world)
     return ([next(batches) for _ in range(count)] for _ in range(first, steps))
 
 
@@ -381,12 +372,11 @@ def describe(config, rows, model, steps, machine):
     """The run in one line."""
     weights = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    micro = micro_count(config.global_batch, config.micro_batch, machine.world)
     return (
-        f"{config.label} SFT: {len(rows)} rows, {steps} steps x {config.global_batch} samples = "
-        f"{machine.world} ranks x {micro} micro-batches x {config.micro_batch}, "
-        f"{machine.device.type}, seed {config.seed}, {trained:,} parameters trained of "
-        f"{weights:,}, a checkpoint every {config.save_every} steps"
+        f"{config.label} SFT: {len(rows)} rows, {steps} steps x {config.global_batch} samples on "
+        f"{machine.world} ranks ({machine.device.type}), {config.micro_batch} a forward, seed "
+        f"{config.seed}, {trained:,} parameters trained of {weights:,}, a checkpoint every "
+        f"{config.save_every} steps"
     )
 
 
