@@ -10,9 +10,9 @@
     python la_dapo.py --model runs/sft --data train.json --out runs/rl              # CPU or one GPU
     torchrun --nproc_per_node 8 la_dapo.py --model runs/sft --data train.json --out runs/rl --zero
 
-Ablations, one flag each: --lambda_c 0, --lambda_d 0, --kl 0, --adjoint_terms -1,
---latent_sigma 0.1, and --no-filter: all groups are kept. That is not GRPO: the token mean, the
-clip with its higher upper bound and the dual clip stay.
+Ablations, one flag each: --lambda_c 0, --lambda_d 0, --kl 0, --adjoint_terms -1, --no-filter. The
+last keeps all groups and is not GRPO: token mean, clip-higher and dual clip stay.
+Variants: variants/noisy_latents.py samples latents, variants/own_path.py adds dR/dz.
 
 Which path carries which gradient. The log-probability of an answer depends on the weights twice: at
 each chosen token, and through the latents, which are a function of the weights themselves and are
@@ -23,9 +23,6 @@ read by everything after them.
                        has latents are exact (-1). Each costs about half a backward pass over the
                        response, not over the prompt, and no memory beyond the graph that is kept
                        until the last of them.
-  latent_sigma > 0     latents are sampled, z = h + sigma noise, and their log-density carries a
-                       gradient. It is the mean over D, i.e. 1/D of the score function: quiet and
-                       biased (model.log_density).
 "Exact" is so for rewards of words. R_ctr and R_div are functions of the latents themselves; their
 own path, dR/dz, is dropped here as in the paper: eight equal rollouts give no update.
 
@@ -40,62 +37,60 @@ prompts of 4,000 tokens do not.
 Where this differs from the paper:
  1. A latent step's log-probability is that of its one decision, log(1 - p(LE)) or log p(LE); forced
     tokens have none.
- 2. Optional, off by default: `adjoint_terms`, `latent_sigma`.
+ 2. Optional, off by default: `adjoint_terms`.
  3. The KL term holds latents constant, on both sides.
 Where this differs from the official code:
  4. Recorded latents are fed again when log-probabilities are taken; official feeds the `<|latent|>`
     token.
  5. Every chosen token of the step weighs the same, over all ranks and micro-batches.
  6. A prompt is encoded once for its whole group, in the rollout and in the update; rollouts of a
-    group that came out equal are replayed once and counted, where latents are deterministic.
+    group that came out equal are replayed once and counted.
  7. Ranks add up gradients once an update, by hand: they may hold different numbers of groups, and
     wait for each other only after each try and at each update.
  8. What is sampled depends on the seed and the place in the data, not on the number of ranks.
  9. With one update a step, pi_old is this forward itself, as in official; the decoder's recorded
     log-probabilities stay a check: their RMS difference is logged as `replay_rms`.
 10. In the filter's mean a repetitive rollout counts 0 (official: -1).
-11. Weight decay is 0 (official: 0.01).
-12. The vision tower is frozen (official trains it).
+11. Weight decay is 0 (official: 0.01). The vision tower is frozen (official trains it).
+12. Without a judge an open answer has to match exactly. How many rows are open is said at the
+    start. If all are, the run ends there, unless `exact_match` says that it is meant.
+13. A run that goes on compares with the folder it began with (kl), wherever `model` leads by then.
 
-Axis letters: B prompts, G rollouts of a prompt, R rows (rollouts of all prompts), P prompt tokens,
-T new tokens, S chosen tokens, N latents of all rows, D hidden, V vocabulary.
+Axis letters: G rollouts of a prompt, R rows (rollouts), T new tokens, N latents, D hidden.
 """
 
 import dataclasses
-import functools
-import json
 import math
 import os
 from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from common.formats import Skipped, report_bad
-from common.judge import Judge
+from common.groups import CURVES, Group, Harvest, RolloutLog, load_prompts, log_line, prepare
+from common.judge import judge_of, read_args
 from common.report import draw_curves
+from common.rollouts import take
 from common.runs import (
-    Log,
     Machine,
-    Tally,
+    Run,
     leave,
     make_optimizer,
+    model_fingerprint,
     newest,
     parse_config,
-    restore,
-    resume_point,
     rows_of,
-    save_checkpoint,
-    trim_log,
 )
-from data import DataConfig, Samples, collate, loader, model_inputs, to_device
-from latent_decode import Rollout, generate, join, replay, take, token_logprobs
-from rewards import pick, score
+from data import DataConfig, at_least, model_inputs, to_device
+from latent_decode import generate, own_latent, replay
+from rewards import Weights, ask_judge, pick, score_group, span_lengths
 
 
 @dataclasses.dataclass
 class Config(DataConfig):
-    # where to start: a model's folder or a run's folder; also the KL's reference
-    model: str = "runs/sft"
+    model: str = "runs/sft"  # where to start: a model's or a run's folder; the KL's reference
     data: str = ""  # records with answers, see data.py; chains and future frames are not needed
     media_root: str = ""  # where relative clip paths start; "" = the folder of the data file
     out: str = "runs/rl"  # the run's folder
@@ -111,29 +106,26 @@ class Config(DataConfig):
     top_p: float = 0.99  # on words; log-probabilities are of the full softmax  # paper Table 9
     max_new_tokens: int = 2048  # as in evaluation  # ours
     max_latents: int = 8  # longest span: 2 * l_max  # official
-    # decode what rollouts of a prompt have in common once; for sure policies, short answers  # ours
-    share: bool = False
+    share: bool = False  # decode once what rollouts have in common, while they are equal  # ours
     # rewards
     lambda_c: float = 0.2  # weight of R_ctr, Eq. (7)  # paper Table 9
     lambda_d: float = 0.1  # weight of R_div, Eq. (7)  # paper Table 9
     tau: float = 0.5  # temperature of Eq. (5)  # paper Table 9
-    # OpenAI-compatible server that judges open answers; key: JUDGE_API_KEY  # paper sec. 3.3
-    judge_url: str = ""
+    judge_url: str = ""  # OpenAI-compatible, for open answers; key: JUDGE_API_KEY  # sec. 3.3
     judge_model: str = ""  # its model's name; "" = no judge
+    judge_args: str = "{}"  # JSON merged into each request, such as {"temperature": null}  # ours
+    exact_match: bool = False  # no row has options, there is no judge, and that is meant  # ours
     # objective
-
-    # DAPO: only groups whose mean accuracy lies between low and high; --no-filter: all groups;
-    # token mean, clip-higher and dual clip stay  # paper
-    filter: bool = True
+    filter: bool = True  # only groups whose mean accuracy lies between low and high  # paper
     low: float = 0.1  # paper Table 9
     high: float = 0.9  # paper Table 9
     eps_low: float = 0.2  # paper Table 9
     eps_high: float = 0.28  # paper Table 9
     dual_clip: float = 3.0  # c, bounds the loss where A < 0  # official
     kl: float = 0.01  # beta, weight of the KL to the starting model  # paper Table 9
-    # gradient through the latents: 0 none (paper), k truncated, -1 exact  # ours
-    adjoint_terms: int = 0
-    latent_sigma: float = 0.0  # Gaussian exploration on latents; 0 = paper  # ours
+    adjoint_terms: int = (
+        0  # gradient through the latents: 0 none (paper), k terms, -1 exact  # ours
+    )
     # optimisation
     steps: int = 0  # 0 = from epochs  # ours
     epochs: float = 1.0  # passes over the prompts  # paper Table 9
@@ -142,8 +134,7 @@ class Config(DataConfig):
     micro_batch: int = 1  # groups a forward on one rank  # ours
     lr: float = 1e-6  # paper Table 9
     warmup_steps: int = 0  # linear  # ours
-    # share of lr at the last of `steps`, reached linearly; 1 = constant  # ours
-    final_lr: float = 1.0
+    final_lr: float = 1.0  # share of lr at the last step, reached linearly; 1 = constant  # ours
     beta1: float = 0.9  # AdamW's default
     beta2: float = 0.999  # AdamW's default
     weight_decay: float = 0.0  # ours
@@ -158,41 +149,21 @@ class Config(DataConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, least in dict(
-            groups=1,
-            max_tries=1,
-            rollout_batch=1,
-            minibatches=1,
-            inner_epochs=1,
-            sample_every=1,
-            prompts=0,
-            steps=0,
-        ).items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
-        if self.group_size < 2:
-            raise ValueError(
-                f"group_size is {self.group_size}: an advantage compares at least 2 rollouts"
-            )
-        if self.temperature <= 0 or self.tau <= 0:
-            raise ValueError(
-                f"temperature {self.temperature} or tau {self.tau} is not positive (a greedy "
-                "group has nothing "
-                "to compare)"
-            )
+        at_least(self, 1, "groups", "max_tries", "rollout_batch", "max_new_tokens", "micro_batch")
+        at_least(self, 1, "minibatches", "inner_epochs", "save_every", "sample_every")
+        at_least(self, 2, "group_size")  # an advantage compares
+        at_least(self, 0, "prompts", "steps", "max_latents", "warmup_steps")
+        at_least(self, -1, "adjoint_terms")
+        if self.temperature <= 0 or self.tau <= 0:  # a greedy group has nothing to compare
+            raise ValueError(f"temperature {self.temperature}, tau {self.tau}: expected above 0")
         if self.judge_url and not self.judge_model:
             raise ValueError("judge_url needs judge_model, the name of a model there")
-        if self.adjoint_terms < -1 or self.latent_sigma < 0:
-            raise ValueError(
-                f"adjoint_terms {self.adjoint_terms} or latent_sigma {self.latent_sigma} is out "
-                "of range"
-            )
-        if self.adjoint_terms and self.latent_sigma:
-            raise ValueError(
-                "adjoint_terms is the gradient through deterministic latents: with latent_sigma "
-                "the "
-                "log-density already carries it"
-            )
+        read_args(self.judge_args)
+
+    @property
+    def label(self):
+        """What is trained, in a word: it names the run."""
+        return "LA-DAPO"
 
     @property
     def updates_a_step(self):
@@ -201,6 +172,9 @@ class Config(DataConfig):
     @property
     def prompts_a_try(self):
         return self.prompts or self.groups
+
+
+# ---------------------------------------------------------------------------------------- equations
 
 
 def group_advantages(rewards):
@@ -218,10 +192,10 @@ def group_advantages(rewards):
 
 
 def keep_group(correct, unjudged, low=0.1, high=0.9):
-    """DAPO's filter on one group -> "kept", "too hard", "too easy" or "unjudged" (fewer than two
-    verdicts). Sec. 3.3.
+    """DAPO's filter on one group -> "kept", "too hard", "too easy", "unjudged". Source: sec. 3.3.
 
-    Kept iff low < mean accuracy < high. A repetitive rollout counts as wrong.
+    Kept iff low < mean accuracy < high. A repetitive rollout counts as wrong. A mean needs at least
+    two verdicts.
     """
     known = [c for c, u in zip(correct, unjudged) if not u]
     if len(known) < 2:
@@ -233,9 +207,7 @@ def keep_group(correct, unjudged, low=0.1, high=0.9):
 def clipped_surrogate(logp, old, A, eps_low=0.2, eps_high=0.28, dual_clip=3.0):
     """max(-r A, -clip(r, 1 - eps_low, 1 + eps_high) A), where A < 0 at most -dual_clip A.
 
-    Source: sec. 3.3 (DAPO).
-
-    logp, old, A: same shape or broadcast -> loss a token, ratio r.
+    logp, old, A: same shape or broadcast -> loss a token, ratio r. Source: sec. 3.3 (DAPO).
     """
     r = (logp - old).exp()
     loss = torch.maximum(-r * A, -r.clamp(1 - eps_low, 1 + eps_high) * A)
@@ -253,11 +225,10 @@ def kl_k3(logp, ref):
 
 
 def adjoint_loss(loss, predicted, latents, terms):
-    """A term of value 0 whose gradient is the part of dloss/dweights that flows through the
-    latents. Source: ours.
+    """A term of value 0 with the gradient of the loss that flows through the latents. Source: ours.
 
-    With f(z, w) the latents predicted while z are fed, decoding makes z = f(z, w), so dz/dw = (1 -
-    J)^-1 df/dw with J = df/dz, and
+    With f(z, w) the latents predicted while z are fed, decoding makes z = f(z, w). So
+    dz/dw = (1 - J)^-1 df/dw with J = df/dz, and
 
         dloss/dw = (partial, z held constant) + g (1 - J)^-1 df/dw,    g = dloss/dz.
 
@@ -282,249 +253,132 @@ def schedule(step, steps, config):
     return config.lr * (1 + (config.final_lr - 1) * min(1.0, share))
 
 
-# ----------------------------------------------------------------------------------------- rollouts
+# ----------------------------------------------------------------- roll out, score, keep and refill
 
 
-@dataclasses.dataclass
-class Policy:
-    """What a run trains, what it is compared with, and how far the run is."""
+class Policy(NamedTuple):
+    """What a run trains, what it is compared with, and where a variant differs."""
 
     model: torch.nn.Module
     tokenizer: object
-    ref_model: torch.nn.Module | None  # the KL's reference
-    optimizer: torch.optim.Optimizer
-    trained_on: str  # fingerprint of the rows
-    checkpoint: str | None = None  # the last one
-    step: int = 0  # the next
-    batch: int = 0  # of the data, the next
+    reference: torch.nn.Module | None  # the KL's; None = no KL
+    loss: Callable  # `policy_loss`, or another function of its arguments
+    feed: Callable | None  # None = own latents; else feed(config, k) -> the `feed` of batch k
 
 
-@dataclasses.dataclass
-class Group:
-    """One prompt and its G rollouts, on the rank that made them."""
-
-    place: int  # of the prompt in the order of the data
-    sample: dict  # the encoded prompt
-    rollout: Rollout  # G rows
-    texts: list  # G responses
-    parts: dict = None  # of `rewards.score_group`
-    verdict: str = ""  # of `keep_group`
-    slot: int = 0  # its number among the groups of the step, over all ranks
-
-    @property
-    def rewards(self):
-        """{name: G values}: the reward and its parts, whatever `rewards.score_group` gives."""
-        return {k: v for k, v in self.parts.items() if k not in ("correct", "unjudged")}
-
-
-@functools.lru_cache(maxsize=2)
-def permutation(n, seed, epoch):
-    """The order of n rows in an epoch. Source: ours."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(n, generator=generator).tolist()
-
-
-def prompt_batches(n, size, first, seed, rank, world):
-    """Indices of the prompts that one rank decodes together, from batch `first` on, without end.
-
-    Batch b is rank b % world's. It holds places b * size ... of the endless order of epochs,
-    whatever the number of ranks. Source: official's iterator wraps, too.
-    """
-    b = first
-    while True:
-        if b % world == rank:
-            places = range(b * size, (b + 1) * size)
-            yield [permutation(n, seed, place // n)[place % n] for place in places]
-        b += 1
-
-
-def roll_out(model, tokenizer, batch, k, config, machine):
-    """Batch k of the prompts -> a Group each, not scored yet. What is sampled depends on seed and
-    k.
-    """
-    inputs = model_inputs(to_device(batch, machine.device))
+def roll_out(policy, batch, k, config, machine):
+    """Batch k of the prompts -> a Group each, not scored yet. Seed and k decide what is sampled."""
+    if not batch["rows"]:
+        return []
+    G = config.group_size
+    how = dict(temperature=config.temperature, top_p=config.top_p, share=config.share, n=G)
+    how.update(max_new_tokens=config.max_new_tokens, max_latents=config.max_latents)
+    how.update(feed=policy.feed(config, k) if policy.feed else own_latent)
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + k)
     with machine.autocast():
-        rollout = generate(
-            model,
-            inputs,
-            n=config.group_size,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            max_new_tokens=config.max_new_tokens,
-            max_latents=config.max_latents,
-            share=config.share,
-            generator=torch.Generator().manual_seed(config.seed * 1_000_003 + k),
-        )
-    tokens = [row[:n] for row, n in zip(rollout.tokens.cpu(), rollout.lengths)]
-    texts = tokenizer.batch_decode(tokens)
+        inputs = model_inputs(to_device(batch, machine.device))
+        rollout = generate(policy.model, inputs, generator=generator, **how)
+    tokens = [row[:n].tolist() for row, n in zip(rollout.tokens.cpu(), rollout.lengths)]
+    texts = policy.tokenizer.batch_decode(tokens)
+    ids = policy.model.config.latent_start_id, policy.model.config.latent_id
+    spans = [span_lengths(row, *ids) for row in tokens]
+
     groups = []
-    for j, sample in enumerate(batch["samples"]):
-        rows = list(range(j * config.group_size, (j + 1) * config.group_size))
-        place = k * config.rollout_batch + batch["kept"][j]
-        groups.append(Group(place, sample, take(rollout, rows), [texts[i] for i in rows]))
+    for j, (sample, place) in enumerate(zip(batch["samples"], batch["kept"])):
+        own = slice(j * G, (j + 1) * G)
+        rows = take(rollout, range(len(tokens))[own])
+        place += k * config.rollout_batch
+        groups.append(Group(place, sample, rows, texts[own], spans[own]))
     return groups
 
 
-def score_groups(groups, model_config, judge, config):
+def score_groups(groups, judge, config):
     """Eq. (7) for each group, and the filter's verdict on it. The judge is asked once for all."""
-    texts = [text for group in groups for text in group.texts]
-    rows = [group.sample["row"] for group in groups]
-    rollout = join([group.rollout for group in groups])
-    weights = dict(lambda_c=config.lambda_c, lambda_d=config.lambda_d, tau=config.tau)
-    for group, parts in zip(groups, score(texts, rollout, rows, model_config, judge, **weights)):
-        group.parts = parts
+    responses, rows = [], []
+    for group in groups:
+        responses += group.texts
+        rows += [group.sample["row"]] * len(group.texts)
+    verdicts = iter(ask_judge(judge, responses, rows))
+
+    weights = Weights(config.lambda_c, config.lambda_d, config.tau)
+    for group in groups:
+        row, judged = group.sample["row"], [next(verdicts) for _ in group.texts]
+        rollouts = group.texts, group.rollout.latents, group.spans
+        group.parts = parts = score_group(*rollouts, row.answer, row.options, judged, weights)
         group.verdict = keep_group(parts["correct"], parts["unjudged"], config.low, config.high)
 
 
-def first_kept(groups, config, machine):
-    """The kept groups of all ranks, the first `config.groups` in the order of the data.
+def fill_slots(groups, config, machine):
+    """Number the groups of all ranks that are worth learning from, in the order of the data.
 
-    -> this rank's, with their slots; how many were kept on all ranks; how many of this rank's were
-    not needed.
+    -> how many have a number, at most `config.groups`; how many of this rank's are surplus.
     """
-    kept = [g for g in groups if g.verdict == "kept"]
-    if not config.filter:
-        kept = [g for g in groups if g.verdict != "unjudged"]
-    places = sorted(machine.gather([g.place for g in kept]))
-    slots = {place: slot for slot, place in enumerate(places[: config.groups])}
-    needed = [g for g in kept if g.place in slots]
-    for group in needed:
-        group.slot = slots[group.place]
-    return needed, len(places), len(kept) - len(needed)
+    dropped = ("unjudged", "too hard", "too easy") if config.filter else ("unjudged",)
+    worth = [group for group in groups if group.verdict not in dropped]
+    places = sorted(machine.gather([group.place for group in worth]))[: config.groups]
+    slots = {place: slot for slot, place in enumerate(places)}
+    for group in worth:
+        group.slot = slots.get(group.place)
+    return len(places), sum(group.slot is None for group in worth)
 
 
-# in every line of the log, also of a step without a rollout; a reward that is new joins by itself
-REWARDS = ("total", "accuracy", "format", "contrastive", "diversity", "repetition")
-VERDICTS = ("kept", "too easy", "too hard", "unjudged groups")
-COUNTS = ("rollouts", "unjudged", *VERDICTS, "surplus", "groups", "skipped")
-CURVES = (("total", "accuracy"), ("contrastive", "diversity"), ("entropy", "kl"), ("grad_norm",))
+def collect(policy, batches, first, judge, config, machine):
+    """Roll out prompts until `groups` groups are kept, or max_tries times -> Harvest, end.
 
-
-def count(tally, group, latent_start_id):
-    """Add a group's figures to the tally."""
-    rollout = group.rollout
-    tokens, lengths = rollout.tokens, rollout.lengths
-    steps = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-    tally.count("rollouts", len(tokens))
-    tally.count("tokens", int(lengths.sum()))
-    tally.count("spans", int((tokens == latent_start_id).sum()))
-    tally.count("latents", sum(len(z) for z in rollout.latents))
-    tally.count("forced", int((steps & ~rollout.sampled).sum()))
-    tally.count("cut_off", rollout.finish.count("length"))
-    tally.count("unjudged groups" if group.verdict == "unjudged" else group.verdict)
-    tally.count("unjudged", sum(group.parts["unjudged"]))
-    for name, values in group.rewards.items():
-        tally.add(name, values)
-
-
-def collect(policy, batches, config, judge, machine, tally):
-    """Roll out prompts until `groups` groups are kept, or max_tries times; moves policy.batch on.
-
-    All ranks walk in step. -> this rank's kept groups, all its groups, its skipped samples.
+    batches: this rank's. first, end: the batch of all ranks that is next before and after. Ranks
+    walk in step.
     """
-    model, every, skipped = policy.model, [], []
+    harvest, end = Harvest(), first
     for _ in range(config.max_tries):
-        end = policy.batch + -(-config.prompts_a_try // config.rollout_batch)
-        for k in range(policy.batch, end):
+        begin, end = end, end + -(-config.prompts_a_try // config.rollout_batch)
+        for k in range(begin, end):
             if k % machine.world != machine.rank:
                 continue
-            with tally.clock("rollout"):
+            with harvest.tally.clock("rollout"):
                 batch = next(batches)
-                skipped += batch["skipped"]
-                groups = []
-                if batch["rows"]:
-                    groups = roll_out(model, policy.tokenizer, batch, k, config, machine)
-            with tally.clock("reward"):
-                if groups:
-                    score_groups(groups, model.config, judge, config)
-                for group in groups:
-                    count(tally, group, model.config.latent_start_id)
-            every += groups
-        policy.batch = end
-        kept, n_kept, surplus = first_kept(every, config, machine)
-        if n_kept >= config.groups:
+                groups = roll_out(policy, batch, k, config, machine)
+            with harvest.tally.clock("reward"):
+                score_groups(groups, judge, config)
+            harvest.groups += groups
+            harvest.skipped += batch["skipped"]
+        filled, surplus = fill_slots(harvest.groups, config, machine)
+        if filled == config.groups:
             break
-    tally.count("groups", len(kept))
-    tally.count("surplus", surplus)
-    tally.count("skipped", len(skipped))
-    return kept, every, skipped
+    harvest.tally.count("surplus", surplus)
+    harvest.count()
+    return harvest, end
 
 
 # ------------------------------------------------------------------------------------------- update
 
 
-@dataclasses.dataclass
-class Batch:
-    """What one forward of the update takes: R rows of a few groups, equal rollouts merged."""
-
-    prompts: dict  # with their pixels, in the host's memory until it is their turn
-    rollout: Rollout
-    prompt_of: torch.Tensor  # (R,) which prompt
-    A: torch.Tensor  # (R, 1) advantages
-    times: torch.Tensor  # (R, 1) how many rollouts a row stands for
-    ref: torch.Tensor | None = None  # (R, T) log-probabilities of the reference
-
-    @property
-    def weight(self):
-        """(R, T): how often each chosen token counts."""
-        return self.rollout.sampled * self.times
-
-
-def distinct(group, config):
-    """A group's judged rows, equal ones together: lists of rows. Equal words have equal latents.
-
-    (Unless noise was added.) Equal words with different rewards (a judge may waver) stay apart;
-    unjudged rows are left out.
-    """
-    rows = {}
-    lengths = group.rollout.lengths.tolist()
-    for i, (tokens, n) in enumerate(zip(group.rollout.tokens.tolist(), lengths)):
-        if group.parts["unjudged"][i]:
-            continue
-        key = i if config.latent_sigma else (*tokens[:n], round(group.parts["total"][i], 4))
-        rows.setdefault(key, []).append(i)
-    return list(rows.values())
-
-
-def prepare(groups, device, config):
-    """Groups -> Batch, with the advantages. Source: ours."""
-    prompts = model_inputs(collate([g.sample for g in groups], 0, side="left"))  # pads are masked
-    prompt_of, A, times, rollouts = [], [], [], []
-    for k, group in enumerate(groups):
-        advantages = group_advantages(group.parts["total"])
-        picked = distinct(group, config)
-        prompt_of += [k] * len(picked)
-        A += [advantages[rows].mean() for rows in picked]
-        times += [len(rows) for rows in picked]
-        rollouts.append(take(group.rollout, [rows[0] for rows in picked]))
-    prompt_of, times = (torch.tensor(x, device=device) for x in (prompt_of, times))
-    A = torch.stack(A).to(device)
-    return Batch(prompts, join(rollouts), prompt_of, A[:, None], times[:, None])
+def replayed(model, batch, config):
+    """A batch's rollouts fed again -> latent_decode.Replay."""
+    prompts = to_device(batch.prompts, batch.A.device)
+    return replay(model, prompts, batch.rollout, config.temperature, batch.prompt_of)
 
 
 def policy_loss(model, batch, n_tokens, config, figures):
-    """A batch's share of the step's loss; adds to `figures`. Source: the docstring's L.
+    """A batch's share of the step's loss L; adds to `figures`. Source: the docstring's L.
 
     n_tokens: chosen tokens of the step, over all ranks.
     """
-    prompts = to_device(batch.prompts, batch.A.device)
-    new = replay(model, prompts, batch.rollout, config.temperature, batch.prompt_of)
-    weight = batch.weight / n_tokens  # (R, T)
-    # with one update a step the policy has not moved: what differs is only the decoder's kernels
-    recorded = batch.rollout.logprobs
-    old = new.logprobs.detach() if config.updates_a_step == 1 else recorded
-    surrogate, r = clipped_surrogate(
-        new.logprobs, old, batch.A, config.eps_low, config.eps_high, config.dual_clip
-    )
-    loss = (surrogate * weight).sum()
-    kl = torch.zeros_like(surrogate) if batch.ref is None else kl_k3(new.logprobs, batch.ref)
-    total = loss + config.kl * (kl * weight).sum()
+    new = replayed(model, batch, config)
+    loss, kl = clipped_loss(new, batch, n_tokens, config, figures)
+    return loss + kl + through_latents(loss, new, batch, config)
 
-    # the part of the gradient that flows through the latents
-    longest = max(len(z) for z in batch.rollout.latents)
-    terms = longest if config.adjoint_terms < 0 else min(config.adjoint_terms, longest)
-    if terms:
-        total = total + adjoint_loss(loss, new.predicted, new.latents, terms)
+
+def clipped_loss(new, batch, n_tokens, config, figures):
+    """A batch's share of the two sums of L, recorded latents held constant -> clipped, KL.
+
+    new: the batch's Replay.
+    """
+    # with one update a step the policy has not moved: what differs is only the decoder's kernels
+    recorded, weight = batch.rollout.logprobs, batch.weight / n_tokens  # (R, T)
+    old = new.logprobs.detach() if config.updates_a_step == 1 else recorded
+    bounds = config.eps_low, config.eps_high, config.dual_clip
+    surrogate, r = clipped_surrogate(new.logprobs, old, batch.A, *bounds)
+    kl = torch.zeros_like(surrogate) if batch.ref is None else kl_k3(new.logprobs, batch.ref)
 
     with torch.no_grad():
         too_high = (r > 1 + config.eps_high) & (batch.A > 0)
@@ -535,63 +389,65 @@ def policy_loss(model, batch, n_tokens, config, figures):
             figures[name] += (value * weight).sum().item()
         largest = r.masked_fill(~batch.rollout.sampled, 0).max().item()
         figures["ratio_max"] = max(figures["ratio_max"], largest)
-    return total
+    return (surrogate * weight).sum(), config.kl * (kl * weight).sum()
 
 
-def minibatch(groups, ref_model, config, machine):
+def through_latents(loss, new, batch, config):
+    """`adjoint_loss` with as many terms as the config wants and the longest response has."""
+    longest = max(len(z) for z in batch.rollout.latents)
+    terms = longest if config.adjoint_terms < 0 else min(config.adjoint_terms, longest)
+    return adjoint_loss(loss, new.predicted, new.latents, terms) if terms else 0.0
+
+
+def minibatch(groups, policy, config, machine):
     """One minibatch's groups on this rank -> its batches, and its chosen tokens over all ranks."""
     batches = []
     for i in range(0, len(groups), config.micro_batch):
-        batch = prepare(groups[i : i + config.micro_batch], machine.device, config)
-        if ref_model is not None:
-            prompts = to_device(batch.prompts, machine.device)
+        batch = prepare(groups[i : i + config.micro_batch], policy.feed is None, machine.device)
+        if policy.reference is not None:
             with torch.no_grad(), machine.autocast():
-                batch.ref = token_logprobs(
-                    ref_model, prompts, batch.rollout, config.temperature, batch.prompt_of
-                )
+                batch.ref = replayed(policy.reference, batch, config).logprobs
         batches.append(batch)
     n_tokens = sum(int(batch.weight.sum()) for batch in batches)
     return batches, machine.sum([n_tokens])[0]
 
 
-def update(policy, groups, lr, config, machine):
-    """All updates of a step from this rank's kept groups (may be none) -> figures, on all ranks
-    alike.
-    """
-    # advantages, and the reference's log-probabilities
+def update(policy, optimizer, groups, lr, config, machine):
+    """All updates of a step from this rank's kept groups (may be none) -> figures of all ranks."""
+    # advantages; equal rollouts together; the reference's log-probabilities
+    for group in groups:
+        group.A = group_advantages(group.parts["total"])
     minibatches = []
     for k in range(config.minibatches):
         part = [group for group in groups if group.slot % config.minibatches == k]
-        minibatches.append(minibatch(part, policy.ref_model, config, machine))
+        minibatches.append(minibatch(part, policy, config, machine))
 
     # clipped loss -> step
     figures, norms = Counter(), []
-    for _ in range(config.inner_epochs):
-        for batches, n_tokens in minibatches:
-            if n_tokens == 0:  # fewer groups than minibatches
-                continue
-            for batch in batches:
-                with machine.autocast():
-                    loss = policy_loss(policy.model, batch, n_tokens, config, figures)
-                loss.backward()
-            norms.append(machine.step(policy.optimizer, lr, config.clip))
+    for batches, n_tokens in minibatches * config.inner_epochs:
+        if n_tokens == 0:  # fewer groups than minibatches
+            continue
+        for batch in batches:
+            with machine.autocast():
+                loss = policy.loss(policy.model, batch, n_tokens, config, figures)
+            loss.backward()
+        norms.append(machine.step(optimizer, lr, config.clip))
     return update_figures(figures, norms, machine)
 
 
 def update_figures(figures, norms, machine):
-    """This rank's sums and the gradient norm of each update -> the step's figures, on all ranks
-    alike. None where there was no update.
-    """
+    """Sums of this rank, norms of the updates -> the step's figures; None = there was no update."""
+    n = len(norms)
     names = ("loss", "ratio", "clip_fraction", "kl", "entropy", "replay_ms")
-    sums = machine.sum([figures[name] / max(1, len(norms)) for name in names])
-    means = dict(zip(names, sums if norms else [None] * len(names)))
+    sums = machine.sum([figures[name] for name in names])
+    means = {name: total / n if n else None for name, total in zip(names, sums)}
     mean_square = means.pop("replay_ms")
     return dict(
         means,
-        replay_rms=None if mean_square is None else math.sqrt(mean_square),
+        replay_rms=math.sqrt(mean_square) if n else None,
         ratio_max=max(machine.gather([float(figures["ratio_max"])])),
-        grad_norm=norms[-1] if norms else None,
-        updates=len(norms),
+        grad_norm=norms[-1] if n else None,
+        updates=n,
         updates_skipped=sum(not math.isfinite(norm) for norm in norms),
     )
 
@@ -599,103 +455,94 @@ def update_figures(figures, norms, machine):
 # --------------------------------------------------------------------------------------------- loop
 
 
-def start(config, rows, machine):
-    """The policy as the run's newest checkpoint or else `config.model` holds it -> Policy.
+def train(config, rows=None, policy_loss=policy_loss, feed=None):
+    """Run LA-DAPO -> path of the last checkpoint.
 
-    Raises SystemExit as `resume_point` does.
+    rows: list of Row, default those of config.data. policy_loss, feed: a variant's, see Policy.
+    Raises SystemExit on a folder in use or bad input.
     """
-    checkpoint, resumed, trained_on = resume_point(config, rows, machine.world)
-    os.makedirs(config.out, exist_ok=True)
-    torch.manual_seed(config.seed)
-    model, tokenizer = machine.load(checkpoint or newest(config.model), train=True)
-    model.model.visual.requires_grad_(not config.freeze_vision)
-    ref_model = None
-    if config.kl:
-        ref_model, _ = machine.load(newest(config.model))
-        ref_model.requires_grad_(False)
+    # the run's folder; the policy and what it is compared with; the prompts in their order
+    machine = Machine(config.bf16)
+    rows = usable(rows_of(config) if rows is None else rows, config)
+    steps, judge = count_steps(rows, config), judge_of(config)
+    run = Run(config, rows, machine, config.label)
+    model, tokenizer = load_model(run)
+    reference, origin = load_reference(run)
+    policy = Policy(model, tokenizer, reference, policy_loss, feed)
     optimizer, _ = make_optimizer(model, config, machine.world)
-    policy = Policy(model, tokenizer, ref_model, optimizer, trained_on, checkpoint)
-    if resumed:
-        restore(optimizer, checkpoint, resumed, machine.rank)
-        policy.step, policy.batch = resumed["step"], resumed["batch"]
-    return policy
+    place = run.state["batch"] if run.state else 0  # the batch of prompts that comes next
+    batches = load_prompts(rows, tokenizer, place, config, machine)
+    run.start(optimizer, describe(config, rows, model, steps, machine))
+    rollouts = RolloutLog(run)
+
+    for step in run.log.steps(steps, run.name):
+        # rollouts -> rewards -> group filter and refill
+        harvest, end = collect(policy, batches, place, judge, config, machine)
+        skipped, failures = run.log.skips(harvest.skipped, judge)
+        tally = harvest.tally.over(machine)
+        check_readable(step, tally, skipped)
+
+        # advantages -> clipped loss -> step
+        lr = schedule(step, steps, config)
+        with tally.clock("update"):
+            figures = update(policy, optimizer, harvest.kept, lr, config, machine)
+
+        # a line in the log, now and then a rollout of each group, and a checkpoint
+        places = [place * config.rollout_batch, end * config.rollout_batch]
+        line = dict(step=step, lr=lr, prompts=places, **figures)
+        line.update(log_line(tally, skipped, failures))
+        run.log.write(line, reward=line["total"], accuracy=line["accuracy"], groups=line["groups"])
+        rollouts.write(step, harvest.groups)
+        place, state = end, dict(batch=end, origin=origin)
+        due = run.save_if_due(step + 1, steps, model, tokenizer, optimizer, **state)
+        if due and machine.master:
+            draw_curves(run.log.path, os.path.join(config.out, "rewards.png"), CURVES)
+    return run.checkpoint
 
 
-def save(policy, config, machine):
-    """All ranks: write the run's checkpoint before policy.step; the first one draws the curves."""
-    policy.checkpoint = os.path.join(config.out, f"step_{policy.step:06d}")
-    state = dict(step=policy.step, batch=policy.batch, config=dataclasses.asdict(config))
-    state.update(world=machine.world, rows=policy.trained_on)
-    model, tokenizer = policy.model, policy.tokenizer
-    save_checkpoint(policy.checkpoint, model, tokenizer, state, policy.optimizer, machine)
-    if machine.master:
-        log, picture = (os.path.join(config.out, name) for name in ("log.jsonl", "rewards.png"))
-        draw_curves(log, picture, CURVES)
+def load_model(run):
+    """The policy in fp32, as the newest checkpoint holds it or where the run begins."""
+    torch.manual_seed(run.config.seed)
+    folder = run.checkpoint or newest(run.config.model)
+    model, tokenizer = run.machine.load(folder, train=True)
+    model.model.visual.requires_grad_(not run.config.freeze_vision)
+    return model, tokenizer
 
 
-def prompt_loader(rows, tokenizer, at, config, machine):
-    """This rank's batches of encoded prompts, from batch `at` of the data on."""
-    rank, world = machine.rank, machine.world
-    plan = prompt_batches(len(rows), config.rollout_batch, at, config.seed, rank, world)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    samples = Samples(rows, tokenizer, config, train=False)
-    return iter(loader(samples, plan, config.workers, pad_id=pad, side="left"))
+def load_reference(run):
+    """The KL's reference, and where it is -> model, {folder, weights: their fingerprint}; or Nones.
 
-
-def check_readable(step, tally, skipped):
-    """Raises SystemExit if the first step rolled nothing out: a wrong media_root, most likely."""
-    if step == 0 and not tally["rollouts"]:
-        why = f", e.g. {skipped[0].why}" if skipped else ""
-        raise SystemExit(f"none of the first prompts could be used{why}")
-
-
-def log_line(tally, skipped, failures):
-    """What all ranks tallied in a step, the samples they skipped and the judge's failures -> the
-    figures of its line in log.jsonl.
+    Raises SystemExit if a run that goes on does not find there what it began with.
     """
-    n = max(1, tally["rollouts"])
-    return dict(
-        tally.means(REWARDS),
-        length=tally["tokens"] / n,
-        spans=tally["spans"] / n,
-        latents=tally["latents"] / n,
-        forced_stops=tally["forced"] / max(1, tally["spans"]),
-        cut_off=tally["cut_off"] / n,
-        **{name.replace(" ", "_"): tally[name] for name in COUNTS},
-        skipped_names=[list(skip) for skip in skipped],
-        judge_failures=dict(failures),
-        **tally.seconds(),
-    )
-
-
-def write_rollouts(path, step, groups, config):
-    """Append one whole rollout of each group, another one of the group each time."""
-    i = step // config.sample_every % config.group_size
-    with open(path, "a", encoding="utf-8") as f:
-        for group in groups:
-            row = group.sample["row"]
-            line = dict(
-                step=step,
-                id=row.id,
-                verdict=group.verdict,
-                question=row.question,
-                answer=row.answer,
-                response=group.texts[i],
-                group_accuracy=group.parts["accuracy"],
-                **{name: values[i] for name, values in group.rewards.items()},
-            )
-            f.write(json.dumps(line, ensure_ascii=False) + "\n")
+    if not run.config.kl:
+        return None, None
+    folder = run.state["origin"]["folder"] if run.state else newest(run.config.model)
+    origin = dict(folder=folder, weights=model_fingerprint(folder))
+    if run.state and run.state["origin"] != origin:
+        raise SystemExit(
+            f"{run.checkpoint} is compared with {folder} (kl), which holds other weights now than "
+            "when the run began"
+        )
+    model, _ = run.machine.load(folder)
+    return model.requires_grad_(False), origin
 
 
 def usable(rows, config):
     """The rows whose answers can be rewarded; the others are counted, named and left out.
 
-    Raises SystemExit if they are more than the share max_bad.
+    Raises SystemExit if they are more than the share max_bad; or if all answers are open, there is
+    no judge, and exact_match is off.
     """
     bad = [row for row in rows if row.options and pick(row.answer, row.options) is None]
     reasons = [Skipped(r.where, f"the answer {r.answer!r} is none of {r.options}") for r in bad]
     if bad:
         report_bad(reasons, len(rows), config.max_bad)
+    all_open = bool(rows) and not any(row.options for row in rows)
+    if all_open and not (config.judge_model or config.exact_match):
+        raise SystemExit(
+            f"all {len(rows)} rows have open answers (no options): --judge_model NAME judges them, "
+            "--exact_match says that only the very words are right"
+        )
     gone = {row.where for row in bad}
     return [row for row in rows if row.where not in gone]
 
@@ -708,58 +555,25 @@ def count_steps(rows, config):
     return config.steps or max(1, prompts // config.groups)
 
 
-def train(config, rows=None):
-    """Run LA-DAPO on rows (a list of Row, default those of config.data) -> the last checkpoint.
-
-    Raises SystemExit on a folder in use, ValueError on bad input.
-    """
-    machine = Machine(config.bf16)
-    rows = usable(rows_of(config) if rows is None else rows, config)
-    steps = count_steps(rows, config)
-    policy = start(config, rows, machine)
-    batches = prompt_loader(rows, policy.tokenizer, policy.batch, config, machine)
-    judge = Judge(config.judge_url, config.judge_model) if config.judge_model else None
-    log = Log(config, policy.step, machine)
-    rollouts_path = os.path.join(config.out, f"rollouts_{machine.rank}.jsonl")
-    trim_log(rollouts_path, policy.step)
-    log.say(describe(config, rows, policy.model, steps, machine))
-
-    for step in log.steps(steps, "la_dapo"):
-        # rollouts -> rewards -> group filter and refill
-        tally, began_at = Tally(), policy.batch
-        kept, every, skipped = collect(policy, batches, config, judge, machine, tally)
-        skipped, failures = log.skips(skipped, judge)
-
-        # advantages -> clipped loss -> step
-        lr = schedule(step, steps, config)
-        with tally.clock("update"):
-            figures = update(policy, kept, lr, config, machine)
-        policy.step = step + 1
-
-        # sums over all ranks -> log, rollouts, checkpoint
-        tally = tally.over(machine)
-        check_readable(step, tally, skipped)
-        places = [b * config.rollout_batch for b in (began_at, policy.batch)]
-        line = dict(step=step, lr=lr, prompts=places, **figures)
-        line.update(log_line(tally, skipped, failures))
-        if step % config.sample_every == 0:
-            write_rollouts(rollouts_path, step, every, config)
-        log.write(line, reward=line["total"], accuracy=line["accuracy"], groups=line["groups"])
-        if policy.step % config.save_every == 0 or policy.step == steps:
-            save(policy, config, machine)
-    return policy.checkpoint
+def check_readable(step, tally, skipped):
+    """Raises SystemExit if the first step rolled nothing out: a wrong media_root, most likely."""
+    if step == 0 and not tally["rollouts"]:
+        why = f", e.g. {skipped[0].why}" if skipped else ""
+        raise SystemExit(f"none of the first prompts could be used{why}")
 
 
 def describe(config, rows, model, steps, machine):
     """The run in one line."""
     same = ": the ratio is 1" if config.updates_a_step == 1 else ""
+    judged_by = config.judge_model or "exact match alone"
+    n_open = sum(not row.options for row in rows)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return (
-        f"LA-DAPO: {len(rows)} prompts, {steps} steps of {config.groups} groups x "
-        f"{config.group_size} rollouts, {config.prompts_a_try} prompts a try, "
-        f"{machine.world} ranks, {machine.device.type}, seed {config.seed}, "
-        f"{trained:,} parameters trained, "
-        f"{config.updates_a_step} update(s) a step{same}"
+        f"{config.label}: {len(rows)} prompts, {steps} steps of {config.groups} groups x "
+        f"{config.group_size} rollouts, {config.prompts_a_try} prompts a try, {machine.world} "
+        f"ranks, {machine.device.type}, seed {config.seed}, {trained:,} parameters trained, "
+        f"{config.updates_a_step} update(s) a step{same}, "
+        f"{n_open} open answers judged by {judged_by}"
     )
 
 

@@ -24,8 +24,8 @@ Axis letters: G rollouts of a group, N latents of a rollout, T latents two rollo
 """
 
 import functools
-import math
 import re
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -55,9 +55,7 @@ def format_reward(response):
 
 @functools.lru_cache(maxsize=4096)
 def repetition_score(text):
-    """How much of a response repeats itself, in [0, 1]: the largest of three shares.
-
-    Source: official.
+    """How much of a response repeats itself, in [0, 1]: the largest of three shares. Official's.
 
     1 - distinct / all word 4-grams; the share of words in a block of 50 or 25 repeated back to back
     (texts of 100 words or more); 1 - distinct / all lines of more than 10 characters (three or more
@@ -71,11 +69,9 @@ def repetition_score(text):
         for size in (50, 25):
             inside = set()
             for i in range(len(words) - 2 * size + 1):
-                if (
-                    words[i] == words[i + size]
-                    and words[i : i + size] == words[i + size : i + 2 * size]
-                ):
-                    inside.update(range(i, i + 2 * size))
+                end = i + size
+                if words[i:end] == words[end : end + size]:
+                    inside.update(range(i, end + size))
             score = max(score, len(inside) / len(words))
     lines = [line.strip() for line in text.split("\n") if len(line.strip()) > 10]
     if len(lines) >= 3:
@@ -121,59 +117,71 @@ def accuracy_reward(response, gold, options=None):
 
 
 def similarity(latents):
-    """Eq. (4): s_ij, how alike two rollouts imagine -> (g, g) in [0, 1].
+    """Eq. (4): s_ij, how alike two rollouts imagine -> (g, g) in [0, 1], with a gradient.
 
     latents: g tensors (N_i, D), none of them empty. Spans are concatenated; compared are the T
     latents that both have, one after another.
     """
     n = torch.tensor([len(z) for z in latents], device=latents[0].device)
-    z = torch.nn.utils.rnn.pad_sequence([z.detach().float() for z in latents], True)  # (g, T, D)
+    z = torch.nn.utils.rnn.pad_sequence([_wide(z) for z in latents], True)  # (g, T, D)
     z = F.normalize(z, dim=-1).flatten(1)  # (g, T * D); padding adds 0 to a dot product
     return (1 + z @ z.T / torch.minimum(n[:, None], n[None])) / 2
 
 
+def _wide(z):
+    return z.to(torch.promote_types(z.dtype, torch.float32))
+
+
 def contrastive_reward(latents, correct, tau=0.5):
-    """Eq. (5): imagine what the group's correct rollouts imagine, not what its wrong ones do ->
-    (G,).
+    """Eq. (5): imagine what the group's correct rollouts do, not what its wrong ones do -> (G,).
 
     latents: G tensors (N_i, D), or None where there are none; correct: G bools. The edge cases are
     official's: without latents the reward is 0 and the rollout is nobody's neighbour; a group of
-    one: 0.
+    one: 0. Differentiable in the latents.
     """
-    reward = torch.zeros(len(latents))
     rows = [i for i, z in enumerate(latents) if z is not None and len(z)]
     if len(latents) < 2 or not rows:
-        return reward
-    s = similarity([latents[i] for i in rows]).tolist()
-    right = [bool(correct[i]) for i in rows]
-    for a, i in enumerate(rows):
-        # P_i: the other correct rollouts; a lone correct one is its own positive
-        positives = [s[a][b] for b in range(len(rows)) if right[b] and b != a]
-        if right[a] and not positives:
-            positives = [1.0]
-        # N_i: the wrong ones, i itself too if it is wrong
-        negatives = [s[a][b] for b in range(len(rows)) if not right[b]]
-        minus = sum(math.exp(s_ij / tau) for s_ij in negatives)
-        plus = math.exp(max(positives) / tau) if positives else 1.0  # s_i+; without positives 1
-        reward[i] = plus / (plus + minus) if negatives else max(positives) / tau
+        return torch.zeros(len(latents))
+    s = similarity([latents[i] for i in rows]).cpu()  # (g, g)
+    right = torch.tensor([bool(correct[i]) for i in rows])  # (g,)
+    e = (s.double() / tau).exp()
+
+    # s_i+: the best of P_i, the other correct ones; a lone correct one is its own; without any, 0
+    is_positive = right & ~torch.eye(len(rows), dtype=torch.bool)  # (g, g): j in P_i
+    plus = e.masked_fill(~is_positive, 0).amax(1)  # (g,)
+    plus = torch.where(is_positive.any(1), plus, (right.double() / tau).exp())
+
+    # N_i: the wrong ones, i itself too if it is wrong
+    minus = e[:, ~right].sum(1)  # (g,)
+    of_rows = plus.log() if right.all() else plus / (plus + minus)
+    reward = torch.zeros(len(latents), dtype=s.dtype)
+    reward[rows] = of_rows.to(s.dtype)
     return reward
+
+
+def span_likeness(latents, span_lengths):
+    """Eq. (6) without its sign: how alike neighbouring spans are -> scalar, with a gradient.
+
+    latents (N, D), all spans one after another; span_lengths: latents in each, empty spans are
+    passed over. 0 with fewer than two non-empty spans. Raises ValueError if the lengths do not add
+    up to N.
+    """
+    if sum(span_lengths) != len(latents):
+        raise ValueError(f"spans of {span_lengths} latents do not make {len(latents)}")
+    lengths = [n for n in span_lengths if n]
+    if len(lengths) < 2:
+        return torch.zeros(())
+    b = torch.stack([span.mean(0) for span in _wide(latents).split(lengths)])  # (M, D)
+    return F.cosine_similarity(b[:-1], b[1:], dim=-1).square().mean()
 
 
 def diversity_reward(latents, span_lengths):
     """Eq. (6): spans should not repeat each other -> float in [-1, 0]. Source: sec. 3.3.
 
-    latents (N, D) or None, all spans one after another; span_lengths: latents in each, empty spans
-    are passed over. 0 with fewer than two non-empty spans. Raises ValueError if the lengths do not
-    add up to N.
+    latents (N, D) or None; the rest as in `span_likeness`.
     """
-    N = 0 if latents is None else len(latents)
-    if sum(span_lengths) != N:
-        raise ValueError(f"spans of {span_lengths} latents do not make {N}")
-    lengths = [n for n in span_lengths if n]
-    if len(lengths) < 2:
-        return 0.0
-    b = torch.stack([span.mean(0) for span in latents.detach().float().split(lengths)])  # (M, D)
-    return -F.cosine_similarity(b[:-1], b[1:], dim=-1).square().mean().item()
+    likeness = span_likeness(torch.zeros(0, 1) if latents is None else latents, span_lengths)
+    return 0.0 - likeness.item()  # not -0.0
 
 
 def needs_judge(response, gold, options=None):
@@ -187,56 +195,46 @@ def needs_judge(response, gold, options=None):
     )
 
 
+@dataclass(frozen=True)
+class Weights:
+    """What Eq. (7) and Eq. (5) weigh with. Source: paper Table 9."""
+
+    lambda_c: float = 0.2  # of R_ctr
+    lambda_d: float = 0.1  # of R_div
+    tau: float = 0.5  # temperature of Eq. (5)
+
+
 def score_group(
-    responses,
-    latents,
-    span_lengths,
-    gold,
-    options=None,
-    verdicts=None,
-    *,
-    lambda_c=0.2,
-    lambda_d=0.1,
-    tau=0.5,
+    responses, latents, span_lengths, gold, options=None, verdicts=None, weights=Weights()
 ):
     """Eq. (7) for the G rollouts of one prompt -> dict of lists of G, with all parts.
 
-    responses: texts; latents, span_lengths as in Eq. (5) and (6), a list each; verdicts: {index:
-    True | False | None} for what a judge was asked, None = no verdict. Keys: accuracy (R_acc, -1
+    responses: texts; latents, span_lengths as in Eq. (5) and (6), a list each; verdicts: G of a
+    judge's True, False (also where it was not asked) or None, no verdict. Keys: accuracy (R_acc, -1
     where the repetition score exceeds 0.5), correct (bool), format, repetition, contrastive,
     diversity, total, unjudged (bool). An unjudged rollout has accuracy and total None, correct
     False, and is no neighbour in Eq. (5). Raises ValueError as the parts do.
     """
-    verdicts = verdicts or {}
-    unjudged = [i in verdicts and verdicts[i] is None for i in range(len(responses))]
-    repetition = [repetition_score(r) for r in responses]
-    repetitive = [score > 0.5 for score in repetition]
-    correct = [
-        not u and not rep and bool(accuracy_reward(r, gold, options) or verdicts.get(i))
-        for i, (r, rep, u) in enumerate(zip(responses, repetitive, unjudged))
-    ]
-    accuracy = [
-        None if u else -1.0 if rep else float(c) for u, rep, c in zip(unjudged, repetitive, correct)
-    ]
-    fmt = [format_reward(r) for r in responses]
-    ctr = contrastive_reward(
-        [None if u else z for u, z in zip(unjudged, latents)], correct, tau
-    ).tolist()
-    div = [diversity_reward(z, n) for z, n in zip(latents, span_lengths)]
-    total = [
-        None if a is None else 0.9 * a + 0.1 * f + lambda_c * c + lambda_d * d
-        for a, f, c, d in zip(accuracy, fmt, ctr, div)
-    ]
-    return dict(
-        accuracy=accuracy,
-        correct=correct,
-        format=fmt,
-        repetition=repetition,
-        contrastive=ctr,
-        diversity=div,
-        total=total,
-        unjudged=unjudged,
-    )
+    G, verdicts = len(responses), verdicts or [False] * len(responses)
+    unjudged = [verdict is None for verdict in verdicts]
+    repetition = [repetition_score(response) for response in responses]
+    correct, accuracy = [False] * G, [None] * G
+    judged = [i for i in range(G) if not unjudged[i]]
+    for i in judged:
+        right = accuracy_reward(responses[i], gold, options) or verdicts[i]
+        correct[i] = bool(right) and repetition[i] <= 0.5
+        accuracy[i] = float(correct[i]) if repetition[i] <= 0.5 else -1.0
+
+    fmt = [format_reward(response) for response in responses]
+    known = [None if u else z for u, z in zip(unjudged, latents)]
+    ctr = contrastive_reward(known, correct, weights.tau).tolist()
+    div = [diversity_reward(z, lengths) for z, lengths in zip(latents, span_lengths)]
+    total = [None] * G
+    for i in judged:
+        of_words = 0.9 * accuracy[i] + 0.1 * fmt[i]
+        total[i] = of_words + weights.lambda_c * ctr[i] + weights.lambda_d * div[i]
+    parts = dict(accuracy=accuracy, correct=correct, format=fmt, repetition=repetition)
+    return dict(parts, contrastive=ctr, diversity=div, total=total, unjudged=unjudged)
 
 
 def span_lengths(tokens, latent_start, latent):
@@ -250,31 +248,14 @@ def span_lengths(tokens, latent_start, latent):
     return out
 
 
-def score(texts, rollout, rows, config, judge=None, **weights):
-    """Rewards of a batch of rollouts, the same number for each row of data -> [dict of
-    `score_group`, one a row]. Eq. (7).
+def ask_judge(judge, responses, rows):
+    """A judge's verdict on each response to the row beside it; False where it was not asked.
 
-    texts: the responses; rollout: latent_decode's; config: the model's, for its span tokens; judge:
-    a `Judge`, asked once for all that it is needed for; weights: of `score_group`.
+    It is asked once for all that it is needed for; None = nobody is asked. Source: ours.
     """
-    G = len(texts) // len(rows)
-    of_row = [slice(k * G, (k + 1) * G) for k in range(len(rows))]
-    verdicts = [{} for _ in rows]
-    if judge:
-        places, questions = [], []
-        for k, row in enumerate(rows):
-            for i, text in enumerate(texts[of_row[k]]):
-                if needs_judge(text, row.answer, row.options):
-                    places.append((k, i))
-                    questions.append((row.question, row.answer, answer_of(text)))
-        for (k, i), verdict in zip(places, judge(questions)):
-            verdicts[k][i] = verdict
-
-    lengths, ids = rollout.lengths.tolist(), (config.latent_start_id, config.latent_id)
-    spans = [span_lengths(t[:n], *ids) for t, n in zip(rollout.tokens.tolist(), lengths)]
-    return [
-        score_group(
-            texts[own], rollout.latents[own], spans[own], row.answer, row.options, asked, **weights
-        )
-        for own, row, asked in zip(of_row, rows, verdicts)
-    ]
+    questions = {}
+    for i, (response, row) in enumerate(zip(responses, rows)):
+        if judge and needs_judge(response, row.answer, row.options):
+            questions[i] = (row.question, row.answer, answer_of(response))
+    verdicts = dict(zip(questions, judge(list(questions.values())))) if questions else {}
+    return [verdicts.get(i, False) for i in range(len(responses))]

@@ -53,6 +53,27 @@ def read_verdict(reply):
     return "yes" in said if len(said) == 1 else None
 
 
+def read_args(text):
+    """A JSON object as text, "" = none -> dict. Ours. Raises ValueError on anything else."""
+    try:
+        args = json.loads(text or "{}")
+    except json.JSONDecodeError:
+        args = None
+    if not isinstance(args, dict):
+        raise ValueError(f"the judge's args are {text!r}, expected a JSON object")
+    return args
+
+
+def judge_of(config):
+    """The judge that a script's judge_url, judge_model and judge_args name; None without a model.
+
+    Source: ours.
+    """
+    if not config.judge_model:
+        return None
+    return Judge(config.judge_url, config.judge_model, args=read_args(config.judge_args))
+
+
 class Judge:
     """Asks an OpenAI-compatible server whether answers are right. Source: sec. 3.3; the rest ours.
 
@@ -310,7 +331,7 @@ def score_run(run, config):
 
     arguments = {k: getattr(config, k) for k in ("images", "concurrency", "retries", "timeout")}
     cache = os.path.join(run, "judge_replies.jsonl")
-    arguments.update(cache=cache, args=json.loads(config.args))
+    arguments.update(cache=cache, args=read_args(config.args))
     judge = ScoreJudge(config.url, config.model, **arguments)
     verdicts = judge([(row, lines[row.id]["response"]) for row in rows])
     text = ""

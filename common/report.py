@@ -13,7 +13,6 @@ Axis letters: N latents, F frames, K tokens of a frame, M spans, D hidden.
 """
 
 import base64
-import glob
 import json
 import os
 import sys
@@ -28,15 +27,16 @@ from common.clips import ClipError, film, jpeg, key_frame_positions, read_clip
 from common.formats import Frame, Row
 from common.intervals import paired_bootstrap
 from common.judge import add_verdicts
-from common.runs import read_lines, read_log
+from common.runs import read_log
+from common.walk import read_book
 from model import LATENT_END, LATENT_START
 
 
 def paper_rows(summary):
-    """summary.json's content -> (columns, rows of text): ours, then what the paper published; ([],
-    []) if nothing is. Ours.
+    """summary.json's content -> (columns, rows of text): ours, then what the paper published.
 
-    FutureBench in percent, ours by official letters: the paper's way to count.
+    ([], []) if it published nothing on this benchmark. FutureBench is in percent, ours by official
+    letters: the paper's way to count. Source: ours.
     """
     benchmark, scores = summary["benchmark"], summary["scores"]
     if benchmark not in PAPER:
@@ -89,16 +89,13 @@ def scored_lines(folder):
 
     The score is 0 or 1 for options, the average of the judge's two for TwiFF-Bench. Source: ours.
     """
-    lines = []
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "samples*.jsonl"))):
-        lines += read_lines(path)
-    add_verdicts(folder, lines)
-    scored = {}
-    for line in lines:
+    lines, scored = read_book(folder, "samples"), {}
+    add_verdicts(folder, lines.values())
+    for id, line in lines.items():
         if "right" in line:
-            scored[line["id"]] = dict(line, score=float(line["right"]))
+            scored[id] = dict(line, score=float(line["right"]))
         elif "judged" in line:
-            scored[line["id"]] = dict(line, score=line["judged"]["average"])
+            scored[id] = dict(line, score=line["judged"]["average"])
     return scored
 
 
@@ -374,8 +371,9 @@ def _similarity(info):
 
 
 def write_report(path, summary, lines, rows):
-    """summary.json's content, result lines, their rows -> report.html at `path`. Shows the lines
-    with `imagined`. Ours.
+    """summary.json's content, result lines, their rows -> report.html at `path`. Ours.
+
+    The lines with `imagined` are shown as samples.
     """
     by_id, css, samples = {row.id: row for row in rows}, [], []
     for line in lines:
@@ -410,32 +408,29 @@ def write_report(path, summary, lines, rows):
 
 
 def draw_bars(results, names, groups, png):
-    """[{training: {group: scores}} a seed] -> accuracy by group as bars, a dot a seed; grey:
-    chance. Source: ours.
+    """[{training: {group: scores}} a seed] -> accuracy by group as bars, a dot a seed.
+
+    The grey line is chance among four options. Source: ours.
     """
     fig, ax = _axes(1, 9, 3.4)
+    groups, n = [*groups, "all"], len(results[0])
     for i, name in enumerate(results[0]):
-        values = np.array(
-            [[r[name][g]["accuracy"] for g in (*groups, "all")] for r in results]
-        )  # (seeds, groups + 1)
-        at = np.arange(len(groups) + 1) + (i - (len(results[0]) - 1) / 2) * 0.8 / len(results[0])
-        ax.bar(at, values.mean(0), 0.8 / len(results[0]), label=names.get(name, name))
+        values = []
+        for seed in results:
+            values.append([seed[name][group]["accuracy"] for group in groups])
+        values = np.array(values)  # (seeds, groups)
+        at = np.arange(len(groups)) + (i - (n - 1) / 2) * 0.8 / n
+        ax.bar(at, values.mean(0), 0.8 / n, label=names.get(name, name))
         ax.plot(np.repeat(at[None], len(values), 0), values, "k.", ms=3)
-    ax.set(
-        xticks=range(len(groups) + 1),
-        xticklabels=[*groups, "avg"],
-        ylabel="accuracy",
-        ylim=(0, 1.02),
-    )
+    ax.set(xticks=range(len(groups)), xticklabels=[*groups[:-1], "avg"])
+    ax.set(ylabel="accuracy", ylim=(0, 1.02))
     ax.axhline(0.25, color="grey", lw=0.7, ls=":")
     ax.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     fig.savefig(png, dpi=120)
 
 
 def draw_key_frames(clip, titles, png):
-    """The eight key frames of a clip in a row, under their titles {index: text}, else their number.
-    Source: ours.
-    """
+    """The eight key frames of a clip in a row, under titles {index: text}, else numbers. Ours."""
     frames, _, _ = read_clip(clip, key_frame_positions)
     fig, axes = _axes(8, 11, 1.7)
     for i, (ax, frame) in enumerate(zip(axes, frames), 1):
@@ -445,28 +440,28 @@ def draw_key_frames(clip, titles, png):
 
 
 def draw_rl(runs, png):
-    """{name: [log.jsonl a seed]} -> reward and accuracy of the rollouts over the steps, mean of ten
-    steps and of seeds.
+    """{name: [log.jsonl a seed]} -> reward and accuracy of the rollouts over the steps.
+
+    A line is the mean of ten steps and of seeds. Source: ours.
     """
     fig, axes = _axes(2, 11, 3.4)
-    for ax, key in zip(axes, ("total", "accuracy")):
+    figures = {"total": "reward R, Eq. (7)", "accuracy": "accuracy of the rollouts"}
+    for ax, (key, label) in zip(axes, figures.items()):
         for name, logs in runs.items():
-            values = np.mean(
-                [[json.loads(line)[key] for line in open(log)] for log in logs], 0
-            )  # (steps,)
-            n = min(10, len(values))
-            ax.plot(
-                np.arange(n - 1, len(values)),
-                np.convolve(values, np.ones(n) / n, "valid"),
-                lw=1,
-                label=name,
-            )
-        ax.set(
-            xlabel="step",
-            ylabel={"total": "reward R, Eq. (7)", "accuracy": "accuracy of the rollouts"}[key],
-        )
+            values = []
+            for log in logs:
+                values.append([line[key] for line in read_log(log)])
+            smooth = running_mean(np.mean(values, 0))
+            last = len(values[0])
+            ax.plot(np.arange(last - len(smooth), last), smooth, lw=1, label=name)
+        ax.set(xlabel="step", ylabel=label)
     axes[1].legend(fontsize=7, frameon=False)
     fig.savefig(png, dpi=120)
+
+
+def running_mean(values, n=10):
+    """The mean of each n values in a row; the values themselves, where there are fewer."""
+    return np.convolve(values, np.ones(n) / n, "valid") if len(values) >= n else np.array(values)
 
 
 def _axes(columns, width, height):
@@ -476,46 +471,32 @@ def _axes(columns, width, height):
     return fig, fig.subplots(1, columns)
 
 
+LABELS = {"ce": "L_CE a token, Eq. (2)", "latent": "L_latent, Eq. (3)"}
+ON_LOG_SCALE = ("ce", "latent", "grad_norm")
+
+
 def draw_curves(log, png, panels=(("ce",), ("latent",), ("grad_norm",))):
-    """log.jsonl -> its keys over the steps, a panel a tuple, as a picture: each step thin, the mean
-    of ten thick. Ours.
+    """log.jsonl -> its keys over the steps as a picture, a panel a tuple of keys. Ours.
+
+    Each step is drawn thin, the mean of ten thick. A panel without a value but 0 is left out.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     lines = read_log(log)
-    panels = [
-        keys for keys in panels if any(line[key] for line in lines for key in keys)
-    ] or panels[:1]
-    fig, axes = plt.subplots(
-        1, len(panels), figsize=(4 * len(panels), 3), squeeze=False, constrained_layout=True
-    )
-    for ax, keys in zip(axes[0], panels):
+    with_values = [keys for keys in panels if any(line[key] for line in lines for key in keys)]
+    panels = with_values or panels[:1]
+    fig, axes = _axes(len(panels), 4 * len(panels), 3)
+    for ax, keys in zip(np.atleast_1d(axes), panels):
         for key in keys:
-            some = [
-                line for line in lines if line[key] is not None
-            ]  # a step without an update has no such figure
-            if not some:
-                continue
-            steps, values = [line["step"] for line in some], np.array([line[key] for line in some])
-            (thin,) = ax.plot(steps, values, lw=0.6, alpha=0.5)
-            mean = np.convolve(values, np.ones(10) / 10, "valid") if len(values) >= 10 else values
-            ax.plot(
-                steps[-len(mean) :],
-                mean,
-                color=thin.get_color(),
-                label={"ce": "L_CE a token, Eq. (2)", "latent": "L_latent, Eq. (3)"}.get(
-                    key, key.replace("_", " ")
-                ),
-            )
-        ax.set(
-            xlabel="step", yscale="log" if keys[0] in ("ce", "latent", "grad_norm") else "linear"
-        )
+            # a step without an update has no such figure
+            some = [line for line in lines if line[key] is not None]
+            if some:
+                steps, values = [line["step"] for line in some], [line[key] for line in some]
+                (thin,) = ax.plot(steps, values, lw=0.6, alpha=0.5)
+                mean = running_mean(values)
+                label = LABELS.get(key, key.replace("_", " "))
+                ax.plot(steps[-len(mean) :], mean, color=thin.get_color(), label=label)
+        ax.set(xlabel="step", yscale="log" if keys[0] in ON_LOG_SCALE else "linear")
         ax.legend(frameon=False, fontsize=8)
     fig.savefig(png, dpi=110)
-    plt.close(fig)
 
 
 if __name__ == "__main__":

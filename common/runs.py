@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from tqdm import tqdm
+from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from common.formats import read_rows, report_bad
@@ -224,6 +225,34 @@ def fingerprint(rows):
     for row in rows:
         parts = (row.id, row.question, row.options, row.answer, row.prompt, row.response)
         digest.update(repr(parts).encode())
+    return digest.hexdigest()
+
+
+MB = 2**20
+
+
+def model_fingerprint(folder):
+    """What a model's folder or hub id holds -> hash. Source: ours.
+
+    config.json as a whole; of each weight file its name, its size, its first and its last MB. So a
+    folder of 16 GB takes no longer than one of 16 MB, and a change in the middle of a file alone is
+    not seen. Raises SystemExit if there is no such model.
+    """
+    try:
+        config = cached_file(folder, "config.json")
+    except OSError as e:
+        raise SystemExit(f"{folder}: no model there ({e})") from e
+    digest = hashlib.sha256()
+    for name in sorted(os.listdir(os.path.dirname(config))):
+        if name != "config.json" and not name.endswith((".safetensors", ".bin")):
+            continue
+        with open(os.path.join(os.path.dirname(config), name), "rb") as f:
+            size = f.seek(0, os.SEEK_END)
+            digest.update(f"{name} {size}".encode())
+            f.seek(0)
+            digest.update(f.read(MB))
+            f.seek(max(0, size - MB))
+            digest.update(f.read(MB))
     return digest.hexdigest()
 
 

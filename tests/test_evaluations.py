@@ -70,29 +70,19 @@ def test_futurebench_to_the_letter(scripted, tmp_path, monkeypatch, capsys):
     assert config.num_frames == 32
     assert evaluate.Config(benchmark="futurebench").max_new_tokens == 2048
     table = evaluate.evaluate(config)
-    got = {
-        g: tuple(
-            s[k] for k in ("n", "accuracy", "strict", "official", "unparsed", "skipped", "spans")
-        )
-        for g, s in table.items()
-    }
-    assert got == {
+    names = ("n", "accuracy", "strict", "official", "unparsed", "skipped", "spans")
+    assert {group: tuple(s[k] for k in names) for group, s in table.items()} == {
         "1-hop": (2, 0.5, 0.5, 0.5, 0, 0, 1.5),
         "2-hop": (1, 0, 0, 1, 1, 1, 0),
         "3-hop": (1, 0, 0, 0, 1, 0, 0),
         "interp": (1, 1, 1, 0, 0, 1, 0),
         "all": (5, 0.4, 0.4, 0.4, 2, 2, 0.6),
     }
-    assert (
-        seen[0].count("<|vision_start|>") == 6
-    )  # a clip of 12 frames gives all of them, two a patch
+    # a clip of 12 frames gives all of them, two a patch
+    assert seen[0].count("<|vision_start|>") == 6
     summary = json.load(open(tmp_path / "summary.json"))
-    assert (summary["found"], summary["total"], summary["unparsed"], summary["judge_failures"]) == (
-        5,
-        7,
-        2,
-        0,
-    )
+    counts = [summary[k] for k in ("found", "total", "unparsed", "judge_failures")]
+    assert counts == [5, 7, 2, 0]
     assert summary["coverage"] == 5 / 7 and {m["id"] for m in summary["missing"]} == {"x5", "x0#2"}
     assert "gone.mp4: no such file" in str(summary["missing"])
     assert "broken.mp4" in str(summary["missing"])
@@ -106,30 +96,14 @@ def test_futurebench_to_the_letter(scripted, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "5 of 7 samples found" in out and "beside what the paper published (not run here)" in out
     assert "ours: 32 frames a video at most, 131,072 pixels a video" in out
-    rows = [line.split("  ") for line in out.splitlines()]
-    ours, theirs = (
-        next([c.strip() for c in row if c.strip()] for row in rows if row[0].startswith(name))
-        for name in ("ours", "paper's: Future-L1-RL")
-    )
-    assert ours[:7] == [
-        "ours, 5 of 7 found",
-        "50.0",
-        "100.0",
-        "0.0",
-        "0.0",
-        "40.0",
-        "7.6",
-    ]  # by official letters
-    assert theirs == [
-        "paper's: Future-L1-RL",
-        "83.2",
-        "86.5",
-        "86.6",
-        "85.1",
-        "85.4",
-        "195.3",
-        "0.91",
-    ]
+    rows = {}
+    for row in out.splitlines():
+        name, *cells = [cell.strip() for cell in row.split("  ") if cell.strip()] or [""]
+        rows[name] = cells
+    ours = rows["ours, 5 of 7 found"]
+    assert ours[:6] == ["50.0", "100.0", "0.0", "0.0", "40.0", "7.6"]  # by official letters
+    theirs = ["83.2", "86.5", "86.6", "85.1", "85.4", "195.3", "0.91"]
+    assert rows["paper's: Future-L1-RL"] == theirs
     assert "api_key" not in json.dumps(summary) and os.path.exists(tmp_path / "report.html")
 
 
@@ -171,14 +145,12 @@ def test_none_opens_no_span(world, tmp_path, monkeypatch):
     from tests.test_evaluate import config
 
     asked, generate = [], latent_decode.generate
-    monkeypatch.setattr(
-        evaluate,
-        "generate",
-        lambda model, batch, **k: (
-            asked.append([model.config.latent_start_id] == k["banned"])
-            or generate(model, batch, **k)
-        ),
-    )
+
+    def listen(model, batch, **settings):
+        asked.append([model.config.latent_start_id] == settings["banned"])
+        return generate(model, batch, **settings)
+
+    monkeypatch.setattr(evaluate, "generate", listen)
     for latents in ("none", "zero"):
         evaluate.evaluate(config(world, tmp_path / latents, latents=latents, limit=1))
     assert asked == [True, False]
@@ -190,15 +162,10 @@ def test_banned_tokens(model, tokenizer):
     """
     batch = dict(input_ids=torch.tensor([tokenizer("watch the ball").input_ids]))
     first = latent_decode.generate(model, batch, max_new_tokens=12, eos_token_id=[])
-    words = [
-        t
-        for t in first.tokens[0].tolist()
-        if t not in (model.config.latent_id, model.config.latent_end_id)
-    ]
-    second = latent_decode.generate(
-        model, batch, max_new_tokens=12, eos_token_id=[], banned=[words[0]]
-    )
-    assert words[0] in first.tokens and words[0] not in second.tokens
+    inside = (model.config.latent_id, model.config.latent_end_id)
+    word = next(token for token in first.tokens[0].tolist() if token not in inside)
+    second = latent_decode.generate(model, batch, max_new_tokens=12, eos_token_id=[], banned=[word])
+    assert word in first.tokens and word not in second.tokens
 
 
 def test_imagined_by_hand(model, clip, data_config):
@@ -214,15 +181,8 @@ def test_imagined_by_hand(model, clip, data_config):
     got = imagined(model, row, latents, [1, 0, 2], data_config.budgets[1])
     assert got["frames"] == list("12345678") and got["spans"] == [1, 0, 2]
     assert [line[4] for line in got["cosine"]] == [1, -1, 1] and np.argmax(got["cosine"][0]) == 4
-    other = model.encode_frames(
-        *(
-            f(x)
-            for f, x in zip(
-                (clips.normalise, lambda g: g[None]),
-                clips.resize_and_cut(pictures[Frame(path, 8)][None], *data_config.budgets[1]),
-            )
-        )
-    )
+    patches, grid = clips.resize_and_cut(pictures[Frame(path, 8)][None], *data_config.budgets[1])
+    other = model.encode_frames(clips.normalise(patches), grid[None])
     dot = float(e[0] @ other[0]) / math.sqrt(float(e[0] @ e[0]) * float(other[0] @ other[0]))
     assert got["cosine"][0][7] == pytest.approx(dot, abs=1e-3)
     got = imagined(model, row, torch.cat([3 * e, other, e]), [1, 0, 2], data_config.budgets[1])

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,8 +24,9 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 import la_dapo
 import latent_decode
 import rewards
-from common import runs
+from common import groups, runs
 from common.formats import read_rows
+from common.groups import Batch
 from la_dapo import adjoint_loss, clipped_surrogate, group_advantages, keep_group, kl_k3
 from latent_decode import generate, join, replay, take, token_logprobs
 from model import load
@@ -324,6 +326,16 @@ def test_bf16_autocast(model, tokenizer, head, monkeypatch):
 # ------------------------------------------------------------------------- gradient through latents
 
 
+def compute_norms_exactly(monkeypatch):
+    """transformers' own computes in fp32 whatever comes in, too coarse for a difference."""
+
+    def norm(self, x):
+        variance = x.square().mean(-1, keepdim=True)
+        return self.weight * x * torch.rsqrt(variance + self.variance_epsilon)
+
+    monkeypatch.setattr(Qwen3VLTextRMSNorm, "forward", norm)
+
+
 def wide_rollout(model, tokenizer):
     """A float64 model with a head, and a rollout with several spans of several latents."""
     batch, rollout = sampled(
@@ -342,20 +354,21 @@ def wide_rollout(model, tokenizer):
     return batch, rollout
 
 
-def decoded_again(model, batch, rollout, A):
-    """sum A log p(words) with the latents made anew by the weights as they are: fixed point,
-    exact after N passes.
-    """
+def latents_again(model, batch, rollout, prompt_of=None):
+    """The rollout with the latents that the weights make now: fixed point, after N passes exact."""
     z = rollout.latents
+    for _ in range(max(len(x) for x in z)):
+        fed = dataclasses.replace(rollout, latents=z)
+        new = replay(model, batch, fed, 0.9, prompt_of).predicted
+        z = list(new.split([len(x) for x in z]))
+    return dataclasses.replace(rollout, latents=z)
+
+
+def decoded_again(model, batch, rollout, A, prompt_of=None):
+    """sum A log p(words) with the latents made anew by the weights as they are."""
     with torch.no_grad():
-        for _ in range(max(len(x) for x in z)):
-            new = replay(model, batch, dataclasses.replace(rollout, latents=z), 0.9).predicted
-            z = list(new.split([len(x) for x in z]))
-        return (
-            (A * token_logprobs(model, batch, dataclasses.replace(rollout, latents=z), 0.9))
-            .sum()
-            .item()
-        )
+        again = latents_again(model, batch, rollout, prompt_of)
+        return (A * token_logprobs(model, batch, again, 0.9, prompt_of)).sum().item()
 
 
 def test_the_adjoint_gradient_equals_finite_differences(model, tokenizer, monkeypatch):
@@ -364,14 +377,7 @@ def test_the_adjoint_gradient_equals_finite_differences(model, tokenizer, monkey
     Constants must miss by a wide margin:
     the head gets no gradient at all, and the rest is wrong by more than a tenth of its size."""
 
-    def norm(
-        self, x
-    ):  # transformers' own computes in fp32 whatever comes in, too coarse for a difference
-        return (
-            self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
-        )
-
-    monkeypatch.setattr(Qwen3VLTextRMSNorm, "forward", norm)
+    compute_norms_exactly(monkeypatch)
     batch, rollout = wide_rollout(model, tokenizer)
     A = torch.randn(
         len(rollout.tokens), 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
@@ -428,7 +434,7 @@ def test_ratio_one_gives_the_reinforce_gradient(model, tokenizer):
     n = int(rollout.sampled.sum())
     config = la_dapo.Config(kl=0.0, temperature=0.9)
     figures = Counter()
-    prepared = la_dapo.Batch(batch, rollout, torch.arange(len(A)) // 6, A, torch.ones_like(A))
+    prepared = Batch(batch, rollout, torch.arange(len(A)) // 6, A, torch.ones_like(A))
     loss = la_dapo.policy_loss(model, prepared, n, config, figures)
     ours = torch.autograd.grad(loss, model.lm_head.weight)[0]
     logp = token_logprobs(model, batch, rollout, 0.9)
@@ -450,7 +456,7 @@ def test_what_the_ratio_compares_with(model, tokenizer, minibatches, ratio):
     batch, rollout = sampled(model, tokenizer, n=2)
     recorded = rollout.logprobs - 0.1 * rollout.sampled
     A = torch.ones(len(recorded), 1)
-    prepared = la_dapo.Batch(
+    prepared = Batch(
         batch,
         dataclasses.replace(rollout, logprobs=recorded),
         torch.arange(len(A)) // 2,
@@ -507,6 +513,17 @@ def settings(world, loud, out, **more):
             **more,
         }
     )
+
+
+def flags(config, **more):
+    """A config, some fields changed, as the command line has it."""
+    argv = []
+    for name, value in {**vars(config), **more}.items():
+        if isinstance(value, bool):
+            argv.append(f"--{'' if value else 'no-'}{name}")
+        else:
+            argv.append(f"--{name}={value}")
+    return argv
 
 
 def weights(checkpoint):
@@ -634,16 +651,95 @@ def test_killed_and_resumed_equals_straight_through(world, loud, tmp_path):
         la_dapo.train(settings(world, loud, tmp_path / "b", resume=True, lambda_c=0.3))
 
 
+def run_folder(loud, folder):
+    """A run's folder that holds the loud model as its second checkpoint."""
+    shutil.copytree(loud, folder / "step_000002")
+    return str(folder)
+
+
+def test_the_reference_stays_where_the_run_began(world, loud, tmp_path):
+    """Breaks if a run that goes on is compared with what --model leads to by then: the run's folder
+    has got a newer checkpoint, with other weights.
+    """
+    start = run_folder(loud, tmp_path / "sft")
+    config = settings(world, start, tmp_path / "a", steps=2, save_every=1, kl=0.05)
+    straight = weights(la_dapo.train(config))
+    shutil.rmtree(tmp_path / "a" / "step_000002")
+    kl = [line["kl"] for line in log_of(tmp_path / "a")]
+    shutil.copytree(world["model"], tmp_path / "sft" / "step_000003")
+    resumed = weights(la_dapo.train(dataclasses.replace(config, resume=True)))
+    assert kl[1] > 0 and [line["kl"] for line in log_of(tmp_path / "a")] == kl
+    assert all(torch.equal(straight[k], resumed[k]) for k in straight)
+
+
+def test_another_reference_is_refused(world, loud, tmp_path):
+    """Breaks if the reference's weights or config may change under a run, or it may go, unnoticed;
+    or if a run without KL asks for one.
+    """
+    start = run_folder(loud, tmp_path / "sft")
+    config = settings(world, start, tmp_path / "a", steps=2, save_every=1, kl=0.05)
+    without = dataclasses.replace(config, out=str(tmp_path / "b"), kl=0.0)
+    for c in (config, without):
+        la_dapo.train(c)
+        shutil.rmtree(os.path.join(c.out, "step_000002"))
+    path = tmp_path / "sft" / "step_000002" / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(SystemExit, match="step_000001 is compared with .*step_000002 .*other weig"):
+        la_dapo.train(dataclasses.replace(config, resume=True))
+    shutil.rmtree(tmp_path / "sft" / "step_000002")
+    with pytest.raises(SystemExit, match="step_000002: no model there"):
+        la_dapo.train(dataclasses.replace(config, resume=True))
+    assert la_dapo.train(dataclasses.replace(without, resume=True)).endswith("step_000002")
+
+
+def test_answers_that_nobody_can_judge(world, loud, tmp_path, capsys):
+    """Breaks if open answers without a judge are learnt from unsaid, or a run that can judge none
+    of them starts without being told so.
+    """
+    rows = read_rows(world["data"])
+    for row in rows[:5]:
+        row.options = None
+    config = settings(world, loud, tmp_path / "a", steps=1, groups=2)
+    la_dapo.train(config, rows)
+    assert "5 open answers judged by exact match alone" in capsys.readouterr().out
+    for row in rows:
+        row.options = None
+    config = settings(world, loud, tmp_path / "b", steps=1, groups=2)
+    with pytest.raises(SystemExit, match="all 24 rows have open answers .*--judge_model"):
+        la_dapo.train(config, rows)
+    la_dapo.train(dataclasses.replace(config, exact_match=True), rows)
+    assert len(log_of(tmp_path / "b")) == 1
+
+
+def test_the_judge_gets_its_arguments(world, loud, tmp_path, monkeypatch, capsys):
+    """Breaks if url, model or --judge_args do not reach the judge, or bad JSON does."""
+    asked = []
+
+    def judge(*args, **more):
+        asked.append((args, more))
+        return FakeJudge(lambda answer: True)
+
+    monkeypatch.setattr("common.judge.Judge", judge)
+    more = dict(judge_url="http://x/v1", judge_model="m", judge_args='{"temperature": null}')
+    la_dapo.train(settings(world, loud, tmp_path / "a", steps=1, groups=2, **more))
+    assert asked == [(("http://x/v1", "m"), dict(args={"temperature": None}))]
+    assert "0 open answers judged by m" in capsys.readouterr().out
+    for text in ("[1]", "{", "null"):
+        with pytest.raises(ValueError, match="expected a JSON object"):
+            settings(world, loud, tmp_path / "b", judge_model="m", judge_args=text)
+
+
 def test_a_new_reward_reaches_the_log_by_itself(world, loud, tmp_path, monkeypatch):
     """Breaks if a reward that `score_group` gains needs an edit in the loop to be logged, or a
     verdict is logged as one.
     """
-    inner = la_dapo.score
+    inner = la_dapo.score_group
 
-    def with_novelty(*args, **weights):
-        return [dict(parts, novelty=[0.0, 0.5, 1.0]) for parts in inner(*args, **weights)]
+    def with_novelty(*args):
+        return dict(inner(*args), novelty=[0.0, 0.5, 1.0])
 
-    monkeypatch.setattr(la_dapo, "score", with_novelty)
+    monkeypatch.setattr(la_dapo, "score_group", with_novelty)
     la_dapo.train(settings(world, loud, tmp_path / "a", steps=1))
     (line,) = log_of(tmp_path / "a")
     assert line["novelty"] == pytest.approx(0.5)
@@ -721,7 +817,7 @@ def test_unjudged_rollouts_leave_the_group(world, loud, tmp_path, monkeypatch):
     """
     monkeypatch.setattr(rewards, "needs_judge", lambda *a: True)
     monkeypatch.setattr(rewards, "answer_of", lambda text: text)
-    monkeypatch.setattr(la_dapo, "Judge", lambda url, model: FakeJudge(lambda answer: None))
+    monkeypatch.setattr(la_dapo, "judge_of", lambda config: FakeJudge(lambda answer: None))
     done = la_dapo.train(
         settings(world, loud, tmp_path / "a", judge_model="m", steps=2, max_tries=2)
     )
@@ -732,7 +828,7 @@ def test_unjudged_rollouts_leave_the_group(world, loud, tmp_path, monkeypatch):
     # every third is silent, the others differ: two of three rollouts are left, with rewards 0 and 1
     verdicts = iter([None, True, False] * 100)
     monkeypatch.setattr(
-        la_dapo, "Judge", lambda url, model: FakeJudge(lambda answer: next(verdicts))
+        la_dapo, "judge_of", lambda config: FakeJudge(lambda answer: next(verdicts))
     )
     seen, inner = [], la_dapo.prepare
     monkeypatch.setattr(la_dapo, "prepare", lambda *a: seen.append(inner(*a)) or seen[-1])
@@ -769,7 +865,7 @@ def test_equal_rollouts_are_replayed_once_and_counted(world, loud, tmp_path, mon
     )
     merged = weights(la_dapo.train(settings(world, loud, tmp_path / "a", **common)))
     fewer, rows[:] = sum(rows), []
-    monkeypatch.setattr(la_dapo, "distinct", lambda group, config: [[i] for i in range(6)])
+    monkeypatch.setattr(groups, "distinct", lambda group, merge: [[i] for i in range(6)])
     plain = weights(la_dapo.train(settings(world, loud, tmp_path / "b", **common)))
     assert fewer < sum(rows) == 24
     a, b = log_of(tmp_path / "a")[0], log_of(tmp_path / "b")[0]
@@ -883,7 +979,6 @@ def test_bad_settings_are_refused(world, loud, tmp_path):
     """Breaks if a combination without meaning runs."""
     for bad in (
         dict(temperature=0.0),
-        dict(adjoint_terms=-1, latent_sigma=0.1),
         dict(adjoint_terms=-2),
         dict(judge_url="http://x"),
         dict(prompts=-1),
@@ -891,21 +986,12 @@ def test_bad_settings_are_refused(world, loud, tmp_path):
         dict(tau=0.0),
         dict(groups=0),
         dict(group_size=1),
-        dict(latent_sigma=-1.0),
     ):
         with pytest.raises(ValueError):
             settings(world, loud, tmp_path / "x", **bad)
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        dict(latent_sigma=0.1, adjoint_terms=0),
-        dict(share=True),
-        dict(adjoint_terms=1),
-        dict(kl=0.0),
-    ],
-)
+@pytest.mark.parametrize("more", [dict(share=True), dict(adjoint_terms=1), dict(kl=0.0)])
 def test_each_ablation_runs(world, loud, tmp_path, more):
     """Breaks if a flag of the comparison table does not reach the end of a step, or writes a log
     that is no number.

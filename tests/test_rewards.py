@@ -16,6 +16,7 @@ import torch
 from common.formats import answer_of
 from common.judge import JUDGE_PROMPT, Judge, read_verdict
 from rewards import (
+    Weights,
     accuracy_reward,
     contrastive_reward,
     diversity_reward,
@@ -24,6 +25,7 @@ from rewards import (
     pick,
     repetition_score,
     score_group,
+    span_likeness,
 )
 
 S, Z, E_ = "<|latent_start|>", "<|latent|>", "<|latent_end|>"
@@ -512,16 +514,13 @@ def test_contrastive_ignores_lengths_of_vectors():
     assert ctr(turned, correct) != pytest.approx(ctr(latents, correct), abs=1e-3)
 
 
-def test_contrastive_stays_finite_and_out_of_the_graph():
-    """Breaks if a zero latent gives NaN (s = 0.5 with all), or a reward carries gradients or
-    alters latents.
-    """
+def test_contrastive_stays_finite():
+    """Breaks if a zero latent gives NaN (s = 0.5 with all), or a reward alters latents."""
     assert ctr([torch.zeros(1, 2), vectors(E1)], [True, True]) == pytest.approx([1, 1])
-    z = torch.randn(3, 4, requires_grad=True)
-    before = z.detach().clone()
-    assert not contrastive_reward(
-        [z, z * 2, z[:1]], [True, False, True]
-    ).requires_grad and torch.equal(z, before)
+    z = torch.randn(3, 4)
+    before = z.clone()
+    contrastive_reward([z, z * 2, z[:1]], [True, False, True])
+    assert torch.equal(z, before)
     half = contrastive_reward([z.detach().bfloat16(), z[:1].detach().bfloat16()], [True, False])
     assert half.dtype == torch.float32
     z16 = z.detach().bfloat16().float()
@@ -577,6 +576,35 @@ def test_diversity_without_latents_or_with_wrong_lengths():
             diversity_reward(torch.ones(3, 2), lengths)
 
 
+def slow_likeness(z, lengths):
+    """The mean of cos^2 of Eq. (6), float64 numpy."""
+    ends = np.cumsum(lengths)
+    b = [z[end - n : end].mean(0) for n, end in zip(lengths, ends) if n]
+    squares = [(x @ y) ** 2 / (x @ x) / (y @ y) for x, y in zip(b[:-1], b[1:])]
+    return float(np.mean(squares))
+
+
+@pytest.mark.parametrize("correct", [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
+def test_gradients_equal_finite_differences(correct):
+    """Breaks if a similarity or a mean is taken out of the graph, or the reward is cut to fp32."""
+    generator = torch.Generator().manual_seed(3)
+    sizes = (4, 2, 5, 3)
+    leaf = torch.randn(sum(sizes), 6, dtype=torch.float64, generator=generator, requires_grad=True)
+    lengths = [2, 0, 4, 5, 3]
+
+    def slow(z):
+        parts = np.split(z.numpy(), np.cumsum(sizes)[:-1])
+        return sum(slow_contrastive(parts, correct, 0.5)) + slow_likeness(z.numpy(), lengths)
+
+    reward = contrastive_reward(leaf.split(sizes), correct).sum() + span_likeness(leaf, lengths)
+    assert reward.item() == pytest.approx(slow(leaf.detach()), rel=1e-12)
+    (gradient,) = torch.autograd.grad(reward, leaf)
+    for _ in range(4):
+        step = torch.randn(leaf.shape, dtype=torch.float64, generator=generator) * 1e-6
+        difference = (slow(leaf.detach() + step) - slow(leaf.detach() - step)) / 2
+        assert (gradient * step).sum().item() == pytest.approx(difference, rel=1e-6)
+
+
 # ------------------------------------------------------------------------------------------ Eq. (7)
 
 GOOD, BAD = R + L + R + "<answer>red wall</answer>", R + L + R + "<answer>blue wall</answer>"
@@ -616,10 +644,16 @@ def test_total_by_hand():
         "unjudged",
     }
     other = score_group(
-        [GOOD, BAD, LOOSE], latents, [[1, 1], [1, 1], []], "red wall", lambda_c=0.0, lambda_d=3.0
+        [GOOD, BAD, LOOSE],
+        latents,
+        [[1, 1], [1, 1], []],
+        "red wall",
+        weights=Weights(lambda_c=0.0, lambda_d=3.0),
     )
     assert other["total"] == pytest.approx([1 - 3, 0.1, 0], abs=1e-5)
-    warm = score_group([GOOD, BAD, LOOSE], latents, [[1, 1], [1, 1], []], "red wall", tau=1.0)
+    warm = score_group(
+        [GOOD, BAD, LOOSE], latents, [[1, 1], [1, 1], []], "red wall", weights=Weights(tau=1.0)
+    )
     assert warm["contrastive"] == pytest.approx(
         [e / (e + e**0.75), e**0.75 / (e**0.75 + e), 0], abs=1e-5
     )
@@ -646,7 +680,7 @@ def test_repetitive_is_minus_one_and_wrong():
         and format_reward(LOOP) == 1
         and accuracy_reward(LOOP, "red wall") == 1
     )
-    for verdicts in (None, {1: True}):
+    for verdicts in (None, [False, True, False]):
         found = score_group([GOOD, LOOP, GOOD], latents, [[1]] * 3, "red wall", verdicts=verdicts)
         assert found["accuracy"] == [1, -1, 1] and found["correct"] == [True, False, True]
         # The repetitive one is the only negative: as close as can be to the first, and to itself.
@@ -670,7 +704,7 @@ def test_verdicts():
     latents = [vectors(E1), vectors(E2), vectors(E1), vectors([-1.0, 0.0]), vectors([1.0, 1.0])]
     responses, spans = [GOOD, LOOSE, LOOSE, LOOSE, BAD], [[1]] * 5
     found = score_group(
-        responses, latents, spans, "red wall", verdicts={1: True, 2: False, 3: None}
+        responses, latents, spans, "red wall", verdicts=[False, True, False, None, False]
     )
     assert found["accuracy"] == [1, 1, 0, None, 0] and found["correct"] == [
         True,
@@ -690,10 +724,12 @@ def test_verdicts():
         [1 + 0.2 * c[0], 0.9 + 0.2 * c[1], 0.2 * c[2], 0.1 + 0.2 * c[4]], abs=1e-5
     )
     latents[3], spans[3] = None, []
-    missing = score_group(responses, latents, spans, "red wall", verdicts={1: True})
+    missing = score_group(
+        responses, latents, spans, "red wall", verdicts=[False, True, *[False] * 3]
+    )
     assert missing["contrastive"] == pytest.approx(found["contrastive"], abs=1e-6)
     assert missing["accuracy"] == [1, 1, 0, 0, 0]  # without a judge the rule's no stands
-    assert score_group([GOOD], [None], [[]], "red wall", verdicts={0: False})["accuracy"] == [
+    assert score_group([GOOD], [None], [[]], "red wall", verdicts=[False])["accuracy"] == [
         1
     ]  # the rule said yes first
 
@@ -704,7 +740,7 @@ def test_unjudged_is_never_correct():
     """
     for response in (LOOSE, LOOP, GOOD):
         found = score_group(
-            [response, GOOD], [vectors(E1)] * 2, [[1]] * 2, "red wall", verdicts={0: None}
+            [response, GOOD], [vectors(E1)] * 2, [[1]] * 2, "red wall", verdicts=[None, False]
         )
         assert [found[k][0] for k in ("accuracy", "total", "correct", "unjudged")] == [
             None,
@@ -1103,7 +1139,7 @@ def test_judge_counts_failures_by_reason_and_none_is_wrong(ask):
         [None] * 8,
         [[]] * 8,
         "red wall",
-        verdicts=dict(enumerate(verdicts)),
+        verdicts=verdicts,
     )
     assert found["accuracy"] == [None if v is None else float(v) for v in expected]
     assert [t is None for t in found["total"]] == found["unjudged"] == [v is None for v in expected]

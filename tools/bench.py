@@ -277,12 +277,13 @@ def measure_sft(model, config, device):
         future_pixel_values=torch.randn(4 * 16, 1536, device=device),
         future_grid_thw=torch.tensor([[1, 4, 4]] * 4, device=device),
     )
-    step = Step(model, SFTConfig())
+    settings = SFTConfig()
+    step = Step(model, settings)
 
     def forward_backward():
         with torch.autocast(device, torch.bfloat16):
             ce, latent = step(batch)
-        (ce + latent).backward()
+        (ce + settings.lam * latent).backward()
 
     forward_backward()  # warm-up
     seconds, memory = timed(forward_backward, times=3)

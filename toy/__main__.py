@@ -313,17 +313,19 @@ def claim_folder(config):
     write_json(path, settings)
 
 
-def run(config, plan, seeds=1):
-    """Everything: the world, the trainings of each seed, the tables."""
+def prepare(config):
+    """The world in its folder, and a picture of its first clip -> {rows: jsonl file}."""
     torch.set_num_threads(1)  # so small a model gains little from a second one
-    began = time.time()
     claim_folder(config)
     world = make_world(config)
     titles = {3: "3 seen", 4: "4 seen", 5: "5 future", 6: "6 future", 7: "7 future"}
     clip = os.path.join(config.out, "data", "clips", "0.mp4")
     draw_key_frames(clip, titles, os.path.join(config.out, "clip.png"))
+    return world
 
-    results = [run_seed(seed, config, world, plan) for seed in range(seeds)]
+
+def finish(results, plan, config, began):
+    """[Results a seed] -> the tables and pictures, in config.out and on the screen."""
     text = write_tables(results, plan, config)
     print(
         f"\n{text}\n\n{time.time() - began:.0f} s; in {config.out}: table.md, accuracy.png, "
@@ -331,6 +333,12 @@ def run(config, plan, seeds=1):
     )
 
 
+def main(config):
+    """The demo: one seed."""
+    began = time.time()
+    world, plan = prepare(config), trainings(config)
+    finish([run_seed(0, config, world, plan)], plan, config, began)
+
+
 if __name__ == "__main__":
-    config = parse_config(Config)
-    run(config, trainings(config))
+    main(parse_config(Config))

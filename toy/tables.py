@@ -9,15 +9,20 @@ start from is trained even if it is not asked for. Source: ours.
 """
 
 import dataclasses
+import os
+import time
 
 import numpy as np
 
 import la_dapo
 import sft
 from common.runs import parse_config
+from common.walk import read_book
+from curate import visual_gain
 from toy import __main__ as demo
-from toy.__main__ import Training
-from variants import pause_tokens, self_forcing
+from toy.__main__ import GROUPS, Training
+from toy.tiny import TINY_CURATION
+from variants import logprob_gain, noisy_latents, own_path, pause_tokens, self_forcing
 
 LONGER = 2.1  # steps of "latent-long" over those of "latent": what the time of the RL run buys
 
@@ -50,13 +55,16 @@ def rl_rows(settings):
     def rl(title, start="latent", script=la_dapo, **changes):
         return Training(title, script, start, "prompts", dict(settings, **changes))
 
-    noise = dict(adjoint_terms=0, latent_sigma=0.1, share=False, prompts=64)
+    noise = dict(adjoint_terms=0, latent_sigma=0.1, density="mean", share=False, prompts=64)
+    noise_sum = dict(noise, density="sum")
     return {
         "dapo": rl("RL: DAPO", lambda_c=0.0, lambda_d=0.0),
         "dapo+ctr": rl("RL: DAPO + R_ctr", lambda_d=0.0),
         "dapo+div": rl("RL: DAPO + R_div", lambda_c=0.0),
         "constants": rl("RL: LA-DAPO, latents as constants", adjoint_terms=0),
-        "noise": rl("RL: LA-DAPO, noisy latents", **noise),
+        "noise": rl("RL: noisy latents, mean over D", script=noisy_latents, **noise),
+        "noise-sum": rl("RL: noisy latents, sum over D", script=noisy_latents, **noise_sum),
+        "own-path": rl("RL: LA-DAPO, rewards' own path", script=own_path),
         "text-rl": rl("RL from text-only SFT", start="text"),
     }
 
@@ -95,6 +103,35 @@ def spearman(a, b):
     return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
 
 
+def compare_scores(seed, config):
+    """The cheap score of the curation's pool beside the counts -> {figure: value}."""
+    home = os.path.join(config.out, f"seed_{seed}")
+    counts = read_book(os.path.join(home, "curation"), "probe")
+    cheap = logprob_gain.Config(
+        **dict(TINY_CURATION, seed=seed, workers=config.workers, k=len(counts) // 6),
+        model=os.path.join(home, "able"),
+        data=os.path.join(config.out, "data", "curation_pool.jsonl"),
+        out=os.path.join(home, "logprob_gain"),
+    )
+    lines, chosen = logprob_gain.probe(cheap), logprob_gain.cut(cheap)
+    gains = [visual_gain(counts[id]["p_t"], counts[id]["p_v"]) for id in lines]
+    cheap_gains = [visual_gain(line["logp_t"], line["logp_v"]) for line in lines.values()]
+    return {
+        "share of hops, chosen by log-probability": np.mean([r["group"] in GROUPS for r in chosen]),
+        "rank correlation of the two scores": spearman(gains, cheap_gains),
+    }
+
+
+def main(config):
+    """The demo's steps for each seed, with more rows."""
+    began, plan, results = time.time(), pick_rows(config), []
+    world = demo.prepare(config)
+    for seed in range(config.seeds):
+        results.append(demo.run_seed(seed, config, world, plan))
+        if config.curation:
+            results[-1].figures.update(compare_scores(seed, config))
+    demo.finish(results, plan, config, began)
+
+
 if __name__ == "__main__":
-    config = parse_config(Config)
-    demo.run(config, pick_rows(config), config.seeds)
+    main(parse_config(Config))

@@ -1,5 +1,6 @@
 """TwiFF-Bench's judge against a real HTTP server."""
 
+import copy
 import functools
 import http.server
 import json
@@ -145,119 +146,118 @@ def twiff(folder):
     return str(folder / "twiff.jsonl")
 
 
-def test_twiffbench_judged_later(scripted, tmp_path, monkeypatch, server, capsys):
-    """Breaks if a failing, stalling or mumbling judge loses a row or scores it, or a second run
-    asks again.
+# by the word in a reference: a verdict, a score to clamp, an error, a stall, and mumbling first
+REPLIES = dict(
+    truth0='{"chain": 4, "answer": 5}',
+    truth1='{"chain": 3.5, "answer": "2"}',
+    truth2=500,
+    truth3="[[9, -1]]",
+    truth4=2.5,
+    truth6=["well", 'x ```{"chain": [2], "answer": 1}```'],
+)
 
-    By hand: sport (4, 5), (3.5, 2), fails; home: (5, 0) clamped, stalls, gone, (2, 1) at the second
-    attempt. chain: (4 + 3.5 + 5 + 2) / 4, answer: (5 + 2 + 0 + 1) / 4.
-    """
+
+@pytest.fixture
+def answered(scripted, tmp_path, monkeypatch, server):
+    """A run on the seven rows, answered and not judged yet: (its config, the judge's)."""
     folder, tokenizer = scripted
-    play(
-        monkeypatch,
-        tokenizer,
-        {f"q{i}": f"<reason> one </reason> {SPAN} <answer> two q{i} </answer>" for i in range(7)},
-    )
+    answer = f"<reason> one </reason> {SPAN} <answer> two q{{}} </answer>"
+    play(monkeypatch, tokenizer, {f"q{i}": answer.format(i) for i in range(7)})
     config = settings(folder, tmp_path, benchmark="twiffbench", data=twiff(folder))
     ask = judge.Config(model="m", url=server["url"], retries=1, timeout=1.0)
     monkeypatch.setattr(judge, "ScoreJudge", functools.partial(ScoreJudge, backoff=0.01))
     monkeypatch.setenv("JUDGE_API_KEY", "secret-key")
-    table = evaluate.evaluate(config)
+    evaluate.evaluate(config)
+    return config, ask
+
+
+def test_responses_wait_for_a_judge(answered, tmp_path, server, capsys):
+    """Breaks if an unjudged row counts as wrong, nobody says what to do, or a wrong command is not
+    refused by name.
+    """
+    config, ask = answered
+    scores = evaluate.evaluate(config)["all"]
     out = capsys.readouterr().out
     assert f"6 responses wait for a judge: python -m common.judge {tmp_path} --model NAME" in out
+    assert [scores[k] for k in ("waiting", "n", "skipped", "unparsed")] == [6, 0, 1, 0]
+    with pytest.raises(SystemExit, match="--model is missing"):
+        judge.score_run(str(tmp_path), judge.Config())
+    with pytest.raises(SystemExit, match="settings.json: no such file"):
+        judge.score_run(str(tmp_path / "x"), ask)
+    written = json.loads((tmp_path / "settings.json").read_text())
+    (tmp_path / "settings.json").write_text(json.dumps(dict(written, benchmark="mcq")))
+    with pytest.raises(SystemExit, match="only --benchmark twiffbench is judged"):
+        judge.score_run(str(tmp_path), ask)
     assert not server["requests"]
-    assert [table["all"][k] for k in ("waiting", "n", "skipped", "unparsed")] == [6, 0, 1, 0]
-    for wrong, run, message in (
-        (judge.Config(), tmp_path, "--model is missing"),
-        (ask, tmp_path / "x", "settings.json: no such file"),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            judge.score_run(str(run), wrong)
-    server["replies"].update(
-        truth0='{"chain": 4, "answer": 5}',
-        truth1='{"chain": 3.5, "answer": "2"}',
-        truth2=500,
-        truth3="[[9, -1]]",
-        truth4=2.5,
-        truth6=["well", 'x ```{"chain": [2], "answer": 1}```'],
-    )
+
+
+def test_twiffbench_judged_later(answered, tmp_path, server, capsys):
+    """Breaks if a failing, stalling or mumbling judge loses a row or scores it.
+
+    By hand: sport (4, 5), (3.5, 2), fails; home: (5, 0) clamped, stalls, gone, (2, 1) at the second
+    attempt. chain: (4 + 3.5 + 5 + 2) / 4, answer: (5 + 2 + 0 + 1) / 4.
+    """
+    config, ask = answered
+    server["replies"].update(copy.deepcopy(REPLIES))
     judge.score_run(str(tmp_path), ask)
     table = evaluate.evaluate(config)
-    got = {
-        g: tuple(s[k] for k in ("n", "chain", "answer", "average", "failed", "skipped", "waiting"))
-        for g, s in table.items()
-    }
-    assert got == {
+    names = ("n", "chain", "answer", "average", "failed", "skipped", "waiting")
+    assert {group: tuple(s[k] for k in names) for group, s in table.items()} == {
         "home": (2, 3.5, 0.5, 2.0, 1, 1, 0),
         "sport": (2, 3.75, 3.5, 3.625, 1, 0, 0),
         "all": (4, 14.5 / 4, 2.0, 22.5 / 8, 2, 1, 0),
     }
+
+    # three are asked once; the failing, the stalling and the mumbling twice
     asked = server["requests"]
-    assert (
-        len(asked) == 3 + 2 + 2 + 2
-    )  # three at once, twice each: the failing, the stalling, the mumbling
+    assert len(asked) == 3 + 2 + 2 + 2
     kinds = [part["type"] for part in asked[0]["messages"][1]["content"]]
     assert kinds.count("image_url") == 2 and "truth5" not in json.dumps(asked)
-    summary = json.load(open(tmp_path / "summary.json"))
+
+    # the failures are named
+    summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["judge_failures"] == 2 and summary["found"] == 6 and summary["total"] == 7
     judged = {j["id"][-1]: j for j in runs.read_lines(str(tmp_path / "judged.jsonl"))}
-    assert judged["2"]["why"] == "InternalServerError 500"
+    assert len(judged) == 6 and judged["2"]["why"] == "InternalServerError 500"
     assert judged["4"]["why"] == "APITimeoutError"
-    assert len(judged) == 6
     out = capsys.readouterr().out
     assert "judge: 1 x APITimeoutError" in out
     assert re.search(r"ours, 6 of 7 found +3.62 +2.00 +2.81\n", out)
 
+
+def test_a_second_judging_asks_what_failed(answered, tmp_path, server):
+    """Breaks if a verdict is asked for again, is given to another response, or the key is kept."""
+    config, ask = answered
+    server["replies"].update(REPLIES, truth4=500, truth6='{"chain": 2, "answer": 1}')
+    judge.score_run(str(tmp_path), ask)
     server["requests"].clear()
     server["replies"].update(truth2='{"chain": 1, "answer": 1}', truth4='{"chain": 1, "answer": 1}')
     judge.score_run(str(tmp_path), ask)
-    table = evaluate.evaluate(config)
-    assert (
-        len(server["requests"]) == 2 and table["all"]["n"] == 6 and table["all"]["failed"] == 0
-    )  # the rest is cached
+    assert len(server["requests"]) == 2
+    scores = evaluate.evaluate(config)["all"]
+    assert scores["n"] == 6 and scores["failed"] == 0
     for file in os.listdir(tmp_path):
         assert b"secret-key" not in (tmp_path / file).read_bytes()
-    lines = [dict(id=j["id"], response="another response") for j in judged.values()]
-    judge.add_verdicts(str(tmp_path), lines)  # what was said of another response does not count
+
+    # what was said of another response does not count
+    judged = runs.read_lines(str(tmp_path / "judged.jsonl"))
+    lines = [dict(id=j["id"], response="another response") for j in judged]
+    judge.add_verdicts(str(tmp_path), lines)
     assert not any("judged" in line or "why" in line for line in lines)
-    written = json.load(open(tmp_path / "settings.json"))
-    json.dump(dict(written, benchmark="mcq"), open(tmp_path / "settings.json", "w"))
-    with pytest.raises(SystemExit, match="only --benchmark twiffbench is judged"):
-        judge.score_run(str(tmp_path), ask)
 
 
 def test_the_judge_sees_what_it_should(tmp_path):
     """Breaks if the judge misses a part, sees a future as a shown frame, or a text-only judge is
     sent pictures.
     """
-    row = Row(
-        "f:0",
-        "0",
-        [Frame(png(0)), "what next ?"],
-        ["one", Frame(png(1)), "two"],
-        "true",
-        "what next ?",
-    )
+    prompt, future = [Frame(png(0)), "what next ?"], ["one", Frame(png(1)), "two"]
+    row = Row("f:0", "0", prompt, future, "true", "what next ?")
     span = f"{LATENT_START}{LATENT}{LATENT_END}"
     response = f"<reason>guess</reason>{span}<reason>so</reason><answer>mine</answer><|im_end|>"
     _, user = score_messages(row, response, images=False)
-    order = [
-        "## Question",
-        "[a frame]",
-        "what next ?",
-        "## Reference chain",
-        "one",
-        "[a frame]",
-        "two",
-        "## True answer",
-        "true",
-        "## Candidate's chain",
-        "guess",
-        "[imagines]",
-        "so",
-        "## Candidate's answer",
-        "mine",
-    ]
+    order = ["## Question", "[a frame]", "what next ?"]
+    order += ["## Reference chain", "one", "[a frame]", "two", "## True answer", "true"]
+    order += ["## Candidate's chain", "guess", "[imagines]", "so", "## Candidate's answer", "mine"]
     at = -1
     for part in order:
         at = user["content"].index(part, at + 1)

@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from scripted import FB, SPAN, futurebench, play, settings
 
@@ -21,28 +22,14 @@ def test_report_escapes_and_shows(scripted, tmp_path, monkeypatch):
     folder, tokenizer = scripted
     evil = "<script>alert(1)</script>"
     path = str(folder / "0.mp4")
-    rows = [
-        Row(
-            f"f:{i}",
-            f"{i}{evil}",
-            [Frame(path, 1), f"what q{i} ? {evil}"],
-            [Frame(path, 4)],
-            "A",
-            f"what q{i} ? {evil}",
-            [f"one{evil}", "two"],
-            f"{evil}",
-        )
-        for i in range(3)
-    ]
-    play(
-        monkeypatch,
-        tokenizer,
-        {
-            "q0": f"{SPAN} <reason> one </reason> {SPAN} <answer> A </answer>",
-            "q1": "<answer> B </answer>",
-            "q2": "<answer> one",
-        },
-    )
+    rows = []
+    for i in range(3):
+        question, options = f"what q{i} ? {evil}", [f"one{evil}", "two"]
+        prompt, future = [Frame(path, 1), question], [Frame(path, 4)]
+        rows.append(Row(f"f:{i}", f"{i}{evil}", prompt, future, "A", question, options, evil))
+    script = dict(q0=f"{SPAN} <reason> one </reason> {SPAN} <answer> A </answer>")
+    script.update(q1="<answer> B </answer>", q2="<answer> one")
+    play(monkeypatch, tokenizer, script)
     evaluate.evaluate(settings(folder, tmp_path, report=2), rows=rows)
     page = (tmp_path / "report.html").read_text()
     assert evil not in page
@@ -86,26 +73,15 @@ def test_a_span_is_drawn_as_its_nearest_frames(scripted):
         evaluate.read_answer(row, "<answer>B</answer>"), imagined=info, id="0", group="all"
     )
     css = []
-    page = report._sample(
-        0,
-        row,
-        dict(answer, response=f"{span}x{LATENT_START}{LATENT_END}{span}<answer>B</answer>"),
-        css,
-    )
-    strips = [
-        re.findall(r"</i>(\d)<br>([\d.]+)", part) for part in page.split('<div class="span">')[1:]
-    ]
-    assert strips[0] == [
-        ("8", "0.800"),
-        ("7", "0.700"),
-        ("6", "0.600"),
-        ("5", "0.500"),
-        ("4", "0.400"),
-    ]
-    assert strips[1] == [] and strips[2][:2] == [
-        ("1", "0.850"),
-        ("2", "0.750"),
-    ]  # means of .8 and .9, .7 and .8
+    answer["response"] = f"{span}x{LATENT_START}{LATENT_END}{span}<answer>B</answer>"
+    page = report._sample(0, row, answer, css)
+    strips = []
+    for part in page.split('<div class="span">')[1:]:
+        strips.append(dict(re.findall(r"</i>(\d)<br>([\d.]+)", part)))
+    nearest = {"8": "0.800", "7": "0.700", "6": "0.600", "5": "0.500", "4": "0.400"}
+    assert list(strips[0].items()) == list(nearest.items()) and strips[1] == {}
+    # means of .8 and .9, .7 and .8
+    assert list(strips[2].items())[:2] == [("1", "0.850"), ("2", "0.750")]
     assert "<td>0.250</td>" in page
     assert ">wrong</b>" in page
     assert "span 2: 0 latents" in page
@@ -202,3 +178,24 @@ def test_judged_runs_are_compared_by_their_average(tmp_path):
             f.write(json.dumps(verdict) + "\n")
     cells = row_of(report.compare(folders), folders[1])
     assert cells == ["+1.000 (+1.000 to +1.000) *"] * 2 + ["1"]
+
+
+def test_a_curve_is_the_mean_of_ten_steps(tmp_path):
+    """Breaks if the thick line lags or leads, or a run of few steps has no line."""
+    values = np.arange(12.0) ** 2
+    by_hand = [sum(values[k : k + 10]) / 10 for k in range(3)]
+    assert report.running_mean(values) == pytest.approx(by_hand)
+    assert report.running_mean([3.0, 5.0]).tolist() == [3.0, 5.0]
+    lines = [dict(step=k, ce=1.0 / (k + 1), latent=0.0, grad_norm=None) for k in range(12)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drawn = []
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr("matplotlib.axes.Axes.plot", lambda ax, x, y, **k: drawn.append(x) or [_Line()])
+        m.setattr("matplotlib.axes.Axes.legend", lambda ax, **k: None)
+        report.draw_curves(str(tmp_path / "log.jsonl"), str(tmp_path / "loss.png"))
+    assert drawn == [list(range(12)), [9, 10, 11]]  # ce alone: the others have no value
+
+
+class _Line:
+    def get_color(self):
+        return "C0"

@@ -15,7 +15,14 @@ import evaluate
 import sft
 from common import judge
 from common.formats import Clip, Frame, Row, read_rows
-from common.runs import checkpoints, fingerprint, parse_config, random_state, set_random_state
+from common.runs import (
+    checkpoints,
+    fingerprint,
+    model_fingerprint,
+    parse_config,
+    random_state,
+    set_random_state,
+)
 from variants import pause_tokens, self_forcing
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -26,7 +33,7 @@ sys.path.insert(0, {root!r})
 from common.runs import leave, set_up_ranks
 rank, _, _ = set_up_ranks()
 atexit.register(os.abort)  # what gloo's threads do when the interpreter is taken down
-print(f"done {{rank}}", end="")
+print(f"done {{rank}} ", end="")  # one piece: two ranks share the screen
 leave()
 """
 
@@ -119,3 +126,31 @@ def test_flags_with_hyphens():
     assert (config.data, config.out) == ("a-b/c-d", "x-y")
     args = '{"a-b": "--no-x"}'
     assert parse_config(judge.Config, ["--no-images", "--args", args]).args == args
+
+
+def test_what_a_model_folder_holds(tmp_path):
+    """Breaks if other weights, another config or another file of weights goes unnoticed, or what is
+    not weights counts.
+    """
+    weights, config = tmp_path / "model-1.safetensors", tmp_path / "config.json"
+    content = random.Random(0).randbytes(3 * 2**20)
+    weights.write_bytes(content)
+    config.write_text("{}")
+    before = model_fingerprint(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert model_fingerprint(str(tmp_path)) == before
+
+    changed = [b"x" + content[1:], content[:-1] + b"x", content[: 2**20] + content[2**20 + 1 :]]
+    prints = {before}
+    for other in changed:
+        weights.write_bytes(other)
+        prints.add(model_fingerprint(str(tmp_path)))
+    weights.write_bytes(content)
+    config.write_text('{"a": 1}')
+    prints.add(model_fingerprint(str(tmp_path)))
+    config.write_text("{}")
+    os.rename(weights, tmp_path / "model-2.safetensors")
+    prints.add(model_fingerprint(str(tmp_path)))
+    assert len(prints) == 6
+    with pytest.raises(SystemExit, match="nowhere: no model there"):
+        model_fingerprint(str(tmp_path / "nowhere"))

@@ -130,9 +130,11 @@ def test_the_whole_demo_in_small_twice(tmp_path):
 
     # the tables go on in the same folder, with variants
     rows = "text,pause,latent,latent+self,la-dapo"
-    more = run("toy.tables", "--seeds", "1", "--rows", rows, "--no-curation")
+    more = run("toy.tables", "--seeds", "1", "--rows", rows)
     assert more.returncode == 0, more.stderr[-3000:]
     assert model.stat().st_mtime_ns == stamp
-    results = json.loads((out / "table.json").read_text())["results"][0]
-    assert {name: results[name] for name in table["results"][0]} == table["results"][0]
-    assert set(results) - set(table["results"][0]) == {"pause", "latent+self"}
+    tables_json = json.loads((out / "table.json").read_text())
+    results, before = tables_json["results"][0], table["results"][0]
+    assert {name: results[name] for name in before} == before
+    assert set(results) - set(before) == {"pause", "latent+self"}
+    assert "rank correlation of the two scores" in tables_json["figures"][0]

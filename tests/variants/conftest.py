@@ -1,4 +1,5 @@
 import pytest
+from test_la_dapo import loud  # noqa: F401  a fixture
 from test_sft import settings
 
 from common.formats import read_rows

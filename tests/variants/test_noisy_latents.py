@@ -1,0 +1,146 @@
+"""Latents that are sampled: the score function, the noise, the loop."""
+
+import dataclasses
+import shutil
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_la_dapo import flags, log_of, settings, weights
+from test_latent_decode import EOS, ROWS, shuffle
+from test_model import make_batch
+
+import la_dapo
+from common.groups import Batch
+from common.runs import parse_config
+from latent_decode import generate
+from variants import noisy_latents
+from variants.noisy_latents import Config, Feed, log_density
+
+
+@pytest.mark.parametrize("density", ["sum", "mean"])
+def test_the_score_function_of_a_quadratic_reward(density):
+    """Breaks if the sum is not the gradient, or the mean not 1/D of it.
+
+    J(m) = E[b z + z Q z / 2] with z ~ N(m, s^2) has dJ/dm = b + Q m. The expectation is taken over
+    2 D points m +- s sqrt(D) e_i, which have the mean, covariance and third moments of the normal.
+    """
+    D, s = 5, 0.3
+    generator = torch.Generator().manual_seed(0)
+    b, m = torch.randn(2, D, dtype=torch.float64, generator=generator)
+    Q = torch.randn(D, D, dtype=torch.float64, generator=generator)
+    Q = Q + Q.T
+    offsets = s * D**0.5 * torch.cat([torch.eye(D), -torch.eye(D)]).double()  # (2 D, D)
+    z = m + offsets
+    R = z @ b + (z @ Q * z).sum(1) / 2
+    mean = m.clone().requires_grad_()
+    estimate = ((R - R.mean()) * log_density(z, mean, s, density)).mean()
+    (gradient,) = torch.autograd.grad(estimate, mean)
+    truth = b + Q @ m
+    torch.testing.assert_close(gradient, truth if density == "sum" else truth / D)
+
+
+def test_a_density_by_hand():
+    """Breaks if sigma is not squared, or the half is lost."""
+    z, mean = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]])
+    assert log_density(z, mean, 0.5).item() == pytest.approx(-(1 + 4) / (2 * 0.25))
+    assert log_density(z, mean, 0.5, "mean").item() == pytest.approx(-(1 + 4) / (2 * 0.25) / 2)
+
+
+def test_noise_does_not_depend_on_who_is_left():
+    """Breaks if a row gets other noise once rows before it have finished, or at another run."""
+    model = SimpleNamespace(to_latent=lambda h: h)
+
+    def fed(*rows_of_steps):
+        feed = Feed(Config(latent_sigma=2.0), 3)
+        rows = [torch.tensor(rows) for rows in rows_of_steps]
+        return [feed(model, SimpleNamespace(row=r, h=torch.ones(len(r), 4000))) for r in rows]
+
+    all_rows, fewer = fed([0, 1, 2], [0, 1, 2], [0, 1, 2]), fed([0, 1, 2], [0, 2], [2])
+    assert torch.equal(fewer[1], all_rows[1][[0, 2]]) and torch.equal(fewer[2], all_rows[2][2:])
+    draws = torch.stack(all_rows)
+    assert draws.mean().item() == pytest.approx(1, abs=0.05)
+    assert draws.std().item() == pytest.approx(2, rel=0.02)
+    assert len({round(x, 6) for x in draws[..., 0].flatten().tolist()}) == 9
+    seeds = [Feed(Config(), k).generator.initial_seed() % 2**32 for k in (3, 4)]
+    assert len({*seeds, 3, 4}) == 4  # each batch its own, and none of them its words'
+
+
+@pytest.mark.parametrize("density", ["sum", "mean"])
+def test_the_loss_by_hand(model, tokenizer, density):
+    """Breaks if the latents' term has another sign, weight or advantage than the words' terms.
+
+    The head's bias moves every mean alike, so that its gradient is - 1/n sum A times noise / sigma.
+    The noise is drawn here once more: a row of every step, as the feed draws it.
+    """
+    config = Config(latent_sigma=0.2, density=density, temperature=0.9, kl=0.0)
+    batch, feed = make_batch(tokenizer, ROWS, "left"), Feed(config, 0)
+    again = torch.Generator()
+    again.set_state(feed.generator.get_state())
+    rollout = generate(
+        shuffle(model, 5, True),
+        batch,
+        max_new_tokens=30,
+        max_latents=3,
+        n=2,
+        temperature=0.9,
+        eos_token_id=tokenizer.convert_tokens_to_ids(EOS.split()),
+        generator=torch.Generator().manual_seed(0),
+        feed=feed,
+    )
+    R, D = len(rollout.tokens), model.latent_head.bias.numel()
+    generator = torch.Generator().manual_seed(1)
+    A, times = torch.randn(R, 1, generator=generator), torch.ones(R, 1)
+    times[1] = 3
+    prepared = Batch(batch, rollout, torch.arange(R) // 2, A, times)
+    n = int(prepared.weight.sum())
+
+    figures = Counter()
+    loss = noisy_latents.policy_loss(model, prepared, n, config, figures)
+    (gradient,) = torch.autograd.grad(loss, model.latent_head.bias)
+    by_hand = torch.zeros(D)
+    for t in range(rollout.tokens.shape[1]):
+        noise = torch.randn(R, D, generator=again)
+        is_latent = (rollout.tokens[:, t] == model.config.latent_id)[:, None]
+        by_hand -= (is_latent * A * times * noise).sum(0) / 0.2 / n
+    by_hand /= 1 if density == "sum" else D
+    torch.testing.assert_close(gradient, by_hand, rtol=1e-3, atol=1e-5 * by_hand.abs().max())
+    assert figures["ratio"] == pytest.approx(1) and figures["replay_ms"] < 1e-8
+
+    constants = la_dapo.policy_loss(model, prepared, n, la_dapo.Config(kl=0.0), Counter())
+    unused = torch.autograd.grad(constants, model.latent_head.bias, allow_unused=True)
+    assert unused[0] is None  # without it nothing trains the head
+
+
+def test_two_steps_by_the_command_line(world, loud, tmp_path, monkeypatch):
+    """Breaks if the variant does not train, merges rollouts with equal words, or a run that goes
+    on draws other noise than one that was not cut.
+    """
+    rows, inner = [], la_dapo.prepare
+    monkeypatch.setattr(la_dapo, "prepare", lambda *a: rows.append(inner(*a)) or rows[-1])
+    more = dict(steps=2, save_every=1, adjoint_terms=0)
+    more.update(temperature=0.05, group_size=6)  # so sure that samples coincide
+    base = settings(world, loud, tmp_path / "a", **more)
+    config = parse_config(Config, flags(base, density="sum"))
+    straight = weights(noisy_latents.train(config))
+    words = [tuple(t) for batch in rows for t in batch.rollout.tokens.tolist()]
+    assert sum(len(batch.rollout.tokens) for batch in rows) == 2 * 4 * 6 > len(set(words))
+
+    shutil.rmtree(tmp_path / "a" / "step_000002")
+    resumed = weights(noisy_latents.train(dataclasses.replace(config, resume=True)))
+    assert all(torch.equal(straight[k], resumed[k]) for k in straight)
+    assert any(not torch.equal(straight[k], v) for k, v in weights(loud).items())
+    assert [line["updates"] for line in log_of(tmp_path / "a")] == [1, 1]
+    with pytest.raises(SystemExit, match="density, latent_sigma"):
+        la_dapo.train(dataclasses.replace(base, resume=True))
+
+
+def test_settings_without_a_meaning():
+    """Breaks if noise meets what needs equal samples, or latents that are a function."""
+    for bad in (dict(latent_sigma=0.0), dict(density="max"), dict(adjoint_terms=-1)):
+        with pytest.raises(ValueError):
+            Config(**bad)
+    for bad in (dict(share=True), dict(minibatches=2), dict(inner_epochs=2)):
+        with pytest.raises(ValueError, match="noisy latents"):
+            Config(**bad)

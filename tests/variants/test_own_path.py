@@ -1,0 +1,176 @@
+"""The rewards' own path into the latents, against finite differences of the rewards."""
+
+import dataclasses
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from test_la_dapo import (
+    compute_norms_exactly,
+    decoded_again,
+    flags,
+    latents_again,
+    log_of,
+    settings,
+    weights,
+    wide_rollout,
+)
+from test_latent_decode import spans
+from test_rewards import slow_contrastive, slow_likeness
+
+import la_dapo
+from common.groups import Batch, Group
+from common.rollouts import take
+from common.runs import parse_config
+from variants import own_path
+from variants.own_path import Config
+
+UNJUDGED, TWICE = 5, 1  # of the first group: a rollout without verdict, and one that came twice
+
+
+def spans_of(rollout, i, c):
+    """The latents in each span of row i, an open one too."""
+    return spans(rollout.tokens[i, : rollout.lengths[i]].tolist() + [c.latent_end_id], c)
+
+
+def two_groups(model, tokenizer, A):
+    """A Batch of two prompts with six rollouts each (the first has a seventh, equal to its second,
+    and one that is unjudged), and the rollouts of its rows. A (11, 1): advantages of the rows.
+    """
+    prompts, rollout = wide_rollout(model, tokenizer)  # 2 prompts, 6 rollouts each
+    groups, members = [], []
+    for k in range(2):
+        own = [*range(6 * k, 6 * k + 6)] + [TWICE] * (k == 0)
+        G = len(own)
+        unjudged = [k == 0 and i == UNJUDGED for i in range(G)]
+        correct = [i in (0, TWICE, 3, 6) and not unjudged[i] for i in range(G)]
+        total = [None if unjudged[i] else 0.9 * correct[i] + 0.01 * i for i in range(G)]
+        parts = dict(correct=correct, total=total, unjudged=unjudged)
+        rows = take(rollout, own)
+        lengths = [spans_of(rows, i, model.config) for i in range(G)]
+        groups.append(Group(0, {}, rows, [""] * G, lengths, parts))
+        members += [[i] for i in range(6) if not unjudged[i]]
+    members[TWICE] = [TWICE, 6]
+    rows = [i for i in range(12) if i != UNJUDGED]
+    prompt_of = torch.tensor([0] * 5 + [1] * 6)
+    times = torch.tensor([[len(row)] for row in members])
+    return Batch(prompts, take(rollout, rows), prompt_of, A, times, members, groups)
+
+
+def slow_own_rewards(batch, latents, c, own):
+    """Sum over the rollouts of lambda_c R_ctr + lambda_d R_div over the deviation: float64 numpy.
+
+    latents: of the batch's 11 rows.
+    """
+    z = [x.numpy() for x in latents]
+    first, total = [*z[:5], None, z[TWICE]], 0.0
+    for group, of_rollout in zip(batch.groups, (first, z[5:])):
+        ctr = sum(slow_contrastive(of_rollout, group.parts["correct"], 0.5))
+        div = 0.0
+        for i, x in enumerate(of_rollout):
+            lengths = [] if x is None else spans_of(group.rollout, i, c)
+            if sum(length > 0 for length in lengths) > 1:
+                div -= slow_likeness(x, lengths)
+        std = np.std([R for R in group.parts["total"] if R is not None], ddof=1)
+        total += (0.2 * ctr * (own != "div") + 0.1 * div * (own != "ctr")) / std
+    return total
+
+
+@pytest.mark.parametrize("own", ["ctr", "div", "both"])
+def test_the_gradient_equals_finite_differences(model, tokenizer, monkeypatch, own):
+    """Breaks if a path from a weight through a latent to a reward is lost, a merged row does not
+    count as often as it came, an unjudged one counts, or the unit is another.
+
+    Words, verdicts and the deviation are held fixed; the latents are decoded again.
+    """
+    compute_norms_exactly(monkeypatch)
+    generator = torch.Generator().manual_seed(1)
+    A = 1e-3 * torch.randn(11, 1, dtype=torch.float64, generator=generator)  # own: a like share
+    batch = two_groups(model, tokenizer, A)
+    rollout = batch.rollout
+    config, n = Config(own=own, kl=0.0, temperature=0.9), 7
+
+    def objective():
+        with torch.no_grad():
+            words = decoded_again(model, batch.prompts, rollout, A * batch.times, batch.prompt_of)
+            again = latents_again(model, batch.prompts, rollout, batch.prompt_of)
+        return -(words + slow_own_rewards(batch, again.latents, model.config, own)) / n
+
+    layers = model.model.language_model.layers
+    parameters = [model.latent_head.weight, layers[0].self_attn.q_proj.weight]
+    parameters += [layers[1].mlp.down_proj.weight, model.get_input_embeddings().weight]
+    loss = own_path.policy_loss(model, batch, n, config, Counter())
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
+    of_words = la_dapo.policy_loss(model, batch, n, config, Counter())
+    without = torch.autograd.grad(of_words, parameters)
+    for w, gradient, other in zip(parameters, gradients, without):
+        direction = torch.randn(w.shape, dtype=w.dtype, generator=generator)
+        direction *= 1e-6 / direction.norm()
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                w.add_(sign * direction)
+                values.append(objective())
+                w.sub_(sign * direction)
+        difference = (values[0] - values[1]) / 2
+        assert (gradient * direction).sum().item() == pytest.approx(difference, rel=1e-5, abs=0)
+        assert (other * direction).sum().item() != pytest.approx(difference, rel=1e-3, abs=0)
+
+
+def test_equal_rollouts_have_an_update(model, tokenizer):
+    """Breaks if a group without advantages is left as it was, merging changes the gradient, or a
+    tiny deviation makes a huge one.
+    """
+    batch = two_groups(model, tokenizer, torch.zeros(11, 1, dtype=torch.float64))
+    group, config = batch.groups[1], Config(own="div", kl=0.0, temperature=0.9)
+    i = int(np.argmax([len(lengths) for lengths in group.spans]))
+    parts = dict(correct=[True] * 8, total=[1.0] * 8, unjudged=[False] * 8)
+    same = Group(0, {}, take(group.rollout, [i] * 8), [""] * 8, [group.spans[i]] * 8, parts)
+    prompts = {k: v for k, v in batch.prompts.items() if k in ("input_ids", "attention_mask")}
+    prompts = {k: v[1:] for k, v in prompts.items()}  # the second prompt is of words alone
+
+    def gradient(loss, rows):
+        rollout = take(same.rollout, [row[0] for row in rows])
+        zero, times = torch.zeros(len(rows), 1), torch.tensor([[len(row)] for row in rows])
+        of = torch.zeros(len(rows), dtype=torch.long)
+        one = Batch(prompts, rollout, of, zero, times, rows, [same])
+        value = loss(model, one, 100, config, Counter())
+        return torch.autograd.grad(value, model.latent_head.weight)[0]
+
+    merged = gradient(own_path.policy_loss, [list(range(8))])
+    alone = gradient(own_path.policy_loss, [[k] for k in range(8)])
+    torch.testing.assert_close(merged, alone)
+    assert merged.abs().max() > 1e-6
+    assert not gradient(la_dapo.policy_loss, [list(range(8))]).any()
+    config.least_std = 0.2  # the deviation is 0: this is the unit
+    torch.testing.assert_close(gradient(own_path.policy_loss, [list(range(8))]), merged / 2)
+
+
+@pytest.mark.parametrize("own, temperature", [("ctr", 1.0), ("div", 0.01), ("both", 0.01)])
+def test_two_steps_by_the_command_line(world, loud, tmp_path, own, temperature):
+    """Breaks if the variant does not train, or its gradient depends on the size of a micro-batch.
+
+    At 0.01 samples are equal: without their own path the rewards move nothing.
+    """
+    more = dict(steps=2, save_every=1, group_size=4, temperature=temperature)
+    base = settings(world, loud, tmp_path / "a", **more)
+    config = parse_config(Config, flags(base, own=own))
+    done = weights(own_path.train(config))
+    own_path.train(dataclasses.replace(config, micro_batch=1, out=str(tmp_path / "b")))
+    la_dapo.train(dataclasses.replace(base, out=str(tmp_path / "c")))
+    norms = [[line["grad_norm"] for line in log_of(tmp_path / x)] for x in "abc"]
+    assert norms[0][0] > 1e-2 and norms[0][0] == pytest.approx(norms[1][0], rel=1e-4)
+    assert norms[2] == [0, 0] or own == "ctr"
+
+    shutil.rmtree(tmp_path / "a" / "step_000002")
+    resumed = weights(own_path.train(dataclasses.replace(config, resume=True)))
+    assert all(torch.equal(done[k], resumed[k]) for k in done)
+
+
+def test_settings_without_a_meaning():
+    """Breaks if a reward is misspelt, or the path has no adjoint to go through."""
+    for bad in (dict(own="acc"), dict(adjoint_terms=0), dict(least_std=0.0)):
+        with pytest.raises(ValueError, match="own"):
+            Config(**bad)
