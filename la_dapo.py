@@ -369,10 +369,7 @@ def policy_loss(model, batch, n_tokens, config, figures):
 
 
 def clipped_loss(new, batch, n_tokens, config, figures):
-    """A batch's share of the two sums of L, recorded latents held constant -> clipped, KL.
-
-    new: the batch's Replay.
-    """
+    """A batch's Replay -> its share of both sums of L, clipped and KL, latents held constant."""
     # with one update a step the policy has not moved: what differs is only the decoder's kernels
     recorded, weight = batch.rollout.logprobs, batch.weight / n_tokens  # (R, T)
     old = new.logprobs.detach() if config.updates_a_step == 1 else recorded

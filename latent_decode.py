@@ -43,8 +43,8 @@ from typing import NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from common.rollouts import Book, Rollout, join, take  # noqa: F401  importable from here too
-from common.shared_prefix import DecodingCache, Layout, SharedCache
+from common.rollouts import OneRow, Rollout, Transcript, join, take  # noqa: F401  importable too
+from common.shared_prefix import DecodingCache, SharedCache
 from model import log_continue
 
 CHUNK = 16  # steps between two looks at which rows are done
@@ -151,7 +151,7 @@ def choose_word(logp, u, rule):
 
 
 class State(NamedTuple):
-    """Where each live row is: what the next step needs."""
+    """Where each live row is: what the next step needs. Live: not left yet, finished or not."""
 
     row: torch.Tensor  # (R,) its number in the whole rollout
     h: torch.Tensor  # (R, D) the state that chooses the next token
@@ -170,8 +170,8 @@ class Record(NamedTuple):
     """What a step did, a row each."""
 
     token: torch.Tensor  # (R,)
-    logprob: torch.Tensor  # (R,)
-    sampled: torch.Tensor  # (R,) bool
+    logprob: torch.Tensor  # (R,) 0 where nothing was chosen
+    sampled: torch.Tensor  # (R,) bool: the policy chose it
     z: torch.Tensor  # (R, D) what was fed, where the token is a latent
 
 
@@ -242,8 +242,8 @@ def generate(
     temperature 0 = greedy; log-probabilities are then those of the untempered softmax.
     max_latents: longest span; paper: 2 * L_max = 8. eos_token_id: int or list, default the model's.
     generator: where random numbers come from. banned: ids that are never produced among words.
-    feed: what a span is fed, see `step`. It is called once a step, in order, with the rows that are
-    still decoded; `state.row` are their numbers. So it may be an object with a state of its own.
+    feed: what a span is fed, see `step`. It is called once a step, in order, with the live rows
+    only; `state.row` are their numbers. So it may be an object with a state of its own.
     stream: called with each new piece of the tokens, (live rows, up to CHUNK), as it is known.
     share: decode what the samples of a prompt have in common once (common/cache.py). Another feed
     is refused then: equal words would no longer mean equal latents.
@@ -273,7 +273,7 @@ def generate(
         position = mask.sum(-1, keepdim=True) + model.model.rope_deltas  # (B, 1)
         state = _begin(h[:, -1].repeat_interleave(n, 0), position.repeat_interleave(n, 0))
         run = functools.partial(step, model, cache, rule=rule, feed=feed)
-        book = Book(len(state.row), max_new_tokens, rule)
+        book = Transcript(len(state.row), max_new_tokens, rule)
         return _decode(run, cache, state, book, generator, stream, cuda_graph and ids.is_cuda)
     finally:
         model.train(training)
@@ -362,49 +362,25 @@ def replay(model, batch, rollout, temperature, prompt_of=None):
     if prompt_of is None:
         prompt_of = torch.arange(R, device=ids.device) // (R // len(mask))
 
-    # one row without padding: each prompt, then its rollouts
-    real, said = mask.bool(), torch.arange(T, device=ids.device) < rollout.lengths[:, None]
-    grids = {name: grid for name, grid in batch.items() if name.endswith("grid_thw")}
-    positions, offset = model.positions(batch["input_ids"], mask, **grids)  # (3, B, P), (B, 1)
-    start = (mask.sum(-1, keepdim=True) + offset)[prompt_of]  # (R, 1)
-    after = (start + torch.arange(T, device=ids.device)).expand(3, -1, -1)  # (3, R, T)
-    flat_ids = torch.cat([batch["input_ids"][real], ids[said]])  # (N,) prompts, then rollouts
-    flat_positions = torch.cat([positions[:, real], after[:, said]], 1)  # (3, N)
-    number = torch.arange(len(mask), device=ids.device)[:, None].expand_as(mask)  # (B, P)
-    order = torch.cat([number[real], prompt_of[:, None].expand_as(ids)[said]])  # whose token
-    order = order.argsort(stable=True)  # (N,)
-    layout = _layout(mask, rollout, prompt_of)
-
-    # the latents are a leaf, fed in the order of that row
+    # each prompt once, its rollouts after it; the latents are a leaf
+    row = OneRow(batch["input_ids"], mask, rollout, prompt_of)
+    grids = batch.get("image_grid_thw"), batch.get("video_grid_thw")
+    positions, offset = model.positions(batch["input_ids"], mask, *grids)  # (3, B, P), (B, 1)
+    after = (mask.sum(-1, keepdim=True) + offset)[prompt_of]  # (R, 1)
     wide = torch.promote_types(model.dtype, torch.float32)
     z = torch.cat(rollout.latents).detach().to(wide).requires_grad_()  # (N, D)
-    is_latent = flat_ids == model.config.latent_id
-    count = is_latent.cumsum(0) - 1
-    fed = z[count[order][is_latent[order]]]
-    media = {name: x for name, x in batch.items() if name in MEDIA}
-    embedded = model.embed(flat_ids[order][None], fed, **media)  # (1, N, D)
-    h, _ = model.states(embedded, flat_positions[:, order], layout)
-    h = h[order.argsort()]  # (N, D): prompts, then rollouts
+    media = {name: value for name, value in batch.items() if name in MEDIA}
+    embedded = model.embed(row.ids, row.latents(z, model.config.latent_id), **media)
+    h, _ = model.states(embedded, row.positions(positions, after), row.layout)  # (N, D)
 
-    # the state that chose each token: that of the token before, at first the prompt's last
-    at = torch.zeros_like(ids).masked_scatter(
-        said, torch.arange(int(real.sum()), len(h), device=ids.device)
-    )
-    last = mask.sum(1).cumsum(0) - 1  # (B,)
-    before = torch.cat([last[prompt_of][:, None], at[:, :-1]], 1)  # (R, T)
-    logprob, entropy = _choices(model, h[before[sampled]], ids[sampled], temperature)  # (S,)
-    predicted = model.to_latent(h[before[ids == model.config.latent_id]]).to(wide)  # (N, D)
+    # the state that chose each token, what it chose, what it would feed
+    h = h[row.back]  # (N, D), prompts before rollouts
+    logprob, entropy = _choices(model, h[row.before[sampled]], ids[sampled], temperature)  # (S,)
+    is_latent = ids == model.config.latent_id
+    predicted = model.to_latent(h[row.before[is_latent]]).to(wide)  # (N, D)
     zero = torch.zeros_like(ids, dtype=wide)
     logprob, entropy = (zero.masked_scatter(sampled, x) for x in (logprob, entropy))  # (R, T)
     return Replay(logprob, entropy, predicted, z)
-
-
-def _layout(mask, rollout, prompt_of):
-    """Prompts of mask (B, P), each with its rollouts -> Layout."""
-    lengths = [[] for _ in mask]
-    for b, length in zip(prompt_of.tolist(), rollout.lengths.tolist()):
-        lengths[b].append(length)
-    return Layout(list(zip(mask.sum(1).tolist(), lengths)), mask.device)
 
 
 def _choices(model, h, chosen, temperature):

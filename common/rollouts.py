@@ -1,6 +1,6 @@
 """Rollouts as data: what was generated, how it is written down, some of them, several together.
 
-A reader of the method may skip this file: `latent_decode.generate` only calls `Book`.
+A reader of the method may skip this file: `latent_decode` calls `Transcript` and `OneRow`.
 
 Axis letters: R rows, T new tokens, N latents, D hidden.
 """
@@ -10,6 +10,8 @@ from itertools import chain
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+
+from common.shared_prefix import Layout
 
 
 @dataclass
@@ -24,7 +26,7 @@ class Rollout:
     lengths: torch.Tensor  # (R,) generated tokens incl. the end of turn
 
 
-class Book:
+class Transcript:
     """The record of R rows of T tokens, written some rows and steps at a time. Source: ours.
 
     rule: a `latent_decode.Rule`.
@@ -78,3 +80,50 @@ def join(rollouts):
     tokens, sampled, logprobs = (pad_sequence(rows(name), batch_first=True) for name in names)
     lengths = torch.stack(rows("lengths"))
     return Rollout(tokens, sampled, rows("latents"), logprobs, rows("finish"), lengths)
+
+
+class OneRow:
+    """Prompts and their rollouts in one row without padding, for common/shared_prefix.py. Ours.
+
+    ids, mask (B, P): the prompts. prompt_of (R,): each rollout's prompt. In the row each prompt is
+    followed by its rollouts; *flat* is another order, all prompts before all rollouts.
+    """
+
+    def __init__(self, ids, mask, rollout, prompt_of):
+        R, T = rollout.tokens.shape
+        self.real = mask.bool()  # (B, P)
+        self.said = torch.arange(T, device=ids.device) < rollout.lengths[:, None]  # (R, T)
+        self.flat_ids = torch.cat([ids[self.real], rollout.tokens[self.said]])  # (N,)
+
+        # flat -> row: a stable sort by prompt
+        number = torch.arange(len(mask), device=ids.device)[:, None].expand_as(mask)  # (B, P)
+        number = torch.cat([number[self.real], prompt_of[:, None].expand(R, T)[self.said]])  # (N,)
+        self.order = number.argsort(stable=True)  # (N,)
+        self.back = self.order.argsort()
+        lengths = [[] for _ in mask]
+        for b, length in zip(prompt_of.tolist(), rollout.lengths.tolist()):
+            lengths[b].append(length)
+        self.layout = Layout(list(zip(mask.sum(1).tolist(), lengths)), ids.device)
+
+        # the place (R, T), flat, of the token before each: at first the prompt's last
+        places = torch.arange(int(self.real.sum()), len(number), device=ids.device)
+        place = rollout.tokens.new_zeros(R, T).masked_scatter(self.said, places)
+        last = mask.sum(1).cumsum(0) - 1  # (B,)
+        self.before = torch.cat([last[prompt_of][:, None], place[:, :-1]], 1)
+
+    @property
+    def ids(self):
+        """(1, N)."""
+        return self.flat_ids[self.order][None]
+
+    def positions(self, of_prompts, after):
+        """M-RoPE positions of prompts (3, B, P), of the first new token (R, 1) -> (3, N)."""
+        after = after + torch.arange(self.said.shape[1], device=after.device)  # (R, T)
+        new = after[self.said].expand(3, -1)
+        return torch.cat([of_prompts[:, self.real], new], 1)[:, self.order]
+
+    def latents(self, z, latent_id):
+        """Latents (N, D), rollout after rollout, in the order in which the row reads them."""
+        is_latent = self.flat_ids == latent_id
+        number = is_latent.cumsum(0) - 1
+        return z[number[self.order][is_latent[self.order]]]

@@ -70,6 +70,7 @@ def batch_rewards(latents, batch, config):
     """`own_rewards` of a batch's groups, each in units of its deviation, summed -> scalar.
 
     latents: those of the batch's rows. A merged row's are those of each rollout it stands for.
+    In fp32, as the rewards that are logged.
     """
     of_group = [[None] * len(group.texts) for group in batch.groups]  # G latents each
     for z, k, members in zip(latents, batch.prompt_of.tolist(), batch.members):
@@ -79,7 +80,8 @@ def batch_rewards(latents, batch, config):
     for group, own in zip(batch.groups, of_group):
         known = torch.tensor([R for R in group.parts["total"] if R is not None])
         std = known.std().clamp(min=config.least_std)
-        total = total + own_rewards(group, own, config) / std
+        with torch.autocast(latents[0].device.type, enabled=False):
+            total = total + own_rewards(group, own, config) / std
     return total
 
 

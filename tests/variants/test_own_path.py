@@ -148,6 +148,15 @@ def test_equal_rollouts_have_an_update(model, tokenizer):
     torch.testing.assert_close(gradient(own_path.policy_loss, [list(range(8))]), merged / 2)
 
 
+def test_the_rewards_keep_their_precision_under_autocast(model, tokenizer):
+    """Breaks if a similarity is rounded to bf16, where the forward is."""
+    batch = two_groups(model, tokenizer, torch.zeros(11, 1, dtype=torch.float64))
+    latents = [z.float() for z in batch.rollout.latents]
+    plain = own_path.batch_rewards(latents, batch, Config())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(own_path.batch_rewards(latents, batch, Config()), plain)
+
+
 @pytest.mark.parametrize("own, temperature", [("ctr", 1.0), ("div", 0.01), ("both", 0.01)])
 def test_two_steps_by_the_command_line(world, loud, tmp_path, own, temperature):
     """Breaks if the variant does not train, or its gradient depends on the size of a micro-batch.

@@ -21,7 +21,7 @@ def fed_by(step, batch, progress=0.5):
     fed, embed = [], step.model.embed
 
     def spy(*args, **kw):
-        fed.append(args[5] if len(args) > 5 else kw["latents"])
+        fed.append(args[1] if len(args) > 1 else kw["latents"])
         return embed(*args, **kw)
 
     step.model.embed = spy
