@@ -481,17 +481,34 @@ def test_greedy_is_the_limit_of_sampling(model, tokenizer, eos):
 def test_choose_at_the_edges():
     """Breaks if u near 0 or 1 falls off the table, onto a banned word or out of the nucleus."""
     logits, u = torch.arange(V).float(), [0.0, 1 - 2**-24]
-    # words are drawn in the order of their ids, or, where the tail is cut, of their probabilities
-    for top_p, ends in (
-        (1.0, [0, 9]),
-        (0.9, [9, 7]),
-        (1e-9, [9, 9]),
-    ):  # e^9, e^8, e^7: 63 %, 86 %, 95 % of the allowed
+    # e^9, e^8, e^7: 63 %, 86 %, 95 % of the allowed; words are drawn in the order of their ids
+    for top_p, ends in ((1.0, [0, 9]), (0.9, [7, 9]), (1e-9, [9, 9])):
         assert decide(logits, u, temperature=1.0, top_p=top_p)[0].tolist() == ends
     steep = torch.full((V,), -1e4).index_fill(
         0, torch.tensor([4, 10]), 1e4
     )  # one allowed word has all there is
     assert all(decide(steep, u, temperature=t)[0].tolist() == [4, 4] for t in (0.0, 1.0))
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0, 6.0])  # flat to sure
+def test_the_way_to_the_nucleus_changes_no_word(monkeypatch, scale):
+    """Breaks if a sort, the likeliest words and bisection find another nucleus or another word."""
+    logp = (torch.randn(64, 5000, generator=torch.Generator().manual_seed(0)) * scale).log_softmax(
+        -1
+    )
+    logp[:, 7] = logp[:, 8]  # a tie
+    u, p = torch.rand(64, generator=torch.Generator().manual_seed(1)), logp.double().exp()
+    rule = Rule(20, 21, 22, torch.zeros(5000), temperature=1.0, top_p=0.9)
+    expected = []
+    for row, place in zip(p, u):  # the definition, by a sort
+        falling = row.sort(descending=True).values
+        floor = falling[int((falling.cumsum(0) >= 0.9 * row.sum()).int().argmax())]
+        inside = (row >= floor).nonzero()[:, 0]
+        cdf = row[inside].cumsum(0)
+        expected.append(int(inside[(cdf <= place * cdf[-1]).sum()]))
+    for likeliest in (5000, 1024, 1):
+        monkeypatch.setattr(latent_decode, "LIKELIEST", likeliest)
+        assert latent_decode.choose_word(logp, u, rule).tolist() == expected
 
 
 def test_frequencies_of_a_rollout(model, tokenizer):
