@@ -30,9 +30,9 @@ With one update a step (the default) the policy has not moved: the ratio is 1 an
 nothing to do. `minibatches` and `inner_epochs` change that. "Exact" then holds for the first
 update; after it the recorded latents are no longer the policy's.
 
-Memory: no gradient checkpointing (it would drop the prompt's cache). One group's graph, the fp32
-weights, gradients and optimizer have to fit on a GPU: by estimate Qwen3-VL-2B's do, an 8B's with
-prompts of 4,000 tokens do not.
+Memory: a group's prompt is there once (common/shared_prefix.py), `gradient_checkpointing` keeps one
+layer's activations. The fp32 weights, gradients and optimizer have to fit on a GPU: by estimate
+Qwen3-VL-2B's do, an 8B's do not (docs/scale.md).
 
 Where this differs from the paper:
  1. A latent step's log-probability is that of its one decision, log(1 - p(LE)) or log p(LE); forced
@@ -123,9 +123,8 @@ class Config(DataConfig):
     eps_high: float = 0.28  # paper Table 9
     dual_clip: float = 3.0  # c, bounds the loss where A < 0  # official
     kl: float = 0.01  # beta, weight of the KL to the starting model  # paper Table 9
-    adjoint_terms: int = (
-        0  # gradient through the latents: 0 none (paper), k terms, -1 exact  # ours
-    )
+    # gradient through the latents: 0 none (paper), k terms, -1 exact  # ours
+    adjoint_terms: int = 0
     # optimisation
     steps: int = 0  # 0 = from epochs  # ours
     epochs: float = 1.0  # passes over the prompts  # paper Table 9
@@ -142,6 +141,8 @@ class Config(DataConfig):
     freeze_vision: bool = True  # vision tower and merger  # as in SFT
     # machine
     bf16: bool = True  # on CUDA; the CPU computes in fp32  # paper Table 8
+    # recompute activations: less memory, about two fifths slower  # ours
+    gradient_checkpointing: bool = False
     zero: bool = False  # optimizer state spread over the ranks  # ours
     save_every: int = 10  # steps between checkpoints; the last two are kept  # ours
     sample_every: int = 10  # steps between whole rollouts written to rollouts_*.jsonl  # ours
@@ -503,6 +504,8 @@ def load_model(run):
     folder = run.checkpoint or newest(run.config.model)
     model, tokenizer = run.machine.load(folder, train=True)
     model.model.visual.requires_grad_(not run.config.freeze_vision)
+    if run.config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, tokenizer
 
 

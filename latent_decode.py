@@ -426,6 +426,8 @@ def _choices(model, h, chosen, temperature):
             entropy = torch.where(in_span, of_event, -(logp.exp() * logp).sum(-1))
         return picked, entropy
 
+    if len(h) <= LOGITS:
+        return choice(h, chosen)
     # a piece's (S', V) is made again in the backward: at once, 16k tokens are 10 GB a copy
     pieces = zip(h.split(LOGITS), chosen.split(LOGITS))
     results = [checkpoint(choice, *piece, use_reentrant=False) for piece in pieces]

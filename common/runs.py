@@ -94,6 +94,8 @@ HARMLESS = {
     "workers",
     "max_bad",
     "save_every",
+    "gradient_checkpointing",
+    "micro_batch",
     "wandb",  # may change between run and resume
     "sample_every",
     "judge_url",

@@ -229,7 +229,8 @@ class DecodingCache:
         own = q @ own_keys.transpose(2, 3)  # (R, H_kv, g, C)
         to_come = torch.arange(own.shape[-1], device=own.device) > self.place  # (C,)
         own = own.masked_fill(to_come, -torch.inf)
-        p = torch.cat([score, own], -1).float().softmax(-1).to(values.dtype)
+        wide = torch.promote_types(own.dtype, torch.float32)
+        p = torch.cat([score, own], -1).to(wide).softmax(-1).to(values.dtype)
 
         # the values, in the same two places
         p, p_own = p[..., :P], p[..., P:]

@@ -7,6 +7,7 @@ import glob
 import os
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+CELLAR = ("common.clips", "common.formats", "common.shared_prefix")  # what the ground stands on
 GROUND = {"model", "data"}
 SCRIPTS = {"latent_decode", "rewards", "sft", "la_dapo", "curate", "evaluate", "sample"}
 LOOPS = {"sft", "la_dapo", "curate", "evaluate", "sample"}  # no script imports one of these
@@ -35,15 +36,15 @@ def floor(name):
     tools, 4 toy.
     """
     folder = name.split(".")[0] if "." in name or name in ("common", "toy", "tools") else ""
-    if name in GROUND or name in ("common.clips", "common.formats"):
+    if name in GROUND or name in CELLAR:
         return 0
     return {"common": 1, "": 2, "variants": 3, "tools": 3, "toy": 4}[folder]
 
 
 def allowed(name, target):
     """Whether the rule "arrows run down" lets `name` import `target`."""
-    if name in ("common.clips", "common.formats"):
-        return target in ("common.clips", "common.formats")
+    if name in CELLAR:
+        return target in CELLAR
     if name == "latent_decode":
         return target == "model" or target.startswith("common.")
     if name in SCRIPTS and target in LOOPS:

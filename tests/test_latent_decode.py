@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from test_model import IMAGE, VIDEO, WIDE, log_softmax, make_batch
+from test_model import IMAGE, VIDEO, WIDE, log_softmax, make_batch, stock_of
 
 import latent_decode
 from common import shared_prefix
@@ -488,6 +488,38 @@ def test_choose_at_the_edges():
         0, torch.tensor([4, 10]), 1e4
     )  # one allowed word has all there is
     assert all(decide(steep, u, temperature=t)[0].tolist() == [4, 4] for t in (0.0, 1.0))
+
+
+def test_log_probabilities_by_stock_one_rollout_at_a_time(model, tokenizer, eos):
+    """Breaks if anything of the shared row (order, positions, masks, latents) differs from
+    transformers' own model on each rollout alone, whole, without a cache: replay or record.
+    """
+    batch, c = make_batch(tokenizer, ROWS, "left"), model.config
+    shuffle(model, 4)
+    args = dict(max_new_tokens=20, max_latents=3, eos_token_id=eos, temperature=0.9, n=2)
+    rollout = generate(model, batch, **args, generator=torch.Generator().manual_seed(0))
+    replayed = latent_decode.token_logprobs(model, batch, rollout, 0.9)
+    stock, compared = stock_of(model), 0
+    for r in range(len(rollout.tokens)):
+        length, alone = int(rollout.lengths[r]), make_batch(tokenizer, [ROWS[r // 2]])
+        tokens, P = rollout.tokens[r, :length], alone["input_ids"].shape[1]
+        ids = torch.cat([alone["input_ids"], tokens[None]], 1)
+        media = {k: v for k, v in alone.items() if k.startswith(("pixel", "image", "video"))}
+        with torch.no_grad():
+            x, visual, deepstack = model.embed(ids, rollout.latents[r], **media)
+            grids = media.get("image_grid_thw"), media.get("video_grid_thw")
+            positions, _ = model.positions(ids, torch.ones_like(ids), *grids)
+            inputs = dict(visual_pos_masks=visual, deepstack_visual_embeds=deepstack)
+            text = stock.model.language_model
+            h = text(inputs_embeds=x, position_ids=positions, **inputs).last_hidden_state[0]
+            logp = (stock.lm_head(h[P - 1 : -1]) / 0.9).log_softmax(-1)  # (length, V)
+        for t in rollout.sampled[r, :length].nonzero()[:, 0].tolist():
+            stop, token = logp[t, c.latent_end_id], int(tokens[t])
+            expected = torch.log1p(-stop.exp()) if token == c.latent_id else logp[t, token]
+            for got in (replayed, rollout.logprobs):
+                torch.testing.assert_close(got[r, t], expected, atol=1e-4, rtol=0)
+            compared += 1
+    assert compared > 100 and sum(len(z) for z in rollout.latents) > 10
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0, 6.0])  # flat to sure

@@ -218,13 +218,21 @@ def compare_kernels(config, device):
     """
     model = make(config.shape, config.layers or 4, torch.float32, device).eval()
     batch, figures = prompt(config, 1, device), {}
+    model.__class__ = Qwen3VLForConditionalGeneration  # the stock class on the same weights
+    types = (batch["input_ids"] == IMAGE).int()
     model.set_attn_implementation("eager")
-    exact = model(**batch).logits
+    exact = model(**batch, mm_token_type_ids=types).logits
+
+    def measure(name):
+        error = (model(**batch, mm_token_type_ids=types).logits.float() - exact).norm()
+        figures[f"bf16 {name} relative error"] = round((error / exact.norm()).item(), 5)
+
     model.to(torch.bfloat16)
     for kernel in dict.fromkeys(["eager", "sdpa", best_attention()]):
         model.set_attn_implementation(kernel)
-        error = (model(**batch).logits.float() - exact).norm() / exact.norm()
-        figures[f"bf16 {kernel} relative error"] = round(error.item(), 5)
+        measure(kernel)
+    model.__class__ = FutureL1
+    measure("ours")
     return figures
 
 
@@ -254,6 +262,7 @@ def measure_decoding(config, device):
 
     # theirs: the stock class on the same weights
     model.__class__ = Qwen3VLForConditionalGeneration
+    model.set_attn_implementation(best_attention())
     stock = dict(batch, mm_token_type_ids=(batch["input_ids"] == IMAGE).int())
 
     def theirs(max_new_tokens):

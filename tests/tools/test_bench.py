@@ -29,6 +29,7 @@ def test_every_measurement_runs(tmp_path, capsys, monkeypatch):
         figures[decoding[0]] / figures[decoding[1]], abs=0.01
     )
     assert 0 < figures["bf16 sdpa relative error"] < 0.05
+    assert 0 < figures["bf16 ours relative error"] < 0.05
     real = bench.make("tiny")
     assert figures["parameters"] == sum(p.numel() for p in real.parameters())
     assert "sft tokens/s" in capsys.readouterr().out

@@ -1,0 +1,100 @@
+"""Attention in its two layouts against plain loops, in float64."""
+
+import pytest
+import torch
+from transformers.cache_utils import DynamicCache
+
+from common import shared_prefix
+from common.shared_prefix import DecodingCache, Layout
+
+H, H_KV, D, SCALE = 4, 2, 8, 0.3
+# a prompt and its rollouts; short ones share calls; no prompt; a long prompt; a prompt alone
+SEQUENCES = [(7, [3, 5, 1]), (0, [4, 9]), (7, [2, 2]), (300, [5, 6]), (0, [300]), (4, [])]
+
+
+def states(N, heads, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1, heads, N, D, dtype=torch.float64, generator=generator).requires_grad_()
+
+
+def seen_by(sequences):
+    """For each place of the row, the places its query sees."""
+    seen, place = [], 0
+    for prompt, lengths in sequences:
+        start = place
+        seen += [list(range(start, start + t + 1)) for t in range(prompt)]
+        place += prompt
+        for length in lengths:
+            before = list(range(start, start + prompt))
+            seen += [before + list(range(place, place + t + 1)) for t in range(length)]
+            place += length
+    return seen
+
+
+def plain(q, k, v, seen):
+    """softmax(q k') v, a query at a time -> (N, H, d)."""
+    k, v = (x[0].repeat_interleave(H // H_KV, 0) for x in (k, v))  # (H, N, d)
+    rows = []
+    for t, places in enumerate(seen):
+        weight = (torch.einsum("hd,hsd->hs", q[0, :, t], k[:, places]) * SCALE).softmax(-1)
+        rows.append(torch.einsum("hs,hsd->hd", weight, v[:, places]))
+    return torch.stack(rows)
+
+
+def test_a_row_of_sequences_and_its_gradient():
+    """Breaks if a query sees another sequence, what is to come or padding, or misses its prompt."""
+    N = sum(prompt + sum(lengths) for prompt, lengths in SEQUENCES)
+    q, k, v = (states(N, heads, i) for i, heads in enumerate((H, H_KV, H_KV)))
+    layout = Layout(SEQUENCES, "cpu")
+    out, expected = layout.attend(0, q, k, v, SCALE)[0], plain(q, k, v, seen_by(SEQUENCES))
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+    weight = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(9))
+    got, wanted = (torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (out, expected))
+    for a, b in zip(got, wanted):
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=0)
+
+
+def test_short_sequences_share_calls():
+    """Breaks if many small groups become many small calls: 64 of 20 + 16 x 8 tokens are two."""
+    assert len(Layout([(20, [8] * 16)] * 64, "cpu").calls) == 2
+    assert len(Layout([(0, [n]) for n in range(1, 65)], "cpu").calls) == 1
+    assert len(Layout([(0, [300]), (0, [301])], "cpu").calls) == 2  # long ones are not padded
+
+
+@pytest.mark.parametrize("keep", [None, [0, 2, 3, 5], [1, 4, 5], [5]])
+def test_decoding_with_rows_that_leave(keep):
+    """Breaks if a row reads another row's words, another prompt or a place not yet filled."""
+    lengths, n = [3, 5], 3
+    N, R = sum(lengths), len(lengths) * n
+    prompt = DynamicCache()
+    keys, values = states(N, H_KV, 1).detach(), states(N, H_KV, 2).detach()
+    prompt.update(keys, values, 0)
+    cache = DecodingCache(prompt, lengths, n)
+    rows, own = list(range(R)), [[] for _ in range(R)]
+    for step in range(5):
+        if step % 2 == 0:
+            cache.reserve(2)
+        new = [torch.randn(R, heads, 1, D, dtype=torch.float64) for heads in (H, H_KV, H_KV)]
+        q, k, v = (x[rows] for x in new)
+        out = cache.attend(0, q, k, v, SCALE)  # (R, 1, H, d)
+        cache.place.add_(1)
+        cache.used += 1
+        for i, row in enumerate(rows):
+            own[row].append((k[i, :, 0], v[i, :, 0]))
+            b = row // n
+            start = sum(lengths[:b])
+            both = []
+            for part, x in enumerate((keys, values)):
+                mine = torch.stack([pair[part] for pair in own[row]], 1)  # (H_kv, steps, d)
+                both.append(torch.cat([x[0, :, start : start + lengths[b]], mine], 1)[None])
+            places = list(range(both[0].shape[2]))
+            expected = plain(q[i][None], *both, [places])
+            torch.testing.assert_close(out[i], expected, atol=1e-12, rtol=0)
+        if step == 1 and keep:
+            cache.keep(torch.tensor(keep))
+            rows = keep
+
+
+def test_without_a_layout_it_says_so():
+    with pytest.raises(ValueError, match="needs a Layout or a DecodingCache"):
+        shared_prefix.attend(None, None, None, None, None)
