@@ -34,31 +34,29 @@ Axis letters: B rows, M spans, J places in a span, N imagined vectors, F frames,
 """
 
 import dataclasses
-import glob
 import hashlib
 import json
 import os
 import re
-import subprocess
 import time
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from tqdm import tqdm
 
-from common.benchmarks import PAPER, read_benchmark
-from common.clips import ClipError, film, load_frames, normalise, resize_and_cut
-from common.formats import Skipped, answer_of
+from common.benchmarks import read_benchmark
+from common.clips import ClipError, load_frames, normalise
+from common.formats import Skipped, answer_of, report_bad
 from common.intervals import bootstrap, wilson
 from common.judge import add_verdicts
-from common.report import as_text, paper_rows, score_rows, used, write_report
-from common.runs import leave, newest, parse_config, read_lines, set_up_ranks, write_json
-from data import DataConfig, Samples, loader, model_inputs, to_device
+from common.pictures import imagined
+from common.runs import Machine, leave, parse_config, write_json
+from common.summary import about, show
+from common.walk import Book, settings_of, walk
+from data import DataConfig, model_inputs, to_device
 from latent_decode import generate, own_latent
-from model import LATENT, best_attention, load
+from model import LATENT
 from rewards import diversity_reward, format_reward, pick, repetition_score, span_lengths
 
 
@@ -66,9 +64,8 @@ from rewards import diversity_reward, format_reward, pick, repetition_score, spa
 class Config(DataConfig):
     benchmark: str = ""  # futurebench | twiffbench | mcq; "" = any rows with options
     model: str = ""  # a model folder, or a run's folder (its newest checkpoint)
-    data: str = (
-        ""  # a file, a folder of files, or a hub id; with options (see data.py), or TwiFF-Bench
-    )
+    # a file, a folder of files, or a hub id; with options (see data.py), or TwiFF-Bench
+    data: str = ""
     media_root: str = ""  # where relative clip paths start; "" = the folder of the data file
     out: str = "runs/eval"  # the evaluation's folder
     limit: int = 0  # only the first samples; 0 = all  # ours
@@ -79,9 +76,8 @@ class Config(DataConfig):
     max_latents: int = 8  # longest span: 2 * l_max  # official
     latents: str = "generated"  # generated | zero | noise | shuffled | true | pause | none  # ours
     seed: int = 0  # noise and the bootstrap  # ours
-    report: int = (
-        24  # samples shown in report.html, spread over the groups; 0 = only its tables  # ours
-    )
+    # samples shown in report.html, spread over the groups; 0 = only its tables  # ours
+    report: int = 24
     bf16: bool = True  # weights on CUDA  # paper Table 8
     cuda_graph: bool = False  # replay a captured decoding step; not yet measured on a GPU  # ours
 
@@ -89,15 +85,16 @@ class Config(DataConfig):
         future = self.benchmark == "futurebench"
         self.num_frames = self.num_frames or (32 if future else 16)
         self.video_max_tokens = self.video_max_tokens or (12288 if future else 4096)
-        self.max_new_tokens = self.max_new_tokens or (
-            4096 if self.benchmark == "twiffbench" else 2048
-        )
+        longest = 4096 if self.benchmark == "twiffbench" else 2048
+        self.max_new_tokens = self.max_new_tokens or longest
         super().__post_init__()
         if self.latents not in LATENTS:
             raise ValueError(f"latents is {self.latents!r}, expected one of {', '.join(LATENTS)}")
 
 
 LATENTS = ("generated", "zero", "noise", "shuffled", "true", "pause", "none")
+# may differ between two runs on one folder
+FREE = {"out", "workers", "max_bad", "cuda_graph", "report", "batch", "limit"}
 
 
 def official_letter(text):
@@ -193,13 +190,29 @@ def scores(lines, groups=(), seed=0):
     return out
 
 
-def format_table(table):
-    """The summary as text."""
-    return as_text(*score_rows(table))
-
+# -------------------------------------------------------------------------- the latents, exchanged
 
 NEEDS_FUTURES = ("true", "shuffled", "noise")
 MEASURED = 64  # rows with futures that the scale of `noise` is measured on
+
+
+class Ablation(NamedTuple):
+    """What a span is fed instead of the model's own states."""
+
+    config: Config
+    model: torch.nn.Module
+    donor_of: dict = {}  # shuffled: {id: the row whose futures are fed}
+    scale: torch.Tensor | None = None  # noise: mean and deviation (2, D)
+
+
+def prepare(config, model, rows):
+    """What an ablation needs to know of the whole run -> Ablation."""
+    ablation = Ablation(config, model)
+    if config.latents == "shuffled":
+        return ablation._replace(donor_of=donors(rows))
+    if config.latents == "noise":
+        return ablation._replace(scale=measure_noise(model, rows, config))
+    return ablation
 
 
 def check_futures(kind, rows):
@@ -230,11 +243,9 @@ def donors(rows):
 
 def true_vectors(model, row, config):
     """The embeddings of a row's true futures, a frame each: [(n_m, D), ...]. Raises ClipError."""
-    pairs = load_frames(future_frames(row), config.budgets[1])
-    patches, grids = zip(*pairs)
-    e = model.encode_frames(
-        normalise(torch.cat(patches)).to(model.device), torch.stack(grids).to(model.device)
-    )
+    patches, grids = zip(*load_frames(future_frames(row), config.budgets[1]))
+    pixels, grid = normalise(torch.cat(patches)), torch.stack(grids)
+    e = model.encode_frames(pixels.to(model.device), grid.to(model.device))  # (N, D)
     return list(e.split([int(grid.prod()) // 4 for grid in grids]))
 
 
@@ -264,41 +275,45 @@ def measure_noise(model, rows, config):
     return scale
 
 
-def replacement(kind, model, rows, config, donor_of=None, scale=None, lost=None):
-    """What is fed instead of the rows' own latents -> [frames of a row: [(n_m, D), ...]], or None.
-
-    None for `generated` and `none`. It depends on the row alone: not on its batch, nor on ranks.
-    donor_of: of `donors`; scale: of `measure_noise`. lost: gets {id: why} of each row whose futures
-    cannot be read, which is fed zeros; None = that raises ClipError. Source: ours.
-    """
-    if kind in ("generated", "none"):
-        return None
-    D = model.config.text_config.hidden_size
-    if kind == "zero":
-        return [[torch.zeros(1, D, device=model.device)] for _ in rows]
-    if kind == "pause":
-        pause = model.get_input_embeddings().weight[model.config.latent_id].detach()
-        return [[pause[None]] for _ in rows]
-    if kind == "noise":
-        return [list(draw_noise(row, scale, config)) for row in rows]
-    vectors = []
-    for row in rows:
-        try:
-            vectors.append(true_vectors(model, donor_of[row.id] if donor_of else row, config))
-        except ClipError as e:
-            if lost is None:
-                raise
-            lost[row.id] = f"its future frames cannot be fed: {e}"
-            vectors.append([torch.zeros(1, D, device=model.device)])
-    return vectors
-
-
 def draw_noise(row, scale, config, spans=8):
     """Gaussian vectors of the true embeddings' scale (spans, max_latents, D), the row's own."""
     draw = hashlib.sha256(f"{config.seed} {row.id}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(draw[:7], "big"))
     noise = torch.randn(spans, config.max_latents, scale.shape[1], generator=generator)
     return scale[0] + scale[1] * noise.to(scale.device)
+
+
+def replacement(row, ablation):
+    """What a row's spans are fed, a frame each: [(n_m, D), ...]. Raises ClipError. Source: ours.
+
+    It depends on the row alone: not on its batch, nor on ranks.
+    """
+    config, model = ablation.config, ablation.model
+    if config.latents == "zero":
+        return [torch.zeros(1, model.lm_head.in_features, device=model.device)]
+    if config.latents == "pause":
+        return [model.get_input_embeddings().weight[model.config.latent_id].detach()[None]]
+    if config.latents == "noise":
+        return list(draw_noise(row, ablation.scale, config))
+    return true_vectors(model, ablation.donor_of.get(row.id, row), config)
+
+
+def feed_for(rows, ablation):
+    """-> what decoding feeds these rows' spans, and {id: why} of those whose futures
+    cannot be read.
+
+    Those are fed zeros; their answers are not used.
+    """
+    if ablation.config.latents in ("generated", "none"):
+        return own_latent, {}
+    model, vectors, lost = ablation.model, [], {}
+    for row in rows:
+        try:
+            vectors.append(replacement(row, ablation))
+        except ClipError as e:
+            lost[row.id] = f"its future frames cannot be fed: {e}"
+            vectors.append([torch.zeros(1, model.lm_head.in_features, device=model.device)])
+    return feed_of(vectors), lost
 
 
 def feed_of(vectors):
@@ -321,37 +336,39 @@ def feed_of(vectors):
     return feed
 
 
+# ------------------------------------------------------------------------------------------ the run
+
+
 def evaluate(config, rows=None):
     """Run the evaluation -> {group: scores}, the same on every rank. Raises SystemExit, ValueError.
 
     A folder with results of the same settings is continued; of other settings: refused.
     """
-    rank, world, device = set_up_ranks()
+    # the rows, and what is done already; prompts of like length stand together: less padding
+    machine = Machine(config.bf16)
     rows, average, bad = rows_of(config, rows)
-    folder = newest(config.model)
-    settings = settings_of(config, folder)
-    done = finished(config.out, settings)
+    free = FREE - {"batch", "limit"} if config.latents in ("noise", "shuffled") else FREE
+    settings = settings_of(config, free)
+    ordered = sorted(rows, key=lambda row: (row.group, len(row.question)))
+    book = Book(config.out, "samples", {row.id: row for row in ordered}, settings, machine)
 
-    # nobody writes before everybody has read
-    if world > 1:
-        dist.barrier()
-    os.makedirs(config.out, exist_ok=True)
-    if rank == 0:
-        write_json(os.path.join(config.out, "settings.json"), settings)
-    lines = respond(config, folder, rows, done, rank, world, device)
+    # answers to what is missing, a line a sample
+    if blocks := book.blocks(config.batch):
+        model, tokenizer = machine.load(settings["model"])
+        ablation = prepare(config, model, rows)
+        shown = shown_in_report(rows, config.report)
+        for block in walk(book, blocks, lambda row: [row], tokenizer, config):
+            book.add(answer(block.batch, tokenizer, ablation, shown))
 
-    # all ranks' lines, in the rows' order
-    if world > 1:
-        gathered = [None] * world
-        dist.all_gather_object(gathered, lines)
-        lines = sum(gathered, [])
-    line_of = done | {line["id"]: line for line in lines}
-    lines = [line_of[row.id] for row in rows if row.id in line_of]
+    # scores, over the samples of all ranks in the rows' order
+    done = book.finish()
+    lines = [done[row.id] for row in rows]
     add_verdicts(config.out, lines)
-
     table = summarise(lines, average, config.seed)
-    if rank == 0:
-        summary = dict(settings, **about(rows, lines, settings), average=average, scores=table)
+    if machine.master:
+        no_option = [row.id for row in rows if row.options and not_an_option(row)]
+        summary = dict(settings, **about(rows, lines, config, no_option))
+        summary.update(average=average, scores=table)
         summary["unusable"] = [s._asdict() for s in bad]
         show(config.out, summary, lines, rows)
     return table
@@ -360,7 +377,8 @@ def evaluate(config, rows=None):
 def rows_of(config, rows=None):
     """-> (rows, micro | macro, the records that cannot be used [Skipped]), the latter named.
 
-    Raises SystemExit without data, ValueError for rows that cannot be scored.
+    Raises SystemExit without data or with too many bad records, ValueError for rows that cannot be
+    scored.
     """
     average, bad = "micro", []
     if rows is None:
@@ -371,10 +389,10 @@ def rows_of(config, rows=None):
             )
         root = config.media_root or None
         rows, average = read_benchmark(config.benchmark, config.data, root, bad)
-    name_bad(bad, len(rows) + len(bad), "cannot be used and are outside the scores")
+    report_bad(bad, len(rows) + len(bad), config.max_bad)
     rows = rows[: config.limit or None]
     if config.benchmark != "twiffbench":
-        check_options(rows)
+        check_options(rows, config.max_bad)
     check_futures(config.latents, rows)
     if len({row.id for row in rows}) < len(rows):
         raise ValueError(
@@ -383,245 +401,74 @@ def rows_of(config, rows=None):
     return rows, average, bad
 
 
-def finished(out, settings):
-    """The result lines in a folder, without those of unreadable samples: {id: line}.
-
-    Raises SystemExit if they were made with other settings.
-    """
-    done = {}
-    for path in glob.glob(os.path.join(glob.escape(out), "samples*.jsonl")):
-        done |= {line["id"]: line for line in read_lines(path) if "skipped" not in line}
-    if not done:
-        return done
-    path, before = os.path.join(out, "settings.json"), {}
-    if os.path.exists(path):
-        with open(path) as f:
-            before = json.load(f)
-    names = sorted(before.keys() | settings.keys())
-    changed = [name for name in names if before.get(name) != settings.get(name)]
-    if changed:
-        raise SystemExit(
-            f"{out} holds results with other settings of {', '.join(changed)}: choose another --out"
-        )
-    return done
-
-
-def show(out, summary, lines, rows):
-    """Write summary.json and report.html, and print the scores."""
-    write_json(os.path.join(out, "summary.json"), summary)
-    write_report(os.path.join(out, "report.html"), summary, lines, rows)
-    every = summary["scores"]["all"]
-    print(format_table(summary["scores"]))
-    print(
-        f"{summary['found']} of {summary['total']} samples found; "
-        f"{summary['seconds']['all']:.3g} s and {every['tokens']:.1f} tokens an answer; "
-        f"all = {summary['average']} average; {out}/report.html"
-    )
-    if waiting := every.get("waiting"):
-        print(f"{waiting} responses wait for a judge: python -m common.judge {out} --model NAME")
-    if summary["benchmark"] in PAPER:
-        print("\nbeside what the paper published (not run here)")
-        print(as_text(*paper_rows(summary)))
-        print(used(summary))
-
-
-MAX_BAD = 0.05  # share of records that may be unusable before a file is taken for misread
-
-
-def name_bad(bad, total, what):
-    """Name each record of `bad` ([Skipped]). Raises ValueError if they are too many of `total`."""
-    if not bad:
-        return
-    if len(bad) > MAX_BAD * total:
-        raise ValueError(f"{len(bad)} of {total} records {what}, among them {bad[0].why}")
-    print(f"{len(bad)} of {total} records {what}:", *(s.why for s in bad), sep="\n  ")
-
-
-def check_options(rows):
+def check_options(rows, max_bad):
     """Name the rows whose answer is none of their options: they are scored wrong.
 
-    Raises ValueError for a row without options, and if such rows are too many.
+    Raises ValueError for a row without options, SystemExit if such rows are too many.
     """
     for row in rows:
         if not row.options:
             raise ValueError(f"{row.where}: no options; multiple choice needs them")
-    bad = [
-        Skipped(row.where, f"{row.where}: the answer {row.answer!r} is none of {row.options}")
-        for row in rows
-        if pick(row.answer, row.options) is None
-    ]
-    name_bad(bad, len(rows), "have an answer that is no option and are scored wrong")
+    odd = [row for row in rows if not_an_option(row)]
+    bad = [Skipped(r.where, f"the answer {r.answer!r} is none of {r.options}") for r in odd]
+    report_bad(bad, len(rows), max_bad, "have an answer that is no option and are scored wrong")
 
 
-def settings_of(config, folder):
-    """What two runs must share for their samples to be of one kind, as a dict. Source: ours."""
-    free = {"out", "workers", "cuda_graph", "report"}
-    free |= {"batch"} if config.latents in ("noise", "shuffled") else {"batch", "limit"}
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
-    written = os.path.join(
-        folder, "config.json"
-    )  # a model trained anew in the same folder is another model
-    return dict(
-        settings,
-        model=folder,
-        written=os.path.getmtime(written) if os.path.exists(written) else None,
-    )
+def not_an_option(row):
+    return pick(row.answer, row.options) is None
 
 
-def about(rows, lines, settings):
-    """What one needs to know of a result besides its scores, as a dict. Source: ours.
-
-    seconds: a batch's wall time over its rows, by group (--batch 1 for the time one answer takes;
-    paper's Table 7). prompt_hash: of the system message and the prompts, a medium by its kind.
-    """
-    read = [line for line in lines if "skipped" not in line]
-    seconds = {}
-    for group in [*sorted({line["group"] for line in read} - {"all"}), "all"]:
-        values = [line["seconds"] for line in read if group in ("all", line["group"])]
-        seconds[group] = round(float(np.mean(values)), 4) if values else 0.0
-
-    prompts = []
-    for row in rows:
-        parts = [p if isinstance(p, str) else type(p).__name__ for p in row.prompt]
-        prompts.append([settings["system"], *parts])
-    names = ("l_max", "image_max_tokens", "video_max_tokens")
-    budgets = DataConfig(**{name: settings[name] for name in names}).budgets
-
-    return dict(
-        found=len(read),
-        total=len(rows),
-        coverage=len(read) / len(rows),
-        commit=commit(),
-        seconds=seconds,
-        missing=[dict(id=line["id"], why=line["skipped"]) for line in lines if "skipped" in line],
-        no_option=[r.id for r in rows if r.options and pick(r.answer, r.options) is None],
-        unparsed=sum(not line.get("parsed", line.get("picked") is not None) for line in read),
-        judge_failures=sum("why" in line for line in read),
-        frames=settings["num_frames"],
-        pixels=dict(zip(("image", "future", "video"), budgets)),
-        prompt_hash=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],
-        generation=dict(greedy=True, **{k: settings[k] for k in ("max_new_tokens", "max_latents")}),
-    )
-
-
-def commit():
-    """The code's git commit, or None outside a checkout or without git."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def respond(config, folder, rows, done, rank, world, device):
-    """Generate what is missing, appending a line a sample -> this rank's new lines."""
-    todo, plan = plan_of(config, rows, done, rank, world)
-    if not plan:
-        return []
-
-    # the model, and what it is asked
-    dtype = torch.bfloat16 if config.bf16 and device.type == "cuda" else torch.float32
-    attention = best_attention() if dtype == torch.bfloat16 else "sdpa"
-    model, tokenizer = load(folder, dtype=dtype, attn_implementation=attention)
-    model.to(device).eval()
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    samples = Samples(todo, tokenizer, config, train=False)
-    batches = loader(samples, plan, config.workers, pad_id=pad, side="left")
-
-    kind = config.latents
-    ablation = dict(
-        donor_of=donors(rows) if kind == "shuffled" else None,
-        scale=measure_noise(model, rows, config) if kind == "noise" else None,
-    )
-
-    # a line a sample, written as soon as its batch is done
-    lines, shown = [], chosen(rows, config.report)
-    total, title = sum(map(len, plan)), f"evaluate {config.latents}"
-    bar = tqdm(total=total, desc=title, disable=rank > 0, mininterval=2)
-    with open(os.path.join(config.out, f"samples_{rank}.jsonl"), "a", encoding="utf-8") as f:
-        for indices, batch in zip(plan, batches):
-            new = skipped_lines([todo[i] for i in indices], batch["skipped"])
-            if batch["rows"]:
-                new += answer(config, model, tokenizer, batch, ablation, shown)
-            f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in new)
-            f.flush()
-            lines += new
-            bar.update(len(indices))
-    bar.close()
-    return lines
-
-
-def plan_of(config, rows, done, rank, world):
-    """-> (this rank's rows that are missing, batches of their indices). Source: ours.
-
-    Prompts of like length together: less padding, and rows that finish together.
-    """
-    todo = [row for row in rows if row.id not in done]
-    todo.sort(key=lambda row: (row.group, len(row.question)))
-    todo, size = todo[rank::world], config.batch
-    return todo, [list(range(i, min(i + size, len(todo)))) for i in range(0, len(todo), size)]
-
-
-def skipped_lines(rows, skipped):
-    """The result lines of the rows that could not be read, each named."""
-    why, lines = {s.where: s.why for s in skipped}, []
-    for row in rows:
-        if row.where in why:
-            tqdm.write(f"skipped {row.where}: {why[row.where]}")
-            lines.append(dict(id=row.id, group=row.group, skipped=why[row.where]))
-    return lines
-
-
-def answer(config, model, tokenizer, batch, ablation, shown):
-    """Answer a batch -> its result lines. ablation: the arguments of `replacement`."""
-    began, rows = time.time(), batch["rows"]
-    lost = {}
-    vectors = replacement(config.latents, model, rows, config, **ablation, lost=lost)
+def answer(batch, tokenizer, ablation, shown):
+    """Answer a batch -> {id: its result line}. shown: ids of those that the report shows."""
+    config, model, rows = ablation.config, ablation.model, batch["rows"]
+    began = time.time()
+    feed, lost = feed_for(rows, ablation)
     rollout = generate(
         model,
         model_inputs(to_device(batch, model.device)),
-        feed=own_latent if vectors is None else feed_of(vectors),
+        feed=feed,
         max_new_tokens=config.max_new_tokens,
         max_latents=config.max_latents,
         banned=[model.config.latent_start_id] if config.latents == "none" else [],
         cuda_graph=config.cuda_graph,
     )
     seconds = round((time.time() - began) / len(rows), 5)
-    tokens = [t[:n] for t, n in zip(rollout.tokens.cpu(), rollout.lengths)]
-    gone = [Skipped(row.where, lost[row.id]) for row in rows if row.id in lost]
-    lines = skipped_lines(rows, gone)
-    for i, (row, text) in enumerate(zip(rows, tokenizer.batch_decode(tokens))):
+
+    results = {id: dict(skipped=why) for id, why in lost.items()}
+    for i, row in enumerate(rows):
         if row.id in lost:
             continue
-        line = result_line(
-            config, model, row, text, tokens[i].tolist(), rollout, i, row.id in shown
-        )
-        lines.append(line | dict(seconds=seconds))
-    return lines
+        tokens = rollout.tokens[i, : rollout.lengths[i]].tolist()
+        latents, text = rollout.latents[i], tokenizer.decode(tokens)
+        line = result_line(config, model, row, text, tokens, latents)
+        if row.id in shown:
+            line["imagined"] = look_at(model, row, line, tokens, latents, config)
+        results[row.id] = dict(line, finish=rollout.finish[i], seconds=seconds)
+    return results
 
 
-def result_line(config, model, row, text, tokens, rollout, i, shown):
-    """What is kept of row i of a rollout, as a dict; `shown`: with what its spans are near to."""
-    latents, ids = rollout.latents[i], (model.config.latent_start_id, model.config.latent_id)
-    lengths = span_lengths(tokens, *ids)
-    line = dict(
-        id=row.id,
-        group=row.group,
+def result_line(config, model, row, text, tokens, latents):
+    """What is kept of a response, as a dict."""
+    return dict(
         clip=clip_of(row),
         **read_answer(row, text, config.benchmark == "futurebench"),
         answer=row.answer,
         response=re.sub(f"(?:{re.escape(LATENT)}\\s*)+", LATENT, text),
         tokens=len(tokens),
-        spans=len(lengths),
+        spans=tokens.count(model.config.latent_start_id),
         latents=len(latents),
-        finish=rollout.finish[i],
     )
-    if shown:
-        line["imagined"] = imagined(model, row, latents, lengths, config.budgets[1])
-        line["imagined"]["format"] = format_reward(line["response"])
-        line["imagined"]["repetition"] = repetition_score(line["response"])
-    return line
+
+
+def look_at(model, row, line, tokens, latents, config):
+    """What a row's spans are near to, for the report -> a dict: `imagined` and the rewards."""
+    lengths = span_lengths(tokens, model.config.latent_start_id, model.config.latent_id)
+    return dict(
+        imagined(model, row, latents, lengths, config.budgets[1]),
+        diversity=round(diversity_reward(latents, lengths), 4),
+        format=format_reward(line["response"]),
+        repetition=repetition_score(line["response"]),
+    )
 
 
 def clip_of(row):
@@ -633,10 +480,9 @@ def clip_of(row):
     return row.id
 
 
-def chosen(rows, n):
+def shown_in_report(rows, n):
     """Ids of n rows, the groups taking turns. Source: ours."""
-    turn = Counter()
-    order = []
+    turn, order = Counter(), []
     for row in rows:
         turn[row.group] += 1
         order.append((turn[row.group], row.id))
@@ -659,42 +505,6 @@ def read_answer(row, text, official=False):
         strict=strict_letter(text, row.options),
         **(dict(official=official_letter(text)) if official else {}),
     )
-
-
-def imagined(model, row, latents, lengths, budget):
-    """What a row's spans are near to -> a JSON-able dict. `similarity` is that of Eq. (6)'s b_m.
-
-    latents (N, D), lengths: latents of each span, budget: pixels (min, max) of a frame.
-    {"spans": lengths, "frames": labels, "cosine": (N, F), "similarity": (M, M) of the non-empty
-    spans' means, "diversity": R_div}, or {"error": why}.
-    """
-    try:
-        frames = film(row)
-    except ClipError as e:
-        return dict(error=str(e))
-    out = dict(
-        spans=lengths,
-        frames=[label for label, _, _ in frames],
-        cosine=[],
-        similarity=[],
-        diversity=round(diversity_reward(latents, lengths), 4),
-    )
-    if frames and len(latents):
-        z = F.normalize(latents.float(), dim=-1)  # (N, D)
-        columns = []
-        for _, _, pixels in frames:
-            patches, grid = resize_and_cut(pixels[None], *budget)
-            e = model.encode_frames(
-                normalise(patches).to(model.device), grid[None].to(model.device)
-            )  # (K, D)
-            columns.append((z @ F.normalize(e.float(), dim=-1).T).amax(1))  # (N,)
-        out["cosine"] = [[round(v, 3) for v in line] for line in torch.stack(columns, 1).tolist()]
-        b = F.normalize(
-            torch.stack([s.mean(0) for s in latents.float().split([n for n in lengths if n])]),
-            dim=-1,
-        )  # (M, D)
-        out["similarity"] = [[round(v, 3) for v in line] for line in (b @ b.T).tolist()]
-    return out
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ def choose_word(logp, u, rule):
 
 
 class State(NamedTuple):
-    """Where each live row is: what the next step needs."""
+    """Where each live row is: what the next step needs. Live: not left yet, finished or not."""
 
     row: torch.Tensor  # (R,) its number in the whole rollout
     h: torch.Tensor  # (R, D) the state that chooses the next token
@@ -170,8 +170,8 @@ class Record(NamedTuple):
     """What a step did, a row each."""
 
     token: torch.Tensor  # (R,)
-    logprob: torch.Tensor  # (R,)
-    sampled: torch.Tensor  # (R,) bool
+    logprob: torch.Tensor  # (R,) 0 where nothing was chosen
+    sampled: torch.Tensor  # (R,) bool: the policy chose it
     z: torch.Tensor  # (R, D) what was fed, where the token is a latent
 
 
@@ -242,8 +242,8 @@ def generate(
     temperature 0 = greedy; log-probabilities are then those of the untempered softmax.
     max_latents: longest span; paper: 2 * L_max = 8. eos_token_id: int or list, default the model's.
     generator: where random numbers come from. banned: ids that are never produced among words.
-    feed: what a span is fed, see `step`. It is called once a step, in order, with the rows that are
-    still decoded; `state.row` are their numbers. So it may be an object with a state of its own.
+    feed: what a span is fed, see `step`. It is called once a step, in order, with the live rows
+    only; `state.row` are their numbers. So it may be an object with a state of its own.
     stream: called with each new piece of the tokens, (live rows, up to CHUNK), as it is known.
     share: decode what the samples of a prompt have in common once (common/cache.py). Another feed
     is refused then: equal words would no longer mean equal latents.

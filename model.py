@@ -146,10 +146,9 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         """
         is_image = input_ids == self.config.image_token_id
         is_video = input_ids == self.config.video_token_id
+        types = is_image.int() + 2 * is_video.int()  # (B, T) 0 text, 1 image, 2 video
         grids = dict(image_grid_thw=image_grid_thw, video_grid_thw=video_grid_thw)
-        return self.model.get_rope_index(
-            input_ids, is_image.int() + 2 * is_video.int(), **grids, attention_mask=attention_mask
-        )
+        return self.model.get_rope_index(input_ids, types, **grids, attention_mask=attention_mask)
 
     def _positions_after(self, past, input_ids, attention_mask):
         """Positions (3, B, T) of words after a cached prompt: on from where its positions ended."""
@@ -175,9 +174,9 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         if position_ids is None and past:
             position_ids = self._positions_after(past, input_ids, attention_mask)
         elif position_ids is None:
-            grids = {name: grid for name, grid in media.items() if name.endswith("grid_thw")}
-            position_ids, offset = self.positions(input_ids, attention_mask, **grids)
-            self.model.rope_deltas = offset
+            grids = media.get("image_grid_thw"), media.get("video_grid_thw")
+            position_ids, offsets = self.positions(input_ids, attention_mask, *grids)
+            self.model.rope_deltas = offsets  # (B, 1), for the words after a cached prompt
         out = self.model.language_model(
             inputs_embeds=x,
             attention_mask=attention_mask,

@@ -9,10 +9,9 @@ import torch
 
 from common.clips import ClipError, key_frame_positions, read_clip
 from common.formats import Clip, Frame, Row, answer_of
-from common.runs import newest, parse_config
-from data import DataConfig, collate, encode, model_inputs, to_device
+from common.runs import Machine, parse_config
+from data import DataConfig, at_least, collate, encode, model_inputs, to_device
 from latent_decode import generate
-from model import best_attention, load
 
 
 @dataclass
@@ -28,83 +27,73 @@ class Config(DataConfig):
     top_p: float = 1.0  # with a temperature: the smallest set of words that has this probability
     seed: int = 0  # of the sampling
 
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, 1, "max_new_tokens")
+
 
 def streamer(tokenizer, config, write):
-    """-> a function for generate's `stream` that writes a row's words as they come, [span 1: 4
-    latents] for a span. Ours.
+    """-> a function for generate's `stream` that writes one row as it comes. Source: ours.
+
+    Words are written as text, a span as [span 1: 4 latents].
     """
     words, shown, spans, latents, ended = [], "", 0, 0, False
 
     def feed(tokens):
-        nonlocal shown, spans, latents, ended
-        for token in tokens[0].tolist() if not ended else []:
-            if token == config.latent_id:
+        nonlocal words, shown, spans, latents, ended
+        for token in tokens[0].tolist():
+            if ended:
+                return
+            if token == config.latent_start_id:
+                words, shown, spans, latents = [], "", spans + 1, 0
+                write(f"\n[span {spans}: ")
+            elif token == config.latent_id:
                 latents += 1
             elif token == config.latent_end_id:
                 write(f"{latents} latents]\n")
-            elif token == config.latent_start_id:
-                spans, latents, words[:], shown = spans + 1, 0, [], ""
-                write(f"\n[span {spans}: ")
             else:
-                ended = ended or tokenizer.convert_ids_to_tokens(token) == "<|im_end|>"
                 words.append(token)
-                text = tokenizer.decode(words, skip_special_tokens=True).rstrip(
-                    "\ufffd"
-                )  # half a character waits
+                text = tokenizer.decode(words, skip_special_tokens=True)
+                text = text.rstrip("\ufffd")  # half a character waits
                 write(text[len(shown) :])
-                shown = text
-            if ended:
-                break
+                shown, ended = text, tokenizer.convert_ids_to_tokens(token) == "<|im_end|>"
 
     return feed
 
 
-def main(config, write=lambda text: print(text, end="", flush=True)):
-    """Answer one question about one clip, streaming -> the answer or None.
-
-    Raises SystemExit for what cannot be used.
-    """
+def row_of(config):
+    """The clip and the question as a Row. Raises SystemExit for what cannot be used."""
     for name in ("model", "video", "question"):
         if not getattr(config, name):
             raise SystemExit(f"--{name} is missing")
     numbers = [n.strip() for n in config.key_frames.split(",") if n.strip()]
     if not all(n in "12345678" and len(n) == 1 for n in numbers):
-        raise SystemExit(
-            f"--key_frames takes numbers from 1 to 8, e.g. 3,4; found {config.key_frames!r}"
-        )
+        raise SystemExit(f"--key_frames takes numbers from 1 to 8, found {config.key_frames!r}")
     try:
-        read_clip(config.video, key_frame_positions)  # before the weights are loaded
+        read_clip(config.video, key_frame_positions)
     except ClipError as e:
         raise SystemExit(f"--video: {e}") from e
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     seen = [Frame(config.video, int(n)) for n in numbers] or [Clip(config.video)]
-    row = Row("the question", "", [*seen, config.question], [], "")
-    model, tokenizer = load(
-        newest(config.model),
-        dtype=dtype,
-        attn_implementation=best_attention() if device.type == "cuda" else "sdpa",
-    )
-    model.to(device).eval()
-    batch = collate(
-        [encode(row, tokenizer, config, train=False)], tokenizer.pad_token_id or 0, side="left"
-    )
-    rollout = generate(
-        model,
-        model_inputs(to_device(batch, device)),
-        max_new_tokens=config.max_new_tokens,
-        max_latents=config.max_latents,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        generator=torch.Generator().manual_seed(config.seed),
-        stream=streamer(tokenizer, model.config, write),
-    )
+    return Row("the question", "", [*seen, config.question], [], "")
+
+
+def main(config, write=lambda text: print(text, end="", flush=True)):
+    """Answer one question about one clip, streaming -> the answer or None."""
+    row, machine = row_of(config), Machine()  # what cannot be used is refused before the load
+    model, tokenizer = machine.load(config.model)
+    sample = encode(row, tokenizer, config, train=False)
+    batch = collate([sample], tokenizer.pad_token_id or 0, side="left")
+    inputs = model_inputs(to_device(batch, machine.device))
+
+    limits = dict(max_new_tokens=config.max_new_tokens, max_latents=config.max_latents)
+    draws = dict(temperature=config.temperature, top_p=config.top_p)
+    draws.update(generator=torch.Generator().manual_seed(config.seed))
+    stream = streamer(tokenizer, model.config, write)
+    rollout = generate(model, inputs, **limits, **draws, stream=stream)
+
     answer = answer_of(tokenizer.decode(rollout.tokens[0, : rollout.lengths[0]]))
-    write(
-        f"\n\nanswer: {answer}\n"
-        if answer is not None
-        else f"\n\nno answer: the response ended by {rollout.finish[0]} without a closed <answer>\n"
-    )
+    missing = f"no answer: the response ended by {rollout.finish[0]} without a closed <answer>"
+    write(f"\n\n{missing if answer is None else f'answer: {answer}'}\n")
     return answer
 
 

@@ -1,5 +1,6 @@
-"""Supervised fine-tuning: words by cross-entropy, latents by alignment with real future frames
-(paper sec. 3.2).
+"""Supervised fine-tuning: words by cross-entropy, latents by alignment with real future frames.
+
+Source: paper sec. 3.2.
 
     L_SFT    = L_CE + lam * L_latent                                                    Eq. (1)
     L_CE     = - sum_{t in T} log p(w_t | w_<t, V, q)    text, answer, control tokens   Eq. (2)
@@ -7,8 +8,7 @@
 
     python sft.py --model DIR --data train.json                        # one process: CPU or one GPU
     torchrun --nproc_per_node 8 sft.py --model Qwen/Qwen3-VL-8B-Instruct --data train.json --zero
-    # the text-only baseline on the same rows
-    python sft.py ... --no-spans
+    python sft.py ... --no-spans            # the text-only baseline on the same rows
 
 The vision tower and merger are frozen (they define e*), the language model is fully tuned. Weights
 are kept in fp32; on CUDA the arithmetic runs in bf16 autocast. Writes OUT/log.jsonl, OUT/loss.png
@@ -36,6 +36,7 @@ import dataclasses
 import math
 import os
 import time
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -43,16 +44,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from common.report import draw_curves
-from common.runs import (
-    Machine,
-    Run,
-    leave,
-    make_optimizer,
-    newest,
-    parse_config,
-    rows_of,
-    step_or_skip,
-)
+from common.runs import Machine, Run, leave, make_optimizer, parse_config, rows_of, step_or_skip
 from data import DataConfig, Samples, at_least, collate, loader, model_inputs, to_device
 from model import log_continue
 
@@ -107,7 +99,7 @@ class Config(DataConfig):
 def sft_loss(
     model, *, labels, latents=None, lam=0.1, targets=None, latent_var=1.0, stop_term=False, **inputs
 ):
-    """Eq. (1)-(3) on one batch. Source: sec. 3.2.
+    """Eq. (1)-(3) on one batch -> dict of means, sums and counts. Source: sec. 3.2.
 
     inputs: HF-named tensors (input_ids, attention_mask, pixel_values, image_grid_thw, ...).
     labels (B, T): -100 = no label, aligned with input_ids (the shift is inside).
@@ -116,9 +108,8 @@ def sft_loss(
     latent_var: Eq. (3) is divided by it; 1 = the paper's.
     stop_term: also train "do not stop yet", - log(1 - p(<|latent_end|>)) on each step that feeds a
     latent, as further members of T.
-
-    -> loss, ce and latent are means; ce_sum and latent_sum are sums over n_text and n_latent.
-    The loop divides the sums by the counts of the whole step. Raises ValueError on a count
+    The dict: loss, ce and latent are means; ce_sum and latent_sum are sums over n_text and
+    n_latent, which the loop divides by the counts of the whole step. Raises ValueError on a count
     mismatch.
     """
     h, _ = model.hidden(**inputs, latents=latents)  # (B, T, D)
@@ -149,10 +140,7 @@ def sft_loss(
 
 
 def target_variance(e):
-    """Targets (N, D) -> the mean over D of their variance over N. Source: ours.
-
-    It is the error of always guessing the mean embedding.
-    """
+    """Targets (N, D) -> their variance, a mean over D: the error of guessing their mean. Ours."""
     return (e.float() - e.float().mean(0)).pow(2).mean()
 
 
@@ -175,23 +163,16 @@ class Step(torch.nn.Module):
         return e
 
     def forward(self, batch, progress=0.0):
-        """-> the sum of Eq. (2), lam times that of Eq. (3), and the latter alone, no gradient."""
-        model, c, e, latents = self.model, self.config, None, None
+        """-> the sums of Eq. (2) and Eq. (3)."""
+        model, e, latents = self.model, None, None
         if "future_pixel_values" in batch:
-            e = model.encode_frames(
-                batch["future_pixel_values"], batch["future_grid_thw"]
-            )  # (N, D)
+            frames = batch["future_pixel_values"], batch["future_grid_thw"]
+            e = model.encode_frames(*frames)  # (N, D)
             latents = self.fed(batch, e, progress)
-        out = sft_loss(
-            model,
-            **model_inputs(batch),
-            labels=batch["labels"],
-            latents=latents,
-            targets=e,
-            latent_var=self.latent_var,
-            stop_term=c.stop_term,
-        )
-        return out["ce_sum"], c.lam * out["latent_sum"], out["latent_sum"].detach()
+        args = dict(model_inputs(batch), labels=batch["labels"], latents=latents, targets=e)
+        options = dict(latent_var=self.latent_var, stop_term=self.config.stop_term)
+        out = sft_loss(model, **args, **options)
+        return out["ce_sum"], out["latent_sum"]
 
 
 def learning_rate(step, steps, config):
@@ -203,29 +184,20 @@ def learning_rate(step, steps, config):
 
 
 def sample_order(n, total, seed):
-    """Which of n samples is used at each of `total` places: a new permutation each epoch.
-
-    Source: ours.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    return torch.cat([torch.randperm(n, generator=generator) for _ in range(-(-total // n))])[
-        :total
-    ].tolist()
-
-
-def micro_count(global_batch, micro_batch, world):
-    """Micro-batches a step on each rank."""
-    return -(-global_batch // (world * micro_batch))
+    """Which of n samples is used at each of `total` places: a new permutation each epoch. Ours."""
+    generator, order = torch.Generator().manual_seed(seed), []
+    while len(order) < total:
+        order += torch.randperm(n, generator=generator).tolist()
+    return order[:total]
 
 
 def micro_batches(order, first_step, steps, global_batch, micro_batch, rank, world):
-    """The lists of indices one rank reads from first_step on: the same number a step on each
-    rank, some may be empty.
+    """Yields the lists of indices that one rank reads from first_step on. Source: ours.
 
     Step s owns order[s*G:(s+1)*G] whatever the number of ranks, so that 1 process and 8 see the
-    same batches.
+    same batches. Each rank has the same number of lists a step; some may be empty.
     """
-    count = micro_count(global_batch, micro_batch, world)
+    count = -(-global_batch // (world * micro_batch))
     for step in range(first_step, steps):
         own = order[step * global_batch : (step + 1) * global_batch][rank::world]
         for k in range(count):
@@ -233,37 +205,23 @@ def micro_batches(order, first_step, steps, global_batch, micro_batch, rank, wor
 
 
 def print_row(batch, tokenizer, latent_id):
-    """One training row as a table: token, label, what is fed, text.
-
-    Runs of equal tokens share a line.
-    """
-    print("row 0:   token   label  fed      text")
+    """One training row as a table: token, label, what is fed, text. Equal tokens share a line."""
     real = batch["attention_mask"][0].bool()
-    ids, labels, runs = batch["input_ids"][0][real].tolist(), batch["labels"][0][real].tolist(), []
-    for token, label in zip(ids, labels):
-        if runs and runs[-1][:2] == [token, label]:
-            runs[-1][2] += 1
-        else:
-            runs.append([token, label, 1])
-    for token, label, times in runs:
-        text = tokenizer.decode([token])
-        fed = (
-            "latent"
-            if token == latent_id
-            else "visual"
-            if text in ("<|image_pad|>", "<|video_pad|>")
-            else "text"
-        )
-        print(
-            f"       {token:>7} {label if label != -100 else '.':>7}  {fed:<7}  {text!r}"
-            + (f" x {times}" if times > 1 else "")
-        )
+    ids, labels = (batch[name][0][real].tolist() for name in ("input_ids", "labels"))
+    print("row 0:   token   label  fed      text")
+    for (token, label), same in groupby(zip(ids, labels)):
+        text, times = tokenizer.decode([token]), len(list(same))
+        word = "visual" if text in ("<|image_pad|>", "<|video_pad|>") else "text"
+        fed = "latent" if token == latent_id else word
+        label = "." if label == -100 else label
+        more = f" x {times}" if times > 1 else ""
+        print(f"       {token:>7} {label:>7}  {fed:<7}  {text!r}{more}")
 
 
 def load_model(config, checkpoint, machine):
     """The model in fp32, its vision tower frozen or not -> (model, tokenizer)."""
-    folder = checkpoint or newest(config.model)
-    model, tokenizer = machine.load(folder, train=True, latent_head=config.latent_head or None)
+    folder, head = checkpoint or config.model, config.latent_head or None
+    model, tokenizer = machine.load(folder, train=True, latent_head=head)
     model.model.visual.requires_grad_(not config.freeze_vision)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -285,12 +243,11 @@ def plan_order(rows, config):
 
 def load_steps(samples, order, first, steps, config, machine):
     """From step `first` on: the micro-batches of this rank, a list a step, decoded ahead."""
-    sizes = config.global_batch, config.micro_batch
-    plan = list(micro_batches(order, first, steps, *sizes, machine.rank, machine.world))
-    pad = samples.tokenizer.pad_token_id or 0
+    sizes = config.global_batch, config.micro_batch, machine.rank, machine.world
+    plan = list(micro_batches(order, first, steps, *sizes))
+    count, pad = len(plan) // max(1, steps - first), samples.tokenizer.pad_token_id or 0
     # begun here, before a checkpoint's random state is put back: a loader draws a number
     batches = iter(loader(samples, plan, config.workers, pad_id=pad))
-    count = micro_count(*sizes, machine.world)
     return ([next(batches) for _ in range(count)] for _ in range(first, steps))
 
 
@@ -308,22 +265,15 @@ def measure_variance(model, samples, order, config, machine):
             e = model.encode_frames(batch["future_pixel_values"], batch["future_grid_thw"])
         return machine.sum([target_variance(e)])[0] / machine.world  # the same on every rank
     if any(not isinstance(part, str) for row in samples.rows for part in row.response):
-        raise SystemExit(
-            "none of the first 64 samples has a readable future frame to measure the variance of"
-        )
+        raise SystemExit("none of the first 64 samples has a future frame that can be read")
     return 1.0
 
 
 def wrap(module, config, machine):
     """DDP where there are several ranks."""
-    if machine.world == 1:
-        return module
-    return DistributedDataParallel(
-        module,
-        device_ids=[machine.device] if machine.device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        find_unused_parameters=not config.freeze_vision,
-    )
+    # a vision tower that is trained too is left out by a batch without pictures
+    options = dict(gradient_as_bucket_view=True, find_unused_parameters=not config.freeze_vision)
+    return DistributedDataParallel(module, **options) if machine.world > 1 else module
 
 
 class Counts(NamedTuple):
@@ -343,36 +293,28 @@ def count_step(micro, latent_id, config, machine):
     return Counts(*(int(n) for n in machine.sum([n_text, n_latent, n_tokens])))
 
 
-def backward(ddp, micro, progress, counts, machine):
-    """Forward and backward of a step's micro-batches -> means of Eq. (2) and (3) on all ranks."""
+def check_first(counts, skipped):
+    """Raises SystemExit if the first step has no word to learn: a wrong media_root, most likely."""
+    if counts.n_text == 0:
+        why = f"could be used, e.g. {skipped[0].why}" if skipped else "has a word to learn"
+        raise SystemExit(f"no sample of step 0 {why}")
+
+
+def backward(ddp, micro, progress, counts, config, machine):
+    """A step's forwards and backwards -> dict of Eq. (1)-(3), the means over all ranks."""
     n_text, n_latent = counts.n_text, max(counts.n_latent, 1)
     sums = torch.zeros(2, dtype=torch.float64)
     for batch in micro:
-        last = batch is micro[-1]  # DDP adds up the ranks' gradients once a step
-        with contextlib.nullcontext() if last or machine.world == 1 else ddp.no_sync():
+        adds_up = batch is micro[-1] or machine.world == 1  # the ranks' gradients, once a step
+        with contextlib.nullcontext() if adds_up else ddp.no_sync():
             with machine.autocast():
-                ce, weighted, latent = ddp(to_device(batch, machine.device), progress)
-            loss = ce / n_text + weighted / n_latent  # Eq. (1)
+                ce, latent = ddp(to_device(batch, machine.device), progress)
+            loss = ce / n_text + config.lam * latent / n_latent  # Eq. (1)
             (loss * machine.world).backward()  # DDP takes the mean over ranks; the sum is wanted
-        sums += torch.stack([ce.detach(), latent]).double().cpu()
+        sums += torch.stack([ce, latent]).detach().double().cpu()
     ce, latent = machine.sum(sums)
-    return ce / n_text, latent / n_latent
-
-
-def log_line(step, lr, counts, ce, latent, norm, skipped, config):
-    """A step's line in log.jsonl; ce, latent and norm are None if there was nothing to learn."""
-    return dict(
-        step=step,
-        lr=lr,
-        tokens=counts.n_tokens,
-        latents=counts.n_latent,
-        ce=ce,
-        latent=latent,
-        loss=None if ce is None else ce + config.lam * latent,
-        grad_norm=norm,
-        update_skipped=norm is None or not math.isfinite(norm),
-        skipped=[list(skip) for skip in skipped],
-    )
+    ce, latent = ce / n_text, latent / n_latent
+    return dict(ce=ce, latent=latent, loss=ce + config.lam * latent)
 
 
 def train(config, rows=None, module=Step):
@@ -381,7 +323,7 @@ def train(config, rows=None, module=Step):
     rows: list of Row, default those of config.data. module: `Step`, or a variant's subclass of it.
     Raises SystemExit on a folder in use or bad input.
     """
-    # the run's folder; the model; the data in its order
+    # the run's folder; the data in its order; the model
     machine = Machine(config.bf16)
     rows = rows_of(config) if rows is None else rows
     run = Run(config, rows, machine, config.label)
@@ -392,37 +334,34 @@ def train(config, rows=None, module=Step):
     batches = load_steps(samples, order, run.first, steps, config, machine)
 
     # what is trained, and the state of a run that goes on
-    latent_var = run.state["latent_var"] if run.state else None
-    if latent_var is None:
-        latent_var = measure_variance(model, samples, order, config, machine)
+    state = run.state or dict(latent_var=measure_variance(model, samples, order, config, machine))
+    latent_var = state["latent_var"]
     ddp = wrap(module(model, config, latent_var), config, machine)
     optimizer, trained = make_optimizer(model, config, machine.world)
     run.start(optimizer, describe(config, rows, model, steps, machine))
 
     for step in run.log.steps(steps, run.name):
-        # the step's samples; those that cannot be read are named and left out
-        began = time.time()
-        micro = next(batches)
+        # the step's samples, and what Eq. (2) and (3) are divided by
+        began, micro = time.time(), next(batches)
         if step == 0 and machine.master:
             print_row(micro[0], tokenizer, model.config.latent_id)
         skipped, _ = run.log.skips([skip for batch in micro for skip in batch["skipped"]])
-
-        # what Eq. (2) and (3) are divided by
         counts = count_step(micro, model.config.latent_id, config, machine)
-        if counts.n_text == 0 and step == 0:  # a wrong media_root, most likely
-            why = f"could be used, e.g. {skipped[0].why}" if skipped else "has a word to learn"
-            raise SystemExit(f"no sample of step 0 {why}")
+        if step == 0:
+            check_first(counts, skipped)
 
         # Eq. (1), its gradient, the update; a step without a word to learn has none
-        lr, ce, latent, norm = learning_rate(step, steps, config), None, None, None
+        lr, norm = learning_rate(step, steps, config), None
+        means = dict.fromkeys(("ce", "latent", "loss"))
         if counts.n_text:
-            ce, latent = backward(ddp, micro, step / steps, counts, machine)
+            means = backward(ddp, micro, step / steps, counts, config, machine)
             norm = step_or_skip(optimizer, trained, lr, config.clip)
 
         # a line in the log, and now and then a checkpoint
-        line = log_line(step, lr, counts, ce, latent, norm, skipped, config)
-        line.update(seconds=round(time.time() - began, 4))
-        run.log.write(line, ce=ce, latent=latent)
+        line = dict(step=step, lr=lr, tokens=counts.n_tokens, latents=counts.n_latent, **means)
+        line.update(grad_norm=norm, update_skipped=norm is None or not math.isfinite(norm))
+        line.update(skipped=[list(skip) for skip in skipped], seconds=round(time.time() - began, 4))
+        run.log.write(line, ce=means["ce"], latent=means["latent"])
         due = run.save_if_due(step + 1, steps, model, tokenizer, optimizer, latent_var=latent_var)
         if due and machine.master:
             draw_curves(run.log.path, os.path.join(config.out, "loss.png"))
@@ -433,12 +372,11 @@ def describe(config, rows, model, steps, machine):
     """The run in one line."""
     weights = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    micro = micro_count(config.global_batch, config.micro_batch, machine.world)
     return (
-        f"{config.label} SFT: {len(rows)} rows, {steps} steps x {config.global_batch} samples = "
-        f"{machine.world} ranks x {micro} micro-batches x {config.micro_batch}, "
-        f"{machine.device.type}, seed {config.seed}, {trained:,} parameters trained of "
-        f"{weights:,}, a checkpoint every {config.save_every} steps"
+        f"{config.label} SFT: {len(rows)} rows, {steps} steps x {config.global_batch} samples on "
+        f"{machine.world} ranks ({machine.device.type}), {config.micro_batch} a forward, seed "
+        f"{config.seed}, {trained:,} parameters trained of {weights:,}, a checkpoint every "
+        f"{config.save_every} steps"
     )
 
 

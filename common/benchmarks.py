@@ -18,12 +18,8 @@ from common.formats import Clip, Frame, RecordError, Skipped, read_record, read_
 BENCHMARKS = ("", "futurebench", "twiffbench", "mcq")
 
 
-HOPS = {
-    "hop1": "1-hop",
-    "hop2": "2-hop",
-    "hop3": "3-hop",
-    "hop5": "interp",
-}  # FutureBench's four splits
+# FutureBench's four splits
+HOPS = {"hop1": "1-hop", "hop2": "2-hop", "hop3": "3-hop", "hop5": "interp"}
 
 
 CLIPS = "first_part_video"  # FutureBench: the clips, cut before what is asked about
@@ -58,8 +54,9 @@ PAPER = {
 
 
 class Reader(NamedTuple):
-    """Where a release keeps what. Texts in braces are its fields; {stem}: the file's name, {n}: the
-    record's number.
+    """Where a release keeps what.
+
+    Texts in braces are its fields; {stem} is the file's name, {n} the record's number.
     """
 
     keys: tuple  # a record of this release has all of these
@@ -140,6 +137,17 @@ MVBENCH_FOLDERS = {  # where MVBench's release keeps the clips of a task (the fi
 }  # the last: folders of pictures, read as missing clips
 
 
+# The hub's `video` revision of MVBench keeps five of these folders elsewhere: every clip is an mp4,
+# and already cut.
+MVBENCH_CUT = {
+    "star/Charades_v1_480": "star/Charades_segment",
+    "ssv2_video": "ssv2_video_mp4",
+    "sta/sta_video": "sta/sta_video_segment",
+    "nturgbd": "nturgbd_convert",
+    "tvqa/frames_fps3_hq": "tvqa/video_fps3_hq_segment",
+}
+
+
 def normal_form(record, where, stem="", n=0):
     """A record of one of READERS' releases -> (its normal form, its Reader), else (record, None).
 
@@ -178,6 +186,19 @@ def normal_form(record, where, stem="", n=0):
             )
         out["answer"] = chr(65 + int(answer))
     return out | {k: record[k] for k in ("start", "end") if k in record}, reader
+
+
+def take_cut_clip(record, root):
+    """MVBench's normal form -> the same with the clip of the `video` revision, if `root` has it.
+
+    `start` and `end` say where that clip was cut, so they go. Source: the revision's folders.
+    """
+    for folder, cut in MVBENCH_CUT.items():
+        clip = record["video"].replace(folder + "/", cut + "/", 1)
+        if record["video"].startswith(folder + "/") and os.path.exists(os.path.join(root, clip)):
+            kept = {k: v for k, v in record.items() if k not in ("start", "end")}
+            return dict(kept, video=clip)
+    return record
 
 
 def options_of(record, reader):
@@ -293,6 +314,8 @@ def read_row(name, record, path, n, root):
     stem = os.path.splitext(os.path.basename(path))[0].split(":")[-1]
     if name == "mcq" and isinstance(record, dict):
         record, reader = normal_form(record, where, stem, n)
+    if reader is READERS["MVBench"]:
+        record = take_cut_clip(record, root)
     row = read_record(record, where, root)
 
     # MVBench asks about a part of the clip, in seconds; SEED-Bench-R1 shows a picture after the

@@ -75,7 +75,7 @@ def read_rows(path, media_root=None, bad=None):
     return rows
 
 
-def report_bad(bad, total, max_bad):
+def report_bad(bad, total, max_bad, fate="cannot be used and are left out"):
     """Say how many of `total` records were left out, by reason, and name each. Source: ours.
 
     bad: list of Skipped. Of several ranks the first one prints. Raises SystemExit on each if all
@@ -84,14 +84,14 @@ def report_bad(bad, total, max_bad):
     if not bad:
         return
     reasons = collections.Counter(why for _, why in bad)
-    lines = [f"{len(bad)} of {total} records cannot be used and are left out:"]
+    lines = [f"{len(bad)} of {total} records {fate}:"]
     lines += [f"{count:6} {why}" for why, count in reasons.most_common()]
     lines += [f"{where}: {why}" for where, why in bad]
     if os.environ.get("RANK", "0") == "0":  # torchrun's
         print("\n".join(lines))
     if len(bad) == total or len(bad) > max_bad * total:
         raise SystemExit(
-            f"{len(bad)} of {total} records cannot be used, more than max_bad = {max_bad} allows; "
+            f"{len(bad)} of {total} records {fate}, more than max_bad = {max_bad} allows; "
             f"the first: {bad[0].where}: {bad[0].why}"
         )
 

@@ -13,6 +13,7 @@ import os
 import random
 import re
 import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -344,6 +345,16 @@ def trim_log(path, first):
     os.replace(path + ".part", path)
 
 
+def commit():
+    """The code's git commit, or None outside a checkout or without git. Source: ours."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def write(path, text):
     """A file as a whole or not at all."""
     with open(path + ".part", "w", encoding="utf-8") as f:
@@ -391,10 +402,14 @@ class Machine:
             dist.barrier()
 
     def load(self, folder, train=False, **kwargs):
-        """A folder -> (model, tokenizer): fp32 weights to train; else bf16 on CUDA, eval mode."""
+        """A model's folder, a run's folder or a hub id -> (model, tokenizer).
+
+        Weights in fp32 to train; else bf16 on CUDA, in evaluation mode.
+        """
         dtype = torch.bfloat16 if self.bf16 and not train else torch.float32
         attention = best_attention() if self.bf16 else "sdpa"
-        model, tokenizer = load(folder, dtype=dtype, attn_implementation=attention, **kwargs)
+        options = dict(dtype=dtype, attn_implementation=attention, **kwargs)
+        model, tokenizer = load(newest(folder), **options)
         return model.to(self.device).train(train), tokenizer
 
     def share(self, items):

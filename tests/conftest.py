@@ -111,3 +111,20 @@ def film(tmp_path):
         return str(tmp_path / name)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def scripted(tmp_path_factory):
+    """A folder with clips, a model that takes words and an answer for each word q0, q1 ... in a
+    question.
+    """
+    folder = tmp_path_factory.mktemp("bench")
+    words = "system user assistant A B C D ) what next ? one two it is seconds"
+    words += " <answer> </answer> <reason> </reason>"
+    tokenizer = tiny.make_tokenizer([words, " ".join(f"q{i}" for i in range(9))])
+    tiny.make_model(tokenizer, seed=0).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for i in range(3):
+        paddle.write_mp4(str(folder / f"{i}.mp4"), frames(12, 64, 64, seed=i), fps=10)
+    (folder / "broken.mp4").write_bytes(b"not a video")
+    return folder, tokenizer

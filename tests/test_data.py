@@ -5,13 +5,13 @@ import json
 
 import pytest
 import torch
-from conftest import WORDS, shown
 
 import data
 import sft
 from common import runs
 from common.formats import Clip, Frame, RecordError, Row, Skipped
 from data import Samples
+from tests.conftest import WORDS, shown
 from toy import tiny
 
 SPECIALS = [

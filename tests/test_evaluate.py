@@ -13,6 +13,7 @@ import torch
 import evaluate
 from common import runs
 from common.formats import answer_of, read_rows
+from common.report import as_text, score_rows
 from evaluate import summarise, wilson
 from model import load
 from rewards import pick
@@ -105,7 +106,7 @@ def config(world, out, **more):
 
 
 def lines_of(out):
-    found = runs.read_lines(os.path.join(out, "samples_0.jsonl"))
+    found = runs.read_lines(os.path.join(out, "samples.jsonl"))
     return {line.pop("id"): {k: v for k, v in line.items() if k != "seconds"} for line in found}
 
 
@@ -113,7 +114,7 @@ def test_a_killed_run_resumes_to_the_same_result(world, tmp_path, monkeypatch):
     """Breaks if a half-written line survives, a sample is done twice, or is lost."""
     whole = evaluate.evaluate(config(world, tmp_path / "a"))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    samples = tmp_path / "b" / "samples_0.jsonl"
+    samples = tmp_path / "b" / "samples.jsonl"
     text = samples.read_bytes().split(b"\n")
     samples.write_bytes(b"\n".join(text[:3]) + b"\n" + text[3][:20])
     assert evaluate.evaluate(config(world, tmp_path / "b")) == whole
@@ -123,9 +124,9 @@ def test_a_killed_run_resumes_to_the_same_result(world, tmp_path, monkeypatch):
     assert len(samples.read_text().splitlines()) == 8
     summary = json.load(open(tmp_path / "b" / "summary.json"))
     assert summary["found"] == summary["total"] == 8 and summary["scores"] == whole
-    with pytest.raises(SystemExit, match="other settings of max_new_tokens: choose another --out"):
+    with pytest.raises(SystemExit, match="other values of max_new_tokens: choose another --out"):
         evaluate.evaluate(config(world, tmp_path / "b", max_new_tokens=13))
-    monkeypatch.setattr(evaluate, "load", None)  # all is done: no model is needed
+    monkeypatch.setattr(runs.Machine, "load", None)  # all is done: no model is needed
     assert evaluate.evaluate(config(world, tmp_path / "b", report=0)) == whole
 
 
@@ -157,12 +158,8 @@ def test_two_processes_score_like_one(world, tmp_path):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert json.load(open(tmp_path / "two" / "summary.json"))["scores"] == whole
-    lines = [
-        line["id"]
-        for r in (0, 1)
-        for line in runs.read_lines(str(tmp_path / "two" / f"samples_{r}.jsonl"))
-    ]
-    assert len(lines) == len(set(lines)) == 8 and evaluate.format_table(whole) in run.stdout
+    one, two = lines_of(tmp_path / "one"), lines_of(tmp_path / "two")
+    assert one == two and len(one) == 8 and as_text(*score_rows(whole)) in run.stdout
 
 
 def test_a_missing_clip_is_named_and_not_scored(world, tmp_path, capsys):
@@ -187,7 +184,7 @@ def test_rows_that_cannot_be_scored_are_refused(world, tmp_path):
         (dict(answer="purple"), "is none of"),
     ):
         bad = [*rows[1:], type(rows[0])(**{**vars(rows[0]), **change})]
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, SystemExit), match=message):
             evaluate.evaluate(config(world, tmp_path), rows=bad)
     with pytest.raises(ValueError, match="not unique"):
         evaluate.evaluate(config(world, tmp_path), rows=[rows[0], rows[0]])
@@ -203,8 +200,8 @@ def test_replacements(world, tmp_path):
     c = config(world, tmp_path)
 
     def fed(kind, some=rows, **more):
-        frames = evaluate.replacement(kind, model, some, c, **more)
-        return [torch.cat(row) for row in frames]
+        ablation = evaluate.Ablation(config(world, tmp_path, latents=kind), model, **more)
+        return [torch.cat(evaluate.replacement(row, ablation)) for row in some]
 
     true = fed("true")
     assert [len(v) for v in true] == [len(evaluate.future_frames(row)) for row in rows]
@@ -233,7 +230,7 @@ def test_replacements(world, tmp_path):
     assert all(v.abs().sum() == 0 for v in fed("zero"))
     pause = model.get_input_embeddings().weight[model.config.latent_id]
     assert all(torch.equal(v, pause[None]) for v in fed("pause"))
-    assert evaluate.replacement("generated", model, rows, c) is None
+    assert evaluate.feed_for(rows, evaluate.Ablation(c, model)) == (evaluate.own_latent, {})
 
 
 def test_vectors_are_addressed_by_span_and_place():
@@ -253,7 +250,7 @@ def test_vectors_are_addressed_by_span_and_place():
 def test_what_has_no_future_says_so_at_once(world, tmp_path, monkeypatch):
     """Breaks if the model is loaded first, or a last batch of one row ends a run of shuffled."""
     rows = read_rows(world["test"])
-    monkeypatch.setattr(evaluate, "load", None)
+    monkeypatch.setattr(runs.Machine, "load", None)
     bare = [type(row)(**{**vars(row), "response": ["a thought"]}) for row in rows]
     for latents in ("true", "shuffled", "noise"):
         with pytest.raises(ValueError, match=f"--latents {latents} needs the true future frames"):

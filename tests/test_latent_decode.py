@@ -155,15 +155,13 @@ def test_alone_or_in_any_company(model, tokenizer, eos):
     order, n, seen = [3, 0, 5, 1, 4, 2], 3, []
     model.model.visual.register_forward_pre_hook(lambda m, args: seen.append(len(args[0])))
     together = generate(model, make_batch(tokenizer, [ROWS[i] for i in order], "left"), **args, n=n)
-    assert len({tuple(a.tokens[0].tolist()) for a in alone}) > 3 and len(
-        together.tokens
-    ) == n * len(ROWS)
+    assert len({tuple(a.tokens[0].tolist()) for a in alone}) > 3
+    assert len(together.tokens) == n * len(ROWS)
     assert seen == [2 * 16 + 3 * 12, 24]  # patches of all images and of the video, once
     for r in range(n * len(ROWS)):
         a = alone[order[r // n]]
-        assert torch.equal(together.tokens[r], a.tokens[0]) and torch.equal(
-            together.sampled[r], a.sampled[0]
-        )
+        assert torch.equal(together.tokens[r], a.tokens[0])
+        assert torch.equal(together.sampled[r], a.sampled[0])
         torch.testing.assert_close(together.latents[r], a.latents[0], atol=1e-4, rtol=0)
         torch.testing.assert_close(together.logprobs[r], a.logprobs[0], atol=1e-4, rtol=0)
 
@@ -175,11 +173,8 @@ def test_limits_and_ends(model, tokenizer, eos):
     batch, c = make_batch(tokenizer, ROWS, "left"), shuffle(model, 0).config
     for T in (1, 2, 17):
         r = generate(model, batch, max_new_tokens=T, eos_token_id=[])
-        assert (
-            r.tokens.shape == (6, T)
-            and r.finish == ["length"] * 6
-            and r.lengths.tolist() == [T] * 6
-        )
+        assert r.tokens.shape == (6, T)
+        assert r.finish == ["length"] * 6 and r.lengths.tolist() == [T] * 6
     r = generate(model, batch, max_new_tokens=40, max_latents=0, eos_token_id=eos)
     for i, row in enumerate(ROWS):
         check_row(r, i, reference(model, make_batch(tokenizer, [row]), 40, 0, eos))
@@ -206,14 +201,9 @@ def test_limits_and_ends(model, tokenizer, eos):
 def test_replace_feeds_other_vectors(model, tokenizer, eos, monkeypatch):
     """Breaks if given vectors are not what is fed and recorded, or reach another row,
     or if span and place in it are miscounted."""
-    monkeypatch.setattr(
-        latent_decode, "CHUNK", 4
-    )  # rows leave early, and vectors are still given after that
-    batch, other, sizes = (
-        make_batch(tokenizer, ROWS, "left"),
-        torch.randn(24, 3, 3, 96),
-        rows_fed(shuffle(model, 4)),
-    )
+    monkeypatch.setattr(latent_decode, "CHUNK", 4)  # rows leave early; vectors are given after that
+    batch, sizes = make_batch(tokenizer, ROWS, "left"), rows_fed(shuffle(model, 4))
+    other = torch.randn(24, 3, 3, 96)
     args = dict(max_new_tokens=30, max_latents=3, eos_token_id=eos, n=4, temperature=1.0)
     places = [[] for _ in range(24)]  # (span, place in the span) of each latent, as `feed` is told
 
@@ -368,9 +358,8 @@ def test_seeds_and_independence(model, tokenizer, eos):
     b, c, endless = sample(0, eos), sample(1, eos), sample(0, [])
     assert left < 18 and sizes[-60:] == [18] * 60  # rows left; none left the endless run
     assert torch.equal(a.tokens, b.tokens) and torch.equal(a.logprobs, b.logprobs)
-    assert all(torch.equal(x, y) for x, y in zip(a.latents, b.latents)) and not torch.equal(
-        a.tokens, c.tokens
-    )
+    assert all(torch.equal(x, y) for x, y in zip(a.latents, b.latents))
+    assert not torch.equal(a.tokens, c.tokens)
     assert len({tuple(row) for row in a.tokens[:3].tolist()}) == 3  # the samples of a prompt differ
     for r, L in enumerate(a.lengths.tolist()):
         assert torch.equal(a.tokens[r, :L], endless.tokens[r, :L])
@@ -380,11 +369,8 @@ def test_seeds_and_independence(model, tokenizer, eos):
     assert (a.lengths > 20).sum() > 1
 
 
-V, IDS, NEVER = (
-    12,
-    (9, 10, 11),
-    [10, 11, 3],
-)  # of the direct tests of `choose`: 3 stands for a picture's placeholder
+# of the direct tests of `choose`; 3 stands for a picture's placeholder
+V, IDS, NEVER = 12, (9, 10, 11), [10, 11, 3]
 BANNED = torch.zeros(V).index_fill(0, torch.tensor(NEVER), -torch.inf)
 
 

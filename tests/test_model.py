@@ -16,11 +16,8 @@ from sft import sft_loss
 from toy import tiny
 
 SPAN = "<|latent_start|> <|latent|> <|latent|> <|latent_end|>"
-IMAGE, WIDE, VIDEO = (
-    ("image", 1, 4, 4),
-    ("image", 1, 2, 6),
-    ("video", 3, 4, 2),
-)  # kind and grid in patches
+# kind and grid in patches
+IMAGE, WIDE, VIDEO = ("image", 1, 4, 4), ("image", 1, 2, 6), ("video", 3, 4, 2)
 ROWS = {
     "text": [["watch the ball"], ["which wall does it hit next ?"]],
     "images": [["watch", IMAGE, "the", WIDE, "ball"], [WIDE, "red"]],
@@ -101,15 +98,12 @@ def test_logits_equal_stock(model, tokenizer, name, side):
     types, real = kinds(model, batch["input_ids"]), batch["attention_mask"].bool()
     ours = model(**batch, mm_token_type_ids=types).logits[real]
     theirs = stock_of(model)(**batch, mm_token_type_ids=types).logits[real]
-    if (name, side) != ("text", "left"):
+    if (name, side) != ("text", "left"):  # there, stock counts padding among the positions
         assert torch.equal(ours, theirs)
-    torch.testing.assert_close(
-        ours, theirs, atol=1e-4, rtol=0
-    )  # there, stock counts padding among the positions
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
     for key in [k for k in batch if k.startswith("pixel")]:  # and the pictures are looked at
-        assert not torch.allclose(
-            model(**{**batch, key: batch[key].flip(0)}).logits[real], ours, atol=1e-2
-        )
+        other = model(**{**batch, key: batch[key].flip(0)}).logits[real]
+        assert not torch.allclose(other, ours, atol=1e-2)
 
 
 @pytest.mark.parametrize("tie", [False, True])
@@ -134,12 +128,8 @@ def test_stock_folder_gets_the_tokens(model, tokenizer, tmp_path, monkeypatch, s
     assert (c.latent_start_id, c.latent_id, c.latent_end_id) == (words, words + 1, words + 2)
     assert loaded.convert_tokens_to_ids(SPAN.split()) == [words, words + 1, words + 1, words + 2]
     rows = words + max(spare, 3)
-    assert (
-        len(mine.lm_head.weight)
-        == len(mine.get_input_embeddings().weight)
-        == c.text_config.vocab_size
-        == rows
-    )
+    assert len(mine.lm_head.weight) == len(mine.get_input_embeddings().weight) == rows
+    assert c.text_config.vocab_size == rows
     assert torch.equal(mine.eval()(**batch).logits[..., : words + spare], expected)
     again = FutureL1.from_pretrained(save(mine, loaded, tmp_path / "again")).eval()
     assert torch.equal(again(**batch).logits, mine(**batch).logits)
@@ -148,9 +138,8 @@ def test_stock_folder_gets_the_tokens(model, tokenizer, tmp_path, monkeypatch, s
 def test_load_refuses_a_config_that_contradicts_the_tokenizer(model, tokenizer, tmp_path):
     """Breaks if latents would silently be fed at the positions of another token."""
     again, tok = load(save(model, tokenizer, tmp_path))
-    assert add_latent_tokens(tok) == {k: getattr(again.config, k) for k in LATENT_IDS} and len(
-        tok
-    ) == len(tokenizer)
+    assert add_latent_tokens(tok) == {k: getattr(again.config, k) for k in LATENT_IDS}
+    assert len(tok) == len(tokenizer)
     config = json.loads((tmp_path / "config.json").read_text())
     config["latent_id"] = 7
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -175,9 +164,8 @@ def test_saved_folder_loads_anywhere(model, tokenizer, tmp_path, head):
     for cls in (FutureL1, Qwen3VLForConditionalGeneration, AutoModelForImageTextToText):
         again = cls.from_pretrained(tmp_path).eval()
         assert torch.equal(again(**batch, mm_token_type_ids=types).logits, expected)
-        assert (type(again) is FutureL1) == (
-            cls is FutureL1
-        ) and again.config.latent_id == model.config.latent_id
+        assert (type(again) is FutureL1) == (cls is FutureL1)
+        assert again.config.latent_id == model.config.latent_id
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -193,9 +181,8 @@ def test_latent_head_starts_as_identity_and_is_saved(model, tokenizer, tmp_path,
     for choice in (None, "linear"):  # "linear" must keep the head that is there
         again, _ = load(save(mine, tokenizer, tmp_path / "b"), latent_head=choice, dtype=dtype)
         assert torch.equal(again.latent_head.weight, w) and torch.equal(again.latent_head.bias, b)
-        torch.testing.assert_close(
-            again.to_latent(h), h @ w.T + b, atol=0.2, rtol=0
-        )  # values are around 10
+        expected = h @ w.T + b  # values are around 10
+        torch.testing.assert_close(again.to_latent(h), expected, atol=0.2, rtol=0)
     with pytest.raises(ValueError, match="mlp"):
         load(str(tmp_path / "a"), latent_head="mlp")
 
@@ -276,9 +263,8 @@ def test_encode_frames_is_the_stock_merger_output(model):
     pixels, grid = torch.randn(16 + 4 + 8, 1536), torch.tensor([[1, 4, 4], [1, 2, 2], [1, 4, 2]])
     e = model.encode_frames(pixels, grid)
     expected = stock_of(model).model.get_image_features(pixels, grid).pooler_output
-    assert (
-        torch.equal(e, torch.cat(expected)) and e.shape == (4 + 1 + 2, 96) and not e.requires_grad
-    )
+    assert torch.equal(e, torch.cat(expected)) and e.shape == (4 + 1 + 2, 96)
+    assert not e.requires_grad
 
 
 @pytest.mark.parametrize("rows", ["images", "both"])
@@ -314,7 +300,8 @@ def check_wide_logits(model, h, autocast):
     x, w = (t.detach().bfloat16().double().cpu() for t in (h, weight))
     expected = x @ w.T
     assert logits.dtype == torch.float32 and expected.abs().max() > 16
-    torch.testing.assert_close(logits.double().cpu(), expected, atol=1e-4, rtol=1e-5)
+    atol = 1e-3 if h.is_cuda else 1e-4  # a GPU's tensor cores add up less exactly
+    torch.testing.assert_close(logits.double().cpu(), expected, atol=atol, rtol=1e-5)
     assert (logits.bfloat16() - logits).abs().max() > 0.03  # what rounding would have cost
 
     upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))

@@ -10,20 +10,10 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-SIZE, WALL, BALL = (
-    160,
-    12,
-    13,
-)  # pixels: side of the picture, thickness of a wall, radius of the ball
-
-
-SEGMENT = (
-    6  # frames between two contacts; with FRAMES = 6 * SEGMENT + 4 the contacts are key frames 2..7
-)
-
-
+SIZE, WALL, BALL = 160, 12, 13  # pixels: side of the picture, thickness of a wall, ball's radius
+# frames between two contacts, and of a clip: with so many the contacts are key frames 2..7
+SEGMENT = 6
 FRAMES, FPS = 6 * SEGMENT + 4, 12
-
 
 COLOURS = {
     "red": (225, 60, 50),
@@ -31,30 +21,41 @@ COLOURS = {
     "blue": (60, 90, 225),
     "yellow": (240, 200, 40),
 }
+WALLS = tuple(COLOURS)  # left, bottom, right, top; y grows upwards, in the picture downwards
 
-
-WALLS = tuple(
-    COLOURS
-)  # left, bottom, right, top; y grows downwards in the picture, upwards in the world
-
-
+# each wall: where its point u lies, its normal, its direction
 POINT = (lambda u: (0.0, u), lambda u: (u, 0.0), lambda u: (1.0, u), lambda u: (u, 1.0))
+NORMAL = ((1, 0), (0, 1), (-1, 0), (0, -1))
+ALONG = ((0, 1), (1, 0), (0, 1), (1, 0))
+
+BINS = 24  # a caption names the ball's place in words x0..x23, y0..y23
+
+# group, frames that are seen, frames that are to come, question
+QUESTIONS = (
+    ("1-hop", [3, 4], [5], "which wall does the ball hit next ?"),
+    ("2-hop", [3, 4], [5, 6], "which wall does the ball hit second ?"),
+    ("3-hop", [3, 4], [5, 6, 7], "which wall does the ball hit third ?"),
+    (
+        "interp",
+        [3, 4, 7],
+        [5, 6],
+        "the last picture is the third hit . which wall does the ball hit second ?",
+    ),
+)
 
 
-NORMAL, ALONG = ((1, 0), (0, 1), (-1, 0), (0, -1)), ((0, 1), (1, 0), (0, 1), (1, 0))
+# ------------------------------------------------------------------------------- physics and clips
 
 
 def next_contact(wall, u, bend):
-    """Where the ball hits next: (wall, u) -> (wall, u).
+    """Where the ball hits next: (wall, u) -> (wall, u). Ours.
 
-    Rebound angle phi = bend * (2u - 1), at most 1.45. Ours.
+    The rebound angle is phi = bend * (2u - 1), at most 1.45.
     """
     phi = float(np.clip(bend * (2 * u - 1), -1.45, 1.45))
     (x, y), n, t = POINT[wall](u), NORMAL[wall], ALONG[wall]
-    dx, dy = (
-        math.cos(phi) * n[0] + math.sin(phi) * t[0],
-        math.cos(phi) * n[1] + math.sin(phi) * t[1],
-    )
+    dx = math.cos(phi) * n[0] + math.sin(phi) * t[0]
+    dy = math.cos(phi) * n[1] + math.sin(phi) * t[1]
     hits = []
     for w in range(4):
         if w == wall:
@@ -69,8 +70,9 @@ def next_contact(wall, u, bend):
 
 
 def contacts(seed, bend):
-    """Eight successive contacts [(wall, u)], drawn again if one is within a pixel or so of a
-    corner. Ours.
+    """Eight successive contacts [(wall, u)]. Ours.
+
+    They are drawn again if one is within a pixel or so of a corner.
     """
     rng = np.random.default_rng(seed)
     while True:
@@ -84,25 +86,27 @@ def contacts(seed, bend):
 def draw(path):
     """Contacts -> frames uint8 (FRAMES, SIZE, SIZE, 3).
 
-    Contact k is frame 4 + 6 (k - 1), moving evenly between.
+    Contact k is frame 4 + 6 (k - 1); in between the ball moves evenly.
     """
     room = SIZE - 2 * WALL - 2 * BALL
     points = np.array([POINT[w](u) for w, u in path])  # (8, 2)
     frames = np.full((FRAMES, SIZE, SIZE, 3), 245, np.uint8)
-    frames[:, :, :WALL], frames[:, :, -WALL:] = COLOURS["red"], COLOURS["blue"]
-    frames[:, :WALL, WALL:-WALL], frames[:, -WALL:, WALL:-WALL] = (
-        COLOURS["yellow"],
-        COLOURS["green"],
-    )
+    frames[:, :, :WALL] = COLOURS["red"]
+    frames[:, :, -WALL:] = COLOURS["blue"]
+    frames[:, :WALL, WALL:-WALL] = COLOURS["yellow"]
+    frames[:, -WALL:, WALL:-WALL] = COLOURS["green"]
+
     yy, xx = np.mgrid[: 2 * BALL + 3, : 2 * BALL + 3]
     for i, frame in enumerate(frames):
+        # the ball's centre, in pixels
         k, since = divmod(i + SEGMENT - 4, SEGMENT)
         x, y = points[k] + (points[k + 1] - points[k]) * since / SEGMENT
         x, y = WALL + BALL + x * room - 0.5, SIZE - (WALL + BALL + y * room) - 0.5
+
+        # a disc with a soft edge, which shows places between pixels
         i0, j0 = int(y) - BALL - 1, int(x) - BALL - 1
-        cover = np.clip(BALL + 0.5 - np.hypot(xx + j0 - x, yy + i0 - y), 0, 1)[
-            ..., None
-        ]  # soft: places between pixels
+        distance = np.hypot(xx + j0 - x, yy + i0 - y)
+        cover = np.clip(BALL + 0.5 - distance, 0, 1)[..., None]
         part = frame[i0 : i0 + len(yy), j0 : j0 + len(xx)]
         part[:] = part * (1 - cover) + np.array([30, 30, 40]) * cover
     return frames
@@ -132,172 +136,128 @@ def make_clip(job):
         write_mp4(path, draw(contacts(seed, bend)))
 
 
+# -------------------------------------------------------------------------------------------- rows
+
+
 def heading(a, b):
     """The way from contact a to contact b in words."""
     (x0, y0), (x1, y1) = POINT[a[0]](a[1]), POINT[b[0]](b[1])
     return f"moves {'right' if x1 > x0 else 'left'} {'up' if y1 > y0 else 'down'}"
 
 
+def turns(images, question, answer=""):
+    """A conversation: some images and a question, the answer's chain or nothing."""
+    human = "<image> " * images + question
+    return [{"from": "human", "value": human}, {"from": "gpt", "value": answer}]
+
+
 def questions(seed, bend, video):
     """The four rows of a clip, in the Future-L1 training format. path[k] is key frame k + 1."""
-    path = contacts(seed, bend)
-    hits = {k: f"hits {WALLS[path[k - 1][0]]}" for k in range(2, 8)}
-    rows = []
-    for group, seen, future, text in (
-        ("1-hop", [3, 4], [5], "which wall does the ball hit next ?"),
-        ("2-hop", [3, 4], [5, 6], "which wall does the ball hit second ?"),
-        ("3-hop", [3, 4], [5, 6, 7], "which wall does the ball hit third ?"),
-        (
-            "interp",
-            [3, 4, 7],
-            [5, 6],
-            "the last picture is the third hit . which wall does the ball hit second ?",
-        ),
-    ):
-        gpt = f"THOUGHT 1: {heading(path[3], path[4])}" + "".join(
-            f" <image> THOUGHT {n}: {hits[k]}" for n, k in enumerate(future, 2)
-        )
-        rows.append(
-            dict(
-                id=f"{seed}-{group}",
-                video=video,
-                image=seen,
-                reasoning_image=future,
-                group=group,
-                conversations=[
-                    {"from": "human", "value": "<image> " * len(seen) + text},
-                    {"from": "gpt", "value": gpt},
-                ],
-                options=list(WALLS),
-                answer=WALLS[path[future[-1] - 1][0]],
-            )
-        )
+    path, rows = contacts(seed, bend), []
+    for group, seen, future, text in QUESTIONS:
+        chain = f"THOUGHT 1: {heading(path[3], path[4])}"
+        for n, k in enumerate(future, 2):
+            chain += f" <image> THOUGHT {n}: hits {WALLS[path[k - 1][0]]}"
+        row = dict(id=f"{seed}-{group}", video=video, image=seen, reasoning_image=future)
+        row.update(group=group, conversations=turns(len(seen), text, chain))
+        row.update(options=list(WALLS), answer=WALLS[path[future[-1] - 1][0]])
+        rows.append(row)
     return rows
 
 
 def prompts(seed, bend, video):
-    """The same questions with their answers alone: neither chain nor future frames.
-
-    What RL sees.
-    """
-    return [
-        dict(
-            row,
-            reasoning_image=[],
-            conversations=[row["conversations"][0], {"from": "gpt", "value": ""}],
-        )
-        for row in questions(seed, bend, video)
-    ]
+    """The same questions with their answers alone: no chain, no future frame. What RL sees."""
+    rows = questions(seed, bend, video)
+    for row in rows:
+        row["reasoning_image"] = []
+        row["conversations"][1]["value"] = ""
+    return rows
 
 
 def candidates(seed, bend, video):
-    """Three rows of a clip: two about what is visible, and one of 1-, 2- and 3-hop by turns.
+    """Three rows of a clip for the curation. Ours.
 
-    Source: ours.
+    Two are about what is visible, the last is one of 1-, 2- and 3-hop by turns.
     """
     path, hop = contacts(seed, bend), questions(seed, bend, video)[seed % 3]
-    moves, ways = (
-        heading(path[2], path[3]),
-        [f"moves {x} {y}" for x in ("right", "left") for y in ("up", "down")],
-    )
-    seen = [
-        dict(
-            hop,
-            id=f"{seed}-{group}",
-            group=group,
-            options=options,
-            answer=answer,
-            reasoning_image=[5],
-            conversations=[
-                {"from": "human", "value": f"<image> <image> {text}"},
-                {"from": "gpt", "value": f"THOUGHT 1: {moves} <image>"},
-            ],
-        )
-        for group, text, options, answer in (
-            ("near", "which wall is near the ball ?", list(WALLS), WALLS[path[3][0]]),
-            ("move", "how does the ball move ?", ways, moves),
-        )
-    ]
-    return [*seen, hop]
-
-
-BINS = 24  # a caption names the ball's place in words x0..x23, y0..y23
+    way, wall = heading(path[2], path[3]), WALLS[path[3][0]]
+    ways = ["moves right up", "moves right down", "moves left up", "moves left down"]
+    rows = []
+    for group, text, options, answer in (
+        ("near", "which wall is near the ball ?", list(WALLS), wall),
+        ("move", "how does the ball move ?", ways, way),
+    ):
+        row = dict(hop, id=f"{seed}-{group}", group=group, options=options, answer=answer)
+        row["conversations"] = turns(2, text, f"THOUGHT 1: {way} <image>")
+        rows.append(dict(row, reasoning_image=[5]))
+    return [*rows, hop]
 
 
 def captions(seed, bend, video):
-    """Rows that stand in for pretraining: place, nearest wall and direction, of single key frames
-    and pairs.
+    """Rows that stand in for pretraining: single key frames and pairs of them, in words.
+
+    Asked are the ball's place, the wall it is near to, and its direction.
     """
-    path, rows = contacts(seed, bend), []
+    path, asked = contacts(seed, bend), []
     for k in range(2, 8):
         wall, u = path[k - 1]
         x, y = (min(BINS - 1, int(v * BINS)) for v in POINT[wall](u))
-        rows += [
-            ([k], "where is the ball ?", f"x{x} y{y}"),
-            ([k], "which wall is near the ball ?", WALLS[wall]),
-        ]
+        asked.append(([k], "where is the ball ?", f"x{x} y{y}"))
+        asked.append(([k], "which wall is near the ball ?", WALLS[wall]))
         if k < 7:
-            rows.append(([k, k + 1], "how does the ball move ?", heading(path[k - 1], path[k])))
-    return [
-        dict(
-            id=f"{seed}-caption-{i}",
-            video=video,
-            image=image,
-            reasoning_image=[],
-            group="caption",
-            answer=answer,
-            conversations=[
-                {"from": "human", "value": "<image> " * len(image) + text},
-                {"from": "gpt", "value": ""},
-            ],
-        )
-        for i, (image, text, answer) in enumerate(rows)
-    ]
+            way = heading(path[k - 1], path[k])
+            asked.append(([k, k + 1], "how does the ball move ?", way))
+    rows = []
+    for i, (image, text, answer) in enumerate(asked):
+        row = dict(id=f"{seed}-caption-{i}", video=video, image=image, reasoning_image=[])
+        row.update(group="caption", answer=answer, conversations=turns(len(image), text))
+        rows.append(row)
+    return rows
 
 
 def write_rows(path, rows):
+    """Records -> a .jsonl file, as a whole or not at all."""
     with open(path + ".part", "w") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
     os.rename(path + ".part", path)
 
 
+def make_clips(folder, seeds, bend):
+    """Those of the clips that are not there yet, on all cores."""
+    jobs = [(os.path.join(folder, f"{seed}.mp4"), seed, bend) for seed in seeds]
+    missing = [job for job in jobs if not os.path.exists(job[0])]
+    if not missing:
+        return
+    began = time.time()
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        done = pool.map(make_clip, missing, chunksize=16)
+        for _ in tqdm(done, total=len(missing), desc="clips"):
+            pass
+    print(f"{len(missing)} clips written in {time.time() - began:.0f} s")
+
+
 def make_world(config):
     """Clips and rows on disk -> dict(captions, train, all, prompts, test: jsonl files).
 
-    What is there is kept.
+    Clips that are there are kept.
     """
     folder = os.path.join(config.out, "data")
     os.makedirs(os.path.join(folder, "clips"), exist_ok=True)
-    seeds = dict(
-        captions=range(config.clips),
-        train=range(min(config.annotated, config.clips)),
-        all=range(config.clips),
-        prompts=range(config.clips),
-        test=range(config.eval_seed, config.eval_seed + config.eval_clips),
+    training = range(config.clips)
+    test = range(config.eval_seed, config.eval_seed + config.eval_clips)
+    make_clips(os.path.join(folder, "clips"), [*training, *test], config.bend)
+    plan = dict(
+        captions=(captions, training),
+        train=(questions, training[: config.annotated]),
+        all=(questions, training),
+        prompts=(prompts, training),
+        test=(questions, test),
     )
-    jobs = [
-        (os.path.join(folder, "clips", f"{s}.mp4"), s, config.bend)
-        for s in (*seeds["captions"], *seeds["test"])
-    ]
-    missing = [job for job in jobs if not os.path.exists(job[0])]
-    if missing:
-        began = time.time()
-        with ProcessPoolExecutor(os.cpu_count()) as pool:
-            for _ in tqdm(
-                pool.map(make_clip, missing, chunksize=16), total=len(missing), desc="clips"
-            ):
-                pass
-        print(f"{len(missing)} clips written in {time.time() - began:.0f} s")
-    paths = {name: os.path.join(folder, f"{name}.jsonl") for name in seeds}
-    for name, make in (
-        ("captions", captions),
-        ("train", questions),
-        ("all", questions),
-        ("prompts", prompts),
-        ("test", questions),
-    ):
-        write_rows(
-            paths[name],
-            [row for s in seeds[name] for row in make(s, config.bend, f"clips/{s}.mp4")],
-        )
+    paths = {}
+    for name, (make, seeds) in plan.items():
+        rows = []
+        for seed in seeds:
+            rows += make(seed, config.bend, f"clips/{seed}.mp4")
+        paths[name] = os.path.join(folder, f"{name}.jsonl")
+        write_rows(paths[name], rows)
     return paths

@@ -22,7 +22,7 @@ import torch
 
 import sft
 from common.runs import leave, parse_config
-from data import model_inputs
+from data import at_least, model_inputs
 
 
 @dataclasses.dataclass
@@ -34,10 +34,7 @@ class Config(sft.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.self_forcing_passes < 1:
-            raise ValueError(
-                f"self_forcing_passes is {self.self_forcing_passes}, expected at least 1"
-            )
+        at_least(self, 1, "self_forcing_passes")
 
     @property
     def label(self):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import flat, shown
 from PIL import Image
 
 from common import clips
 from common.clips import ClipError, fit, read_clip, resize_and_cut, resize_and_patchify
 from common.formats import Frame
+from tests.conftest import flat, shown
 
 CELL = 32 * 32
 

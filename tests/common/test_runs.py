@@ -11,9 +11,18 @@ import pytest
 import torch
 from test_sft import settings
 
+import evaluate
 import sft
+from common import judge
 from common.formats import Clip, Frame, Row, read_rows
-from common.runs import checkpoints, fingerprint, model_fingerprint, random_state, set_random_state
+from common.runs import (
+    checkpoints,
+    fingerprint,
+    model_fingerprint,
+    parse_config,
+    random_state,
+    set_random_state,
+)
 from variants import pause_tokens, self_forcing
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -107,6 +116,16 @@ def test_ranks_leave_together_and_before_the_interpreter_is_taken_down(tmp_path)
     assert "done 0" in done.stdout and "done 1" in done.stdout
     alone = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
     assert alone.returncode < 0  # one process has no group to leave: it goes on to its own end
+
+
+def test_flags_with_hyphens():
+    """Breaks if --max-new-tokens is refused, or a value with hyphens is changed."""
+    flags = ["--max-new-tokens", "9", "--no-cuda-graph", "--data", "a-b/c-d", "--out=x-y"]
+    config = parse_config(evaluate.Config, flags)
+    assert config.max_new_tokens == 9 and not config.cuda_graph
+    assert (config.data, config.out) == ("a-b/c-d", "x-y")
+    args = '{"a-b": "--no-x"}'
+    assert parse_config(judge.Config, ["--no-images", "--args", args]).args == args
 
 
 def test_what_a_model_folder_holds(tmp_path):

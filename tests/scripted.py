@@ -1,0 +1,119 @@
+"""Evaluations whose model answers from a script, and the records they are asked."""
+
+import io
+import json
+import shutil
+
+import torch
+
+import evaluate
+from common.benchmarks import CLIPS
+from latent_decode import Rollout
+from model import LATENT, LATENT_END, LATENT_START
+from tests.conftest import frames
+
+SPAN = f"{LATENT_START} {LATENT} {LATENT} {LATENT_END}"
+
+
+def line(group, gold, strict, official, **more):
+    picked = "ABCD".find(strict) if strict else None
+    return dict(
+        group=group,
+        right=gold == strict,
+        picked=picked,
+        gold=gold,
+        strict=strict,
+        official=official,
+        **{**dict(spans=1, latents=2, tokens=10), **more},
+    )
+
+
+FB = {
+    "q0": f"<reason> one </reason> {SPAN} <answer> B </answer>",
+    "q1": f"{SPAN} {SPAN} <answer> C </answer>",
+    "q2": "<answer> it is B A </answer>",
+    "q3": "<reason> B </reason>",
+    "q4": "<answer> two </answer>",
+}
+
+
+def play(monkeypatch, tokenizer, script, seen=None):
+    """Let generate answer from the script: {"q0": response, ...}; latents are ones."""
+
+    def generate(model, batch, **kwargs):
+        texts = []
+        for ids in batch["input_ids"]:
+            words = tokenizer.decode(ids).split()
+            texts.append(script[next(w for w in words if w in script)])
+            if seen is not None:
+                seen.append(words)
+        tokens = [
+            torch.tensor(tokenizer(t + "<|im_end|>", add_special_tokens=False).input_ids)
+            for t in texts
+        ]
+        lengths = torch.tensor([len(t) for t in tokens])
+        padded = torch.nn.utils.rnn.pad_sequence(tokens, True, tokenizer.pad_token_id)
+        latents = [torch.ones(int((t == model.config.latent_id).sum()), 96) for t in tokens]
+        return Rollout(padded, padded > 0, latents, padded * 0.0, ["eos"] * len(tokens), lengths)
+
+    monkeypatch.setattr(evaluate, "generate", generate)
+
+
+def settings(folder, out, **more):
+    return evaluate.Config(
+        **{
+            **dict(
+                model=str(folder / "model"),
+                out=str(out),
+                workers=0,
+                batch=2,
+                image_max_tokens=4,
+                video_max_tokens=64,
+                max_length=4000,
+                system="system",
+                max_new_tokens=40,
+            ),
+            **more,
+        }
+    )
+
+
+def futurebench(folder):
+    """Seven questions: hop1 right, hop1 wrong, hop2 right only officially, hop3 unparsed, hop5
+    right, two bad clips.
+    """
+    kinds = [
+        ("hop1", "0.mp4"),
+        ("hop1", "1.mp4"),
+        ("hop2", "2.mp4"),
+        ("hop3", "0.mp4"),
+        ("hop5", "1.mp4"),
+        ("hop5", "gone.mp4"),
+        ("hop2", "broken.mp4"),
+    ]
+    records = [
+        dict(
+            id=f"x{i % 6}",
+            question_type=kind,
+            video_path=f"any/video_dataset/{clip}",
+            qa=dict(
+                Question=f"what next ? q{i}",
+                Options=dict(A="one", B="two", C="it", D="is"),
+                Answer="B",
+            ),
+        )
+        for i, (kind, clip) in enumerate(kinds)
+    ]
+    (folder / CLIPS).mkdir(exist_ok=True)
+    for clip in ("0.mp4", "1.mp4", "2.mp4", "broken.mp4"):
+        shutil.copy(folder / clip, folder / CLIPS / clip)
+    (folder / "futurebench.json").write_text(json.dumps(records))
+    return str(folder / "futurebench.json")
+
+
+def png(seed):
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.fromarray(frames(1, 40, 64, seed)[0]).save(out, "PNG")
+    return out.getvalue()

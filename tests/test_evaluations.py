@@ -1,0 +1,193 @@
+"""Whole evaluations on a few records: exact scores, coverage, what is fed to a span."""
+
+import dataclasses
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from scripted import FB, futurebench, line, play, settings
+
+import evaluate
+import latent_decode
+from common import clips
+from common.benchmarks import read_benchmark
+from common.formats import Clip, Frame, Row
+from common.pictures import imagined
+from common.report import as_text, score_rows
+from common.summary import about
+from evaluate import summarise
+
+LINES = [
+    line("a", "A", "A", "A"),
+    line("a", "B", "B", "A"),
+    line("a", "C", "", "C"),
+    line("b", "D", "A", "D", spans=3),
+    dict(group="b", skipped="gone"),
+]  # strict: a 2 of 3, b 0 of 1; official: a 2 of 3, b 1 of 1
+
+
+def test_micro_and_macro_by_hand():
+    """Breaks if macro weighs samples, micro weighs groups, or a reading is scored by another's
+    letter.
+    """
+    micro, macro = summarise(LINES), summarise(LINES, "macro")
+    assert micro["all"]["accuracy"] == 2 / 4
+    assert macro["all"]["accuracy"] == pytest.approx((2 / 3 + 0) / 2)
+    assert micro["all"]["official"] == 3 / 4
+    assert macro["all"]["official"] == pytest.approx((2 / 3 + 1) / 2)
+    assert macro["all"]["strict"] == pytest.approx(1 / 3)
+    assert macro["a"] == micro["a"]
+    assert macro["b"] == micro["b"]
+    assert micro["all"]["strict_unparsed"] == micro["all"]["unparsed"] == 1
+    assert micro["all"]["official_unparsed"] == 0
+    assert micro["all"]["n"] == 4 and micro["all"]["skipped"] == 1 and micro["b"]["spans"] == 3
+    assert (macro["all"]["low"], macro["all"]["high"]) == tuple(macro["all"]["bootstrap"])
+
+
+def test_official_is_futurebenchs(scripted, tmp_path, monkeypatch):
+    """Breaks if a benchmark with a fifth option shows a column that only knows A to D."""
+    folder, tokenizer = scripted
+    play(monkeypatch, tokenizer, {"q0": "<answer> D </answer>"})
+    path = str(folder / "0.mp4")
+    rows = [Row("f:0", "0", [Clip(path), "what q0 ?"], [], "D", "what q0 ?", list("stuvw"))]
+    table = evaluate.evaluate(settings(folder, tmp_path), rows=rows)
+    assert table["all"]["strict"] == 1 and "official" not in table["all"]
+    assert "official" not in as_text(*score_rows(table))
+    assert "official" not in (tmp_path / "report.html").read_text()
+    assert "official" in as_text(*score_rows(summarise(LINES)))
+
+
+def test_futurebench_to_the_letter(scripted, tmp_path, monkeypatch, capsys):
+    """Breaks if a split, a reading, the coverage or an entry of the result file is not what the
+    seven records give.
+    """
+    (folder, tokenizer), seen = scripted, []
+    play(monkeypatch, tokenizer, FB, seen)
+    config = settings(folder, tmp_path, benchmark="futurebench", data=futurebench(folder))
+    assert config.num_frames == 32
+    assert evaluate.Config(benchmark="futurebench").max_new_tokens == 2048
+    table = evaluate.evaluate(config)
+    names = ("n", "accuracy", "strict", "official", "unparsed", "skipped", "spans")
+    assert {group: tuple(s[k] for k in names) for group, s in table.items()} == {
+        "1-hop": (2, 0.5, 0.5, 0.5, 0, 0, 1.5),
+        "2-hop": (1, 0, 0, 1, 1, 1, 0),
+        "3-hop": (1, 0, 0, 0, 1, 0, 0),
+        "interp": (1, 1, 1, 0, 0, 1, 0),
+        "all": (5, 0.4, 0.4, 0.4, 2, 2, 0.6),
+    }
+    # a clip of 12 frames gives all of them, two a patch
+    assert seen[0].count("<|vision_start|>") == 6
+    summary = json.load(open(tmp_path / "summary.json"))
+    counts = [summary[k] for k in ("found", "total", "unparsed", "judge_failures")]
+    assert counts == [5, 7, 2, 0]
+    assert summary["coverage"] == 5 / 7 and {m["id"] for m in summary["missing"]} == {"x5", "x0#2"}
+    assert "gone.mp4: no such file" in str(summary["missing"])
+    assert "broken.mp4" in str(summary["missing"])
+    assert summary["frames"] == 32
+    assert summary["pixels"]["future"] == [1024, 4096]
+    assert len(summary["prompt_hash"]) == 16
+    assert summary["generation"] == dict(greedy=True, max_new_tokens=40, max_latents=8)
+    assert set(summary["seconds"]) == set(table)
+    assert summary["average"] == "micro"
+    assert summary["latents"] == "generated"
+    out = capsys.readouterr().out
+    assert "5 of 7 samples found" in out and "beside what the paper published (not run here)" in out
+    assert "ours: 32 frames a video at most, 131,072 pixels a video" in out
+    rows = {}
+    for row in out.splitlines():
+        name, *cells = [cell.strip() for cell in row.split("  ") if cell.strip()] or [""]
+        rows[name] = cells
+    ours = rows["ours, 5 of 7 found"]
+    assert ours[:6] == ["50.0", "100.0", "0.0", "0.0", "40.0", "7.6"]  # by official letters
+    theirs = ["83.2", "86.5", "86.6", "85.1", "85.4", "195.3", "0.91"]
+    assert rows["paper's: Future-L1-RL"] == theirs
+    assert "api_key" not in json.dumps(summary) and os.path.exists(tmp_path / "report.html")
+
+
+def test_the_prompt_hash_is_of_the_prompts(scripted, tmp_path, monkeypatch):
+    """Breaks if two runs that ask other words, or have another system message, look alike."""
+    folder, tokenizer = scripted
+    data, hashes = futurebench(folder), []
+    rows, _ = read_benchmark("futurebench", data)
+    for system, some in (("system", rows), ("system", rows), ("user", rows), ("system", rows[:6])):
+        config = dataclasses.replace(settings(folder, tmp_path), system=system)
+        hashes.append(about(some, [], config, [])["prompt_hash"])
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
+
+
+def test_noise_repeats_after_a_kill(world, tmp_path, monkeypatch):
+    """Breaks if what is drawn for a sample depends on what was done: here 4 of 8 lines are lost."""
+    from tests.test_evaluate import config, lines_of
+
+    drawn, draw = [], evaluate.draw_noise
+
+    def listen(row, *args):
+        drawn.append((row.id, draw(row, *args)))
+        return drawn[-1][1]
+
+    monkeypatch.setattr(evaluate, "draw_noise", listen)
+    whole = evaluate.evaluate(config(world, tmp_path, latents="noise", limit=8))
+    before, path, first = lines_of(tmp_path), tmp_path / "samples.jsonl", dict(drawn)
+    kept = path.read_bytes().split(b"\n")[:4]
+    path.write_bytes(b"\n".join(kept) + b'\n{"id": "half')
+    drawn.clear()
+    assert evaluate.evaluate(config(world, tmp_path, latents="noise", limit=8)) == whole
+    assert lines_of(tmp_path) == before and len(path.read_text().splitlines()) == 8
+    assert len(first) == 8 and 4 <= len(drawn) < 8  # whole blocks of three
+    assert all(torch.equal(first[id], noise) for id, noise in drawn)
+
+
+def test_none_opens_no_span(world, tmp_path, monkeypatch):
+    """Breaks if --latents none lets a span be opened, or another ablation does not."""
+    from tests.test_evaluate import config
+
+    asked, generate = [], latent_decode.generate
+
+    def listen(model, batch, **settings):
+        asked.append([model.config.latent_start_id] == settings["banned"])
+        return generate(model, batch, **settings)
+
+    monkeypatch.setattr(evaluate, "generate", listen)
+    for latents in ("none", "zero"):
+        evaluate.evaluate(config(world, tmp_path / latents, latents=latents, limit=1))
+    assert asked == [True, False]
+
+
+def test_banned_tokens(model, tokenizer):
+    """Breaks if --latents none can still open a span: the greedy word is banned and must not come
+    back.
+    """
+    batch = dict(input_ids=torch.tensor([tokenizer("watch the ball").input_ids]))
+    first = latent_decode.generate(model, batch, max_new_tokens=12, eos_token_id=[])
+    inside = (model.config.latent_id, model.config.latent_end_id)
+    word = next(token for token in first.tokens[0].tolist() if token not in inside)
+    second = latent_decode.generate(model, batch, max_new_tokens=12, eos_token_id=[], banned=[word])
+    assert word in first.tokens and word not in second.tokens
+
+
+def test_imagined_by_hand(model, clip, data_config):
+    """Breaks if a cosine is not that of a latent and a frame: a latent that *is* frame 5's
+    embedding is nearest to it.
+    """
+    path = clip(count=600, height=32, width=32)
+    row = Row("f", "1", [Frame(path, 3), "?"], [Frame(path, 5)], "x")
+    pictures = clips.pixels_of([Frame(path, 5)])
+    patches, grid = clips.resize_and_cut(pictures[Frame(path, 5)][None], *data_config.budgets[1])
+    e = model.encode_frames(clips.normalise(patches), grid[None])  # one token
+    latents = torch.cat([3 * e, -e, e])
+    got = imagined(model, row, latents, [1, 0, 2], data_config.budgets[1])
+    assert got["frames"] == list("12345678") and got["spans"] == [1, 0, 2]
+    assert [line[4] for line in got["cosine"]] == [1, -1, 1] and np.argmax(got["cosine"][0]) == 4
+    patches, grid = clips.resize_and_cut(pictures[Frame(path, 8)][None], *data_config.budgets[1])
+    other = model.encode_frames(clips.normalise(patches), grid[None])
+    dot = float(e[0] @ other[0]) / math.sqrt(float(e[0] @ e[0]) * float(other[0] @ other[0]))
+    assert got["cosine"][0][7] == pytest.approx(dot, abs=1e-3)
+    got = imagined(model, row, torch.cat([3 * e, other, e]), [1, 0, 2], data_config.budgets[1])
+    a, b = e[0].numpy(), (other + e)[0].numpy() / 2  # the means of the two spans
+    assert got["similarity"][0][0] == got["similarity"][1][1] == 1
+    assert got["similarity"][0][1] == pytest.approx(
+        a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-3
+    )

@@ -1,0 +1,70 @@
+"""The cheap score against plain transformers, and what it selects."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from common.formats import read_rows
+from curate import with_future
+from data import Samples, collate, encode, model_inputs
+from model import load
+from toy.tiny import TINY
+from variants import logprob_gain
+
+
+def config(world, out, **more):
+    names = ("image_max_tokens", "l_max", "max_length", "system")
+    shared = {name: TINY[name] for name in names}
+    own = dict(model=world["model"], data=world["test"], out=str(out), batch=3, workers=0)
+    return logprob_gain.Config(**{**shared, **own, **more})
+
+
+def test_logprob_score_by_transformers(world, tmp_path):
+    """Breaks if the score is not the mean log-probability of the answer's words behind <answer>,
+    under t and under v.
+    """
+    c = config(world, tmp_path)
+    lines = logprob_gain.probe(c)
+    model, tokenizer = load(world["model"])
+    for row in read_rows(world["test"]):
+        for key, prompt in (
+            ("logp_t", dataclasses.replace(row, response=[])),
+            ("logp_v", with_future(row)),
+        ):
+            batch = collate([encode(prompt, tokenizer, c, train=False)], pad_id=0)
+            tag, word = tokenizer("<answer>").input_ids, tokenizer(row.answer).input_ids
+            ids = torch.cat([batch["input_ids"], torch.tensor([tag + word])], 1)
+            inputs = dict(model_inputs(batch), input_ids=ids, attention_mask=torch.ones_like(ids))
+            with torch.no_grad():
+                logp = model(**inputs).logits[0].log_softmax(-1)
+            expected = sum(
+                logp[-len(word) - 1 + i, token].item() for i, token in enumerate(word)
+            ) / len(word)
+            assert lines[row.id][key] == pytest.approx(expected, abs=2e-5)
+    chosen = logprob_gain.cut(c)
+    gain = {id: line["logp_v"] - line["logp_t"] for id, line in lines.items()}
+    assert [r["id"] for r in chosen] == sorted(
+        (id for id in gain if gain[id] >= 0), key=gain.get, reverse=True
+    )
+    written = [json.loads(line) for line in open(tmp_path / "selected.jsonl")]
+    assert written == chosen and len(chosen) < 8
+    assert logprob_gain.probe(c) == lines  # all is done
+
+
+def test_logprob_of_an_answer_of_several_words(world):
+    """Breaks if a tag's token is counted, or a word of the answer that equals a tag's is left
+    out.
+    """
+    model, tokenizer = load(world["model"])
+    c, row = config(world, "unused"), read_rows(world["test"])[0]
+    empty = [tokenizer.convert_tokens_to_ids(t) for t in ("<answer>", "</answer>", "<|im_end|>")]
+    row = dataclasses.replace(row, response=[], answer="red blue red")
+    batch = collate([Samples([row], tokenizer, c)[0]], pad_id=0)
+    with torch.no_grad():
+        logp = model(**model_inputs(batch)).logits[0].log_softmax(-1)
+    ids = batch["input_ids"][0]
+    expected = [logp[i - 1, ids[i]].item() for i in range(len(ids) - 5, len(ids) - 2)]
+    assert [tokenizer.decode([t]) for t in ids[-5:-2]] == ["red", "blue", "red"]
+    assert logprob_gain.mean_logprob(model, batch, empty) == pytest.approx([sum(expected) / 3])
