@@ -277,6 +277,78 @@ def draw_strips(strips, path):
     write_image(sheet, path)
 
 
+def animate(strip, texts, path):
+    """An answer as a GIF: word by word, each span turning into its picture. Source: ours.
+
+    texts: the words before the first span, and behind each span: one more than imagined pictures.
+    At the end, what really came stands below what was imagined, and the verdict.
+    """
+    words, shares = [0] * len(texts), [0.0] * len(strip.imagined)  # how much of each is there
+    frames, times = [panel(strip, texts, words, shares)], [900]
+    for k, text in enumerate(texts):
+        for share in (0.05, 0.3, 0.6, 1.0) if 0 < k <= len(shares) else ():
+            shares[k - 1] = share
+            frames.append(panel(strip, texts, words, shares))
+            times.append(180)
+        for n in range(len(text.split())):
+            words[k] = n + 1
+            frames.append(panel(strip, texts, words, shares))
+            times.append(280)
+    frames.append(panel(strip, texts, words, shares, end=True))
+    moving = dict(save_all=True, append_images=frames[1:], duration=[*times, 4000], loop=0)
+    write_image(frames[0], path, **moving)
+
+
+def panel(strip, texts, words, shares, end=False):
+    """One picture of `animate`: the first words of each text, a share of each imagined picture."""
+    from PIL import Image, ImageDraw
+
+    step, columns = SIDE + 6 + 4 * GAP, len(strip.seen) + len(strip.imagined)
+    sheet = Image.new("RGB", (max(480, columns * step), 2 * step + 6 * LINE), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((GAP, GAP), strip.title, INK, font(16))
+    top = 2 * LINE
+    for column, pixels in enumerate(strip.seen):
+        sheet.paste(tile(pixels, COLOURS["seen"]), (GAP + column * step, top))
+
+    # a span opens as an empty frame, which fills with what is imagined
+    first = len(strip.seen)
+    for m, (pixels, share) in enumerate(zip(strip.imagined, shares)):
+        if share:
+            faded = pixels * share + 255 * (1 - share)
+            picture = tile(faded.astype(np.uint8), COLOURS["imagined"])
+            sheet.paste(picture, (GAP + (first + m) * step, top))
+
+    # the words before the first span stand below what is seen, the others below their span
+    for k, (text, n) in enumerate(zip(texts, words)):
+        x = GAP + (first + k - 1 if k else 0) * step
+        room = step * (first if k == 0 else 1) - GAP
+        for line, part in enumerate(wrap(text.split()[:n], room, pen)):
+            pen.text((x, top + SIDE + 10 + line * LINE), part, INK, font(15))
+    if not end:
+        return sheet
+
+    below = top + SIDE + 10 + 2 * LINE + GAP
+    pen.text((GAP, below), HEADS["came"], COLOURS["came"], font(15))
+    colour = {True: RIGHT, False: WRONG, None: GREY}[strip.right]
+    pen.text((GAP, below + 2 * LINE), strip.verdict, colour, font(20))
+    for m, pixels in enumerate(strip.came[: len(strip.imagined)]):
+        sheet.paste(tile(pixels, COLOURS["came"]), (GAP + (first + m) * step, below))
+    return sheet
+
+
+def wrap(words, room, pen):
+    """Words -> lines that are at most `room` pixels wide."""
+    lines = []
+    for word in words:
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and pen.textlength(longer, font(15)) <= room:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
 def write_image(image, path, **options):
     """A PIL image -> a file, as a whole or not at all."""
     if os.path.dirname(path):

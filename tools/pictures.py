@@ -17,6 +17,7 @@ Source: ours.
 """
 
 import os
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from common.clips import ClipError, film, load_frames, normalise
 from common.formats import Frame, answer_of, read_rows
 from common.pictures import (
     Painter,
+    animate,
     draw_strips,
     paint,
     painting_error,
@@ -37,6 +39,7 @@ from common.pictures import (
 from common.runs import Machine, newest, parse_config, write_json
 from data import DataConfig, at_least, collate, encode, model_inputs, to_device
 from latent_decode import generate
+from model import LATENT_END, LATENT_START
 from rewards import pick, span_lengths
 
 
@@ -46,7 +49,7 @@ class Config(DataConfig):
     data: str = ""  # rows whose clips and pictures the painter learns from
     media_root: str = ""  # where relative clip paths start; "" = the folder of the data file
     frames: int = 8000  # at most so many are learnt from, the held-out ones among them
-    steps: int = 2000  # of the painter
+    steps: int = 800  # of the painter
     batch: int = 128  # tokens a step
     lr: float = 2e-3
     seed: int = 0
@@ -209,7 +212,7 @@ def errors_of(painter, answers, budget):
 
 
 def show(painter, answers, budget, out, each=3):
-    """The first right and the first wrong answers as strips in OUT/imagined.png -> the answers."""
+    """The first right and the first wrong answers as strips; the first of them moves -> None."""
     chosen, strips = [], []
     for right in (True, False):
         chosen += [a for a in answers if a.right == right][:each]
@@ -217,7 +220,15 @@ def show(painter, answers, budget, out, each=3):
         painted = paint(painter, a.latents.split(a.lengths), shape_of(film(a.row), budget))
         strips.append(strip_of(a.row, painted, a.row.question, verdict(a), a.right))
     draw_strips(strips, os.path.join(out, "imagined.png"))
-    return chosen
+    first = (chosen or answers)[0]
+    animate(strips[0], texts_of(first.text), os.path.join(out, "imagine.gif"))
+
+
+def texts_of(response):
+    """A response -> its words before the first span and behind each span, without markup."""
+    parts = response.split(LATENT_START)
+    texts = [parts[0], *(part.partition(LATENT_END)[2] for part in parts[1:])]
+    return [" ".join(re.sub(r"<[^>]*>", " ", text).split()) for text in texts]
 
 
 def verdict(a):
