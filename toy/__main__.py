@@ -2,6 +2,7 @@
 
     python -m toy              # clips, pretraining, SFT, LA-DAPO, curation, evaluation, table
     python -m toy --fresh      # the same, from nothing
+    python -m toy --serial     # one stage after the other, all words on the screen
 
 The paddle box: a ball in a square box with four coloured walls. Where on a wall it hits, u in [0,
 1], sets the angle of its rebound from the normal: phi = bend * (2u - 1). The picture of a contact
@@ -17,11 +18,16 @@ of single frames stands in for Qwen3-VL's pretraining. A few clips have chains o
 which SFT learns from; all have answers, which RL learns from. Settings differ from the paper's
 where toy/tiny.py says so, and only there.
 
+Stages that need not wait for each other run side by side (toy/stages.py), each on one thread. Every
+stage keeps what it made on disk; at the end the same stages are gone through in their order, find
+all done, and give the table.
+
 The tables of docs/results.md, with more rows and seeds, come from toy/tables.py.
 
 Source: the world and the settings are ours; the four questions are FutureBench's.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -38,10 +44,21 @@ import evaluate
 import la_dapo
 import sft
 from common.formats import read_rows
+from common.pictures import Painter
 from common.report import draw_bars, draw_key_frames, draw_rl
-from common.runs import checkpoints, parse_config, write, write_json
-from toy.tiny import TINY, TINY_CURATION, TINY_EVAL, TINY_RL, make_model, make_tokenizer
-from toy.world import candidates, make_world, write_rows
+from common.runs import checkpoints, newest, parse_config, write, write_json
+from tools import pictures
+from toy.stages import Stage, run_stages
+from toy.tiny import (
+    TINY,
+    TINY_CURATION,
+    TINY_EVAL,
+    TINY_PICTURES,
+    TINY_RL,
+    make_model,
+    make_tokenizer,
+)
+from toy.world import candidates, make_world, paths_of, write_rows
 
 
 @dataclasses.dataclass
@@ -58,10 +75,13 @@ class Config:
     sft_steps: int = 600  # x 64 rows
     rl_steps: int = 80  # of LA-DAPO, on the answers of all training clips
     curation: bool = True  # also choose rows of a mixed pool by visual gain, and train on them
+    painter_steps: int = 400  # of what turns latents back into pixels
     workers: int = 0  # decoding processes; the clips fit in memory, so one pass and a cache do
+    serial: bool = False  # one stage after the other in this process; the numbers are the same
 
 
-FREE = ("fresh", "curation", "workers", "seeds", "rows")  # may change in a folder that is there
+# may change in a folder that is there
+FREE = ("fresh", "curation", "workers", "serial", "seeds", "rows")
 GROUPS = ("1-hop", "2-hop", "3-hop", "interp")
 ABLATIONS = ("zero", "noise", "shuffled", "true")  # fed to the spans of latent SFT
 CURATED = {
@@ -88,6 +108,7 @@ class Results(NamedTuple):
     ablations: dict  # {what the spans of latent SFT are fed: scores}
     curation: dict  # {training: scores}
     figures: dict  # of the curation: {name: value}
+    errors: dict  # of what is imagined, against what came: {what: error}, 1 = the mean picture
 
 
 def trainings(config):
@@ -107,30 +128,117 @@ def trainings(config):
 # --------------------------------------------------------------------------------------- one seed
 
 
+class Seed:
+    """The stages of one seed. Each does what is not on disk yet, and gives what it made."""
+
+    def __init__(self, seed, config, world, plan):
+        self.config, self.world, self.plan = config, world, plan
+        self.home = os.path.join(config.out, f"seed_{seed}")
+        self.common = dict(seed=seed, workers=config.workers)
+
+    def path(self, name):
+        """The folder of a training or an evaluation."""
+        return os.path.join(self.home, name)
+
+    def train(self, name):
+        """-> path of its last checkpoint. The first also makes the random model it starts from."""
+        training = self.plan[name]
+        if training.start == "random":
+            write_random_model(self.path("random"), self.common["seed"], self.world)
+        start, data = newest(self.path(training.start)), self.world[training.data]
+        settings = dict(training.settings, **self.common, model=start, data=data)
+        return train(training.script, self.path(name), **settings)
+
+    def paint(self):
+        """Teach the painter of the base's visual tokens -> its folder, its held-out error.
+
+        The vision tower is frozen from then on: one painter serves all models of the seed.
+        """
+        folder, path = newest(self.path("base")), self.path("painter.json")
+        if not os.path.exists(path):
+            machine = pictures.Machine()
+            settings = dict(TINY_PICTURES, steps=self.config.painter_steps)
+            settings.update(data=self.world["captions"], seed=self.common["seed"])
+            model, _ = machine.load(folder)
+            _, error = pictures.make_painter(model, folder, pictures.Config(**settings))
+            write_json(path, error)
+        with open(path) as f:
+            return folder, json.load(f)
+
+    def score(self, name):
+        """The scores of a training's model -> {group: scores}."""
+        model, (painter, _) = newest(self.path(name)), self.paint()
+        if model != painter:
+            Painter.beside(painter).save(model)
+        latents = "pause" if name == "pause" else "generated"
+        out = self.path(f"eval_{name}")
+        return score(model, self.world["test"], out, self.config, latents)
+
+    def ablate(self):
+        """Does the answer depend on what is imagined? -> {what is fed: scores}."""
+        model, scores = newest(self.path("latent")), {}
+        for latents in ABLATIONS:
+            out = self.path(f"eval_latent_{latents}")
+            scores[latents] = score(model, self.world["test"], out, self.config, latents)
+        return scores
+
+    def curate(self):
+        """-> {training: scores}, {figure: value}."""
+        base = newest(self.path("base"))
+        return run_curation(self.home, base, self.common, self.config, self.world)
+
+    def draw(self, name):
+        """Draw what a training's model imagines -> how far it is from what came, {what: error}."""
+        self.score(name)  # so that there is a painter beside it
+        settings = dict(TINY_PICTURES, model=newest(self.path(name)), out=self.path("pictures"))
+        errors = pictures.main(pictures.Config(**settings, show=self.world["test"]))
+        return {"true frames, held out": self.paint()[1], **errors}
+
+
 def run_seed(seed, config, world, plan):
     """All trainings of one seed, and their scores -> Results. plan: {name: Training}."""
-    home = os.path.join(config.out, f"seed_{seed}")
-    common = dict(seed=seed, workers=config.workers)
-    models = {"random": write_random_model(os.path.join(home, "random"), seed, world)}
-    scores, ablations, curation, figures = {}, {}, {}, {}
+    stages = Seed(seed, config, world, plan)
+    scores, ablations, curation, figures, errors = {}, {}, {}, {}, {}
+    for name in plan:
+        stages.train(name)
+        scores[name] = stages.score(name)
+    if "latent" in plan:
+        ablations = {"generated": scores["latent"], **stages.ablate()}
+        errors = stages.draw("la-dapo" if "la-dapo" in plan else "latent")
+    if config.curation:
+        curation, figures = stages.curate()
+    return Results(scores, ablations, curation, figures, errors)
+
+
+def stages_of(plan, config):
+    """The first seed's stages, in the order in which they should begin -> [Stage]."""
+    seconds = dict(base=150, text=60, latent=70)
+    stages, settings = [], dataclasses.asdict(config)
+
+    def add(name, after, time, method, *arguments):
+        call = "toy.__main__", "run_stage", settings, method, *arguments
+        stages.append(Stage(name, tuple(after), time, call))
 
     for name, training in plan.items():
-        start, data = models[training.start], world[training.data]
-        settings = dict(training.settings, **common, model=start, data=data)
-        models[name] = train(training.script, os.path.join(home, name), **settings)
-        latents = "pause" if name == "pause" else "generated"
-        out = os.path.join(home, f"eval_{name}")
-        scores[name] = score(models[name], world["test"], out, config, latents)
-
-    # does the answer depend on what is imagined?
-    if "latent" in plan:
-        ablations["generated"] = scores["latent"]
-        for latents in ABLATIONS:
-            out = os.path.join(home, f"eval_latent_{latents}")
-            ablations[latents] = score(models["latent"], world["test"], out, config, latents)
+        after = [] if training.start == "random" else [training.start]
+        add(name, after, seconds.get(name, 200), "train", name)
+    add("painter", ["base"], 40, "paint")
     if config.curation:
-        curation, figures = run_curation(home, models["base"], common, config, world)
-    return Results(scores, ablations, curation, figures)
+        add("curation", ["base"], 90, "curate")
+    for name in plan:
+        add(f"score-{name}", [name, "painter"], 15, "score", name)
+    if "latent" in plan:
+        add("ablations", ["score-latent"], 40, "ablate")
+        last = "la-dapo" if "la-dapo" in plan else "latent"
+        add("pictures", [f"score-{last}"], 15, "draw", last)
+    return stages
+
+
+def run_stage(settings, method, *arguments):
+    """One stage of the demo alone, in a folder that `prepare` has made: a method of Seed."""
+    torch.set_num_threads(1)
+    config = Config(**settings)
+    getattr(Seed(0, config, paths_of(config), trainings(config)), method)(*arguments)
 
 
 def write_random_model(folder, seed, world):
@@ -253,7 +361,7 @@ def markdown(results, titles, groups=GROUPS):
 
 def tabulate(results, titles, config):
     """[Results a seed] -> all tables as text."""
-    scores, ablations, curation, figures = zip(*results)
+    scores, ablations, curation, figures, errors = zip(*results)
     text = f"Accuracy on {config.eval_clips} held-out clips a group, {len(results)} seed(s)\n\n"
     text += markdown(scores, titles)
     if ablations[0]:
@@ -261,6 +369,10 @@ def tabulate(results, titles, config):
     if curation[0]:
         text += "\n\nCuration: a pool of which a third asks for the future\n\n"
         text += markdown(curation, CURATED, GROUPS[:3]) + "\n"
+    if errors[0]:
+        text += "\n\nPictures of what is imagined: squared error, 1 = the mean picture always\n"
+    for name in errors[0]:
+        text += f"\n- {name}: {spread([line[name] for line in errors])}"
     for name in figures[0]:
         text += f"\n- {name}: {spread([line[name] for line in figures])}"
     return text
@@ -271,9 +383,9 @@ def write_tables(results, plan, config):
     titles = {name: training.title for name, training in plan.items()}
     text = tabulate(results, titles, config)
     write(os.path.join(config.out, "table.md"), text + "\n")
-    scores, ablations, curation, figures = zip(*results)
+    scores, ablations, curation, figures, errors = zip(*results)
     content = dict(settings=dataclasses.asdict(config), results=scores, ablations=ablations)
-    content.update(curation=curation, figures=figures)
+    content.update(curation=curation, figures=figures, errors=errors)
     write_json(os.path.join(config.out, "table.json"), content)
 
     draw_bars(scores, titles, GROUPS, os.path.join(config.out, "accuracy.png"))
@@ -337,7 +449,15 @@ def main(config):
     """The demo: one seed."""
     began = time.time()
     world, plan = prepare(config), trainings(config)
-    finish([run_seed(0, config, world, plan)], plan, config, began)
+    if config.serial or os.path.exists(os.path.join(config.out, "table.json")):
+        results = run_seed(0, config, world, plan)
+    else:
+        logs = os.path.join(config.out, "logs")
+        run_stages(stages_of(plan, config), logs, os.cpu_count() or 1)
+        with open(os.path.join(logs, "table.txt"), "w") as log:
+            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                results = run_seed(0, config, world, plan)
+    finish([results], plan, config, began)
 
 
 if __name__ == "__main__":
