@@ -73,7 +73,7 @@ class Painter(nn.Module):
         """Beside the model in `folder`, in a folder of its own: others load all that lies there."""
         os.makedirs(os.path.join(folder, "painter"), exist_ok=True)
         path = os.path.join(folder, "painter", "painter.safetensors")
-        save_file(self.state_dict(), path + ".part")
+        save_file({name: w.half() for name, w in self.state_dict().items()}, path + ".part")
         os.replace(path + ".part", path)
 
     @classmethod
@@ -82,7 +82,7 @@ class Painter(nn.Module):
         path = os.path.join(folder, "painter", "painter.safetensors")
         if not os.path.exists(path):
             return None
-        weights = load_file(path)
+        weights = {name: w.float() for name, w in load_file(path).items()}
         out, D = weights["read.weight"].shape
         painter = cls(D, width=out // 16)
         painter.load_state_dict(weights)

@@ -35,7 +35,7 @@ def shipped(config, number):
         raise SystemExit(f"--ask takes 1 to {len(rows)}, found {number} (--list shows them)")
     model = os.path.join(TASTE, "model")
     with open(os.path.join(model, "future_l1.json"), encoding="utf-8") as f:
-        settings = json.load(f)
+        settings = dict(json.load(f), model=model)
     names = {field.name for field in dataclasses.fields(config)}
     settings = {name: value for name, value in settings.items() if name in names}
-    return rows[number - 1], dataclasses.replace(config, model=model, **settings)
+    return rows[number - 1], dataclasses.replace(config, **settings)

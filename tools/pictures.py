@@ -126,7 +126,7 @@ def teach(pairs, config):
         optimizer.step()
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-    return painter.eval()
+    return painter.half().float().eval()  # as it is saved
 
 
 def make_painter(model, folder, config):

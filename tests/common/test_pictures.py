@@ -85,7 +85,7 @@ def painted_model(model, tokenizer, tmp_path):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(3)
-    return folder, Painter(96)
+    return folder, Painter(96).half().float()
 
 
 def test_a_painter_lies_beside_the_model(painted_model):
