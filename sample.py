@@ -30,7 +30,7 @@ class Config(DataConfig):
     # show these key frames (1..8) as pictures, as in training, e.g. 3,4; "" = the clip as a video
     key_frames: str = ""
     list: bool = False  # show the shipped questions
-    ask: int = 1  # which of them to ask, where no model, video and question are given
+    ask: int = 2  # which of them to ask, where no model, video and question are given
     strip: str = "imagined.png"  # where the pictures go; "" = no pictures
     max_new_tokens: int = 2048  # paper sec. 4
     max_latents: int = 8  # longest span: 2 * l_max  # official

@@ -150,10 +150,12 @@ def figures_of(shown, role):
 
 def question_of(row):
     """The question, and the options that it does not already name, as text."""
-    options = ""
+    options = []
     for i, option in enumerate(row.options or []):
-        options += "" if option in row.question else f"\n{chr(65 + i)}) {option}"
-    return row.question + options
+        if option not in row.question:
+            options.append(f"{chr(65 + i)}) {option}")
+    between = "   " if sum(map(len, options)) < 60 else "\n"
+    return "\n".join([row.question, between.join(options)]).strip()
 
 
 # -------------------------------------------------------------------------------------- one sample

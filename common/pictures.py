@@ -304,10 +304,12 @@ def panel(strip, texts, words, shares, end=False):
     from PIL import Image, ImageDraw
 
     step, columns = SIDE + 6 + 4 * GAP, len(strip.seen) + len(strip.imagined)
-    sheet = Image.new("RGB", (max(480, columns * step), 2 * step + 6 * LINE), "white")
+    top = 2 * LINE
+    below = top + SIDE + 10 + 2 * LINE + GAP
+    size = max(480, columns * step), below + SIDE + 6 + GAP
+    sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((GAP, GAP), strip.title, INK, font(16))
-    top = 2 * LINE
     for column, pixels in enumerate(strip.seen):
         sheet.paste(tile(pixels, COLOURS["seen"]), (GAP + column * step, top))
 
@@ -328,7 +330,6 @@ def panel(strip, texts, words, shares, end=False):
     if not end:
         return sheet
 
-    below = top + SIDE + 10 + 2 * LINE + GAP
     pen.text((GAP, below), HEADS["came"], COLOURS["came"], font(15))
     colour = {True: RIGHT, False: WRONG, None: GREY}[strip.right]
     pen.text((GAP, below + 2 * LINE), strip.verdict, colour, font(20))

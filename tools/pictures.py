@@ -225,8 +225,8 @@ def show(painter, answers, budget, out, each=3):
 
 
 def texts_of(response):
-    """A response -> its words before the first span and behind each span, without markup."""
-    parts = response.split(LATENT_START)
+    """A response -> its reasons before the first span and behind each span, without markup."""
+    parts = response.partition("<answer>")[0].split(LATENT_START)
     texts = [parts[0], *(part.partition(LATENT_END)[2] for part in parts[1:])]
     return [" ".join(re.sub(r"<[^>]*>", " ", text).split()) for text in texts]
 

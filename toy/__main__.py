@@ -439,10 +439,13 @@ def prepare(config):
 def finish(results, plan, config, began):
     """[Results a seed] -> the tables and pictures, in config.out and on the screen."""
     text = write_tables(results, plan, config)
+    seconds = time.time() - began
+    print(f"\n{text}\n\n{seconds:.0f} s; in {config.out}:")
     print(
-        f"\n{text}\n\n{time.time() - began:.0f} s; in {config.out}: table.md, accuracy.png, "
-        "rl.png, clip.png, and each training's loss.png or rewards.png"
+        "  seed_0/pictures/imagined.png     what is imagined, right and wrong; imagine.gif: moving"
     )
+    print("  seed_0/eval_la-dapo/report.html  answers to look through")
+    print("  table.md accuracy.png rl.png clip.png, and each training's loss.png or rewards.png")
 
 
 def main(config):

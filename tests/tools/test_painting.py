@@ -81,7 +81,7 @@ def test_words_between_spans():
     """Breaks if markup is shown, or a span's latents are taken for words."""
     span = f"{LATENT_START} {LATENT} {LATENT_END}"
     text = f"<reason> up </reason> {span} {span} <reason> hits red </reason> <answer> red </answer>"
-    assert pictures.texts_of(text + "<|im_end|>") == ["up", "", "hits red red"]
+    assert pictures.texts_of(text + "<|im_end|>") == ["up", "", "hits red"]
 
 
 def test_a_painter_of_its_own_width_comes_back(tmp_path):
