@@ -161,14 +161,14 @@ def question_of(row):
 # -------------------------------------------------------------------------------------- one sample
 
 
-def _sample(number, row, line, css):
-    """One sample as a <details>, the first OPEN of them open."""
+def _sample(number, row, line, css, heading="imagined"):
+    """One sample as a <details>, the first OPEN of them open. heading: of what its spans show."""
     name, info = f"p{number}_", line["imagined"]
     shown = Shown(name, [], info["error"]) if "error" in info else show_frames(name, row, css)
     info = dict(info, error=shown.error) if shown.error else info
     painted = [] if "error" in info else show_painted(name, info, css)
     seen, came = figures_of(shown, "seen"), figures_of(shown, "future")
-    pictures = side_by_side({"seen": seen, "imagined": painted, "what really came": came})
+    pictures = side_by_side({"seen": seen, heading: painted, "what really came": came})
     good, verdict, rewards = _verdict(line, info)
     return (
         f"<details{' open' if number < OPEN else ''}><summary>"
@@ -258,9 +258,11 @@ def write_report(path, summary, lines, rows):
     The lines with `imagined` are shown as samples.
     """
     by_id, css, samples = {row.id: row for row in rows}, [], []
+    fed = summary["latents"]
+    heading = "imagined" if fed == "generated" else f"fed to the spans: {escape(fed)}"
     for line in lines:
         if "imagined" in line and line["id"] in by_id:
-            samples.append(_sample(len(samples), by_id[line["id"]], line, css))
+            samples.append(_sample(len(samples), by_id[line["id"]], line, css, heading))
     head, table, note = telling(*score_rows(summary["scores"]))
     columns, beside = paper_rows(summary)
     paper = (
@@ -362,7 +364,8 @@ def _compared(number, row, answers, css):
     return (
         f"<details{' open' if number < OPEN else ''}><summary>{escape(row.group)} · "
         f"{escape(row.id)}</summary>"
-        f'<p class="text"><b>{escape(question_of(row))}</b> {escape(row.answer)}</p>'
+        f'<p class="text"><b>{escape(question_of(row))}</b></p>'
+        f"<p>true answer: <b>{escape(row.answer)}</b></p>"
         f"{side_by_side(frames)}{escape(shown.error)}{''.join(body)}</details>"
     )
 
