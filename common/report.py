@@ -288,14 +288,6 @@ def draw_curves(log, png, panels=(("ce",), ("latent",), ("grad_norm",))):
     fig.savefig(png, dpi=110)
 
 
-if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        raise SystemExit(
-            "usage: python -m common.report FOLDER [FOLDER ...]   (folders that evaluate.py wrote)"
-        )
-    print(compare(sys.argv[1:]))
-
-
 def tabulate_selection(rows, gains, fates):
     """How many candidates of curation had which fate -> {by: {key: Counter}}, by all, category,
     future frames and gain (Fig. 6).
@@ -355,3 +347,11 @@ def draw_selection(tables, fates, png):
     axes[2].legend(fontsize=7, frameon=False)
     fig.savefig(png, dpi=110)
     plt.close(fig)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        raise SystemExit(
+            "usage: python -m common.report FOLDER [FOLDER ...]   (folders that evaluate.py wrote)"
+        )
+    print(compare(sys.argv[1:]))

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from toy import __main__ as demo
-from toy import stages
+from toy import seed, stages
 from toy.stages import Running, Stage
 
 
@@ -78,7 +78,7 @@ def test_the_demos_stages(tmp_path):
         assert set(stage.after) <= done | {"painter"}, stage.name
         done.add(stage.name)
         module, function, settings, *call = stage.call
-        assert (module, function) == ("toy.__main__", "run_stage")
+        assert (module, function) == ("toy.seed", "run_stage")
         assert demo.Config(**settings) == config
         called.append(tuple(call))
     assert "painter" in done
@@ -86,7 +86,7 @@ def test_the_demos_stages(tmp_path):
     # what the serial run calls, in the same words
     words = []
 
-    class Spy(demo.Seed):
+    class Spy(seed.Seed):
         def __init__(self, *arguments):
             pass
 
@@ -95,6 +95,6 @@ def test_the_demos_stages(tmp_path):
             return lambda *arguments: words.append((name, *arguments)) or answer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "Seed", Spy)
+        patch.setattr(seed, "Seed", Spy)
         demo.run_seed(0, config, {}, demo.trainings(config))
     assert set(words) | {("paint",)} == set(called)
