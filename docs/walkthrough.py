@@ -21,7 +21,7 @@ import torch
 from common import taste
 from data import DataConfig
 
-row, settings = taste.shipped(DataConfig(), number=3)
+row, settings = taste.shipped(DataConfig(), number=7)
 print(row.question, row.options, "->", row.answer)
 print([part for part in row.prompt if not isinstance(part, str)])
 print([part for part in row.response if not isinstance(part, str)])

@@ -197,18 +197,24 @@ def errors_of(painter, answers, budget):
     futures = [[part for part in a.row.response if isinstance(part, Frame)] for a in answers]
     for a, mine, theirs in zip(answers, futures, [*futures[1:], *futures[:1]]):
         spans = a.latents.split(a.lengths)
-        for m, (span, frame, stranger) in enumerate(zip(spans, mine, theirs)):
-            cells, not_its = (to_cells(p) for p, _ in load_frames([frame, stranger], budget))
-            if len(span) == len(cells):
-                own.setdefault(f"imagined {m + 1}", []).append((span, cells))
-            if len(span) == len(not_its) and frame.source != stranger.source:
-                other.append((span, not_its))
+        for m, (span, frame) in enumerate(zip(spans, mine), 1):
+            own.setdefault(f"imagined {m}", []).append((span, cells_of(frame, budget)))
+        for span, frame in zip(spans, theirs):
+            if frame.source != mine[0].source:
+                other.append((span, cells_of(frame, budget)))
     errors = {}
     for name, pairs in [*own.items(), ("imagined, beside another clip's", other)]:
+        pairs = [(span, cells) for span, cells in pairs if len(span) == len(cells)]
         if pairs:
             e, cells = (torch.cat(parts) for parts in zip(*pairs))
             errors[name] = painting_error(painter, e, cells.to(e.device))
     return errors
+
+
+def cells_of(frame, budget):
+    """A Frame -> its cells (K, 3, 32, 32), as the painter should paint them."""
+    patches, _ = load_frames([frame], budget)[0]
+    return to_cells(patches)
 
 
 def show(painter, answers, budget, out, each=3):
