@@ -117,7 +117,8 @@ def test_the_whole_demo_in_small_twice(tmp_path):
     assert "12 of 12 stages done" in first.stderr and "it/s" not in first.stdout
     assert (out / "table.md").read_text() in first.stdout + "\n"
     trained = ("seed_0/latent/loss.png", "seed_0/la-dapo/rewards.png")
-    for picture in ("accuracy.png", "clip.png", "rl.png", *trained):
+    drawn = ("seed_0/pictures/imagined.png", "seed_0/pictures/imagine.gif")
+    for picture in ("accuracy.png", "clip.png", "rl.png", *trained, *drawn):
         assert (out / picture).stat().st_size > 5000
     model = out / "seed_0" / "latent" / "step_000002" / "model.safetensors"
     stamp = model.stat().st_mtime_ns
