@@ -99,7 +99,9 @@ def test_the_whole_demo_in_small_twice(tmp_path):
     settings are mixed in.
     """
     out = tmp_path / "a toy with a space"
-    sizes = "--clips 12 --eval_clips 3 --pretrain_steps 2 --sft_steps 2 --rl_steps 2".split()
+    sizes = ["--clips", "12", "--eval_clips", "3"]
+    for steps in ("pretrain", "sft", "rl", "painter"):
+        sizes += [f"--{steps}_steps", "2"]
 
     def run(module, *flags, timeout=280):
         command = [sys.executable, "-m", module, "--out", str(out), *sizes, *flags]
