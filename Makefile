@@ -1,6 +1,10 @@
-# make demo: the whole pipeline on the embedded world. make test: the tests. Both set up .venv first.
+# make taste: a tiny trained model answers one question. make demo: the whole pipeline on the embedded
+# world. make test: the tests. Each sets up .venv first.
 PYTHON ?= python3
-.PHONY: demo test test-slow lint
+.PHONY: taste demo test test-slow lint
+
+taste: .venv/ready
+	.venv/bin/python sample.py
 
 demo: .venv/ready
 	.venv/bin/python -m toy

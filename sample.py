@@ -1,6 +1,11 @@
-"""One clip, one question, one streamed answer.
+"""One clip, one question, one streamed answer, and what was imagined as a strip of pictures.
 
-python sample.py --model DIR --video clip.mp4 --question "What happens next?"
+    python sample.py              # the shipped toy model, about a shipped clip (taste/)
+    python sample.py --list       # its questions; --ask 5 asks the fifth
+    python sample.py --model DIR --video clip.mp4 --question "What happens next?"
+
+The strip shows what was seen, a picture for each span, and the key frames that really came. Spans
+are painted if the model has a painter beside it (python -m tools.pictures teaches one).
 """
 
 from dataclasses import dataclass
@@ -9,9 +14,12 @@ import torch
 
 from common.clips import ClipError, key_frame_positions, read_clip
 from common.formats import Clip, Frame, Row, answer_of
+from common.pictures import coming, write_strip
 from common.runs import Machine, parse_config
+from common.taste import list_questions, shipped
 from data import DataConfig, at_least, collate, encode, model_inputs, to_device
 from latent_decode import generate
+from rewards import span_lengths
 
 
 @dataclass
@@ -21,6 +29,9 @@ class Config(DataConfig):
     question: str = ""  # what to ask about it
     # show these key frames (1..8) as pictures, as in training, e.g. 3,4; "" = the clip as a video
     key_frames: str = ""
+    list: bool = False  # show the shipped questions
+    ask: int = 2  # which of them to ask, where no model, video and question are given
+    strip: str = "imagined.png"  # where the pictures go; "" = no pictures
     max_new_tokens: int = 2048  # paper sec. 4
     max_latents: int = 8  # longest span: 2 * l_max  # official
     temperature: float = 0.0  # 0 = greedy
@@ -50,7 +61,7 @@ def streamer(tokenizer, config, write):
             elif token == config.latent_id:
                 latents += 1
             elif token == config.latent_end_id:
-                write(f"{latents} latents]\n")
+                write(f"{latents} latent{'s' * (latents != 1)}]\n")
             else:
                 words.append(token)
                 text = tokenizer.decode(words, skip_special_tokens=True)
@@ -73,13 +84,20 @@ def row_of(config):
         read_clip(config.video, key_frame_positions)
     except ClipError as e:
         raise SystemExit(f"--video: {e}") from e
-    seen = [Frame(config.video, int(n)) for n in numbers] or [Clip(config.video)]
-    return Row("the question", "", [*seen, config.question], [], "")
+    seen = [Frame(config.video, int(n)) for n in numbers]
+    prompt = [*(seen or [Clip(config.video)]), config.question]
+    return Row("the question", "", prompt, coming(seen), "", config.question)
 
 
 def main(config, write=lambda text: print(text, end="", flush=True)):
     """Answer one question about one clip, streaming -> the answer or None."""
-    row, machine = row_of(config), Machine()  # what cannot be used is refused before the load
+    if config.list:
+        return write(list_questions() + "\n")
+    if config.model or config.video or config.question:
+        row = row_of(config)  # what cannot be used is refused before the load
+    else:
+        row, config = shipped(config, config.ask)
+    machine = Machine()
     model, tokenizer = machine.load(config.model)
     sample = encode(row, tokenizer, config, train=False)
     batch = collate([sample], tokenizer.pad_token_id or 0, side="left")
@@ -88,12 +106,19 @@ def main(config, write=lambda text: print(text, end="", flush=True)):
     limits = dict(max_new_tokens=config.max_new_tokens, max_latents=config.max_latents)
     draws = dict(temperature=config.temperature, top_p=config.top_p)
     draws.update(generator=torch.Generator().manual_seed(config.seed))
+    write(f"{row.question}\n\n")
     stream = streamer(tokenizer, model.config, write)
     rollout = generate(model, inputs, **limits, **draws, stream=stream)
 
-    answer = answer_of(tokenizer.decode(rollout.tokens[0, : rollout.lengths[0]]))
+    tokens = rollout.tokens[0, : rollout.lengths[0]].tolist()
+    answer = answer_of(tokenizer.decode(tokens))
     missing = f"no answer: the response ended by {rollout.finish[0]} without a closed <answer>"
     write(f"\n\n{missing if answer is None else f'answer: {answer}'}\n")
+    write(f"what came: {row.answer}\n" if row.answer else "")
+    if config.strip:
+        lengths = span_lengths(tokens, model.config.latent_start_id, model.config.latent_id)
+        spans = rollout.latents[0].split(lengths)
+        write(write_strip(config.strip, model, row, spans, answer, config.budgets[1]) + "\n")
     return answer
 
 

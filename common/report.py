@@ -1,35 +1,24 @@
-"""What an evaluation looks like: report.html, one file that opens without a server, and tables over
-several runs.
+"""Tables of one evaluation and of several, and charts of trainings.
 
     python -m common.report runs/eval_text runs/eval_latent ...   # several runs side by side
 
-`evaluate.py` calls `imagined` for the samples it was told to show, while their latents are at hand,
-and `write_report` at its end. A span is drawn as a strip of the frames it is nearest to: the cosine
-between a latent and the vision embedding of a frame (the best over the frame's tokens), mean over
-the span's latents. Embeddings may share much of their direction, so compare the values of a row
-with each other, not with 1. No script, no link to elsewhere; what comes from data is escaped.
-
-Axis letters: N latents, F frames, K tokens of a frame, M spans, D hidden.
+The pages to look at are common/page.py's.
 """
 
-import base64
 import json
 import os
 import sys
 from collections import Counter
-from html import escape
 
 import numpy as np
-import torch
 
 from common.benchmarks import PAPER
-from common.clips import ClipError, film, jpeg, key_frame_positions, read_clip
+from common.clips import key_frame_positions, read_clip
 from common.formats import Frame, Row
 from common.intervals import paired_bootstrap
 from common.judge import add_verdicts
 from common.runs import read_log
 from common.walk import read_book
-from model import LATENT_END, LATENT_START
 
 
 def paper_rows(summary):
@@ -180,39 +169,6 @@ def _difference(pairs, macro):
     return text + " *" * (low > 0 or high < 0)
 
 
-STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;max-width:62rem;padding:.6rem;color:#222;
-overflow-wrap:anywhere}
-h1{font-size:1.4rem}h2{font-size:1.1rem;margin:1.4rem 0 .4rem}
-.wide{overflow-x:auto;margin-bottom:.6rem}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.85rem;
-white-space:nowrap}
-td,th{padding:.15rem .45rem;text-align:right;border-bottom:1px solid #ddd}
-td:first-child,th:first-child{text-align:left}
-details{border:1px solid #ccc;border-radius:.4rem;margin:.4rem 0;padding:.3rem .6rem}
-summary{cursor:pointer}
-.strip{display:flex;flex-wrap:wrap;gap:.3rem;margin:.3rem 0}
-.strip figure{margin:0;width:4.6rem;font-size:.7rem;text-align:center}
-.strip i{display:block;height:3.4rem;background:#eee center/contain no-repeat;
-border:3px solid #bbb;border-radius:.2rem}
-.strip .seen i{border-color:#3778bf}.strip .future i{border-color:#2a9d4a}
-.strip .none i{border-style:dashed}
-.span{border-left:4px solid #c77d1a;padding-left:.5rem;margin:.4rem 0;background:#fdf6ec}
-.text{white-space:pre-wrap;margin:.3rem 0}.key{font-size:.8rem;color:#555}
-.about table{white-space:normal}.about td{text-align:left;vertical-align:top}
-.about td:first-child{white-space:nowrap}
-.right{color:#1c7a35}.wrong{color:#b3261e}.bar{fill:#c77d1a}svg{max-width:100%;height:auto}
-"""
-
-
-def _table(head, rows):
-    cells = "".join(f"<th>{escape(str(h))}</th>" for h in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(str(c))}</td>" for c in row) + "</tr>" for row in rows
-    )
-    return f'<div class="wide"><table><tr>{cells}</tr>{body}</table></div>'
-
-
 def score_rows(scores):
     """{group: scores} -> (head, rows of text) with every column the table and the report show.
 
@@ -238,173 +194,6 @@ def score_rows(scores):
         row += [s.get(k, "") for k in counts]
         rows.append([*row, f"{s['spans']:.2f}", f"{s['latents']:.2f}", f"{s['tokens']:.1f}"])
     return head, rows
-
-
-def _chart(scores):
-    """Spans per answer by group, as bars."""
-    groups, top = (
-        [g for g in scores if g != "all"] or ["all"],
-        max([s["spans"] for s in scores.values()] + [1e-9]),
-    )
-    parts, height = [], 26 * len(groups)
-    for i, g in enumerate(groups):
-        y, width = 26 * i, 150 * scores[g]["spans"] / top
-        parts.append(
-            f'<text x="0" y="{y + 17}">{escape(g if len(g) < 14 else g[:13] + "…")}</text>'
-            f'<rect class="bar" x="100" y="{y + 4}" width="{width:.1f}" height="18"/>'
-            f'<text x="{104 + width:.1f}" y="{y + 17}">{scores[g]["spans"]:.2f}</text>'
-        )
-    return (
-        f'<svg viewBox="0 0 300 {height}" width="300" height="{height}" font-size="13" role="img" '
-        f'aria-label="spans per answer by group">{"".join(parts)}</svg>'
-    )
-
-
-def _figure(name, role, label, value=None):
-    text = escape(label) + (f"<br>{value:.3f}" if value is not None else "")
-    return f'<figure class="{role}"><i class="{name}"></i>{text}</figure>'
-
-
-def _span(k, at, info, frames, name):
-    """One span: the five frames nearest to its latents, and every value behind them."""
-    n = info["spans"][k]
-    if not n or not info["cosine"]:
-        return f'<div class="span">span {k + 1}: {n} latents</div>'
-    cosine = torch.tensor(info["cosine"][at : at + n])  # (n, F)
-    mean = cosine.mean(0)
-    strip = "".join(
-        _figure(f"{name}{f}", frames[f][1], frames[f][0], mean[f].item())
-        for f in mean.argsort(descending=True)[:5].tolist()
-    )
-    values = [[i, *(f"{v:.3f}" for v in line)] for i, line in enumerate(cosine.tolist(), 1)]
-    values = _table(["latent", *info["frames"]], values)
-    return (
-        f'<div class="span">span {k + 1}: {n} latent{"s" * (n > 1)}, nearest frames first'
-        f'<div class="strip">{strip}</div>'
-        f"<details><summary>cosine of each latent and frame</summary>{values}</details></div>"
-    )
-
-
-def _sample(number, row, line, css):
-    """One sample as a <details>; its pictures go to `css` once, however often they are shown."""
-    name, info = f"p{number}_", line["imagined"]
-    try:
-        frames = film(row) if "error" not in info else []
-    except ClipError as e:
-        frames, info = [], dict(error=str(e))
-    for f, (_, _, pixels) in enumerate(frames):
-        data = base64.b64encode(jpeg(pixels, 112)).decode()
-        css.append(f"i.{name}{f}{{background-image:url(data:image/jpeg;base64,{data})}}")
-
-    # the frames by their role
-    strips = {}
-    for f, (label, role, _) in enumerate(frames):
-        strips[role] = strips.get(role, "") + _figure(f"{name}{f}", role, label)
-    future = ""
-    if "future" in strips:
-        future = (
-            f'<p class="key">what really follows</p><div class="strip">{strips["future"]}</div>'
-        )
-
-    # options that the question does not already name
-    options = ""
-    for i, option in enumerate(row.options or []):
-        options += "" if option in row.question else f"\n{chr(65 + i)}) {option}"
-
-    good, verdict, rewards = _verdict(line, info)
-    return (
-        f'<details><summary><b class="{"right" if good else "wrong"}">{escape(verdict)}</b> · '
-        f"{escape(row.group)} · {escape(row.id)}</summary>"
-        f'<p class="text"><b>{escape(row.question + options)}</b></p>'
-        f'<p class="key">seen</p><div class="strip">{strips.get("seen", "")}</div>{future}'
-        f'<p class="key">response</p>{_response(line["response"], info, frames, name)}'
-        f"<p>true answer: <b>{escape(row.answer)}</b></p>"
-        f'<p class="key">{escape(rewards)}</p>{_similarity(info)}</details>'
-    )
-
-
-def _response(response, info, frames, name):
-    """A response as HTML: its words, and a strip of frames for each span."""
-    body, at = [], 0
-    if "error" in info:
-        body.append(f'<p class="text">{escape(info["error"])}</p>')
-    for k, part in enumerate(response.replace("<|im_end|>", "").split(LATENT_START)):
-        if k and "error" in info:
-            body.append('<div class="span">a span</div>')
-        elif k:
-            body.append(_span(k - 1, at, info, frames, name))
-            at += info["spans"][k - 1]
-        words = part.partition(LATENT_END)[2] if k else part
-        body.append(f'<p class="text">{escape(words)}</p>' if words.strip() else "")
-    return "".join(body)
-
-
-def _verdict(line, info):
-    """-> (whether a sample is shown as right, the verdict, its rewards and letters), as text."""
-    rewards = (
-        f"R_fmt {info.get('format', 0):.0f}, repetition {info.get('repetition', 0):.2f}, "
-        f"R_div {info.get('diversity', 0):.3f}"
-    )
-    if "right" in line:
-        wrong = "unparsed" if line["picked"] is None else "wrong"
-        readings = [name for name in ("strict", "official") if name in line]
-        letters = ", ".join(f"{name} {line[name] or '-'}" for name in readings)
-        rewards = f"R_acc {float(line['right']):.0f}, {rewards}; letters: {letters}"
-        return line["right"], "right" if line["right"] else wrong, rewards
-    judged, verdict = line.get("judged"), "not judged"
-    if judged:
-        verdict = f"chain {judged['chain']:g}, answer {judged['answer']:g}"
-    verdict += f" ({line['why']})" if line.get("why") else ""
-    return bool(judged) and judged["average"] >= 3, verdict, rewards
-
-
-def _similarity(info):
-    """The cosines between the means of the spans, as a table; nothing for fewer than two spans."""
-    if len(info.get("similarity", [])) < 2:
-        return ""
-    filled = [str(i) for i, n in enumerate(info["spans"], 1) if n]
-    rows = []
-    for i, values in zip(filled, info["similarity"]):
-        rows.append([i, *(f"{v:.3f}" for v in values)])
-    title = '<p class="key">similarity of spans (cosine of their means)</p>'
-    return title + _table(["span", *filled], rows)
-
-
-def write_report(path, summary, lines, rows):
-    """summary.json's content, result lines, their rows -> report.html at `path`. Ours.
-
-    The lines with `imagined` are shown as samples.
-    """
-    by_id, css, samples = {row.id: row for row in rows}, [], []
-    for line in lines:
-        if "imagined" in line and line["id"] in by_id:
-            samples.append(_sample(len(samples), by_id[line["id"]], line, css))
-    head, table = score_rows(summary["scores"])
-    columns, beside = paper_rows(summary)
-    paper = (
-        f"<h2>Beside what the paper published (not run here)</h2>{_table(columns, beside)}"
-        f'<p class="key">{escape(used(summary))}</p>'
-        if beside
-        else ""
-    )
-    about = [(k, json.dumps(summary[k], ensure_ascii=False)) for k in summary if k != "scores"]
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width">'
-        f"<title>evaluation</title><style>{STYLE}{''.join(css)}</style>"
-        f"<h1>{escape(summary['benchmark'] or 'evaluation')}: {escape(summary['model'])}</h1>"
-        f"<p>{summary['found']} of {summary['total']} samples found, "
-        f"latents: {escape(summary['latents'])}</p>"
-        f"{_table(head, table)}"
-        f"<h2>Spans per answer</h2>{_chart(summary['scores'])}{paper}"
-        f'<details class="about"><summary>settings</summary>{_table(["", ""], about)}</details>'
-        f'<h2>{len(samples)} samples</h2><p class="key">'
-        f"Borders: blue = seen, green = what really follows, grey = other frames "
-        f"of the clip. Values: cosine.</p>{''.join(samples)}</html>"
-    )
-    with open(path + ".part", "w", encoding="utf-8") as f:
-        f.write(page)
-    os.replace(path + ".part", path)
 
 
 def draw_bars(results, names, groups, png):
@@ -499,14 +288,6 @@ def draw_curves(log, png, panels=(("ce",), ("latent",), ("grad_norm",))):
     fig.savefig(png, dpi=110)
 
 
-if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        raise SystemExit(
-            "usage: python -m common.report FOLDER [FOLDER ...]   (folders that evaluate.py wrote)"
-        )
-    print(compare(sys.argv[1:]))
-
-
 def tabulate_selection(rows, gains, fates):
     """How many candidates of curation had which fate -> {by: {key: Counter}}, by all, category,
     future frames and gain (Fig. 6).
@@ -566,3 +347,11 @@ def draw_selection(tables, fates, png):
     axes[2].legend(fontsize=7, frameon=False)
     fig.savefig(png, dpi=110)
     plt.close(fig)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        raise SystemExit(
+            "usage: python -m common.report FOLDER [FOLDER ...]   (folders that evaluate.py wrote)"
+        )
+    print(compare(sys.argv[1:]))

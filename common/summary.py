@@ -7,7 +7,8 @@ import os
 import numpy as np
 
 from common.benchmarks import PAPER
-from common.report import as_text, paper_rows, score_rows, used, write_report
+from common.page import write_report
+from common.report import as_text, paper_rows, score_rows, used
 from common.runs import commit, write_json
 
 

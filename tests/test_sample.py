@@ -1,10 +1,13 @@
 """One clip, one question, streamed: the text and the command line."""
 
+import shutil
+
 import pytest
 import torch
 from scripted import SPAN
 
 import sample
+from common.pictures import Painter
 from model import LATENT_END, LATENT_START
 from toy import tiny
 
@@ -41,7 +44,16 @@ def test_command_line(world, tmp_path, clip):
         sample.main(sample.Config(**{**shared, **asked, **more}), out.append)
         return "".join(out)
 
-    assert run().splitlines()[-1].startswith(("answer: ", "no answer: the response ended by "))
+    strip = tmp_path / "strip.png"
+    *_, answer, said = run(strip=str(strip)).splitlines()
+    assert answer.startswith(("answer: ", "no answer: the response ended by "))
+    assert "has no painter" in said and not strip.exists()
+
+    # with a painter beside the model, what was imagined is drawn
+    painted = shutil.copytree(world["model"], tmp_path / "painted")
+    Painter(96).save(str(painted))
+    assert str(strip) in run(strip=str(strip), model=str(painted)).splitlines()[-1]
+    assert strip.stat().st_size > 1000
     (tmp_path / "text.mp4").write_text("hello")
     (tmp_path / "empty.mp4").write_bytes(b"")
     for change, message in (

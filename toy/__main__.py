@@ -2,6 +2,7 @@
 
     python -m toy              # clips, pretraining, SFT, LA-DAPO, curation, evaluation, table
     python -m toy --fresh      # the same, from nothing
+    python -m toy --serial     # one stage after the other, all words on the screen
 
 The paddle box: a ball in a square box with four coloured walls. Where on a wall it hits, u in [0,
 1], sets the angle of its rebound from the normal: phi = bend * (2u - 1). The picture of a contact
@@ -17,218 +18,55 @@ of single frames stands in for Qwen3-VL's pretraining. A few clips have chains o
 which SFT learns from; all have answers, which RL learns from. Settings differ from the paper's
 where toy/tiny.py says so, and only there.
 
+Stages that need not wait for each other run side by side (toy/stages.py), each on one thread. Every
+stage keeps what it made on disk; at the end the same stages are gone through in their order, find
+all done, and give the table.
+
 The tables of docs/results.md, with more rows and seeds, come from toy/tables.py.
 
 Source: the world and the settings are ours; the four questions are FutureBench's.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import time
-from types import ModuleType
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
-import curate
-import evaluate
-import la_dapo
-import sft
-from common.formats import read_rows
 from common.report import draw_bars, draw_key_frames, draw_rl
-from common.runs import checkpoints, parse_config, write, write_json
-from toy.tiny import TINY, TINY_CURATION, TINY_EVAL, TINY_RL, make_model, make_tokenizer
-from toy.world import candidates, make_world, write_rows
+from common.runs import parse_config, write, write_json
+from toy.plan import CURATED, FREE, GROUPS, Config, trainings
+from toy.seed import run_seed
+from toy.stages import Stage, run_stages
+from toy.world import make_world
 
 
-@dataclasses.dataclass
-class Config:
-    out: str = "runs/toy"  # everything lands here
-    fresh: bool = False  # delete `out` first
-    clips: int = 3000  # training clips: their frames are captioned for the pretraining
-    # of these, clips that also have the four questions with their chains of future frames
-    annotated: int = 200
-    eval_clips: int = 1000  # held-out clips, four questions each
-    eval_seed: int = 4_000_000  # where held-out clips start; tuning used 1_000_000 and 2_000_000
-    bend: float = 1.05  # rebound angle at the end of a wall, radians; -1.3 is easier
-    pretrain_steps: int = 1500  # x 64 captions
-    sft_steps: int = 600  # x 64 rows
-    rl_steps: int = 80  # of LA-DAPO, on the answers of all training clips
-    curation: bool = True  # also choose rows of a mixed pool by visual gain, and train on them
-    workers: int = 0  # decoding processes; the clips fit in memory, so one pass and a cache do
+def stages_of(plan, config):
+    """The first seed's stages, in the order in which they should begin -> [Stage]."""
+    seconds = dict(base=150, text=60, latent=70)
+    stages, settings = [], dataclasses.asdict(config)
 
-
-FREE = ("fresh", "curation", "workers", "seeds", "rows")  # may change in a folder that is there
-GROUPS = ("1-hop", "2-hop", "3-hop", "interp")
-ABLATIONS = ("zero", "noise", "shuffled", "true")  # fed to the spans of latent SFT
-CURATED = {
-    "able": "before",
-    "selected": "SFT on the selected rows",
-    "random": "SFT on as many random rows",
-}
-
-
-class Training(NamedTuple):
-    """A training, which is a row of the table."""
-
-    title: str
-    script: ModuleType  # sft, la_dapo or a variant: its Config and its train
-    start: str  # the training whose model it starts from
-    data: str  # which rows of the world it learns from
-    settings: dict  # of the script's Config
-
-
-class Results(NamedTuple):
-    """What one seed gives. Scores are those of `evaluate.evaluate`: {group: {figure: value}}."""
-
-    scores: dict  # {training: scores}
-    ablations: dict  # {what the spans of latent SFT are fed: scores}
-    curation: dict  # {training: scores}
-    figures: dict  # of the curation: {name: value}
-
-
-def trainings(config):
-    """The demo's trainings in their order: {name: Training}."""
-    pretraining = dict(TINY, lr=1e-3, steps=config.pretrain_steps)
-    pretraining.update(freeze_vision=False, spans=False, latent_head="")
-    tuning = dict(TINY, steps=config.sft_steps)
-    rl = dict(TINY_RL, steps=config.rl_steps)
-    return {
-        "base": Training("base (captions only)", sft, "random", "captions", pretraining),
-        "text": Training("text-only SFT", sft, "base", "train", dict(tuning, spans=False)),
-        "latent": Training("latent SFT", sft, "base", "train", tuning),
-        "la-dapo": Training("RL: LA-DAPO (both)", la_dapo, "latent", "prompts", rl),
-    }
-
-
-# --------------------------------------------------------------------------------------- one seed
-
-
-def run_seed(seed, config, world, plan):
-    """All trainings of one seed, and their scores -> Results. plan: {name: Training}."""
-    home = os.path.join(config.out, f"seed_{seed}")
-    common = dict(seed=seed, workers=config.workers)
-    models = {"random": write_random_model(os.path.join(home, "random"), seed, world)}
-    scores, ablations, curation, figures = {}, {}, {}, {}
+    def add(name, after, time, method, *arguments):
+        call = "toy.seed", "run_stage", settings, method, *arguments
+        stages.append(Stage(name, tuple(after), time, call))
 
     for name, training in plan.items():
-        start, data = models[training.start], world[training.data]
-        settings = dict(training.settings, **common, model=start, data=data)
-        models[name] = train(training.script, os.path.join(home, name), **settings)
-        latents = "pause" if name == "pause" else "generated"
-        out = os.path.join(home, f"eval_{name}")
-        scores[name] = score(models[name], world["test"], out, config, latents)
-
-    # does the answer depend on what is imagined?
-    if "latent" in plan:
-        ablations["generated"] = scores["latent"]
-        for latents in ABLATIONS:
-            out = os.path.join(home, f"eval_latent_{latents}")
-            ablations[latents] = score(models["latent"], world["test"], out, config, latents)
+        after = [] if training.start == "random" else [training.start]
+        add(name, after, seconds.get(name, 200), "train", name)
+    add("painter", ["base"], 40, "paint")
     if config.curation:
-        curation, figures = run_curation(home, models["base"], common, config, world)
-    return Results(scores, ablations, curation, figures)
-
-
-def write_random_model(folder, seed, world):
-    """A tokenizer of the world's words and a random model, written once -> the folder."""
-    if os.path.exists(folder):
-        return folder
-    texts = ["system user assistant", TINY["system"]]
-    for path in (world["captions"], world["train"]):
-        with open(path) as f:
-            for record in map(json.loads, f):
-                turns = [turn["value"].replace("<image>", " ") for turn in record["conversations"]]
-                texts += [record["answer"], *turns]
-    tokenizer = make_tokenizer(texts)
-    make_model(tokenizer, seed).save_pretrained(folder + ".part")
-    tokenizer.save_pretrained(folder + ".part")
-    os.rename(folder + ".part", folder)
-    return folder
-
-
-def train(script, out, rows=None, **settings):
-    """A training in its folder, begun, continued or done before -> path of its last checkpoint."""
-    print(f"\n== training {out}")
-    return script.train(script.Config(**settings, out=out, resume=bool(checkpoints(out))), rows)
-
-
-def score(model, data, out, config, latents="generated"):
-    """An evaluation in its folder -> {group: scores}."""
-    print(f"\n== evaluating {out}")
-    settings = dict(TINY_EVAL, model=model, data=data, latents=latents, workers=config.workers)
-    return evaluate.evaluate(evaluate.Config(**settings, out=out))
-
-
-# --------------------------------------------------------------------------------------- curation
-
-
-def run_curation(home, base, common, config, world):
-    """Curation with one seed -> {training: scores}, {figure: value}. sec. 3.2; the pool is ours.
-
-    home: the seed's folder. base: the captions model. It first learns, on clips of its own, to
-    answer such questions with and without the later frames in sight. That stands in for Qwen3-VL,
-    which can read a frame it is given but hardly foresee it. The result is the model that is
-    probed, and that then learns from the chosen rows, or from as many random ones.
-    """
-    files = write_pool(config, world)
-    common = dict(TINY, **common)
-
-    # the model that is probed
-    able = []
-    for row in read_rows(files["able"]):
-        able += [curate.with_future(row), dataclasses.replace(row, response=[])]
-    steps = max(1, config.pretrain_steps // 15)
-    settings = dict(common, model=base, spans=False, lr=1e-3, steps=steps)
-    base = train(sft, os.path.join(home, "able"), able, **settings)
-
-    # the rows that are chosen, and as many random ones
-    pool = read_rows(files["pool"])
-    chosen = choose(base, files["pool"], len(pool) // 6, os.path.join(home, "curation"), common)
-    some = np.random.default_rng(common["seed"]).permutation(len(pool))[: len(chosen)]
-    sets = dict(selected=[row for row in pool if row.id in chosen], random=[pool[i] for i in some])
-
-    # what a model learns from either
-    scores = {"able": score(base, files["test"], os.path.join(home, "eval_able"), config)}
-    figures = {"rows in each set": len(chosen)}
-    settings = dict(common, model=base, steps=max(1, config.sft_steps // 3))
-    for name, rows in sets.items() if chosen else ():
-        figures[f"share of hops, {name}"] = np.mean([row.group in GROUPS for row in rows])
-        model = train(sft, os.path.join(home, name), rows, **settings)
-        scores[name] = score(model, files["test"], os.path.join(home, f"eval_{name}"), config)
-    return scores, figures
-
-
-def write_pool(config, world):
-    """The rows of the curation on disk -> {pool, able, test: jsonl file}.
-
-    Two thirds of the pool ask what can be seen, one third for the future. able: such rows on other
-    clips. test: the world's, without interp.
-    """
-    clips = dict(
-        pool=range(min(400, config.clips // 2)), able=range(config.clips // 2, config.clips)
-    )
-    folder = os.path.dirname(world["test"])
-    files = {name: os.path.join(folder, f"curation_{name}.jsonl") for name in (*clips, "test")}
-    for name, seeds in clips.items():
-        rows = []
-        for seed in seeds:
-            rows += candidates(seed, config.bend, f"clips/{seed}.mp4")
-        write_rows(files[name], rows)
-    with open(world["test"]) as f:
-        write_rows(files["test"], [row for row in map(json.loads, f) if row["group"] != "interp"])
-    return files
-
-
-def choose(model, data, k, out, common):
-    """Probe the pool and cut it to the k rows of highest gain -> their ids."""
-    settings = dict(TINY_CURATION, seed=common["seed"], workers=common["workers"])
-    config = curate.Config(**settings, model=model, data=data, out=out, k=k)
-    curate.probe(config)
-    return {record["id"] for record in curate.cut(config)}
+        add("curation", ["base"], 90, "curate")
+    for name in plan:
+        add(f"score-{name}", [name, "painter"], 15, "score", name)
+    if "latent" in plan:
+        add("ablations", ["score-latent"], 40, "ablate")
+        last = "la-dapo" if "la-dapo" in plan else "latent"
+        add("pictures", [f"score-{last}"], 15, "draw", last)
+    return stages
 
 
 # ----------------------------------------------------------------------------------------- tables
@@ -253,7 +91,7 @@ def markdown(results, titles, groups=GROUPS):
 
 def tabulate(results, titles, config):
     """[Results a seed] -> all tables as text."""
-    scores, ablations, curation, figures = zip(*results)
+    scores, ablations, curation, figures, errors = zip(*results)
     text = f"Accuracy on {config.eval_clips} held-out clips a group, {len(results)} seed(s)\n\n"
     text += markdown(scores, titles)
     if ablations[0]:
@@ -261,6 +99,10 @@ def tabulate(results, titles, config):
     if curation[0]:
         text += "\n\nCuration: a pool of which a third asks for the future\n\n"
         text += markdown(curation, CURATED, GROUPS[:3]) + "\n"
+    if errors[0]:
+        text += "\n\nPictures of what is imagined: squared error, 1 = the mean picture always\n"
+    for name in errors[0]:
+        text += f"\n- {name}: {spread([line[name] for line in errors])}"
     for name in figures[0]:
         text += f"\n- {name}: {spread([line[name] for line in figures])}"
     return text
@@ -271,9 +113,9 @@ def write_tables(results, plan, config):
     titles = {name: training.title for name, training in plan.items()}
     text = tabulate(results, titles, config)
     write(os.path.join(config.out, "table.md"), text + "\n")
-    scores, ablations, curation, figures = zip(*results)
+    scores, ablations, curation, figures, errors = zip(*results)
     content = dict(settings=dataclasses.asdict(config), results=scores, ablations=ablations)
-    content.update(curation=curation, figures=figures)
+    content.update(curation=curation, figures=figures, errors=errors)
     write_json(os.path.join(config.out, "table.json"), content)
 
     draw_bars(scores, titles, GROUPS, os.path.join(config.out, "accuracy.png"))
@@ -327,17 +169,28 @@ def prepare(config):
 def finish(results, plan, config, began):
     """[Results a seed] -> the tables and pictures, in config.out and on the screen."""
     text = write_tables(results, plan, config)
+    seconds = time.time() - began
+    print(f"\n{text}\n\n{seconds:.0f} s; in {config.out}:")
     print(
-        f"\n{text}\n\n{time.time() - began:.0f} s; in {config.out}: table.md, accuracy.png, "
-        "rl.png, clip.png, and each training's loss.png or rewards.png"
+        "  seed_0/pictures/imagined.png     what is imagined, right and wrong; imagine.gif: moving"
     )
+    print("  seed_0/eval_la-dapo/report.html  answers to look through")
+    print("  table.md accuracy.png rl.png clip.png, and each training's loss.png or rewards.png")
 
 
 def main(config):
     """The demo: one seed."""
     began = time.time()
     world, plan = prepare(config), trainings(config)
-    finish([run_seed(0, config, world, plan)], plan, config, began)
+    if config.serial or os.path.exists(os.path.join(config.out, "table.json")):
+        results = run_seed(0, config, world, plan)
+    else:
+        logs = os.path.join(config.out, "logs")
+        run_stages(stages_of(plan, config), logs, os.cpu_count() or 1)
+        with open(os.path.join(logs, "table.txt"), "w") as log:
+            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                results = run_seed(0, config, world, plan)
+    finish([results], plan, config, began)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m toy.tables --seeds 3
     python -m toy.tables --seeds 3 --rows text,pause,latent --annotated 500 --no-curation
 
-Everything is the demo's (toy/__main__.py), its folder too: what the demo has trained is not trained
+Everything is the demo's (toy/plan.py), its folder too: what the demo has trained is not trained
 again. Only the rows are more: controls, ablations, and the variants of variants/. A row that others
 start from is trained even if it is not asked for. Source: ours.
 """
@@ -20,7 +20,8 @@ from common.runs import parse_config
 from common.walk import read_book
 from curate import visual_gain
 from toy import __main__ as demo
-from toy.__main__ import GROUPS, Training
+from toy.plan import GROUPS, Training
+from toy.seed import run_seed
 from toy.tiny import TINY_CURATION
 from variants import logprob_gain, noisy_latents, own_path, pause_tokens, self_forcing
 
@@ -127,7 +128,7 @@ def main(config):
     began, plan, results = time.time(), pick_rows(config), []
     world = demo.prepare(config)
     for seed in range(config.seeds):
-        results.append(demo.run_seed(seed, config, world, plan))
+        results.append(run_seed(seed, config, world, plan))
         if config.curation:
             results[-1].figures.update(compare_scores(seed, config))
     demo.finish(results, plan, config, began)

@@ -54,6 +54,8 @@ TINY_EVAL = dict(TINY_DATA, batch=250, max_new_tokens=48, max_latents=2)
 
 TINY_CURATION = dict(TINY_DATA, batch=50, max_new_tokens=12, max_latents=2)
 
+TINY_PICTURES = dict(TINY_DATA, max_new_tokens=48, max_latents=2)
+
 MARKUP = ("<reason>", "</reason>", "<answer>", "</answer>")
 CONTROL = ("im_start", "vision_start", "vision_end", "image_pad", "video_pad")
 

@@ -253,11 +253,16 @@ def make_world(config):
         prompts=(prompts, training),
         test=(questions, test),
     )
-    paths = {}
+    paths = paths_of(config)
     for name, (make, seeds) in plan.items():
         rows = []
         for seed in seeds:
             rows += make(seed, config.bend, f"clips/{seed}.mp4")
-        paths[name] = os.path.join(folder, f"{name}.jsonl")
         write_rows(paths[name], rows)
     return paths
+
+
+def paths_of(config):
+    """Where the rows of a world are: {name: jsonl file}."""
+    names = "captions", "train", "all", "prompts", "test"
+    return {name: os.path.join(config.out, "data", f"{name}.jsonl") for name in names}

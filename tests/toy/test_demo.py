@@ -99,7 +99,9 @@ def test_the_whole_demo_in_small_twice(tmp_path):
     settings are mixed in.
     """
     out = tmp_path / "a toy with a space"
-    sizes = "--clips 12 --eval_clips 3 --pretrain_steps 2 --sft_steps 2 --rl_steps 2".split()
+    sizes = ["--clips", "12", "--eval_clips", "3"]
+    for steps in ("pretrain", "sft", "rl", "painter"):
+        sizes += [f"--{steps}_steps", "2"]
 
     def run(module, *flags, timeout=280):
         command = [sys.executable, "-m", module, "--out", str(out), *sizes, *flags]
@@ -112,10 +114,13 @@ def test_the_whole_demo_in_small_twice(tmp_path):
     assert set(table["ablations"][0]) == {"generated", "zero", "noise", "shuffled", "true"}
     assert all(r[g]["n"] == 3 for r in table["results"][0].values() for g in demo.GROUPS)
     assert "able" in table["curation"][0] and "rows in each set" in table["figures"][0]
+    assert {"imagined 1", "true frames, held out"} >= set(table["errors"][0])
     assert "| text-only SFT |" in first.stdout
+    assert "12 of 12 stages done" in first.stderr and "it/s" not in first.stdout
     assert (out / "table.md").read_text() in first.stdout + "\n"
     trained = ("seed_0/latent/loss.png", "seed_0/la-dapo/rewards.png")
-    for picture in ("accuracy.png", "clip.png", "rl.png", *trained):
+    drawn = ("seed_0/pictures/imagined.png", "seed_0/pictures/imagine.gif")
+    for picture in ("accuracy.png", "clip.png", "rl.png", *trained, *drawn):
         assert (out / picture).stat().st_size > 5000
     model = out / "seed_0" / "latent" / "step_000002" / "model.safetensors"
     stamp = model.stat().st_mtime_ns
@@ -124,6 +129,17 @@ def test_the_whole_demo_in_small_twice(tmp_path):
     assert second.returncode == 0, second.stderr[-3000:]
     assert model.stat().st_mtime_ns == stamp
     assert json.loads((out / "table.json").read_text()) == table
+
+    # one stage after the other: the same weights, the same numbers
+    serial = run("toy", "--serial", "--out", str(tmp_path / "serial"))
+    assert serial.returncode == 0, serial.stderr[-3000:]
+    again = json.loads((tmp_path / "serial" / "table.json").read_text())
+    assert {k: v for k, v in again.items() if k != "settings"} == {
+        k: v for k, v in table.items() if k != "settings"
+    }
+    for name in ("base", "text", "latent", "la-dapo"):
+        weights = f"seed_0/{name}/step_000002/model.safetensors"
+        assert (tmp_path / "serial" / weights).read_bytes() == (out / weights).read_bytes()
 
     other = run("toy", "--bend", "0.5", timeout=100)
     assert other.returncode != 0 and "--fresh" in other.stderr

@@ -1,0 +1,99 @@
+"""What comes with the repository: the tiny trained model answers, imagines and is small; the
+walk-through runs.
+"""
+
+import os
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+from common import taste
+from common.clips import load_frames
+from common.formats import Frame
+from common.pictures import Painter, painting_error
+from common.runs import Machine
+from data import DataConfig
+from tools import pictures
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """The shipped model's answers to the shipped questions -> painter, answers, budget."""
+    _, config = taste.shipped(pictures.Config(), 1)
+    model, tokenizer = Machine().load(config.model)
+    answers = pictures.answer(model, tokenizer, taste.questions(), config)
+    return Painter.beside(config.model), answers, config.budgets[1], model
+
+
+def test_sample_without_arguments(tmp_path):
+    """Breaks if the first command a stranger types does not answer, or draws nothing."""
+    out, strip = [], str(tmp_path / "imagined.png")
+    row, _ = taste.shipped(DataConfig(), sample.Config().ask)
+    answer = sample.main(sample.Config(strip=strip), out.append)
+    text = "".join(out)
+    assert answer.strip() in row.options and text.startswith(row.question)
+    assert "[span 1: 1 latent]" in text and f"what came: {row.answer}" in text
+    assert os.path.getsize(strip) > 2000
+    listed = []
+    sample.main(sample.Config(list=True), listed.append)
+    lines = "".join(listed).splitlines()
+    assert len(lines) == 8 and lines[0] == (
+        "1  taste/clips/4000000.mp4, key frames 3,4: which wall does the ball hit next ?"
+    )
+    with pytest.raises(SystemExit, match="--ask takes 1 to 8, found 9"):
+        sample.main(sample.Config(ask=9), out.append)
+
+
+def test_what_is_shipped_is_small_and_whole():
+    """Breaks if a training's state is shipped, or the card does not say how it was made."""
+    sizes = {p.relative_to(ROOT): p.stat().st_size for p in ROOT.glob("taste/**/*") if p.is_file()}
+    assert sum(sizes.values()) < 3_200_000
+    assert not [path for path in sizes if path.suffix == ".pt"]
+    card = (ROOT / "taste" / "README.md").read_text()
+    assert "commit ?" not in card and "python -m toy.taste" in card
+
+
+def test_it_answers_and_imagines(shipped):
+    """Breaks if what is shipped is not the trained model, or a picture shows more than its latent:
+    the same painter, given another clip's latents, does not paint this clip's future.
+    """
+    painter, answers, budget, _ = shipped
+    assert sum(a.right for a in answers) >= 6
+    assert all(len(a.lengths) >= 1 for a in answers)
+    first = torch.stack([a.latents[0] for a in answers])  # (8, D) four of each clip
+    futures = [[part for part in a.row.response if isinstance(part, Frame)] for a in answers]
+    cells = torch.cat([pictures.cells_of(frames[0], budget) for frames in futures])
+    own = painting_error(painter, first, cells)
+    assert own < 0.4 and painting_error(painter, first.roll(4, 0), cells) > 2 * own
+    assert pictures.errors_of(painter, answers, budget)["imagined 1"] == pytest.approx(
+        own, rel=1e-3
+    )
+
+
+def test_a_true_token_is_painted_as_what_it_shows(shipped):
+    """Breaks if the painter is another tower's: true frames come out wrong."""
+    painter, answers, budget, model = shipped
+    frames = [part for part in answers[2].row.response if isinstance(part, Frame)]
+    pairs = pictures.look(model, frames, budget)
+    assert len(load_frames(frames, budget)) == len(pairs.e) == 3
+    errors = torch.stack([(painter(pairs.e) - pairs.cells).square().mean()])
+    assert errors.item() < 0.003
+
+
+def test_the_walk_through(tmp_path, monkeypatch, capsys):
+    """Breaks if a cell fails, prints nothing, is long, or the step does not do what it says."""
+    path = ROOT / "docs" / "walkthrough.py"
+    cells = path.read_text().split("\n# %%")[1:]
+    assert len(cells) >= 12 and all(len(cell.strip().splitlines()) <= 18 for cell in cells)
+    assert all("print(" in cell for cell in cells[1:])
+    monkeypatch.chdir(tmp_path)
+    names = runpy.run_path(str(path))
+    assert (tmp_path / "imagined.png").stat().st_size > 2000
+    assert "as decoded, within" in capsys.readouterr().out
+    A, change = names["A"], names["change"]
+    assert A.abs().max() > 0 and (A * change).sum() > 0
