@@ -58,7 +58,7 @@ from common.judge import Judge
 from common.report import draw_selection, selection_text, tabulate_selection
 from common.runs import Machine, leave, parse_config, write, write_json
 from common.walk import Book, check_rows, read_book, settings_of, walk
-from data import DataConfig, model_inputs, to_device
+from data import DataConfig, at_least, model_inputs, to_device
 from latent_decode import generate
 from model import LATENT
 from rewards import accuracy_reward, needs_judge, pick
@@ -99,10 +99,8 @@ class Config(DataConfig):
         super().__post_init__()
         if self.step not in ("probe", "select", "both"):
             raise ValueError(f"step is {self.step!r}, expected probe, select or both")
-        if self.rollouts < 1 or self.k < 0:
-            raise ValueError(
-                f"rollouts is {self.rollouts}, expected at least 1; k {self.k}, at least 0"
-            )
+        at_least(self, 1, "rollouts", "batch", "max_new_tokens")
+        at_least(self, 0, "k")
 
 
 # may differ between two runs on one probe file

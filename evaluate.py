@@ -54,7 +54,7 @@ from common.pictures import imagined
 from common.runs import Machine, leave, parse_config, write_json
 from common.summary import about, show
 from common.walk import Book, settings_of, walk
-from data import DataConfig, model_inputs, to_device
+from data import DataConfig, at_least, model_inputs, to_device
 from latent_decode import generate, own_latent
 from model import LATENT
 from rewards import diversity_reward, format_reward, pick, repetition_score, span_lengths
@@ -88,6 +88,7 @@ class Config(DataConfig):
         longest = 4096 if self.benchmark == "twiffbench" else 2048
         self.max_new_tokens = self.max_new_tokens or longest
         super().__post_init__()
+        at_least(self, 1, "batch", "max_new_tokens")
         if self.latents not in LATENTS:
             raise ValueError(f"latents is {self.latents!r}, expected one of {', '.join(LATENTS)}")
 

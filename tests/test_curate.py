@@ -343,7 +343,7 @@ def test_settings_and_pools_do_not_mix(world, probed, tmp_path):
     with pytest.raises(SystemExit, match="--step probe first"):
         curate.cut(config(world, tmp_path / "nothing"))
     for bad in (dict(step="prob"), dict(k=-1), dict(rollouts=0)):
-        with pytest.raises(ValueError, match="expected at least 1|expected probe"):
+        with pytest.raises(ValueError, match="expected at least|expected probe"):
             config(world, tmp_path, **bad)
 
 

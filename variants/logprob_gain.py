@@ -48,7 +48,7 @@ def mean_logprob(model, batch, empty):
         head = min(len(os.path.commonprefix([ids, empty])), len(ids) - 1)
         tail = min(len(os.path.commonprefix([ids[::-1], empty[::-1]])), len(ids) - 1 - head)
         at = at[head : len(at) - tail]
-        logp = model.lm_head(h[b, at - 1]).float().log_softmax(-1)  # (answer tokens, V)
+        logp = model.logits(h[b, at - 1]).log_softmax(-1)  # (answer tokens, V)
         means.append(logp.gather(1, labels[at, None]).mean().item())
     return means
 
