@@ -68,21 +68,14 @@ from typing import NamedTuple
 
 import torch
 
+from common.flags import run_script
+from common.folder import model_fingerprint, newest
 from common.formats import Skipped, report_bad
 from common.groups import CURVES, Group, Harvest, RolloutLog, load_prompts, log_line, prepare
 from common.judge import judge_of, read_args
 from common.report import draw_curves
 from common.rollouts import take
-from common.runs import (
-    Machine,
-    Run,
-    leave,
-    make_optimizer,
-    model_fingerprint,
-    newest,
-    parse_config,
-    rows_of,
-)
+from common.runs import Machine, Run, make_optimizer, rows_of
 from data import DataConfig, at_least, model_inputs, to_device
 from latent_decode import generate, own_latent, replay
 from rewards import Weights, ask_judge, pick, score_group, span_lengths
@@ -123,9 +116,8 @@ class Config(DataConfig):
     eps_high: float = 0.28  # paper Table 9
     dual_clip: float = 3.0  # c, bounds the loss where A < 0  # official
     kl: float = 0.01  # beta, weight of the KL to the starting model  # paper Table 9
-    adjoint_terms: int = (
-        0  # gradient through the latents: 0 none (paper), k terms, -1 exact  # ours
-    )
+    # gradient through the latents: 0 none (paper), k terms, -1 exact  # ours
+    adjoint_terms: int = 0
     # optimisation
     steps: int = 0  # 0 = from epochs  # ours
     epochs: float = 1.0  # passes over the prompts  # paper Table 9
@@ -145,7 +137,7 @@ class Config(DataConfig):
     zero: bool = False  # optimizer state spread over the ranks  # ours
     save_every: int = 10  # steps between checkpoints; the last two are kept  # ours
     sample_every: int = 10  # steps between whole rollouts written to rollouts_*.jsonl  # ours
-    wandb: bool = False  # also log to Weights & Biases  # ours
+    track: str = ""  # also log to wandb | trackio, a package that is installed  # ours
 
     def __post_init__(self):
         super().__post_init__()
@@ -575,5 +567,4 @@ def describe(config, rows, model, steps, machine):
 
 
 if __name__ == "__main__":
-    print("last checkpoint:", train(parse_config(Config)))
-    leave()
+    run_script(lambda config: print("last checkpoint:", train(config)), Config)

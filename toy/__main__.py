@@ -37,9 +37,10 @@ import curate
 import evaluate
 import la_dapo
 import sft
+from common.flags import run_script
 from common.formats import read_rows
 from common.report import draw_bars, draw_key_frames, draw_rl
-from common.runs import checkpoints, parse_config, write, write_json
+from common.runs import checkpoints, write, write_json
 from toy.tiny import TINY, TINY_CURATION, TINY_EVAL, TINY_RL, make_model, make_tokenizer
 from toy.world import candidates, make_world, write_rows
 
@@ -341,4 +342,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    main(parse_config(Config))
+    run_script(main, Config)
