@@ -48,6 +48,7 @@ import torch
 from common.benchmarks import read_benchmark
 from common.clips import ClipError, load_frames, normalise
 from common.flags import run_script
+from common.folder import add_scores
 from common.formats import Skipped, answer_of, report_bad
 from common.intervals import bootstrap, wilson
 from common.judge import add_verdicts
@@ -383,6 +384,9 @@ def evaluate(config, rows=None):
         summary.update(average=average, scores=table)
         summary["unusable"] = [s._asdict() for s in bad]
         show(config.out, summary, lines, rows)
+        if config.latents == "generated" and not config.limit:
+            name = config.benchmark or os.path.basename(config.data)
+            add_scores(settings["model"], name, table["all"])
     return table
 
 

@@ -144,6 +144,24 @@ def describe_training(config, start, resumed, **facts):
     return dict(settings, base=base, trainings=trainings, scores={})
 
 
+def add_scores(model, name, scores):
+    """Note in a model's folder what it scored on `name`, if it is ours and can be written."""
+    path = os.path.join(model, SETTINGS)
+    if not os.access(path, os.W_OK):
+        return
+    about = trained_with(model)
+    figures = ("n", "accuracy", "strict", "official", "chain", "answer", "average")
+    about.setdefault("scores", {})[name] = {k: scores[k] for k in figures if k in scores}
+    write_settings(path, about)
+
+
+def write_settings(path, about):
+    """Write a future_l1.json as a whole or not at all."""
+    with open(path + ".part", "w", encoding="utf-8") as f:
+        json.dump(about, f, indent=1, ensure_ascii=False)
+    os.replace(path + ".part", path)
+
+
 def plain_name(model):
     """A hub id as it is, of a folder its name: what others may read."""
     return os.path.basename(os.path.normpath(model)) if os.path.isdir(model) else model
@@ -159,5 +177,4 @@ def complete(folder, start, settings):
         source = file_of(start, name)
         if source and not os.path.exists(os.path.join(folder, name)):
             shutil.copyfile(source, os.path.join(folder, name))
-    with open(os.path.join(folder, SETTINGS), "w", encoding="utf-8") as f:
-        json.dump(settings, f, indent=1, ensure_ascii=False)
+    write_settings(os.path.join(folder, SETTINGS), settings)

@@ -47,7 +47,7 @@ def test_help_shows_the_comments(capsys):
 
 SCRIPTS = ["sft", "la_dapo", "curate", "evaluate", "sample", "toy", "toy.tables", "tools.bench"]
 SCRIPTS += ["common.judge", "common.report", "variants.logprob_gain", "variants.noisy_latents"]
-SCRIPTS += ["variants.own_path", "variants.pause_tokens", "variants.self_forcing"]
+SCRIPTS += ["tools.export", "variants.own_path", "variants.pause_tokens", "variants.self_forcing"]
 
 
 def run(script, monkeypatch, capsys, *argv):
@@ -82,13 +82,14 @@ def test_an_error_is_one_line_and_code_2(script, world, tmp_path, monkeypatch, c
         "toy.tables": (["--config", nowhere], f"{nowhere}: No such file"),
         "tools.bench": (["--layers", "x"], "argument --layers: invalid int value: 'x'"),
         "sample": (["--model", "m", "--question", "q", "--video", nowhere], f"{nowhere}: no such"),
+        "tools.export": ([nowhere, "--out", "x"], f"{nowhere}: no such folder"),
         "common.judge": ([nowhere, "--model", "m"], f"{nowhere}/settings.json: no such file"),
         "common.report": ([nowhere], f"{nowhere}"),
     }
     argv, message = wrong.get(script, (["--data", nowhere], f"{nowhere}: No such file"))
     faults = [(argv, message)]
     if script != "common.report":
-        argv = [nowhere] if script == "common.judge" else []
+        argv = [nowhere] if script in ("common.judge", "tools.export") else []
         faults.append(([*argv, "--debut"], "arguments: --debut: is --debug meant?"))
     if script not in wrong:
         faults.append((["--data", damaged(world, tmp_path)], "3 of 8 records"))
