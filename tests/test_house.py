@@ -8,6 +8,7 @@ import os
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GROUND = {"model", "data"}
+FILES = {"common.clips", "common.formats", "common.reader"}  # which these two may use
 SCRIPTS = {"latent_decode", "rewards", "sft", "la_dapo", "curate", "evaluate", "sample"}
 LOOPS = {"sft", "la_dapo", "curate", "evaluate", "sample"}  # no script imports one of these
 PARTS = ("*.py", "common/*.py", "toy/*.py", "tools/*.py", "variants/*.py")
@@ -31,19 +32,19 @@ def modules():
 
 
 def floor(name):
-    """0 model and data (with the two files they may use), 1 common, 2 scripts, 3 variants and
+    """0 model and data (with the three files they may use), 1 common, 2 scripts, 3 variants and
     tools, 4 toy.
     """
     folder = name.split(".")[0] if "." in name or name in ("common", "toy", "tools") else ""
-    if name in GROUND or name in ("common.clips", "common.formats"):
+    if name in GROUND or name in FILES:
         return 0
     return {"common": 1, "": 2, "variants": 3, "tools": 3, "toy": 4}[folder]
 
 
 def allowed(name, target):
     """Whether the rule "arrows run down" lets `name` import `target`."""
-    if name in ("common.clips", "common.formats"):
-        return target in ("common.clips", "common.formats")
+    if name in FILES:
+        return target in FILES
     if name == "latent_decode":
         return target == "model" or target.startswith("common.")
     if name in SCRIPTS and target in LOOPS:
