@@ -1,5 +1,7 @@
 # make demo: the whole pipeline on the embedded world. make test: the tests. Both set up .venv first.
+# TORCH_INDEX: a package index to take torch from, such as PyTorch's own of CPU builds (README).
 PYTHON ?= python3
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 .PHONY: demo test test-slow lint
 
 demo: .venv/ready
@@ -17,5 +19,8 @@ lint: .venv/ready
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+ifdef TORCH_INDEX
+	$(PIP) --no-deps --index-url $(TORCH_INDEX) $(shell grep ^torch== requirements.txt)
+endif
+	$(PIP) -r requirements.txt
 	touch .venv/ready
