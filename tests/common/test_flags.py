@@ -47,7 +47,13 @@ def test_help_shows_the_comments(capsys):
 
 SCRIPTS = ["sft", "la_dapo", "curate", "evaluate", "sample", "toy", "toy.tables", "tools.bench"]
 SCRIPTS += ["common.judge", "common.report", "variants.logprob_gain", "variants.noisy_latents"]
-SCRIPTS += ["tools.export", "variants.own_path", "variants.pause_tokens", "variants.self_forcing"]
+SCRIPTS += [
+    "tools.export",
+    "tools.clips",
+    "variants.own_path",
+    "variants.pause_tokens",
+    "variants.self_forcing",
+]
 
 
 def run(script, monkeypatch, capsys, *argv):
@@ -82,6 +88,7 @@ def test_an_error_is_one_line_and_code_2(script, world, tmp_path, monkeypatch, c
         "toy.tables": (["--config", nowhere], f"{nowhere}: No such file"),
         "tools.bench": (["--layers", "x"], "argument --layers: invalid int value: 'x'"),
         "sample": (["--model", "m", "--question", "q", "--video", nowhere], f"{nowhere}: no such"),
+        "tools.clips": (["--data", nowhere + ".json"], f"{nowhere}.json: No such file"),
         "tools.export": ([nowhere, "--out", "x"], f"{nowhere}: no such folder"),
         "common.judge": ([nowhere, "--model", "m"], f"{nowhere}/settings.json: no such file"),
         "common.report": ([nowhere], f"{nowhere}"),
