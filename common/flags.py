@@ -44,7 +44,7 @@ def errors_in_one_line(debug=False):
         text = user_message(e)
         if text is None or debug:
             raise
-        print(text, file=sys.stderr)
+        sys.stderr.write(f"{text}\n")  # in one piece: several ranks may say it
         leave(2)
 
 

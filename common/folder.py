@@ -26,6 +26,16 @@ PROCESSORS = (
     "chat_template.json",
     "chat_template.jinja",
 )
+PROCESSOR, VIDEO_PROCESSOR = "Qwen3VLProcessor", "Qwen3VLVideoProcessor"
+CELL_PIXELS = 32 * 32  # of a token
+# the layout of data.py, as a template for others
+CHAT = """{% for message in messages %}<|im_start|>{{ message.role }}
+{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}\
+{% if 'image' in part or part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>\
+{% elif 'video' in part or part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>\
+{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 MB = 2**20
 
 
@@ -167,14 +177,37 @@ def plain_name(model):
     return os.path.basename(os.path.normpath(model)) if os.path.isdir(model) else model
 
 
+def own_processors(settings):
+    """{file: text}: Qwen3-VL's processors, with the pixel budgets of `settings`; the template."""
+    shared = dict(patch_size=16, temporal_patch_size=2, merge_size=2, processor_class=PROCESSOR)
+    shared.update(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    image_cells = settings.get("image_max_tokens", 256)
+    video_cells = 2 * settings.get("video_max_tokens", 4096)  # a token covers two frames
+    texts = {"chat_template.jinja": CHAT}
+    for file, kind, name, cells in (
+        ("preprocessor_config.json", "image_processor_type", "Qwen2VLImageProcessor", image_cells),
+        ("video_preprocessor_config.json", "video_processor_type", VIDEO_PROCESSOR, video_cells),
+    ):
+        size = dict(shortest_edge=CELL_PIXELS, longest_edge=cells * CELL_PIXELS)
+        texts[file] = json.dumps({kind: name, "size": size, **shared}, indent=1)
+    return texts
+
+
 def complete(folder, start, settings):
     """Put into a saved model's folder what others need: `settings`, and the processors of `start`.
 
-    start: the folder or hub id that the model was made from. A file that the tokenizer has written
-    itself is left.
+    start: the folder or hub id that the model was made from; what it lacks is written as this
+    project reads pictures and lays out a chat. A file that the tokenizer has written is left.
     """
     for name in PROCESSORS:
         source = file_of(start, name)
         if source and not os.path.exists(os.path.join(folder, name)):
             shutil.copyfile(source, os.path.join(folder, name))
+    own = own_processors(settings)
+    if {"chat_template.json", "chat_template.jinja"} & set(os.listdir(folder)):
+        del own["chat_template.jinja"]
+    for name, text in own.items():
+        if not os.path.exists(os.path.join(folder, name)):
+            with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
+                f.write(text)
     write_settings(os.path.join(folder, SETTINGS), settings)

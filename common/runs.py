@@ -49,6 +49,7 @@ HARMLESS |= {"sample_every", "judge_url"}
 
 
 TRACKERS = ("wandb", "trackio")  # packages of the same three functions: init, log, finish
+_started = []  # those that this process logs to
 
 
 def set_up_ranks():
@@ -75,15 +76,14 @@ def leave(code=0):
     often abort it (SIGABRT: on a busy CPU in 31 of 40 bare two-rank launches, in none of 40 that
     end this way), and torchrun then calls a run that was done failed.
     """
+    while _started:
+        _started.pop().finish()
     if not dist.is_initialized():
         return sys.exit(code) if code else None
     if not code:
         dist.barrier()
         if dist.get_backend() != "gloo":
             return dist.destroy_process_group()
-    for name in TRACKERS:
-        if name in sys.modules:
-            sys.modules[name].finish()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -200,6 +200,8 @@ def resume_point(config, rows, world):
             "continue it, or another --out"
         )
     path = os.path.join(checkpoint, "trainer", "trainer.pt")
+    if not os.path.exists(path):
+        raise SystemExit(f"{checkpoint} cannot be continued: it has no trainer/trainer.pt")
     trainer = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     if trainer["rows"] != trained_on:
         raise SystemExit(f"{checkpoint} was trained on other rows than those of {config.data}")
@@ -422,6 +424,7 @@ class Log:
             if config.track:
                 self.tracker = tracker(config.track)
                 self.tracker.init(project="future-l1", config=dataclasses.asdict(config))
+                _started.append(self.tracker)
 
     def say(self, text):
         if self.machine.master:

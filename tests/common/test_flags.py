@@ -1,6 +1,7 @@
 """Flags: what they give, where values come from, and how errors are said."""
 
 import dataclasses
+import glob
 import json
 import os
 import runpy
@@ -110,6 +111,21 @@ def test_an_error_is_one_line_and_code_2(script, world, tmp_path, monkeypatch, c
         if script == "variants.logprob_gain" and "3 of 8" in message:
             continue  # it names what it cannot use, but has no share of them at which it ends
         assert code == 2 and message in text and len(lines) == 1, (argv, err)
+
+
+def test_every_script_is_among_them():
+    """Breaks if a new script is not checked above, or ends without run_script."""
+    found = {}
+    for part in ("*.py", "common/*.py", "toy/*.py", "tools/*.py", "variants/*.py"):
+        for path in glob.glob(os.path.join(ROOT, part)):
+            with open(path, encoding="utf-8") as f:
+                _, main, end = f.read().partition('\nif __name__ == "__main__":')
+            if main:
+                name = os.path.relpath(path, ROOT)[:-3].replace(os.sep, ".")
+                found[name.removesuffix(".__main__")] = end
+    del found["common.reader"]  # a process that scripts talk to
+    assert set(SCRIPTS) == set(found)
+    assert all("run_script(" in end or "errors_in_one_line(" in end for end in found.values())
 
 
 def test_debug_shows_where(tmp_path, monkeypatch):

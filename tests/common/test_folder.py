@@ -4,18 +4,23 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 
 import pytest
 import torch
 import transformers
+from PIL import Image
 from test_sft import settings
 
 import evaluate
 import la_dapo
 import sft
+from common.clips import pixels_of, resize_and_patchify
 from common.flags import parse_config
 from common.folder import PROCESSORS, SETTINGS, is_hub_id, newest, trained_with
-from common.runs import read_log
+from common.formats import read_rows
+from common.runs import leave, read_log
+from data import encode
 from model import load
 from toy.tiny import TINY_DATA
 
@@ -86,6 +91,41 @@ def test_stock_classes_open_a_saved_folder(world, trained):
         assert type(processor).__name__ == "Qwen3VLProcessor"
 
 
+def test_a_base_without_processors_gets_them(world, tmp_path):
+    """Breaks if a model that begins here, such as the toy's, cannot be opened by others, or is
+    asked otherwise there than here.
+    """
+    sft.train(settings(world, tmp_path, steps=1))
+    folder = newest(str(tmp_path))
+    names = {"preprocessor_config.json", "video_preprocessor_config.json", "chat_template.jinja"}
+    assert names <= set(os.listdir(folder))
+    row, config = read_rows(world["test"])[0], settings(world, tmp_path, image_max_tokens=1)
+    _, tokenizer = load(folder)
+    ours = encode(row, tokenizer, config, train=False)
+    content = []
+    for part in row.prompt:
+        text = dict(type="text", text=part)
+        content.append(text if isinstance(part, str) else dict(type="image"))
+    messages = [dict(role="system", content=config.system), dict(role="user", content=content)]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=True
+    )
+    assert theirs["input_ids"] == ours["ids"]  # a picture is one token here
+
+    picture = load_pixels(row)
+    images = transformers.AutoImageProcessor.from_pretrained(folder)
+    pixels = images(images=Image.fromarray(picture), return_tensors="pt")
+    patches, grid = resize_and_patchify(picture[None], *config.budgets[0])
+    assert pixels["image_grid_thw"].tolist() == [grid.tolist()]
+    torch.testing.assert_close(pixels["pixel_values"], patches, atol=0.02, rtol=0)
+
+
+def load_pixels(row):
+    """The first picture of a row: uint8 (H, W, 3)."""
+    frame = next(part for part in row.prompt if not isinstance(part, str))
+    return pixels_of([frame])[frame]
+
+
 def test_what_it_was_trained_with(world, trained):
     """Breaks if a later user cannot know how the model has to be asked, or what it learnt from."""
     about = trained_with(trained)
@@ -110,6 +150,9 @@ def test_each_training_is_remembered_once(world, trained, tmp_path):
     torch.save(kept, state)
     sft.train(dataclasses.replace(config, resume=True, steps=2))
     about = trained_with(str(tmp_path))
+    shutil.rmtree(tmp_path / "step_000002" / "trainer")
+    with pytest.raises(SystemExit, match="cannot be continued: it has no trainer/trainer.pt"):
+        sft.train(dataclasses.replace(config, resume=True, steps=2))
     assert [t["name"] for t in about["trainings"]] == ["latent", "text"]
     assert [t["step"] for t in about["trainings"]] == [2, 2] and about["base"] == "model"
     assert "preprocessor_config.json" in os.listdir(newest(str(tmp_path)))
@@ -223,14 +266,17 @@ def test_trackers(world, tmp_path, monkeypatch):
         "lines = []\n"
         "def init(project, config): lines.append((project, config['steps']))\n"
         "def log(line): lines.append(line['step'])\n"
-        "def finish(): pass\n"
+        "def finish(): lines.append('finished')\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     sft.train(settings(world, tmp_path / "a", steps=2, track="trackio"))
     import trackio
 
     assert trackio.lines == [("future-l1", 2), 0, 1]
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    leave()
+    leave()
+    assert trackio.lines[3:] == ["finished"]
+    monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(SystemExit, match="--track wandb needs a package: pip install wandb"):
         sft.train(settings(world, tmp_path / "b", steps=1, track="wandb"))
     with pytest.raises(SystemExit, match="--track is 'paper', expected wandb or trackio"):
