@@ -113,6 +113,16 @@ def test_an_error_is_one_line_and_code_2(script, world, tmp_path, monkeypatch, c
         assert code == 2 and message in text and len(lines) == 1, (argv, err)
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_files_that_a_library_reads(tmp_path, monkeypatch, capsys):
+    """Breaks if a file that is missing or damaged is said by pyarrow's traceback."""
+    damaged, gone = tmp_path / "damaged.parquet", tmp_path / "gone.parquet"
+    damaged.write_bytes(b"PAR1 and nothing else")
+    for path, message in ((damaged, "not a parquet file"), (gone, "No such file")):
+        code, _, err = run("sft", monkeypatch, capsys, "--data", str(path))
+        assert code == 2 and f"{path}: {message}" in err and len(err.splitlines()) == 1
+
+
 def test_every_script_is_among_them():
     """Breaks if a new script is not checked above, or ends without run_script."""
     found = {}
