@@ -1,6 +1,8 @@
 # make taste: a tiny trained model answers one question. make demo: the whole pipeline on the embedded
 # world. make test: the tests. Each sets up .venv first.
+# TORCH_INDEX: a package index to take torch from, such as PyTorch's own of CPU builds (README).
 PYTHON ?= python3
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 .PHONY: taste demo test test-slow lint
 
 taste: .venv/ready
@@ -21,5 +23,8 @@ lint: .venv/ready
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+ifdef TORCH_INDEX
+	$(PIP) --no-deps --index-url $(TORCH_INDEX) $(shell grep ^torch== requirements.txt)
+endif
+	$(PIP) -r requirements.txt
 	touch .venv/ready

@@ -44,6 +44,7 @@ from collections import Counter
 
 import torch
 
+from common.flags import run_script
 from common.formats import (
     Frame,
     RecordError,
@@ -56,7 +57,7 @@ from common.formats import (
 )
 from common.judge import Judge
 from common.report import draw_selection, selection_text, tabulate_selection
-from common.runs import Machine, leave, parse_config, write, write_json
+from common.runs import Machine, write, write_json
 from common.walk import Book, check_rows, read_book, settings_of, walk
 from data import DataConfig, at_least, model_inputs, to_device
 from latent_decode import generate
@@ -469,10 +470,13 @@ def write_selected(config, records, places):
     return f"{path}.jsonl"
 
 
-if __name__ == "__main__":
-    config = parse_config(Config)
+def main(config):
+    """The steps that are asked for; the first rank alone selects."""
     if config.step != "select":
         probe(config)
     if config.step != "probe" and int(os.environ.get("RANK", 0)) == 0:
         cut(config)
-    leave()
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

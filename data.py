@@ -21,9 +21,9 @@ Where this differs from the paper and the official code:
  1. Frames are taken at midpoints in training, RL and evaluation alike (official: midpoints in SFT,
     linspace in RL). Only a clip that enters as a *video* is sampled as Qwen3-VL's own processor
     does, linspace over the whole clip.
- 2. A clip that decord refuses is read by PyAV; one that both refuse is skipped, counted and named,
-    as is a sample longer than `max_length`. Official drops it silently and can leave an empty
-    batch; here an empty batch steps with weight 0.
+ 2. A clip that decord refuses is read by PyAV; one that both refuse, or that ends the process that
+    decodes it, is skipped, counted and named, as is a sample longer than `max_length`. Official
+    drops it silently and can leave an empty batch; here an empty batch steps with weight 0.
  3. Text from data can never become a special token: "<|latent|>" in a question is read as plain
     characters. The system message names no special token for the same reason.
  4. The blocks of a response are tokenised one by one, so that removing the spans (text-only SFT)

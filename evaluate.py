@@ -47,17 +47,25 @@ import torch
 
 from common.benchmarks import read_benchmark
 from common.clips import ClipError, load_frames, normalise
+from common.flags import run_script
+from common.folder import add_scores
 from common.formats import Skipped, answer_of, report_bad
 from common.intervals import bootstrap, wilson
 from common.judge import add_verdicts
 from common.pictures import imagined
-from common.runs import Machine, leave, parse_config, write_json
+from common.runs import Machine, write_json
 from common.summary import about, show
 from common.walk import Book, settings_of, walk
 from data import DataConfig, at_least, model_inputs, to_device
 from latent_decode import generate, own_latent
 from model import LATENT
 from rewards import diversity_reward, format_reward, pick, repetition_score, span_lengths
+
+# a benchmark's own frames, pixels and lengths: official, and paper sec. 4
+PROTOCOLS = {
+    "futurebench": dict(num_frames=32, video_max_tokens=12288),
+    "twiffbench": dict(max_new_tokens=4096),
+}
 
 
 @dataclasses.dataclass
@@ -82,15 +90,19 @@ class Config(DataConfig):
     cuda_graph: bool = False  # replay a captured decoding step; not yet measured on a GPU  # ours
 
     def __post_init__(self):
-        future = self.benchmark == "futurebench"
-        self.num_frames = self.num_frames or (32 if future else 16)
-        self.video_max_tokens = self.video_max_tokens or (12288 if future else 4096)
-        longest = 4096 if self.benchmark == "twiffbench" else 2048
-        self.max_new_tokens = self.max_new_tokens or longest
+        defaults = dict(num_frames=16, video_max_tokens=4096, max_new_tokens=2048)
+        defaults.update(PROTOCOLS.get(self.benchmark, {}))
+        for name, value in defaults.items():
+            setattr(self, name, getattr(self, name) or value)
         super().__post_init__()
         at_least(self, 1, "batch", "max_new_tokens")
         if self.latents not in LATENTS:
             raise ValueError(f"latents is {self.latents!r}, expected one of {', '.join(LATENTS)}")
+
+    @classmethod
+    def protocol(cls, values):
+        """Of values that were chosen: what their benchmark asks for, whatever the model's own."""
+        return PROTOCOLS.get(values.get("benchmark"), {})
 
 
 LATENTS = ("generated", "zero", "noise", "shuffled", "true", "pause", "none")
@@ -372,6 +384,9 @@ def evaluate(config, rows=None):
         summary.update(average=average, scores=table)
         summary["unusable"] = [s._asdict() for s in bad]
         show(config.out, summary, lines, rows)
+        if config.latents == "generated" and not config.limit:
+            name = config.benchmark or os.path.basename(config.data)
+            add_scores(settings["model"], name, table["all"])
     return table
 
 
@@ -509,5 +524,4 @@ def read_answer(row, text, official=False):
 
 
 if __name__ == "__main__":
-    evaluate(parse_config(Config))
-    leave()
+    run_script(evaluate, Config)

@@ -68,21 +68,14 @@ from typing import NamedTuple
 
 import torch
 
+from common.flags import run_script
+from common.folder import model_fingerprint, newest
 from common.formats import Skipped, report_bad
 from common.groups import CURVES, Group, Harvest, RolloutLog, load_prompts, log_line, prepare
 from common.judge import judge_of, read_args
 from common.report import draw_curves
 from common.rollouts import take
-from common.runs import (
-    Machine,
-    Run,
-    leave,
-    make_optimizer,
-    model_fingerprint,
-    newest,
-    parse_config,
-    rows_of,
-)
+from common.runs import Machine, Run, make_optimizer, rows_of
 from data import DataConfig, at_least, model_inputs, to_device
 from latent_decode import generate, own_latent, replay
 from rewards import Weights, ask_judge, pick, score_group, span_lengths
@@ -146,7 +139,7 @@ class Config(DataConfig):
     zero: bool = False  # optimizer state spread over the ranks  # ours
     save_every: int = 10  # steps between checkpoints; the last two are kept  # ours
     sample_every: int = 10  # steps between whole rollouts written to rollouts_*.jsonl  # ours
-    wandb: bool = False  # also log to Weights & Biases  # ours
+    track: str = ""  # also log to wandb | trackio, a package that is installed  # ours
 
     def __post_init__(self):
         super().__post_init__()
@@ -578,5 +571,4 @@ def describe(config, rows, model, steps, machine):
 
 
 if __name__ == "__main__":
-    print("last checkpoint:", train(parse_config(Config)))
-    leave()
+    run_script(lambda config: print("last checkpoint:", train(config)), Config)

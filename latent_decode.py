@@ -28,9 +28,9 @@ Where this differs from the official code:
     `<|latent_end|>` is the most probable of all words, which is official's rule.
  5. A replay feeds the recorded latents; official feeds the `<|latent|>` token.
 
-How it is fast: vision and prompt run once a prompt, not once a sample. The cache is allocated
-by need (common/shared_prefix.py). The host looks at the device only every CHUNK tokens, and then drops
-finished rows. On CUDA a step can be captured as one graph.
+How it is fast: vision and prompt run once a prompt, not once a sample. Keys and
+values of a prompt exist once (common/shared_prefix.py). The host looks at the device only every
+CHUNK tokens, and then drops finished rows. On CUDA a step can be captured as one graph.
 
 Axis letters: B prompts, R rows = B * n (row i * n + k is sample k of prompt i), P prompt tokens,
 T new tokens, S chosen tokens, N latents, D hidden, V vocabulary.
@@ -273,8 +273,8 @@ def generate(
     feed: what a span is fed, see `step`. It is called once a step, in order, with the live rows
     only; `state.row` are their numbers. So it may be an object with a state of its own.
     stream: called with each new piece of the tokens, (live rows, up to CHUNK), as it is known.
-    share: decode what the samples of a prompt have in common once (common/shared_prefix.py). Another feed
-    is refused then: equal words would no longer mean equal latents.
+    share: decode what the samples of a prompt have in common once (common/shared_prefix.py).
+    Another feed is refused then: equal words would no longer mean equal latents.
     cuda_graph: on CUDA, capture one step and replay it; then feed may have no state on the host.
 
     A greedy result does not depend on what else is in the batch (up to rounding). A sampled one

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from common.clips import ClipError, key_frame_positions, read_clip
+from common.flags import run_script
 from common.formats import Clip, Frame, Row, answer_of
 from common.pictures import coming, write_strip
-from common.runs import Machine, parse_config
+from common.runs import Machine
 from common.taste import list_questions, shipped
 from data import DataConfig, at_least, collate, encode, model_inputs, to_device
 from latent_decode import generate
@@ -123,4 +124,4 @@ def main(config, write=lambda text: print(text, end="", flush=True)):
 
 
 if __name__ == "__main__":
-    main(parse_config(Config))
+    run_script(main, Config)

@@ -12,7 +12,7 @@ Source: paper sec. 3.2.
 
 The vision tower and merger are frozen (they define e*), the language model is fully tuned. Weights
 are kept in fp32; on CUDA the arithmetic runs in bf16 autocast. Writes OUT/log.jsonl, OUT/loss.png
-and OUT/step_N (a Hugging Face folder plus trainer.pt).
+and OUT/step_N (a Hugging Face folder; its trainer/ is what a resumed run needs).
 
 Where this differs from the paper:
  1. Eq. (2) is a mean over the tokens of the step, Eq. (3) a mean over the D dimensions, as in the
@@ -43,8 +43,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from common.flags import run_script
 from common.report import draw_curves
-from common.runs import Machine, Run, leave, make_optimizer, parse_config, rows_of, step_or_skip
+from common.runs import Machine, Run, make_optimizer, rows_of, step_or_skip
 from data import DataConfig, Samples, at_least, collate, loader, model_inputs, to_device
 from model import log_continue
 
@@ -82,7 +83,7 @@ class Config(DataConfig):
     gradient_checkpointing: bool = False
     zero: bool = False  # optimizer state spread over the ranks  # ours
     save_every: int = 50  # steps between checkpoints; the last two are kept  # ours
-    wandb: bool = False  # also log to Weights & Biases  # ours
+    track: str = ""  # also log to wandb | trackio, a package that is installed  # ours
 
     def __post_init__(self):
         super().__post_init__()
@@ -381,5 +382,4 @@ def describe(config, rows, model, steps, machine):
 
 
 if __name__ == "__main__":
-    print("last checkpoint:", train(parse_config(Config)))
-    leave()
+    run_script(lambda config: print("last checkpoint:", train(config)), Config)

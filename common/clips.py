@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from common.formats import Clip, Frame
+from common.reader import READERS, Reader, ReaderError
 
 # Qwen3-VL: pixels a patch, patches a token (each way), frames a patch
 PATCH, MERGE, TEMPORAL = 16, 2, 2
@@ -104,79 +105,35 @@ def read_clip(path, choose):
     choose(number of frames) -> list of frame numbers. decord first, PyAV when decord refuses.
     Raises ClipError with what both said. Source: ours.
     """
-    if not os.path.isfile(path):
-        raise ClipError(f"{path}: no such file")
-    faults = []
-    for reader in (_decord, _pyav):
-        try:
-            frames, numbers, fps = reader(path, choose)
-            return frames, numbers, fps if fps and math.isfinite(fps) else 24.0
-        except ImportError as e:
-            faults.append(f"{reader.__name__[1:]}: not installed ({e})")
-        except ClipError as e:
-            faults.append(str(e))
-    raise ClipError(f"{path}: cannot be read as a video ({'; '.join(faults)})")
+    return _read(path, lambda total, fps: choose(total))
 
 
 def read_uniform(clip, n):
     """A Clip -> n frames spread over it, as `read_clip` returns them. Raises ClipError. Ours."""
-    first, last = 0, None
-    if clip.start or clip.end < math.inf:
-        fps = read_clip(clip.path, lambda total: [0] if total else [])[2]
+
+    def choose(total, fps):
         first, last = int(clip.start * fps), int(min(clip.end * fps, 2**31))
+        first, last = min(first, total - 1), min(last, total - 1)
+        return [first + i for i in uniform_positions(max(last - first, 0) + 1, n)]
 
-    def choose(total):
-        if not total:
-            return []
-        a, b = (min(x, total - 1) for x in (first, total if last is None else last))
-        return [a + i for i in uniform_positions(max(b - a, 0) + 1, n)]
-
-    return read_clip(clip.path, choose)
+    return _read(clip.path, choose)
 
 
-def _decord(path, choose):
-    import decord
-
-    try:
-        clip = decord.VideoReader(path, num_threads=1)
-        clock = clip.get_frame_timestamp(np.arange(len(clip)))[:, 0]  # (frames,) seconds
-        if clock[:1] < 0 or (np.diff(clock) <= 0).any() or 0 not in clip.get_key_indices():
-            # it would count hidden frames, or mix the order up
-            raise ClipError("decord: cut by stream copy")
-        numbers = choose(len(clip)) if len(clip) else None
-        frames = clip.get_batch(numbers).asnumpy() if numbers else None
-        fps = float(clip.get_avg_fps())
-    except Exception as e:  # whatever a damaged file provokes: the other reader decides
-        last_line = str(e).strip().rpartition("\n")[2]
-        raise ClipError(f"decord: {type(e).__name__} {last_line:.100}") from e
-    if frames is None:
-        raise ClipError("decord: no frames")
-    return frames, numbers, fps
+_readers = {}  # process id -> its Reader: a worker is forked with its parent's
 
 
-def _shown(frame):
-    """Whether a frame is seen: a cut by stream copy keeps some before time 0 for the decoder."""
-    return frame.time is None or frame.time >= 0
-
-
-def _pyav(path, choose):
-    import av
-
-    try:
-        with av.open(path) as container:
-            stream = container.streams.video[0]
-            # the header's count cannot be trusted
-            total = sum(_shown(frame) for frame in container.decode(stream))
-            fps = float(stream.average_rate or 0)
-        numbers = choose(total)
-        wanted, pictures = set(numbers), {}
-        with av.open(path) as container:
-            for i, frame in enumerate(filter(_shown, container.decode(container.streams.video[0]))):
-                if i in wanted:
-                    pictures[i] = frame.to_ndarray(format="rgb24")
-        return np.stack([pictures[i] for i in numbers]), numbers, fps
-    except Exception as e:  # no video stream, no frames, fewer than counted, any decoder error
-        raise ClipError(f"PyAV: {type(e).__name__} {e}") from e
+def _read(path, choose):
+    """As `read_clip`; choose(number of frames, frames a second)."""
+    if not os.path.isfile(path):
+        raise ClipError(f"{path}: no such file")
+    reader = _readers.setdefault(os.getpid(), Reader())
+    faults = []
+    for name in READERS:
+        try:
+            return reader.read(name, path, choose)
+        except ReaderError as e:
+            faults.append(str(e))
+    raise ClipError(f"{path}: cannot be read as a video ({'; '.join(faults)})")
 
 
 def read_image(source):

@@ -107,7 +107,11 @@ def read_records(path):
             import pyarrow.parquet
         except ImportError as e:
             raise RecordError(f"{path}: reading parquet needs pyarrow (pip install pyarrow)") from e
-        return pyarrow.parquet.read_table(path).to_pylist()
+        with open(path, "rb") as f:
+            try:
+                return pyarrow.parquet.read_table(f).to_pylist()
+            except pyarrow.ArrowException as e:
+                raise RecordError(f"{path}: not a parquet file ({e})") from e
     with open(path, encoding="utf-8") as f:
         try:
             text = f.read()

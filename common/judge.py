@@ -19,7 +19,6 @@ import json
 import math
 import os
 import re
-import sys
 import threading
 import time
 from collections import Counter
@@ -29,8 +28,9 @@ from tqdm import tqdm
 
 from common.benchmarks import read_benchmark
 from common.clips import ClipError, jpeg, pixels_of
+from common.flags import run_script
 from common.formats import Frame, answer_of
-from common.runs import parse_config, read_lines, write
+from common.runs import read_lines, write
 
 JUDGE_PROMPT = (
     "You check answers to questions about videos. You are given, as JSON, a question, its"
@@ -299,6 +299,7 @@ class ScoreJudge(Judge):
 
 @dataclasses.dataclass
 class Config:
+    run: str = ""  # the folder of an evaluation
     model: str = ""  # the judge's name at the server
     url: str = ""  # an OpenAI-compatible server, ".../v1"; "" = OpenAI's
     args: str = "{}"  # JSON merged into each request, such as {"temperature": null}  # ours
@@ -373,6 +374,4 @@ def stamp(text):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        raise SystemExit("usage: python -m common.judge RUN --model NAME [--url URL] ...")
-    score_run(sys.argv[1], parse_config(Config, sys.argv[2:]))
+    run_script(lambda config: score_run(config.run, config), Config, positional="run")

@@ -371,8 +371,9 @@ def _compared(number, row, answers, css):
 
 
 if __name__ == "__main__":
-    *runs, page = sys.argv[1:] or [""]
-    if not runs or not page.endswith(".html"):
-        raise SystemExit("usage: python -m common.page FOLDER [FOLDER ...] PAGE.html")
-    write_comparison(runs, page)
+    *runs, page = [argument for argument in sys.argv[1:] if argument != "--debug"] or [""]
+    with errors_in_one_line("--debug" in sys.argv):
+        if not runs or not page.endswith(".html"):
+            raise SystemExit("usage: python -m common.page FOLDER [FOLDER ...] PAGE.html")
+        write_comparison(runs, page)
     print(page)

@@ -14,6 +14,7 @@ import numpy as np
 
 from common.benchmarks import PAPER
 from common.clips import key_frame_positions, read_clip
+from common.flags import errors_in_one_line
 from common.formats import Frame, Row
 from common.intervals import paired_bootstrap
 from common.judge import add_verdicts
@@ -350,8 +351,10 @@ def draw_selection(tables, fates, png):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        raise SystemExit(
-            "usage: python -m common.report FOLDER [FOLDER ...]   (folders that evaluate.py wrote)"
-        )
-    print(compare(sys.argv[1:]))
+    folders = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    with errors_in_one_line("--debug" in sys.argv):
+        if not folders or folders[0].startswith("-"):
+            raise SystemExit(
+                "usage: python -m common.report FOLDER [FOLDER ...]: folders that evaluate.py wrote"
+            )
+        print(compare(folders))

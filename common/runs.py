@@ -1,17 +1,14 @@
-"""What every run needs: flags, ranks, checkpoints, logs, a folder that is not overwritten."""
+"""What every run needs: ranks, checkpoints, logs, a folder that is not overwritten."""
 
-import argparse
 import contextlib
 import dataclasses
 import datetime
-import glob
 import hashlib
-import inspect
+import importlib
 import json
 import math
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -23,53 +20,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from tqdm import tqdm
-from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
+from common.folder import checkpoints, complete, describe_training, newest, one_line_if_missing
 from common.formats import read_rows, report_bad
 from model import best_attention, load
-
-
-def parse_config(cls, argv=None):
-    """Command line -> a config dataclass: one flag a field, `--no-x` for bools, unknown flags are
-    errors. Ours.
-
-    The comment behind a field, or above it where it is long, is its help.
-    """
-    comment = field_comments(cls)
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    for f in dataclasses.fields(cls):
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
-        parser.add_argument(
-            f"--{f.name}",
-            default=f.default,
-            help=comment.get(f.name, " ").replace("%", "%%"),
-            **kind,
-        )
-    argv = sys.argv[1:] if argv is None else argv
-    return cls(**vars(parser.parse_args([re.sub("^--(no-)?[^=]+", _underscores, a) for a in argv])))
-
-
-def field_comments(cls):
-    """A config dataclass -> {field: its comment}, behind it or in the lines above it.
-
-    Source: ours.
-    """
-    parts = [inspect.getsource(c) for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c)]
-    comments, above = {}, []
-    for line in "\n".join(parts).split("\n"):
-        field = re.match(r"    (\w+): \w+ = .*?(?:  # (.*))?$", line)
-        if field:
-            comments[field.group(1)] = field.group(2) or " ".join(above)
-        above = [*above, line.strip()[2:]] if line.startswith("    # ") else []
-    return comments
-
-
-def _underscores(flag):  # --judge-only is --judge_only
-    no = flag.group(1) or ""
-    return f"--{no}" + flag.group()[2 + len(no) :].replace("-", "_")
 
 
 def read_lines(path):
@@ -88,18 +43,13 @@ def read_lines(path):
         raise ValueError(f"{path}: not a results file ({e})") from e
 
 
-HARMLESS = {
-    "resume",
-    "out",
-    "workers",
-    "max_bad",
-    "save_every",
-    "gradient_checkpointing",
-    "micro_batch",
-    "wandb",  # may change between run and resume
-    "sample_every",
-    "judge_url",
-}  # these two: of la_dapo.py
+# may change between run and resume; the last two are la_dapo.py's
+HARMLESS = {"resume", "out", "workers", "max_bad", "save_every", "track"}
+HARMLESS |= {"gradient_checkpointing", "micro_batch", "sample_every", "judge_url"}
+
+
+TRACKERS = ("wandb", "trackio")  # packages of the same three functions: init, log, finish
+_started = []  # those that this process logs to
 
 
 def set_up_ranks():
@@ -116,24 +66,27 @@ def set_up_ranks():
     return rank, world, torch.device("cuda", torch.cuda.current_device())
 
 
-def leave():
+def leave(code=0):
     """The end of a script that may run under torchrun: all ranks leave together. Source: ours.
+
+    code: the exit code. A rank that leaves with another than 0 waits for nobody: torchrun ends the
+    others.
 
     With gloo the process ends here, before the interpreter is taken down. There gloo's threads
     often abort it (SIGABRT: on a busy CPU in 31 of 40 bare two-rank launches, in none of 40 that
     end this way), and torchrun then calls a run that was done failed.
     """
+    while _started:
+        _started.pop().finish()
     if not dist.is_initialized():
-        return
-    dist.barrier()
-    if dist.get_backend() != "gloo":
-        dist.destroy_process_group()
-        return
-    if "wandb" in sys.modules:
-        sys.modules["wandb"].finish()
+        return sys.exit(code) if code else None
+    if not code:
+        dist.barrier()
+        if dist.get_backend() != "gloo":
+            return dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def sum_over_ranks(values, device):
@@ -160,11 +113,11 @@ def make_optimizer(model, config, world):
     return torch.optim.AdamW(groups, **adam), trained
 
 
-def save_checkpoint(folder, model, tokenizer, trainer, optimizer, machine):
-    """All ranks: write a Hugging Face folder, trainer.pt and each rank's rank_R.pt. Source: ours.
+def save_checkpoint(folder, write_model, trainer, optimizer, machine):
+    """All ranks: a checkpoint's folder, of what write_model(folder) writes and trainer/. Ours.
 
-    They are written under a temporary name and renamed: a killed save leaves no half checkpoint.
-    rank_R.pt holds what differs by rank: random state, with ZeRO the shard of the optimizer.
+    It is written under a temporary name and renamed: a killed save leaves no half checkpoint.
+    trainer/rank_R.pt holds what differs by rank: random state, with ZeRO the optimizer's shard.
     """
     sharded = isinstance(optimizer, ZeroRedundancyOptimizer)
     trainer = dict(trainer, optimizer=None if sharded else optimizer.state_dict())
@@ -174,11 +127,11 @@ def save_checkpoint(folder, model, tokenizer, trainer, optimizer, machine):
     # the first rank makes the folder, then each adds its own file
     if machine.master:
         shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        torch.save(trainer, os.path.join(partial, "trainer.pt"))
+        os.makedirs(os.path.join(partial, "trainer"))
+        write_model(partial)
+        torch.save(trainer, os.path.join(partial, "trainer", "trainer.pt"))
     machine.wait()
-    path = os.path.join(partial, f"rank_{machine.rank}.pt")
+    path = os.path.join(partial, "trainer", f"rank_{machine.rank}.pt")
     torch.save(dict(random=random_state(), shard=shard), path)
     machine.wait()
 
@@ -192,7 +145,8 @@ def save_checkpoint(folder, model, tokenizer, trainer, optimizer, machine):
 
 def restore(optimizer, checkpoint, trainer, rank):
     """Optimizer and random state of a checkpoint, back in place on each rank. Source: ours."""
-    path = os.path.join(checkpoint, f"rank_{min(rank, trainer['world'] - 1)}.pt")
+    name = f"rank_{min(rank, trainer['world'] - 1)}.pt"
+    path = os.path.join(checkpoint, "trainer", name)
     own = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         optimizer.optim.load_state_dict(own["shard"])
@@ -230,34 +184,6 @@ def fingerprint(rows):
     return digest.hexdigest()
 
 
-MB = 2**20
-
-
-def model_fingerprint(folder):
-    """What a model's folder or hub id holds -> hash. Source: ours.
-
-    config.json as a whole; of each weight file its name, its size, its first and its last MB. So a
-    folder of 16 GB takes no longer than one of 16 MB, and a change in the middle of a file alone is
-    not seen. Raises SystemExit if there is no such model.
-    """
-    try:
-        config = cached_file(folder, "config.json")
-    except OSError as e:
-        raise SystemExit(f"{folder}: no model there ({e})") from e
-    digest = hashlib.sha256()
-    for name in sorted(os.listdir(os.path.dirname(config))):
-        if name != "config.json" and not name.endswith((".safetensors", ".bin")):
-            continue
-        with open(os.path.join(os.path.dirname(config), name), "rb") as f:
-            size = f.seek(0, os.SEEK_END)
-            digest.update(f"{name} {size}".encode())
-            f.seek(0)
-            digest.update(f.read(MB))
-            f.seek(max(0, size - MB))
-            digest.update(f.read(MB))
-    return digest.hexdigest()
-
-
 def resume_point(config, rows, world):
     """-> newest checkpoint of config.out or None, its trainer.pt, the rows' fingerprint.
 
@@ -273,7 +199,9 @@ def resume_point(config, rows, world):
             f"{config.out} already holds {os.path.basename(checkpoint)}: pass --resume to "
             "continue it, or another --out"
         )
-    path = os.path.join(checkpoint, "trainer.pt")
+    path = os.path.join(checkpoint, "trainer", "trainer.pt")
+    if not os.path.exists(path):
+        raise SystemExit(f"{checkpoint} cannot be continued: it has no trainer/trainer.pt")
     trainer = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     if trainer["rows"] != trained_on:
         raise SystemExit(f"{checkpoint} was trained on other rows than those of {config.data}")
@@ -287,29 +215,6 @@ def resume_point(config, rows, world):
     if changed:
         raise SystemExit(f"{checkpoint} was made with other values of {', '.join(changed)}")
     return checkpoint, trainer, trained_on
-
-
-def checkpoints(folder):
-    """The complete step_* folders of a run, oldest first. Half-written ones have another name.
-
-    Source: ours.
-    """
-    found = [
-        f
-        for f in glob.glob(os.path.join(glob.escape(folder), "step_*"))
-        if f.rsplit("_", 1)[1].isdigit()
-    ]
-    return sorted(found, key=lambda f: int(f.rsplit("_", 1)[1]))
-
-
-def newest(folder):
-    """A model's folder or hub id as it is; a run's folder -> its newest checkpoint.
-
-    Raises SystemExit if it is empty.
-    """
-    if not folder:
-        raise SystemExit("--model is missing: a model's folder, a run's folder or a hub id")
-    return (checkpoints(folder) or [folder])[-1]
 
 
 def random_state():
@@ -411,7 +316,9 @@ class Machine:
         dtype = torch.bfloat16 if self.bf16 and not train else torch.float32
         attention = best_attention() if self.bf16 else "sdpa"
         options = dict(dtype=dtype, attn_implementation=attention, **kwargs)
-        model, tokenizer = load(newest(folder), **options)
+        folder = newest(folder)
+        with one_line_if_missing(folder):
+            model, tokenizer = load(folder, **options)
         return model.to(self.device).train(train), tokenizer
 
     def share(self, items):
@@ -494,20 +401,30 @@ class Tally:
         return {f"seconds_{name}": round(value, 4) for name, value in self.spent.items()}
 
 
+def tracker(name):
+    """The package that `--track` names, imported. Raises SystemExit if it is not installed."""
+    if name not in TRACKERS:
+        raise SystemExit(f"--track is {name!r}, expected {' or '.join(TRACKERS)}")
+    try:
+        return importlib.import_module(name)
+    except ImportError as e:
+        raise SystemExit(f"--track {name} needs a package: pip install {name} ({e})") from e
+
+
 class Log:
     """A run's log.jsonl and progress bar, on the first rank. Source: ours."""
 
     def __init__(self, config, first, machine):
         self.path, self.first = os.path.join(config.out, "log.jsonl"), first
-        self.machine, self.wandb, self.bar = machine, None, None
+        self.machine, self.tracker, self.bar, self.shown = machine, None, None, {}
         if machine.master:
             trim_log(self.path, first)
             if config.resume and not first:
                 print(f"nothing to resume in {config.out}: starting at step 0")
-            if config.wandb:
-                import wandb
-
-                self.wandb = wandb.init(project="future-l1", config=dataclasses.asdict(config))
+            if config.track:
+                self.tracker = tracker(config.track)
+                self.tracker.init(project="future-l1", config=dataclasses.asdict(config))
+                _started.append(self.tracker)
 
     def say(self, text):
         if self.machine.master:
@@ -537,6 +454,7 @@ class Log:
 
     def write(self, line, **shown):
         """A step's line; `shown` goes beside the progress bar."""
+        self.shown = shown
         if not self.machine.master:
             return
         with open(self.path, "a") as f:
@@ -550,8 +468,8 @@ class Log:
             tqdm.write(f"step {line['step']}: no sample could be used, no update")
         elif line.get("updates_skipped") or line.get("update_skipped"):
             tqdm.write(f"step {line['step']}: gradient is not finite, update skipped")
-        if self.wandb:
-            self.wandb.log(line)
+        if self.tracker:
+            self.tracker.log(line)
 
 
 class Run:
@@ -574,6 +492,9 @@ class Run:
         if self.state:
             restore(optimizer, self.checkpoint, self.state, self.machine.rank)
         os.makedirs(self.config.out, exist_ok=True)
+        if self.machine.master:
+            path = os.path.join(self.config.out, "settings.json")
+            write_json(path, dataclasses.asdict(self.config))
         self.log = Log(self.config, self.first, self.machine)
         self.log.say(text)
 
@@ -584,8 +505,18 @@ class Run:
         """
         if done % self.config.save_every and done != steps:
             return False
+        before = self.checkpoint  # of this run, or None
         self.checkpoint = os.path.join(self.config.out, f"step_{done:06d}")
         state.update(step=done, name=self.name, config=dataclasses.asdict(self.config))
         state.update(world=self.machine.world, rows=self.rows)
-        save_checkpoint(self.checkpoint, model, tokenizer, state, optimizer, self.machine)
+
+        def write_model(folder):
+            facts = dict(name=self.name, step=done, rows=self.rows, commit=commit())
+            facts.update(figures=self.log.shown)
+            start, resumed = before or newest(self.config.model), before is not None
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            complete(folder, start, describe_training(self.config, start, resumed, **facts))
+
+        save_checkpoint(self.checkpoint, write_model, state, optimizer, self.machine)
         return True

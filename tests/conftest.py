@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from common import clips
 from data import DataConfig
 from toy import __main__ as demo
 from toy import tiny
@@ -109,6 +110,20 @@ def film(tmp_path):
     def make(name="film.mp4", numbers=range(40), height=64, width=64, fps=12):
         paddle.write_mp4(str(tmp_path / name), flat(numbers, height, width), fps)
         return str(tmp_path / name)
+
+    return make
+
+
+@pytest.fixture
+def stand_in_decord(tmp_path, monkeypatch):
+    """stand_in_decord(text): the process that reads clips imports this module as decord."""
+
+    def make(text):
+        folder = tmp_path / "stand_in"
+        folder.mkdir()
+        (folder / "decord.py").write_text(text)
+        monkeypatch.setenv("PYTHONPATH", str(folder))
+        monkeypatch.setattr(clips, "_readers", {})  # a process begun here, not one that is there
 
     return make
 

@@ -287,7 +287,7 @@ def test_killed_and_shared_by_two_ranks_gives_the_same_bytes(world, probed, tmp_
         "def second_is_the_last(*a, **k):\n    made.append(0) if not made else "
         "os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return generate(*a, **k)\n"
-        "curate.generate = second_is_the_last; curate.probe(curate.parse_config(curate.Config))"
+        "curate.generate = second_is_the_last; curate.run_script(curate.probe, curate.Config)"
     )
     run = subprocess.run(
         [sys.executable, "-c", dies, *flags(c)],

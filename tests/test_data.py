@@ -250,36 +250,6 @@ def test_workers_change_nothing(film, words, data_config):
 # config
 
 
-@dataclasses.dataclass
-class Flags:
-    steps: int = 3
-    lr: float = 1e-5
-    out: str = "runs"
-    resume: bool = False
-    spans: bool = True
-
-
-def test_parse_config():
-    """type=bool would read "--spans False" as True; an untyped number stays text; a misspelt flag
-    is ignored.
-    """
-    found = runs.parse_config(Flags, "--steps 7 --lr 1 --out 5 --resume --no-spans".split())
-    assert found == Flags(7, 1.0, "5", True, False) and runs.parse_config(Flags, []) == Flags()
-    assert [type(v) for v in dataclasses.astuple(found)] == [int, float, str, bool, bool]
-    for wrong in ("--step_count 3", "--steps 1.5", "--spans False", "--lr fast", "steps"):
-        with pytest.raises(SystemExit):
-            runs.parse_config(Flags, wrong.split())
-
-
-def test_help_shows_the_comments(capsys):
-    """Breaks if --help no longer says what a field is and where its value comes from."""
-    with pytest.raises(SystemExit):
-        runs.parse_config(sft.Config, ["--help"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert "weight of the latent term, Eq. (1) # paper Table 8 (default: 0.1)" in said
-    assert "frames sampled from a clip" in said and "share of the steps, linear" in said
-
-
 def test_budgets():
     """L_max counts tokens of 32 x 32 pixels; a video token covers two frames, so its budget holds
     twice the pixels.

@@ -551,7 +551,8 @@ sys.path.insert(0, {root!r})
 import torch, la_dapo
 torch.set_num_threads(1)
 la_dapo.train(la_dapo.Config(**json.loads(sys.argv[1])))
-la_dapo.leave()
+from common.runs import leave
+leave()
 """
 
 

@@ -208,7 +208,7 @@ def assert_resumes(train, config):
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not all(torch.equal(a[k], half[k]) for k in a)
     states = [
-        torch.load(os.path.join(done, "rank_0.pt"), weights_only=True)["random"]
+        torch.load(os.path.join(done, "trainer", "rank_0.pt"), weights_only=True)["random"]
         for done in (straight, resumed)
     ]
     for name, state in states[0].items():  # whoever draws next draws the same
@@ -314,7 +314,7 @@ def test_variance_of_the_targets_by_hand(world, tmp_path):
     for kind in ("mse", "nmse"):
         done = sft.train(settings(world, tmp_path / kind, steps=1, latent_loss=kind))
         lines[kind] = read_log(tmp_path / kind)[0]
-    trainer = torch.load(os.path.join(done, "trainer.pt"), weights_only=True)
+    trainer = torch.load(os.path.join(done, "trainer", "trainer.pt"), weights_only=True)
     assert lines["mse"]["latent"] / trainer["latent_var"] == pytest.approx(lines["nmse"]["latent"])
     assert trainer["latent_var"] != pytest.approx(1, abs=0.01)
 
@@ -328,7 +328,9 @@ torch.optim.AdamW = lambda groups, **kw: torch.optim.SGD(groups, lr=1.0)
 import sft
 if __name__ == "__main__":
     sft.train(sft.Config(**json.loads(sys.argv[1])))
-    sft.leave()
+    from common.runs import leave
+
+    leave()
 """
 
 

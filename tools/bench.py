@@ -23,7 +23,8 @@ import torch
 import transformers
 from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from common.runs import parse_config, write_json
+from common.flags import run_script
+from common.runs import write_json
 from la_dapo import adjoint_loss
 from latent_decode import Rollout, generate, replay
 from model import FutureL1, add_latent_tokens, best_attention
@@ -367,4 +368,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    main(parse_config(Config))
+    run_script(main, Config)

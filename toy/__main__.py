@@ -37,8 +37,9 @@ import time
 import numpy as np
 import torch
 
+from common.flags import run_script
 from common.report import draw_bars, draw_key_frames, draw_rl
-from common.runs import parse_config, write, write_json
+from common.runs import write, write_json
 from toy.plan import CURATED, FREE, GROUPS, Config, trainings
 from toy.seed import run_seed
 from toy.stages import Stage, run_stages
@@ -194,4 +195,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    main(parse_config(Config))
+    run_script(main, Config)

@@ -16,7 +16,7 @@ import numpy as np
 
 import la_dapo
 import sft
-from common.runs import parse_config
+from common.flags import run_script
 from common.walk import read_book
 from curate import visual_gain
 from toy import __main__ as demo
@@ -135,4 +135,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    main(parse_config(Config))
+    run_script(main, Config)

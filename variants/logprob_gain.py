@@ -21,7 +21,8 @@ import os
 
 import torch
 
-from common.runs import Machine, leave, parse_config
+from common.flags import run_script
+from common.runs import Machine
 from common.walk import Book, read_book, settings_of, walk
 from curate import FREE, conditions, read_pool, visual_gain, write_selected
 from curate import Config as CurateConfig
@@ -96,10 +97,13 @@ def cut(config):
     return chosen_records
 
 
-if __name__ == "__main__":
-    config = parse_config(Config)
+def main(config):
+    """The steps that are asked for; the first rank alone selects."""
     if config.step != "select":
         probe(config)
     if config.step != "probe" and int(os.environ.get("RANK", 0)) == 0:
         cut(config)
-    leave()
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

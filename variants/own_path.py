@@ -28,7 +28,7 @@ import dataclasses
 import torch
 
 import la_dapo
-from common.runs import leave, parse_config
+from common.flags import run_script
 from rewards import contrastive_reward, span_likeness
 
 
@@ -100,5 +100,4 @@ def train(config, rows=None):
 
 
 if __name__ == "__main__":
-    print("last checkpoint:", train(parse_config(Config)))
-    leave()
+    run_script(lambda config: print("last checkpoint:", train(config)), Config)

@@ -15,7 +15,7 @@ Source: ours, after pause tokens (Goyal et al. 2024).
 import dataclasses
 
 import sft
-from common.runs import leave, parse_config
+from common.flags import run_script
 
 
 @dataclasses.dataclass
@@ -46,5 +46,4 @@ def train(config, rows=None):
 
 
 if __name__ == "__main__":
-    print("last checkpoint:", train(parse_config(Config)))
-    leave()
+    run_script(lambda config: print("last checkpoint:", train(config)), Config)

@@ -21,7 +21,7 @@ import random
 import torch
 
 import sft
-from common.runs import leave, parse_config
+from common.flags import run_script
 from data import at_least, model_inputs
 
 
@@ -72,5 +72,4 @@ def train(config, rows=None):
 
 
 if __name__ == "__main__":
-    print("last checkpoint:", train(parse_config(Config)))
-    leave()
+    run_script(lambda config: print("last checkpoint:", train(config)), Config)

@@ -2,7 +2,6 @@
 
 import io
 import re
-import sys
 
 import av
 import numpy as np
@@ -14,6 +13,7 @@ from PIL import Image
 from common import clips
 from common.clips import ClipError, fit, read_clip, resize_and_cut, resize_and_patchify
 from common.formats import Frame
+from common.reader import READERS
 from tests.conftest import flat, shown
 
 CELL = 32 * 32
@@ -216,7 +216,7 @@ def test_patches_equal_transformers(T, height, width, cells):
 # clips and images
 
 
-@pytest.mark.parametrize("reader", ["_decord", "_pyav", "read_clip"])
+@pytest.mark.parametrize("reader", ["decord", "PyAV", "read_clip"])
 def test_frame_k_is_frame_k(reader, film):
     """Off by one, decoding order instead of display order, the nearest key frame instead of the one
     asked for.
@@ -225,26 +225,21 @@ def test_frame_k_is_frame_k(reader, film):
         [0, 1, 7, 7, 149, 150, 249, 250, 251, 298, 299],
         [],
     )  # 300 frames: more than a group of pictures
-    pictures, numbers, fps = getattr(clips, reader)(
-        film("x.mp4", range(300), fps=25), lambda n: counts.append(n) or wanted
+    read = READERS.get(reader, clips.read_clip)
+    pictures, numbers, fps = read(
+        film("x.mp4", range(300), fps=25), lambda n, *fps: counts.append(n) or wanted
     )
     assert counts == [300] and numbers == wanted and abs(fps - 25) < 1e-3
     assert pictures.dtype == np.uint8 and pictures.shape == (11, 64, 64, 3)
     assert shown(pictures) == [k % 40 for k in wanted]
 
 
-@pytest.mark.parametrize("absent", [False, True])
-def test_pyav_steps_in(absent, film, monkeypatch):
+@pytest.mark.parametrize("error", ["ImportError", "RuntimeError"])
+def test_pyav_steps_in(error, film, stand_in_decord):
     """A clip that decord refuses, or a machine without decord, must give the same frames and rate
     through PyAV.
     """
-
-    def refuse(path, choose):
-        raise ClipError("decord: refused")
-
-    monkeypatch.setitem(sys.modules, "decord", None) if absent else monkeypatch.setattr(
-        clips, "_decord", refuse
-    )
+    stand_in_decord(f"raise {error}('no')")
     pictures, numbers, fps = clips.read_clip(film(), clips.key_frame_positions)
     assert numbers == shown(pictures) == [1, 4, 10, 16, 22, 28, 34, 38] and abs(fps - 12) < 1e-3
 

@@ -14,15 +14,10 @@ from test_sft import settings
 import evaluate
 import sft
 from common import judge
+from common.flags import parse_config
+from common.folder import checkpoints, model_fingerprint
 from common.formats import Clip, Frame, Row, read_rows
-from common.runs import (
-    checkpoints,
-    fingerprint,
-    model_fingerprint,
-    parse_config,
-    random_state,
-    set_random_state,
-)
+from common.runs import fingerprint, random_state, set_random_state
 from variants import pause_tokens, self_forcing
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -57,7 +52,7 @@ def test_a_checkpoint_holds_plain_values(world, tmp_path):
     """Breaks if trainer.pt or rank_0.pt can only be read by running code."""
     done = sft.train(settings(world, tmp_path, steps=1))
     for name in ("trainer.pt", "rank_0.pt"):
-        assert torch.load(os.path.join(done, name), weights_only=True)
+        assert torch.load(os.path.join(done, "trainer", name), weights_only=True)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from test_latent_decode import EOS, ROWS, shuffle
 from test_model import make_batch
 
 import la_dapo
+from common.flags import parse_config
 from common.groups import Batch
-from common.runs import parse_config
 from latent_decode import generate
 from variants import noisy_latents
 from variants.noisy_latents import Config, Feed, log_density

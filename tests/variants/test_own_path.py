@@ -21,9 +21,9 @@ from test_latent_decode import spans
 from test_rewards import slow_contrastive, slow_likeness
 
 import la_dapo
+from common.flags import parse_config
 from common.groups import Batch, Group
 from common.rollouts import take
-from common.runs import parse_config
 from variants import own_path
 from variants.own_path import Config
 

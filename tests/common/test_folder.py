@@ -1,0 +1,288 @@
+"""A model's folder: what a training leaves there, who can open it, what scripts take from it."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import sys
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from test_sft import settings
+
+import evaluate
+import la_dapo
+import sft
+from common.clips import pixels_of, resize_and_patchify
+from common.flags import parse_config
+from common.folder import PROCESSORS, SETTINGS, is_hub_id, newest, trained_with
+from common.formats import read_rows
+from common.runs import leave, read_log
+from data import encode
+from model import load
+from toy.tiny import TINY_DATA
+
+TORCHVISION = importlib.util.find_spec("torchvision") is not None
+IMAGES = dict(
+    image_processor_type="Qwen2VLImageProcessor", patch_size=16, temporal_patch_size=2, merge_size=2
+)
+IMAGES.update(size=dict(shortest_edge=1024, longest_edge=4096), image_mean=[0.5] * 3)
+IMAGES.update(image_std=[0.5] * 3, processor_class="Qwen3VLProcessor")
+
+
+@pytest.fixture(scope="module")
+def released(world, tmp_path_factory):
+    """The world's model in a folder with the files that released models have."""
+    folder = tmp_path_factory.mktemp("released") / "model"
+    shutil.copytree(world["model"], folder)
+    videos = dict(IMAGES, video_processor_type="Qwen3VLVideoProcessor")
+    (folder / "preprocessor_config.json").write_text(json.dumps(IMAGES))
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(videos))
+    template = "{% for m in messages %}{{ m.role }} {{ m.content }}{% endfor %}"
+    (folder / "chat_template.json").write_text(json.dumps(dict(chat_template=template)))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def trained(world, released, tmp_path_factory):
+    """Two steps of SFT from there, as a run's folder."""
+    out = tmp_path_factory.mktemp("trained") / "sft"
+    sft.train(settings(world, out, model=released, steps=2, save_every=1))
+    return str(out)
+
+
+def test_a_saved_folder_serves_others(world, released, trained):
+    """Breaks if a file that others need is lost on the way, in the first checkpoint or a later one,
+    or the trainer's state lies among them.
+    """
+    for step in ("step_000001", "step_000002"):
+        folder = os.path.join(trained, step)
+        names = set(os.listdir(folder))
+        assert {"preprocessor_config.json", "video_preprocessor_config.json"} <= names
+        assert {"chat_template.json", SETTINGS, "config.json", "tokenizer.json"} <= names
+        assert [n for n in names if n.endswith(".pt")] == [] and "trainer" in names
+        for name in PROCESSORS:
+            source = os.path.join(released, name)
+            if os.path.exists(source):
+                assert open(source).read() == open(os.path.join(folder, name)).read()
+
+
+def test_stock_classes_open_a_saved_folder(world, trained):
+    """Breaks if transformers' own classes refuse the folder or read other weights."""
+    folder = newest(trained)
+    ours, _ = load(folder)
+    stock, info = transformers.Qwen3VLForConditionalGeneration.from_pretrained(
+        folder, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    theirs = stock.state_dict()
+    assert all(torch.equal(theirs[k], v) for k, v in ours.state_dict().items() if k in theirs)
+    assert len(transformers.AutoTokenizer.from_pretrained(folder)) > 10
+    assert image_processor(folder).patch_size == 16
+    if not TORCHVISION:  # AutoProcessor builds the video processor too, which needs it
+        with pytest.raises(ImportError, match="orchvision"):
+            transformers.AutoProcessor.from_pretrained(folder)
+    else:
+        processor = transformers.AutoProcessor.from_pretrained(folder)
+        assert type(processor).__name__ == "Qwen3VLProcessor"
+
+
+def test_a_base_without_processors_gets_them(world, tmp_path):
+    """Breaks if a model that begins here, such as the toy's, cannot be opened by others, or is
+    asked otherwise there than here.
+    """
+    sft.train(settings(world, tmp_path, steps=1))
+    folder = newest(str(tmp_path))
+    names = {"preprocessor_config.json", "video_preprocessor_config.json", "chat_template.jinja"}
+    assert names <= set(os.listdir(folder))
+    row, config = read_rows(world["test"])[0], settings(world, tmp_path, image_max_tokens=1)
+    _, tokenizer = load(folder)
+    ours = encode(row, tokenizer, config, train=False)
+    content = []
+    for part in row.prompt:
+        text = dict(type="text", text=part)
+        content.append(text if isinstance(part, str) else dict(type="image"))
+    messages = [dict(role="system", content=config.system), dict(role="user", content=content)]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=True
+    )
+    assert theirs["input_ids"] == ours["ids"]  # a picture is one token here
+
+    picture = load_pixels(row)
+    pixels = image_processor(folder)(images=Image.fromarray(picture), return_tensors="pt")
+    patches, grid = resize_and_patchify(picture[None], *config.budgets[0])
+    assert pixels["image_grid_thw"].tolist() == [grid.tolist()]
+    torch.testing.assert_close(pixels["pixel_values"], patches, atol=0.02, rtol=0)
+
+
+def image_processor(folder):
+    """What AutoImageProcessor makes of it; 5.17 asks for torchvision then, its class does not."""
+    if TORCHVISION or not transformers.__version__.startswith("5.17"):
+        return transformers.AutoImageProcessor.from_pretrained(folder)
+    return transformers.Qwen2VLImageProcessorPil.from_pretrained(folder)
+
+
+def load_pixels(row):
+    """The first picture of a row: uint8 (H, W, 3)."""
+    frame = next(part for part in row.prompt if not isinstance(part, str))
+    return pixels_of([frame])[frame]
+
+
+def test_what_it_was_trained_with(world, trained):
+    """Breaks if a later user cannot know how the model has to be asked, or what it learnt from."""
+    about = trained_with(trained)
+    given = {k: v for k, v in TINY_DATA.items() if k != "max_length"}
+    assert given.items() <= about.items()
+    assert about["num_frames"] == 16 and about["max_latents"] == 2 * TINY_DATA["l_max"]
+    assert about["base"] == "model" and about["scores"] == {}
+    (training,) = about["trainings"]
+    assert training["name"] == "latent" and training["step"] == 2
+    assert training["data"] == os.path.basename(world["data"]) and len(training["rows"]) == 64
+    assert training["figures"]["ce"] == read_log(os.path.join(trained, "log.jsonl"))[-1]["ce"]
+
+
+def test_each_training_is_remembered_once(world, trained, tmp_path):
+    """Breaks if a second training forgets the first, or a resumed run counts as two."""
+    config = settings(world, tmp_path, model=trained, spans=False, steps=1, save_every=1)
+    sft.train(config)
+    sft.train(dataclasses.replace(config, resume=True))
+    state = os.path.join(tmp_path, "step_000001", "trainer", "trainer.pt")
+    kept = torch.load(state, weights_only=True)  # one more step of the same run
+    kept["config"]["steps"] = 2
+    torch.save(kept, state)
+    sft.train(dataclasses.replace(config, resume=True, steps=2))
+    about = trained_with(str(tmp_path))
+    shutil.rmtree(tmp_path / "step_000002" / "trainer")
+    with pytest.raises(SystemExit, match="cannot be continued: it has no trainer/trainer.pt"):
+        sft.train(dataclasses.replace(config, resume=True, steps=2))
+    assert [t["name"] for t in about["trainings"]] == ["latent", "text"]
+    assert [t["step"] for t in about["trainings"]] == [2, 2] and about["base"] == "model"
+    assert "preprocessor_config.json" in os.listdir(newest(str(tmp_path)))
+
+
+def test_scores_are_kept_with_the_model(world, trained, tmp_path):
+    """Breaks if an evaluation's scores do not reach the folder, or an ablation's do."""
+    kept = dict(model=trained, data=world["test"], max_new_tokens=6, workers=0, **TINY_DATA)
+    scores = evaluate.evaluate(evaluate.Config(**kept, out=str(tmp_path / "a")))
+    evaluate.evaluate(evaluate.Config(**kept, out=str(tmp_path / "b"), latents="zero"))
+    evaluate.evaluate(evaluate.Config(**kept, out=str(tmp_path / "c"), limit=2))
+    expected = {name: scores["all"][name] for name in ("n", "accuracy", "strict")}
+    assert trained_with(trained)["scores"] == {os.path.basename(world["test"]): expected}
+
+
+# ------------------------------------------------------------------------------ what scripts take
+
+
+def folder_with(tmp_path, **about):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    (tmp_path / "m" / SETTINGS).write_text(json.dumps(about))
+    return str(tmp_path / "m")
+
+
+def test_precedence(tmp_path, capsys):
+    """Breaks if one of flag, --config, protocol, folder and dataclass overrides an earlier one, or
+    an override is silent.
+    """
+    about = dict(system="watch", l_max=3, max_latents=5, num_frames=7, image_max_tokens=9, lr=1)
+    model = folder_with(tmp_path, **about, video_max_tokens=11)
+    config = parse_config(evaluate.Config, ["--model", model])
+    assert (config.system, config.l_max, config.max_latents) == ("watch", 3, 5)
+    assert (config.num_frames, config.image_max_tokens, config.video_max_tokens) == (7, 9, 11)
+    assert config.max_new_tokens == 2048 and capsys.readouterr().err == ""
+
+    config = parse_config(evaluate.Config, ["--model", model, "--benchmark", "futurebench"])
+    assert (config.num_frames, config.video_max_tokens, config.l_max) == (32, 12288, 3)
+    assert "num_frames is 32, the model was trained with 7" in capsys.readouterr().err
+
+    saved = tmp_path / "settings.json"
+    saved.write_text(json.dumps(dict(model=model, l_max=2, num_frames=20, written=1.5, limit=4)))
+    for path in (saved, tmp_path):
+        argv = ["--config", str(path), "--benchmark", "futurebench", "--num-frames", "8"]
+        config = parse_config(evaluate.Config, argv)
+        assert (config.model, config.limit, config.l_max, config.num_frames) == (model, 4, 2, 8)
+        assert config.video_max_tokens == 12288 and config.image_max_tokens == 9
+    assert "l_max is 2, the model was trained with 3" in capsys.readouterr().err
+
+    assert parse_config(sft.Config, ["--model", model]).lr == 1e-5  # what is not shared stays
+    assert parse_config(la_dapo.Config, ["--model", model]).max_latents == 5
+    assert parse_config(evaluate.Config, []).l_max == 4
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "not JSON"),
+        ("[1]", "expected an object, found list"),
+        ('{"lambda": 1}', "this script has no flag lambda"),
+        ('{"steps": "many"}', "steps should be int, found 'many'"),
+        ('{"spans": 1}', "spans should be bool, found 1"),
+    ],
+)
+def test_saved_values_that_do_not_fit(content, message, tmp_path):
+    """Breaks if a misspelt or mistyped value of a file is taken in silence."""
+    path = tmp_path / "c.json"
+    path.write_text(content)
+    with pytest.raises(SystemExit, match=message):
+        parse_config(sft.Config, ["--config", str(path)])
+
+
+def test_a_run_starts_from_another_runs_values(trained, tmp_path):
+    """Breaks if a run does not save what it ran with, or --config reads something else."""
+    config = parse_config(sft.Config, ["--config", trained, "--out", str(tmp_path), "--lr", "1"])
+    with open(os.path.join(trained, "settings.json")) as f:
+        saved = json.load(f)
+    assert dataclasses.asdict(config) == dict(saved, out=str(tmp_path), lr=1.0)
+
+
+@pytest.mark.parametrize(
+    "name, hub",
+    [
+        ("Qwen/Qwen3-VL-2B-Instruct", True),
+        ("gpt2", True),
+        ("runs/sft", False),
+        ("/a/b", False),
+        ("./a", False),
+        ("a/b/c", False),
+        ("here/model", False),
+    ],
+)
+def test_paths_and_hub_ids(name, hub, tmp_path, monkeypatch):
+    """Breaks if a mistyped path is looked for on the hub, or a hub id is not."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert is_hub_id(name) == hub
+    if hub:
+        assert newest(name) == name
+    else:
+        with pytest.raises(SystemExit, match="no such folder"):
+            newest(name)
+
+
+def test_trackers(world, tmp_path, monkeypatch):
+    """Breaks if --track does not reach the package that it names, or an absent one is a traceback.
+
+    The package is a stand-in with the three functions of wandb and trackio.
+    """
+    (tmp_path / "trackio.py").write_text(
+        "lines = []\n"
+        "def init(project, config): lines.append((project, config['steps']))\n"
+        "def log(line): lines.append(line['step'])\n"
+        "def finish(): lines.append('finished')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    sft.train(settings(world, tmp_path / "a", steps=2, track="trackio"))
+    import trackio
+
+    assert trackio.lines == [("future-l1", 2), 0, 1]
+    leave()
+    leave()
+    assert trackio.lines[3:] == ["finished"]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit, match="--track wandb needs a package: pip install wandb"):
+        sft.train(settings(world, tmp_path / "b", steps=1, track="wandb"))
+    with pytest.raises(SystemExit, match="--track is 'paper', expected wandb or trackio"):
+        sft.train(settings(world, tmp_path / "c", steps=1, track="paper"))
