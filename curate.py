@@ -57,11 +57,11 @@ from common.formats import (
 )
 from common.judge import Judge
 from common.report import draw_selection, selection_text, tabulate_selection
-from common.runs import Machine, write, write_json
+from common.rollouts import one_mark_a_span
+from common.runs import Machine, need_data, write, write_json
 from common.walk import Book, check_rows, read_book, settings_of, walk
 from data import DataConfig, at_least, model_inputs, to_device
 from latent_decode import generate
-from model import LATENT
 from rewards import accuracy_reward, needs_judge, pick
 
 LATER = " Later frames of the same clip: "
@@ -268,11 +268,7 @@ def read_pool(config):
     An id is the record's own, else "file name:index". Raises SystemExit without --data, ValueError
     for ids used twice.
     """
-    if not config.data:
-        raise SystemExit(
-            "--data is missing: a .json, .jsonl or .parquet file of training records"
-            " (see common/formats.py)"
-        )
+    need_data(config)
     root = config.media_root or os.path.dirname(os.path.abspath(config.data))
     name, records, rows = os.path.basename(config.data), {}, {}
     for i, record in enumerate(read_records(config.data)):
@@ -327,7 +323,7 @@ def roll_out(model, tokenizer, block, config):
         generator=torch.Generator().manual_seed(int.from_bytes(seed, "big")),
     )
     texts = tokenizer.batch_decode([t[:n] for t, n in zip(out.tokens.cpu(), out.lengths)])
-    texts = [re.sub(f"(?:{re.escape(LATENT)}\\s*)+", LATENT, text) for text in texts]
+    texts = [one_mark_a_span(text) for text in texts]
     return [texts[i : i + config.rollouts] for i in range(0, len(texts), config.rollouts)]
 
 

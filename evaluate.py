@@ -39,7 +39,6 @@ import json
 import os
 import re
 import time
-from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -53,12 +52,12 @@ from common.formats import Skipped, answer_of, report_bad
 from common.intervals import bootstrap, wilson
 from common.judge import add_verdicts
 from common.pictures import imagined
-from common.runs import Machine, write_json
-from common.summary import about, show
+from common.rollouts import one_mark_a_span
+from common.runs import Machine, need_data, write_json
+from common.summary import about, show, shown_in_report
 from common.walk import Book, settings_of, walk
 from data import DataConfig, at_least, model_inputs, to_device
 from latent_decode import generate, own_latent
-from model import LATENT
 from rewards import diversity_reward, format_reward, pick, repetition_score, span_lengths
 
 # a benchmark's own frames, pixels and lengths: official, and paper sec. 4
@@ -398,11 +397,7 @@ def rows_of(config, rows=None):
     """
     average, bad = "micro", []
     if rows is None:
-        if not config.data:
-            raise SystemExit(
-                "--data is missing: a .json, .jsonl or .parquet file of records with options "
-                "(see data.py)"
-            )
+        need_data(config)
         root = config.media_root or None
         rows, average = read_benchmark(config.benchmark, config.data, root, bad)
     report_bad(bad, len(rows) + len(bad), config.max_bad)
@@ -469,7 +464,7 @@ def result_line(config, model, row, text, tokens, latents):
         clip=clip_of(row),
         **read_answer(row, text, config.benchmark == "futurebench"),
         answer=row.answer,
-        response=re.sub(f"(?:{re.escape(LATENT)}\\s*)+", LATENT, text),
+        response=one_mark_a_span(text),
         tokens=len(tokens),
         spans=tokens.count(model.config.latent_start_id),
         latents=len(latents),
@@ -494,15 +489,6 @@ def clip_of(row):
         if isinstance(source, str):
             return source
     return row.id
-
-
-def shown_in_report(rows, n):
-    """Ids of n rows, the groups taking turns. Source: ours."""
-    turn, order = Counter(), []
-    for row in rows:
-        turn[row.group] += 1
-        order.append((turn[row.group], row.id))
-    return {id for _, id in sorted(order, key=lambda pair: pair[0])[:n]}
 
 
 def read_answer(row, text, official=False):

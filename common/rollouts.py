@@ -5,6 +5,7 @@ A reader of the method may skip this file: `latent_decode` calls `Transcript` an
 Axis letters: R rows, T new tokens, N latents, D hidden.
 """
 
+import re
 from dataclasses import dataclass
 from itertools import chain
 
@@ -12,6 +13,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from common.shared_prefix import Layout
+from model import LATENT
 
 
 @dataclass
@@ -57,6 +59,11 @@ class Transcript:
         finish = ["eos" if e else "length" for e in ended.any(1).tolist()]
         latents = [torch.cat(parts) for parts in self.latents]
         return Rollout(self.tokens, self.sampled, latents, self.logprobs, finish, lengths)
+
+
+def one_mark_a_span(text):
+    """A response's text with one `<|latent|>` for each run of them. Source: ours."""
+    return re.sub(f"(?:{re.escape(LATENT)}\\s*)+", LATENT, text)
 
 
 def take(rollout, rows):

@@ -156,16 +156,21 @@ def restore(optimizer, checkpoint, trainer, rank):
     trainer["optimizer"] = None
 
 
+def need_data(config):
+    """Raises SystemExit if no data file is named. Source: ours."""
+    if not config.data:
+        raise SystemExit(
+            "--data is missing: a .json, .jsonl or .parquet file of records (see common/formats.py)"
+        )
+
+
 def rows_of(config):
     """The rows of config.data. Source: ours.
 
     Records that cannot be used are reported and left out. Raises SystemExit if no file is named or
     too many records are bad, RecordError if the file holds no records.
     """
-    if not config.data:
-        raise SystemExit(
-            "--data is missing: a .json, .jsonl or .parquet file of training records (see data.py)"
-        )
+    need_data(config)
     bad = []
     rows = read_rows(config.data, config.media_root or None, bad)
     report_bad(bad, len(rows) + len(bad), config.max_bad)

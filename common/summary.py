@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections import Counter
 
 import numpy as np
 
@@ -67,3 +68,12 @@ def show(out, summary, lines, rows):
         print("\nbeside what the paper published (not run here)")
         print(as_text(*paper_rows(summary)))
         print(used(summary))
+
+
+def shown_in_report(rows, n):
+    """Ids of n rows, the groups taking turns. Source: ours."""
+    turn, order = Counter(), []
+    for row in rows:
+        turn[row.group] += 1
+        order.append((turn[row.group], row.id))
+    return {id for _, id in sorted(order, key=lambda pair: pair[0])[:n]}

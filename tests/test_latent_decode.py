@@ -11,7 +11,7 @@ import torch
 from test_model import IMAGE, VIDEO, WIDE, log_softmax, make_batch, stock_of
 
 import latent_decode
-from common import shared_prefix
+from common import sampling, shared_prefix
 from common.shared_prefix import DecodingCache
 from latent_decode import Rollout, Rule, choose, decode_slowly, generate
 
@@ -530,7 +530,6 @@ def test_the_way_to_the_nucleus_changes_no_word(monkeypatch, scale):
     )
     logp[:, 7] = logp[:, 8]  # a tie
     u, p = torch.rand(64, generator=torch.Generator().manual_seed(1)), logp.double().exp()
-    rule = Rule(20, 21, 22, torch.zeros(5000), temperature=1.0, top_p=0.9)
     expected = []
     for row, place in zip(p, u):  # the definition, by a sort
         falling = row.sort(descending=True).values
@@ -539,8 +538,8 @@ def test_the_way_to_the_nucleus_changes_no_word(monkeypatch, scale):
         cdf = row[inside].cumsum(0)
         expected.append(int(inside[(cdf <= place * cdf[-1]).sum()]))
     for likeliest in (5000, 1024, 1):
-        monkeypatch.setattr(latent_decode, "LIKELIEST", likeliest)
-        assert latent_decode.choose_word(logp, u, rule).tolist() == expected
+        monkeypatch.setattr(sampling, "LIKELIEST", likeliest)
+        assert sampling.choose_word(logp, u, 1.0, 0.9).tolist() == expected
 
 
 def test_frequencies_of_a_rollout(model, tokenizer):
