@@ -88,7 +88,10 @@ def test_an_error_is_one_line_and_code_2(script, world, tmp_path, monkeypatch, c
         "toy": (["--clips", "x"], "argument --clips: invalid int value: 'x'"),
         "toy.tables": (["--config", nowhere], f"{nowhere}: No such file"),
         "tools.bench": (["--layers", "x"], "argument --layers: invalid int value: 'x'"),
-        "sample": (["--model", "m", "--question", "q", "--video", nowhere], f"{nowhere}: no such"),
+        "sample": (
+            ["--model", nowhere, "--question", "q", "--video", nowhere],
+            f"{nowhere}: no such",
+        ),
         "tools.clips": (["--data", nowhere + ".json"], f"{nowhere}.json: No such file"),
         "tools.export": ([nowhere, "--out", "x"], f"{nowhere}: no such folder"),
         "common.judge": ([nowhere, "--model", "m"], f"{nowhere}/settings.json: no such file"),
