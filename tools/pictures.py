@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 from common.clips import ClipError, film, load_frames, normalise
+from common.flags import run_script
 from common.formats import Frame, answer_of, read_rows
 from common.pictures import (
     Painter,
@@ -36,7 +37,7 @@ from common.pictures import (
     strip_of,
     to_cells,
 )
-from common.runs import Machine, newest, parse_config, write_json
+from common.runs import Machine, newest, write_json
 from data import DataConfig, at_least, collate, encode, model_inputs, to_device
 from latent_decode import generate
 from model import LATENT_END, LATENT_START
@@ -264,4 +265,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    main(parse_config(Config))
+    run_script(main, Config)

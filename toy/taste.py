@@ -10,8 +10,9 @@ import os
 import shutil
 from dataclasses import dataclass
 
+from common.flags import run_script
 from common.pictures import Painter
-from common.runs import newest, parse_config, read_lines, write, write_json
+from common.runs import newest, read_lines, write, write_json
 from toy.tiny import TINY_PICTURES
 from toy.world import write_rows
 
@@ -73,4 +74,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    main(parse_config(Config))
+    run_script(main, Config)
