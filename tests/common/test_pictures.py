@@ -10,9 +10,9 @@ from PIL import Image
 
 from common import pictures
 from common.clips import normalise, resize_and_cut
+from common.folder import model_fingerprint
 from common.formats import Frame, Row
 from common.pictures import Painter, painting_error, to_cells, to_pixels
-from common.runs import model_fingerprint
 from model import load
 from tests.conftest import frames
 from tools.pictures import Config, Pairs, teach
