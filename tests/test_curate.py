@@ -410,7 +410,7 @@ def test_a_judge_outage_is_caught_up_without_generating(world, tmp_path, monkeyp
         "All", (), {"__contains__": lambda self, answer: len(answer) % 2 == 0}
     )()
     c = {
-        name: config(world, tmp_path / name, data=path, judge_model="j", temperature=1.5)
+        name: config(world, tmp_path / name, data=path, judge_model="j", temperature=1.5, seed=1)
         for name in "ab"
     }
     curate.probe(c["a"], judge=everything)

@@ -22,6 +22,7 @@ import os
 import torch
 
 from common.flags import run_script
+from common.formats import Skipped, report_bad
 from common.runs import Machine
 from common.walk import Book, read_book, settings_of, walk
 from curate import FREE, conditions, read_pool, visual_gain, write_selected
@@ -61,6 +62,8 @@ def probe(config):
     """
     machine = Machine(config.bf16)
     _, rows = read_pool(config)
+    bad = [row for row in rows.values() if isinstance(row, Skipped)]
+    report_bad(bad, len(rows), config.max_bad)
     settings = settings_of(config, FREE)
     book = Book(config.out, "logprob", rows, settings, machine)
     if blocks := book.blocks(config.batch):

@@ -163,7 +163,7 @@ def test_two_steps_by_the_command_line(world, loud, tmp_path, own, temperature):
 
     At 0.01 samples are equal: without their own path the rewards move nothing.
     """
-    more = dict(steps=2, save_every=1, group_size=4, temperature=temperature)
+    more = dict(steps=2, save_every=1, group_size=4, temperature=temperature, seed=0)
     base = settings(world, loud, tmp_path / "a", **more)
     config = parse_config(Config, flags(base, own=own))
     done = weights(own_path.train(config))
