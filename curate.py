@@ -5,9 +5,9 @@
     gain = p_v - p_t;  keep p_t <= 6 and gain >= 2 (of n = 8)
     rank by gain, take the top K = 50,000
 
-    python curate.py --model DIR --data pool.jsonl --out runs/curate --k 50000    # both steps
-    torchrun --nproc_per_node 8 curate.py --step probe --model DIR --data pool.jsonl
-    python curate.py --step select --data pool.jsonl --k 20000 --min_gain 3       # cut again
+    python curate.py --model DIR --data pool.jsonl --out runs/curate --k 50000    # both parts
+    torchrun --nproc_per_node 8 curate.py --part probe --model DIR --data pool.jsonl
+    python curate.py --part select --data pool.jsonl --k 20000 --min_gain 3       # cut again
 
 *Probe* writes a line a candidate to OUT/probe.jsonl, in the pool's order. A second run does what is
 missing (common/walk.py); what the judge gave no verdict on is judged again from its stored
@@ -69,7 +69,7 @@ LATER = " Later frames of the same clip: "
 
 @dataclasses.dataclass
 class Config(DataConfig):
-    step: str = "both"  # probe | select | both
+    part: str = "both"  # probe | select | both
     model: str = ""  # probe: the base model's folder, run's folder or hub id
     data: str = ""  # the pool of candidates: training records, see data.py
     media_root: str = ""  # where relative clip paths start; "" = the folder of the data file
@@ -98,14 +98,14 @@ class Config(DataConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.step not in ("probe", "select", "both"):
-            raise ValueError(f"step is {self.step!r}, expected probe, select or both")
+        if self.part not in ("probe", "select", "both"):
+            raise ValueError(f"part is {self.part!r}, expected probe, select or both")
         at_least(self, 1, "rollouts", "batch", "max_new_tokens")
         at_least(self, 0, "k")
 
 
 # may differ between two runs on one probe file
-FREE = {"step", "data", "media_root", "out", "workers", "max_bad", "cuda_graph", "judge_url"}
+FREE = {"part", "data", "media_root", "out", "workers", "max_bad", "cuda_graph", "judge_url"}
 FREE |= {"judge_args", "k", "max_p_t", "min_gain"}
 
 
@@ -415,7 +415,7 @@ def cut(config):
     records, rows = read_pool(config)
     lines = read_book(config.out, "probe")
     if not lines:
-        raise SystemExit(f"{config.out} holds no probe.jsonl: run --step probe first")
+        raise SystemExit(f"{config.out} holds no probe.jsonl: run --part probe first")
     check_rows(config.out, lines, rows)
     with open(os.path.join(config.out, "settings.json")) as f:
         n = json.load(f)["rollouts"]
@@ -468,9 +468,9 @@ def write_selected(config, records, places):
 
 def main(config):
     """The steps that are asked for; the first rank alone selects."""
-    if config.step != "select":
+    if config.part != "select":
         probe(config)
-    if config.step != "probe" and int(os.environ.get("RANK", 0)) == 0:
+    if config.part != "probe" and int(os.environ.get("RANK", 0)) == 0:
         cut(config)
 
 

@@ -281,7 +281,7 @@ def test_killed_and_shared_by_two_ranks_gives_the_same_bytes(world, probed, tmp_
     do the same work.
     """
     whole = open(os.path.join(probed, "probe.jsonl"), "rb").read()
-    env, c = dict(os.environ, OMP_NUM_THREADS="1"), config(world, tmp_path, step="probe")
+    env, c = dict(os.environ, OMP_NUM_THREADS="1"), config(world, tmp_path, part="probe")
     dies = (
         "import curate, os, signal, sys; made = []; generate = curate.generate\n"
         "def second_is_the_last(*a, **k):\n    made.append(0) if not made else "
@@ -340,9 +340,9 @@ def test_settings_and_pools_do_not_mix(world, probed, tmp_path):
             step(config(world, probed, data=path))
     curate.probe(config(world, probed, model=world["model"], workers=1))
     assert open(os.path.join(probed, "probe.jsonl"), "rb").read() == before
-    with pytest.raises(SystemExit, match="--step probe first"):
+    with pytest.raises(SystemExit, match="--part probe first"):
         curate.cut(config(world, tmp_path / "nothing"))
-    for bad in (dict(step="prob"), dict(k=-1), dict(rollouts=0)):
+    for bad in (dict(part="prob"), dict(k=-1), dict(rollouts=0)):
         with pytest.raises(ValueError, match="expected at least|expected probe"):
             config(world, tmp_path, **bad)
 
@@ -453,7 +453,7 @@ def test_cut_writes_the_records_as_they_came(world, probed, tmp_path, capsys):
     (tmp_path / "probe.jsonl").write_text(
         "".join(json.dumps(r) + "\n" for i, r in enumerate(rows) if i != 5)
     )
-    c = config(world, tmp_path, step="select", k=2, max_p_t=0, min_gain=1)
+    c = config(world, tmp_path, part="select", k=2, max_p_t=0, min_gain=1)
     curate.cut(c)
     chosen = [json.loads(line) for line in open(tmp_path / "selected.jsonl")]
     best = sorted(

@@ -102,9 +102,9 @@ def cut(config):
 
 def main(config):
     """The steps that are asked for; the first rank alone selects."""
-    if config.step != "select":
+    if config.part != "select":
         probe(config)
-    if config.step != "probe" and int(os.environ.get("RANK", 0)) == 0:
+    if config.part != "probe" and int(os.environ.get("RANK", 0)) == 0:
         cut(config)
 
 
