@@ -141,9 +141,7 @@ def select(rows, k, max_p_t=6, min_gain=2):
 
 
 def thresholds(n):
-    """(max_p_t, min_gain) for n rollouts: the paper's 6 and 2 of 8 as shares, floor(6n/8) and
-    ceil(2n/8). Ours.
-    """
+    """(max_p_t, min_gain): the paper's 6 and 2 of 8 as shares of n rollouts. Ours."""
     return 6 * n // 8, -(-2 * n // 8)
 
 
@@ -205,9 +203,7 @@ def future_of(row):
 
 
 def final_answer(response):
-    """A response with its special tokens -> the answer's text or None, as the file's docstring
-    says. Source: ours.
-    """
+    """A response with its special tokens -> its answer or None, by the file's docstring. Ours."""
     answer = answer_of(response)
     if answer is not None or not response.rstrip().endswith(("<|im_end|>", "<|endoftext|>")):
         return answer
@@ -216,8 +212,7 @@ def final_answer(response):
 
 
 def mark(rows, responses, judge=None):
-    """Rows and their responses (a list each) -> lists of True | False | None (unjudged). sec.
-    3.2; see rewards.py.
+    """Rows and their responses (a list each) -> lists of True | False | None (unjudged). Sec. 3.2.
 
     judge: common.judge's or None; asked once for equal answers, and only where the rule says no.
     """
@@ -294,10 +289,7 @@ def candidate(record, where, media_root):
 
 
 def make_judge(config):
-    """The judge of the settings or None.
-
-    Rule and judge must not mix in one file, so both flags or none.
-    """
+    """The judge of the settings or None; both flags or none, so that no file mixes two rules."""
     if bool(config.judge_url) != bool(config.judge_model):
         raise SystemExit("--judge_url and --judge_model go together")
     if not config.judge_url:
@@ -390,9 +382,7 @@ FATES = ("chosen", "beyond K", "p_t too high", "gain too low", "unjudged", "skip
 
 
 def fate(line, chosen, max_p_t, min_gain):
-    """A probe's line (or None), and whether it was chosen -> what became of the candidate: one of
-    FATES. sec. 3.2.
-    """
+    """A probe's line (or None), and whether it was chosen -> one of FATES. Sec. 3.2."""
     if line is None:
         return "missing"
     if "p_t" not in line:
