@@ -56,7 +56,7 @@ def stages_of(plan, config):
         stages.append(Stage(name, tuple(after), time, call))
 
     for name, training in plan.items():
-        after = [] if training.start == "random" else [training.start]
+        after = [] if training.start == "untrained" else [training.start]
         add(name, after, seconds.get(name, 200), "train", name)
     add("painter", ["base"], 40, "paint")
     if config.curation:

@@ -66,7 +66,7 @@ def trainings(config):
     tuning = dict(TINY, steps=config.sft_steps)
     rl = dict(TINY_RL, steps=config.rl_steps)
     return {
-        "base": Training("base (captions only)", sft, "random", "captions", pretraining),
+        "base": Training("base (captions only)", sft, "untrained", "captions", pretraining),
         "text": Training("text-only SFT", sft, "base", "train", dict(tuning, spans=False)),
         "latent": Training("latent SFT", sft, "base", "train", tuning),
         "la-dapo": Training("RL: LA-DAPO (both)", la_dapo, "latent", "prompts", rl),

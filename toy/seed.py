@@ -34,8 +34,8 @@ class Seed:
     def train(self, name):
         """-> path of its last checkpoint. The first also makes the random model it starts from."""
         training = self.plan[name]
-        if training.start == "random":
-            write_random_model(self.path("random"), self.common["seed"], self.world)
+        if training.start == "untrained":
+            write_random_model(self.path("untrained"), self.common["seed"], self.world)
         start, data = newest(self.path(training.start)), self.world[training.data]
         settings = dict(training.settings, **self.common, model=start, data=data)
         return train(training.script, self.path(name), **settings)

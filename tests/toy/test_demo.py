@@ -11,6 +11,7 @@ import pytest
 
 from toy import __main__ as demo
 from toy import tables
+from toy.plan import CURATED
 
 
 def test_the_demos_plan():
@@ -18,11 +19,17 @@ def test_the_demos_plan():
     config = demo.Config(pretrain_steps=5, sft_steps=3, rl_steps=2)
     plan = demo.trainings(config)
     assert {name: (t.start, t.data, t.settings["steps"]) for name, t in plan.items()} == {
-        "base": ("random", "captions", 5),
+        "base": ("untrained", "captions", 5),
         "text": ("base", "train", 3),
         "latent": ("base", "train", 3),
         "la-dapo": ("latent", "prompts", 2),
     }
+
+
+def test_no_two_things_of_a_seed_share_a_folder():
+    """Breaks if a training of the curation is taken for what a row of the tables starts from."""
+    rows = tables.all_rows(tables.Config())
+    assert not {*rows, *(row.start for row in rows.values())} & set(CURATED)
 
 
 def test_every_row_is_one_its_script_takes():
@@ -30,7 +37,7 @@ def test_every_row_is_one_its_script_takes():
     rows, seen = tables.all_rows(tables.Config()), {}
     for name, row in rows.items():
         config = row.script.Config(**row.settings, model=row.start, data=row.data, out="")
-        assert row.start in ("random", *rows), name
+        assert row.start in ("untrained", *rows), name
         assert seen.setdefault(repr((row.script, config)), name) == name
 
 
