@@ -3,7 +3,7 @@
 # TORCH_INDEX: a package index to take torch from, such as PyTorch's own of CPU builds (README).
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
-.PHONY: taste demo test test-slow lint
+.PHONY: taste demo test test-slow gpu lint
 
 taste: .venv/ready
 	.venv/bin/python sample.py
@@ -16,6 +16,10 @@ test: .venv/ready
 
 test-slow: .venv/ready
 	.venv/bin/python -m pytest -q -m slow
+
+gpu: .venv/ready
+	.venv/bin/python -m pytest -q -m cuda
+	.venv/bin/python -m tools.bench --shape 2b --out bench.json
 
 lint: .venv/ready
 	.venv/bin/ruff check

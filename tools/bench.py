@@ -17,24 +17,24 @@ same run. Source: ours.
 
 import dataclasses
 import time
-from typing import NamedTuple
 
 import torch
 import transformers
-from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
 from common.flags import run_script
 from common.runs import write_json
 from la_dapo import adjoint_loss
-from latent_decode import Rollout, generate, replay
+from latent_decode import generate, replay
 from model import FutureL1, add_latent_tokens, best_attention
 from sft import Config as SFTConfig
 from sft import Step
+from tools.shapes import IDS, IMAGE, SHAPES, make, prompt, random_group
 
 
 @dataclasses.dataclass
 class Config:
-    shape: str = "2b"  # 2b | 8b: the shapes of Qwen3-VL-2B and 8B; tiny: to try this script
+    shape: str = "2b"  # 2b | 4b | 8b: those of Qwen3-VL; tiny: to try this script
     layers: int = 0  # fewer layers of words and vision; 0 = all
     save: str = ""  # write the random model (fp32) to this folder and stop
     tokenizer: str = ""  # folder of the tokenizer to put beside it
@@ -49,97 +49,6 @@ class Config:
     def __post_init__(self):
         if self.shape not in SHAPES:
             raise ValueError(f"shape is {self.shape!r}, expected one of {', '.join(SHAPES)}")
-
-
-class Shape(NamedTuple):
-    """Sizes of words and vision; whether input and output embeddings are one."""
-
-    text: dict
-    vision: dict
-    tied: bool
-
-
-SHAPES = {  # the released configs
-    "2b": Shape(
-        dict(
-            hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16
-        ),
-        dict(
-            depth=24,
-            hidden_size=1024,
-            intermediate_size=4096,
-            out_hidden_size=2048,
-            deepstack_visual_indexes=[5, 11, 17],
-        ),
-        tied=True,
-    ),
-    "8b": Shape(
-        dict(
-            hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32
-        ),
-        dict(
-            depth=27,
-            hidden_size=1152,
-            intermediate_size=4304,
-            out_hidden_size=4096,
-            deepstack_visual_indexes=[8, 16, 24],
-        ),
-        tied=False,
-    ),
-    "tiny": Shape(
-        dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=8),
-        dict(
-            depth=2,
-            hidden_size=64,
-            intermediate_size=128,
-            out_hidden_size=64,
-            deepstack_visual_indexes=[0],
-        ),
-        tied=True,
-    ),
-}
-
-
-VOCABULARY, EOS = 151936, 151645
-VISION_START, VISION_END, IMAGE = 151652, 151653, 151655
-# the first ids that Qwen's tokenizer leaves free
-IDS = dict(latent_start_id=151669, latent_id=151670, latent_end_id=151671)
-
-
-# ------------------------------------------------------------------------------- models and inputs
-
-
-def make(shape, layers=0, dtype=torch.float32, device="cpu"):
-    """A random FutureL1 of a released shape, with its full vocabulary."""
-    text, vision, tied = SHAPES[shape]
-    if layers:
-        text = dict(text, num_hidden_layers=layers)
-        vision = dict(vision, depth=layers, deepstack_visual_indexes=list(range(min(3, layers))))
-    rope = dict(
-        rope_type="default", rope_theta=5e6, mrope_interleaved=True, mrope_section=[24, 20, 20]
-    )
-    text = dict(
-        text,
-        vocab_size=VOCABULARY,
-        num_key_value_heads=8,
-        head_dim=128,
-        tie_word_embeddings=tied,
-        max_position_embeddings=262144,
-        eos_token_id=EOS,
-        rope_parameters=rope,
-    )
-    vision = dict(vision, num_heads=16, num_position_embeddings=2304)
-    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
-    torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = FutureL1(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    model.set_latent_tokens(IDS)
-    model.generation_config.eos_token_id = EOS
-    return model
 
 
 def make_trainable(config, device):
@@ -161,25 +70,6 @@ def save(config):
     model.save_pretrained(config.save)
     tokenizer.save_pretrained(config.save)
     print(f"{config.save}: {sum(p.numel() for p in model.parameters()):,} random weights")
-
-
-def prompt(config, rows, device, latents=0, length=0):
-    """Random prompts with images -> dict of tensors.
-
-    latents: for a training, so many latents, four to a future frame. length: random words follow
-    until a row has so many tokens.
-    """
-    one = [VISION_START, *[IMAGE] * 256, VISION_END] * config.images
-    one += torch.randint(1000, 9000, (config.words,)).tolist()
-    one += [IDS["latent_start_id"], *[IDS["latent_id"]] * 4, IDS["latent_end_id"]] * (latents // 4)
-    one += torch.randint(1000, 9000, (max(0, length - len(one)),)).tolist()
-    ids = torch.tensor([one] * rows, device=device)
-    return dict(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        pixel_values=torch.randn(rows * config.images * 1024, 1536, device=device),
-        image_grid_thw=torch.tensor([[1, 32, 32]] * rows * config.images, device=device),
-    )
 
 
 def timed(f, times=1):
@@ -299,24 +189,6 @@ def measure_sft(model, config, device):
     seconds, memory = timed(forward_backward, times=3)
     tokens = batch["input_ids"].numel()
     return {"sft tokens/s": round(tokens / seconds), "sft GiB": round(memory, 1)}
-
-
-def random_group(config, hidden, device):
-    """A rollout of n random rows, each with 4 spans of 2 latents."""
-    length = max(config.new_tokens, 16)
-    span = [IDS["latent_start_id"], *[IDS["latent_id"]] * 2, IDS["latent_end_id"]]
-    row = torch.randint(1000, 9000, (length,))
-    for k in range(4):
-        row[k * length // 4 :][:4] = torch.tensor(span)
-    tokens = row.to(device).repeat(config.n, 1)  # (n, length)
-    return Rollout(
-        tokens,
-        torch.ones_like(tokens, dtype=torch.bool),
-        [torch.randn(8, hidden, device=device)] * config.n,
-        torch.zeros(tokens.shape, device=device),
-        ["length"] * config.n,
-        torch.full((config.n,), length, device=device),
-    )
 
 
 def measure_rl(model, config, device):

@@ -50,7 +50,7 @@ def test_a_group_holds_four_spans(new_tokens):
 
 def test_a_shape_that_is_none():
     """Breaks if a misspelt shape is a KeyError deep inside."""
-    with pytest.raises(ValueError, match="shape is '3b', expected one of 2b, 8b, tiny"):
+    with pytest.raises(ValueError, match="shape is '3b', expected one of 2b, 4b, 8b, tiny"):
         bench.Config(shape="3b")
 
 

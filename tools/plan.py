@@ -1,0 +1,193 @@
+"""How much memory a training takes on each GPU, by formula: before one rents.
+
+    python -m tools.plan --shape 8b --gpus 8
+    python -m tools.plan --shape 2b --gpus 1 --prompt_tokens 2000 --new_tokens 512
+
+Bytes are those of this code: weights, gradients and Adam in fp32, arithmetic in bf16 autocast, each
+prompt once. Not counted: CUDA's context, kernels' workspaces, fragments (leave a tenth), and the
+vision tower's passing activations. tests/tools/test_plan.py holds the formulas against measured
+peaks of live tensors. Source: ours.
+
+Axis letters: D hidden, F intermediate, Q and K widths of all query and all key heads, V vocabulary,
+L layers, N tokens of a row, T new tokens, P prompt tokens, G rollouts.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+from common.flags import run_script
+from latent_decode import CHUNK, LOGITS
+from tools.shapes import SHAPES, VOCABULARY, weights, widths
+
+CARDS = (24, 80, 141)  # GB
+USABLE = 0.9  # of a card
+
+
+@dataclasses.dataclass
+class Config:
+    shape: str = "8b"  # 2b | 4b | 8b: those of Qwen3-VL
+    gpus: int = 8  # ranks
+    prompt_tokens: int = 4000  # words and visual tokens of a prompt
+    n: int = 8  # rollouts of a prompt  # paper Table 9
+    new_tokens: int = 2048  # of each rollout: the longest there can be
+    sft_tokens: int = 4300  # of a sample of SFT
+    sft_words: int = 300  # of these, words that carry a label
+    lora_rank: int = 64  # of all matrices of the language model
+
+    def __post_init__(self):
+        if self.shape not in SHAPES:
+            raise ValueError(f"shape is {self.shape!r}, expected one of {', '.join(SHAPES)}")
+
+
+# ------------------------------------------------------------------------- activations of a forward
+
+
+def of_a_layer(w, tokens):
+    """What the backward of a layer needs, in bytes: everything it was computed from."""
+    norms = 2 * (4 + 4) * w.D  # fp32: what comes in, and divided by its deviation
+    inputs = 5 * 2 * w.D  # q, k, v, gate, up: autocast makes a bf16 copy each
+    heads = (4 + 2 + 2) * (w.Q + w.K) + 2 * w.K  # q and k: before and after their norm, rotated; v
+    output = 2 * 2 * w.Q  # of attention, and put back in order
+    mlp = 4 * 2 * w.F  # gate, its SiLU, up, their product
+    return tokens * (norms + inputs + heads + output + mlp)
+
+
+def of_a_group(w, c):
+    """What the attention of a prompt's rollouts keeps besides: queries, and each row's keys."""
+    queries = c.n * c.new_tokens * 2 * w.Q
+    return queries + c.n * (c.prompt_tokens + c.new_tokens) * 2 * 2 * w.K
+
+
+class Forward(NamedTuple):
+    """One micro-batch, in bytes where nothing else is said."""
+
+    tokens: int  # of the row
+    layer: int  # what the backward of one layer needs
+    words: int  # whose logits are in memory at a time
+    pieces: int  # how many times
+
+
+def sft_forward(c):
+    return Forward(c.sft_tokens, of_a_layer(widths(c.shape), c.sft_tokens), c.sft_words, 1)
+
+
+def rl_forward(c):
+    w, chosen = widths(c.shape), c.n * c.new_tokens
+    tokens = c.prompt_tokens + chosen
+    layer = of_a_layer(w, tokens) + of_a_group(w, c)
+    return Forward(tokens, layer, min(chosen, LOGITS), -(-chosen // LOGITS))
+
+
+def activations(shape, forward, checkpointing, copies, trained=True):
+    """The peak of a forward and backward, in bytes, without weights and gradients.
+
+    copies: the bf16 copies of weights, as long as the forward or its graph. trained: whether the
+    matrices have gradients (not so with LoRA).
+    """
+    w, head, tied = widths(shape), VOCABULARY * widths(shape).D * trained, SHAPES[shape].tied
+    kept = forward.tokens * 3 * 4 * w.D  # embeddings, last states, their order
+
+    # at the head: fp32 log-probabilities and two gradients of a piece, the weights in bf16; then
+    # their gradient in bf16 and fp32, that of the pieces before waiting
+    piece = forward.words * VOCABULARY * 12 + 2 * head
+    waiting = 4 * head if forward.pieces > 1 else 0
+    top = waiting + max(piece, 6 * head)
+
+    # at the embeddings: their gradient, beside that of the head where both are one
+    bottom = (8 if tied else 4) * head
+    if not checkpointing:
+        return max(kept + copies + w.L * forward.layer + top, bottom)
+
+    # within a layer: made again, with its weights in bf16, their gradients and those of the MLP
+    passing = forward.tokens * (8 * w.D + 4 * w.F) + 6 * w.D * w.F * trained
+    within = forward.layer + passing + copies // w.L + (4 * head if tied else 0)
+    kept += w.L * forward.tokens * 4 * w.D
+    return max(kept + max(copies + piece, top, within), bottom)
+
+
+def caches(c):
+    """Keys and values while a prompt's rollouts are decoded, in bytes.
+
+    The prompt's once, its keys at first in fp32. Each row's own cache doubles as it grows; the old
+    one is there until the new one is filled.
+    """
+    w, room = widths(c.shape), CHUNK
+    while room < c.new_tokens:
+        room *= 2
+    return w.L * w.K * (6 * c.prompt_tokens + 4 * c.n * (room + room // 2))
+
+
+# ----------------------------------------------------------------------------------------- the plan
+
+
+class Layout(NamedTuple):
+    """How weights are kept on each GPU, in bytes; `copies` as in `activations`."""
+
+    name: str
+    weights: float
+    gradients: float
+    optimizer: float
+    reference: float  # the KL's, bf16
+    copies: float
+    trained: bool = True
+
+
+def layouts(c):
+    """Each way to keep the weights -> list of Layout."""
+    counts, w = weights(c.shape), widths(c.shape)
+    n, trained, copies = counts.total, counts.trained, 2 * counts.matrices
+    plans = [Layout("DDP", 4 * n, 4 * trained, 8 * trained, 2 * n, copies)]
+    if c.gpus > 1:
+        plans.append(plans[0]._replace(name="DDP --zero", optimizer=8 * trained / c.gpus))
+        parts = [part / c.gpus for part in plans[0][1:5]]
+        plans.append(Layout("sharded*", *parts, 2 * 2 * counts.layer))  # two layers at a time
+    ends = 2 * w.Q + 2 * w.K + 3 * w.F + 7 * w.D  # widths in and out of a layer's matrices
+    adapters = w.L * c.lora_rank * ends
+    lora = 2 * n + 4 * adapters, 4 * adapters, 8 * adapters
+    return [*plans, Layout("LoRA*", *lora, reference=0, copies=0, trained=False)]
+
+
+def parts_of(layout, c):
+    """A layout's bytes on each GPU -> {what: bytes}; last the peaks."""
+    parts, peaks = layout._asdict() | dict(caches=caches(c)), {}
+    del parts["name"], parts["trained"]
+    state = layout.weights + layout.gradients + layout.optimizer
+    # gradients are not there yet while rollouts are decoded
+    rollout = layout.copies + caches(c) - layout.gradients
+    for name, forward, before, least in (
+        ("SFT", sft_forward(c), state, 0),
+        ("LA-DAPO", rl_forward(c), state + layout.reference, rollout),
+    ):
+        for checkpointing in (False, True):
+            size = activations(c.shape, forward, checkpointing, layout.copies, layout.trained)
+            name_ = name + ", checkpointing" * checkpointing
+            parts[f"activations, {name_}"] = size
+            peaks[f"peak, {name_}"] = before + max(size, least)
+    return parts | peaks
+
+
+def fits(peak):
+    """The smallest card that a peak in bytes fits on, in GB; "none"."""
+    return next((str(card) for card in CARDS if peak <= USABLE * card * 1e9), "none")
+
+
+def main(config):
+    """Print the plan -> {layout: {what: bytes}}."""
+    plan = {layout.name: parts_of(layout, config) for layout in layouts(config)}
+    counts = weights(config.shape)
+    print(f"{config.shape}: {counts.total:,} weights, {counts.trained:,} of them trained")
+    print(f"GB on each of {config.gpus} GPU(s), by formula; not measured on a GPU")
+    print(f"[card]: the smallest of {CARDS} that it fits on, a tenth left free")
+    print("*: not in the code yet; activations hold the copies\n")
+    print(f"{'':<36}" + "".join(f"{name:>16}" for name in plan))
+    for name in next(iter(plan.values())):
+        sizes = [parts[name] for parts in plan.values()]
+        cells = [f"{size / 1e9:.1f}" for size in sizes]
+        if name.startswith("peak"):
+            cells = [f"{cell} [{fits(size)}]" for cell, size in zip(cells, sizes)]
+        print(f"{name:<36}" + "".join(f"{cell:>16}" for cell in cells))
+    return plan
+
+
+if __name__ == "__main__":
+    run_script(main, Config)
