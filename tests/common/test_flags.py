@@ -49,7 +49,7 @@ def test_help_shows_the_comments(capsys):
 SCRIPTS = ["sft", "la_dapo", "curate", "evaluate", "sample", "toy", "toy.tables", "tools.bench"]
 SCRIPTS += ["common.judge", "common.report", "variants.logprob_gain", "variants.noisy_latents"]
 SCRIPTS += ["tools.export", "tools.clips", "tools.pictures", "variants.own_path", "common.page"]
-SCRIPTS += ["variants.pause_tokens", "variants.self_forcing", "toy.taste"]
+SCRIPTS += ["variants.pause_tokens", "variants.self_forcing", "toy.taste", "tools.plan"]
 
 
 def run(script, monkeypatch, capsys, *argv):
@@ -82,6 +82,7 @@ def test_an_error_is_one_line_and_code_2(script, world, tmp_path, monkeypatch, c
     wrong = {
         "toy": (["--clips", "x"], "argument --clips: invalid int value: 'x'"),
         "toy.tables": (["--config", nowhere], f"{nowhere}: No such file"),
+        "tools.plan": (["--shape", "9b"], "9b"),
         "tools.bench": (["--layers", "x"], "argument --layers: invalid int value: 'x'"),
         "sample": (
             ["--model", nowhere, "--question", "q", "--video", nowhere],

@@ -70,6 +70,7 @@ def rl_update(model, config):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("make_step, sizes", [
     (sft_step, dict(prompt_tokens=300, sft_tokens=1500, sft_words=32)),  # most of it: the layers
