@@ -31,7 +31,8 @@ class Config:
 # may change in a folder that is there
 FREE = ("fresh", "curation", "workers", "serial", "seeds", "rows")
 GROUPS = ("1-hop", "2-hop", "3-hop", "interp")
-ABLATIONS = ("zero", "noise", "shuffled", "true")  # fed to the spans of latent SFT
+# fed to the spans of latent SFT; pause is what stock `generate` would do
+ABLATIONS = ("zero", "pause", "noise", "shuffled", "true")
 CURATED = {
     "able": "before",
     "selected": "SFT on the selected rows",
