@@ -57,6 +57,7 @@ def log_of(out):
         return [json.loads(line) for line in f]
 
 
+@pytest.mark.slow  # whole trainings
 @pytest.mark.parametrize("workers", [0, 1])
 def test_sft_goes_on(workers, world, fatal, tmp_path):
     """Breaks if a reader that dies ends the training, at first or when it is resumed, or a sample
@@ -77,6 +78,7 @@ def test_sft_goes_on(workers, world, fatal, tmp_path):
     assert all(where.startswith(fatal) and SAID in why for where, why in skipped)
 
 
+@pytest.mark.slow  # whole trainings
 def test_la_dapo_goes_on(world, fatal, tmp_path):
     """As test_sft_goes_on."""
     options = dict(data=fatal, steps=2, groups=8, save_every=1, workers=1)
@@ -88,6 +90,7 @@ def test_la_dapo_goes_on(world, fatal, tmp_path):
     assert len(names) >= 4 and all(SAID in why for _, why in names)
 
 
+@pytest.mark.slow  # whole trainings
 @pytest.mark.parametrize("workers", [0, 1])
 def test_curate_and_evaluate_go_on(workers, world, fatal, tmp_path):
     """As test_sft_goes_on; each line says what became of its row."""

@@ -113,6 +113,7 @@ def test_the_loss_by_hand(model, tokenizer, density):
     assert unused[0] is None  # without it nothing trains the head
 
 
+@pytest.mark.slow  # whole trainings
 def test_two_steps_by_the_command_line(world, loud, tmp_path, monkeypatch):
     """Breaks if the variant does not train, merges rollouts with equal words, or a run that goes
     on draws other noise than one that was not cut.

@@ -157,6 +157,7 @@ def test_the_rewards_keep_their_precision_under_autocast(model, tokenizer):
         assert torch.equal(own_path.batch_rewards(latents, batch, Config()), plain)
 
 
+@pytest.mark.slow  # whole trainings
 @pytest.mark.parametrize("own, temperature", [("ctr", 1.0), ("div", 0.01), ("both", 0.01)])
 def test_two_steps_by_the_command_line(world, loud, tmp_path, own, temperature):
     """Breaks if the variant does not train, or its gradient depends on the size of a micro-batch.
