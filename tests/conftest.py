@@ -3,7 +3,7 @@
 import os
 import sys
 
-# two cores: one thread for each of two workers (what started them has read this file, too), else two
+# two cores: a thread each for two workers (who started them has read this file, too), else two
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
