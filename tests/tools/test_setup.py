@@ -10,7 +10,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 def commands(*arguments):
     """What make would run to set up .venv, a command a line."""
     command = ["make", "--dry-run", "--always-make", ".venv/ready", *arguments]
-    env = {k: v for k, v in os.environ.items() if k != "TORCH_INDEX"}
+    # the tests may run within make: what it tells its children is not for this one
+    outer = ("TORCH_INDEX", "MAKELEVEL", "MAKEFLAGS", "MFLAGS")
+    env = {k: v for k, v in os.environ.items() if k not in outer}
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     return run.stdout.splitlines()
 
