@@ -276,6 +276,7 @@ def test_a_torn_part_file_is_completed_to_the_same_bytes(world, probed, tmp_path
     ).read()
 
 
+@pytest.mark.slow  # processes of their own
 def test_killed_and_shared_by_two_ranks_gives_the_same_bytes(world, probed, tmp_path):
     """Breaks if SIGKILL loses or doubles a line, the number of ranks changes the output, or ranks
     do the same work.

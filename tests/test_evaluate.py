@@ -130,6 +130,7 @@ def test_a_killed_run_resumes_to_the_same_result(world, tmp_path, monkeypatch):
     assert evaluate.evaluate(config(world, tmp_path / "b", report=0)) == whole
 
 
+@pytest.mark.slow  # processes of their own
 def test_two_processes_score_like_one(world, tmp_path):
     """Breaks if a sample is left out or done twice when ranks share the work, or the command line
     differs.

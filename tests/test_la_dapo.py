@@ -592,6 +592,7 @@ def straight_run(tmp_path, config):
     return runs.checkpoints(config.out)[-1]
 
 
+@pytest.mark.slow  # processes of their own
 def test_two_processes_give_the_update_of_one(world, loud, tmp_path):
     """Breaks if the ranks sample other rollouts, count tokens apart, or take a mean where the sum
     is wanted. Seven groups a

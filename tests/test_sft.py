@@ -359,6 +359,7 @@ def descend(tmp_path, processes, config):
     return weights(runs.checkpoints(config.out)[-1]), run.stdout + run.stderr
 
 
+@pytest.mark.slow  # processes of their own
 def test_micro_batches_and_two_processes_give_the_gradient_of_one_big_batch(world, tmp_path):
     """Breaks if a mean of means is taken anywhere, if DDP's mean is not undone, or if a rank
     without samples hangs.
