@@ -339,7 +339,8 @@ def probe(config, judge=None):
 
     # what the judge gave no verdict on is judged again, without generating
     if judge and machine.master:
-        waiting = [id for id, line in book.lines.items() if "unjudged" in line]
+        usable = [id for id, row in rows.items() if isinstance(row, Row)]
+        waiting = [id for id in usable if "unjudged" in book.lines.get(id, {})]
         responses = [book.lines[id]["responses"] for id in waiting]
         judged = results([rows[id] for id in waiting], responses, judge)
         book.add(dict(zip(waiting, judged)))

@@ -41,6 +41,8 @@ def attend(module, query, key, value, attention_mask, scaling=None, prefix=None,
     """transformers' attention function: (1, H, N, d) -> (1, N, H, d), no weights."""
     if prefix is None:
         raise ValueError("shared-prefix attention needs a Layout or a DecodingCache as prefix=")
+    if kwargs.get("dropout"):
+        raise ValueError("shared-prefix attention has no dropout; set attention_dropout to 0")
     return prefix.attend(module.layer_idx, query, key, value, scaling), None
 
 
@@ -76,7 +78,7 @@ class Layout:
             for length in lengths:
                 self.rollouts.append((place, length, number))
                 place += length
-        self.length, self.device = place, device
+        self.device = device
         self.calls = [*self._prompt_calls(), *self._rollout_calls()]
         self.back = torch.cat([call.order for call in self.calls]).argsort()  # (N,)
 
@@ -171,7 +173,8 @@ class DecodingCache:
         for layer in prompt.layers:
             keys, values = (_in_dtype(x)[0][:, index] for x in (layer.keys, layer.values))
             layer.keys = layer.values = None
-            self.prompt.append((keys.transpose(0, 1), values.transpose(0, 1)))
+            # contiguous: a product with a transposed view would copy the prompts at every step
+            self.prompt.append(tuple(x.transpose(0, 1).contiguous() for x in (keys, values)))
             self.own.append([x.new_empty(B * n, len(x), 0, x.shape[-1]) for x in (keys, values)])
         self.used = 0  # places of the own caches that are filled
         self.place = torch.zeros(1, dtype=torch.long, device=device)  # the same, for the kernels

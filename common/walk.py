@@ -120,18 +120,23 @@ class Book:
         self.new += lines
 
     def finish(self):
-        """All ranks: the parts become one file, in the rows' order -> {id: line} of all rows."""
+        """All ranks: the parts become one file, in the rows' order -> {id: line} of all rows.
+
+        Lines of other ids stay in the file, behind: a run on fewer rows loses nothing.
+        """
         for line in self.machine.gather(self.new):
             if not is_final(self.lines.get(line["id"], {"skipped": ""})):
                 self.lines[line["id"]] = line
-        self.lines = {id: self.lines[id] for id in self.rows if id in self.lines}
+        of_rows = {id: self.lines[id] for id in self.rows if id in self.lines}
         if self.machine.master:
-            texts = [json.dumps(line, ensure_ascii=False) for line in self.lines.values()]
+            every = of_rows | self.lines
+            texts = [json.dumps(line, ensure_ascii=False) for line in every.values()]
             path = os.path.join(self.folder, self.name)
             write(f"{path}.jsonl", "".join(text + "\n" for text in texts))
             for part in glob.glob(f"{glob.escape(path)}_*.jsonl"):
                 os.remove(part)
         self.machine.wait()
+        self.lines = of_rows
         return self.lines
 
 

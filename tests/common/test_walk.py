@@ -63,3 +63,20 @@ def test_other_settings_and_other_rows_are_refused(tmp_path):
             book(tmp_path, rows=changed)
     unusable = dict(ROWS, a=Skipped("f:0", "broken"))
     assert book(tmp_path, rows=unusable).missing("a") == []  # its result stands
+
+
+def test_a_run_on_fewer_rows_loses_nothing(tmp_path):
+    """Breaks if a run on the first rows alone drops the results of the others from the file."""
+    whole = book(tmp_path)
+    whole.add({id: dict(p=i) for i, id in enumerate(ROWS)})
+    whole.finish()
+    few = book(tmp_path, rows={id: ROWS[id] for id in "ba"})
+    assert few.blocks(2) == [] and list(few.finish()) == ["b", "a"]
+    again = book(tmp_path)
+    assert again.blocks(2) == [] and [line["p"] for line in again.finish().values()] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
