@@ -457,8 +457,8 @@ def write_selected(config, records, places):
     return f"{path}.jsonl"
 
 
-def main(config):
-    """The steps that are asked for; the first rank alone selects."""
+def main(config, probe=probe, cut=cut):
+    """The parts that are asked for; the first rank alone selects. A variant brings its own two."""
     if config.part != "select":
         probe(config)
     if config.part != "probe" and int(os.environ.get("RANK", 0)) == 0:

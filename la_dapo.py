@@ -30,9 +30,9 @@ With one update a step (the default) the policy has not moved: the ratio is 1 an
 nothing to do. `minibatches` and `inner_epochs` change that. "Exact" then holds for the first
 update; after it the recorded latents are no longer the policy's.
 
-Memory: a group's prompt is there once (common/shared_prefix.py), `gradient_checkpointing` keeps one
-layer's activations. The fp32 weights, gradients and optimizer have to fit on a GPU: by estimate
-Qwen3-VL-2B's do, an 8B's do not (docs/scale.md).
+Memory: a group's prompt is there once (common/shared_prefix.py); `gradient_checkpointing` keeps
+only the layers' inputs. Weights and gradients in fp32 have to fit on each GPU: an 8B needs cards of
+141 GB and --zero, by formula (docs/scale.md).
 
 Where this differs from the paper:
  1. A latent step's log-probability is that of its one decision, log(1 - p(LE)) or log p(LE); forced

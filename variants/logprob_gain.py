@@ -21,6 +21,7 @@ import os
 
 import torch
 
+import curate
 from common.flags import run_script
 from common.formats import Skipped, report_bad
 from common.runs import Machine
@@ -101,11 +102,8 @@ def cut(config):
 
 
 def main(config):
-    """The steps that are asked for; the first rank alone selects."""
-    if config.part != "select":
-        probe(config)
-    if config.part != "probe" and int(os.environ.get("RANK", 0)) == 0:
-        cut(config)
+    """`curate.main` with this score and this threshold."""
+    curate.main(config, probe, cut)
 
 
 if __name__ == "__main__":
