@@ -72,13 +72,14 @@ from common.flags import run_script
 from common.folder import model_fingerprint, newest
 from common.formats import Skipped, report_bad
 from common.groups import CURVES, Group, Harvest, RolloutLog, load_prompts, log_line, prepare
+from common.heldout import HeldOut, held_out_rows
 from common.judge import judge_of, read_args
 from common.report import draw_curves
 from common.rollouts import take
 from common.runs import Machine, Run, make_optimizer, rows_of
 from data import DataConfig, at_least, model_inputs, to_device
 from latent_decode import generate, own_latent, replay
-from rewards import Weights, ask_judge, pick, score_group, span_lengths
+from rewards import Weights, accuracy_reward, ask_judge, pick, score_group, span_lengths
 
 
 @dataclasses.dataclass
@@ -86,6 +87,9 @@ class Config(DataConfig):
     model: str = "runs/sft"  # where to start: a model's or a run's folder; the KL's reference
     data: str = ""  # records with answers, see data.py; chains and future frames are not needed
     media_root: str = ""  # where relative clip paths start; "" = the folder of the data file
+    eval_data: str = ""  # held-out records: answered greedily, not learnt from  # ours
+    eval_every: int = 10  # steps between two looks at them; also at the last step  # ours
+    eval_rows: int = 0  # only the first so many; 0 = all  # ours
     out: str = "runs/rl"  # the run's folder
     resume: bool = False  # continue from the newest checkpoint in `out`
     seed: int = 0  # order of the prompts and all sampling  # ours
@@ -145,6 +149,7 @@ class Config(DataConfig):
         super().__post_init__()
         at_least(self, 1, "groups", "max_tries", "rollout_batch", "max_new_tokens", "micro_batch")
         at_least(self, 1, "minibatches", "inner_epochs", "save_every", "sample_every")
+        at_least(self, 1, "eval_every")
         at_least(self, 2, "group_size")  # an advantage compares
         at_least(self, 0, "prompts", "steps", "max_latents", "warmup_steps")
         at_least(self, -1, "adjoint_terms")
@@ -260,6 +265,14 @@ class Policy(NamedTuple):
     feed: Callable | None  # None = own latents; else feed(config, k) -> the `feed` of batch k
 
 
+def decode(policy, batch, machine, **how):
+    """A batch of prompts, continued -> Rollout, its tokens as lists, its texts."""
+    with machine.autocast():
+        rollout = generate(policy.model, model_inputs(to_device(batch, machine.device)), **how)
+    tokens = [row[:n].tolist() for row, n in zip(rollout.tokens.cpu(), rollout.lengths)]
+    return rollout, tokens, policy.tokenizer.batch_decode(tokens)
+
+
 def roll_out(policy, batch, k, config, machine):
     """Batch k of the prompts -> a Group each, not scored yet. Seed and k decide what is sampled."""
     if not batch["rows"]:
@@ -269,11 +282,7 @@ def roll_out(policy, batch, k, config, machine):
     how.update(max_new_tokens=config.max_new_tokens, max_latents=config.max_latents)
     how.update(feed=policy.feed(config, k) if policy.feed else own_latent)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + k)
-    with machine.autocast():
-        inputs = model_inputs(to_device(batch, machine.device))
-        rollout = generate(policy.model, inputs, generator=generator, **how)
-    tokens = [row[:n].tolist() for row, n in zip(rollout.tokens.cpu(), rollout.lengths)]
-    texts = policy.tokenizer.batch_decode(tokens)
+    rollout, tokens, texts = decode(policy, batch, machine, generator=generator, **how)
     ids = policy.model.config.latent_start_id, policy.model.config.latent_id
     spans = [span_lengths(row, *ids) for row in tokens]
 
@@ -446,6 +455,26 @@ def update_figures(figures, norms, machine):
 # --------------------------------------------------------------------------------------------- loop
 
 
+def held_out_accuracy(policy, held_out, judge, log, config, machine):
+    """Greedy accuracy on what was held out, a rollout a prompt -> fields of the step's line.
+
+    Right is what R_acc's rule or the judge calls so. The mean over the judged rows of all ranks;
+    None if there is none.
+    """
+    size = config.rollout_batch * config.group_size  # as many rows together as in a rollout
+    how = dict(max_new_tokens=config.max_new_tokens, max_latents=config.max_latents)
+    right, judged = 0, 0
+    with held_out.aside(policy.model):
+        for batch in held_out.batches(policy.tokenizer, size, side="left", train=False):
+            rows = batch["rows"]
+            _, _, texts = decode(policy, batch, machine, **how) if rows else ([], [], [])
+            for text, row, verdict in zip(texts, rows, ask_judge(judge, texts, rows)):
+                right += bool(verdict or accuracy_reward(text, row.answer, row.options))
+                judged += verdict is not None
+    right, judged = machine.sum([right, judged])
+    return held_out.line(log, judge, accuracy=right / judged if judged else None)
+
+
 def train(config, rows=None, policy_loss=policy_loss, feed=None):
     """Run LA-DAPO -> path of the last checkpoint.
 
@@ -455,6 +484,7 @@ def train(config, rows=None, policy_loss=policy_loss, feed=None):
     # the run's folder; the policy and what it is compared with; the prompts in their order
     machine = Machine(config.bf16)
     rows = usable(rows_of(config) if rows is None else rows, config)
+    held_out = HeldOut(usable(held_out_rows(config), config), config, machine)
     steps, judge = count_steps(rows, config), judge_of(config)
     run = Run(config, rows, machine, config.label)
     model, tokenizer = load_model(run)
@@ -482,7 +512,10 @@ def train(config, rows=None, policy_loss=policy_loss, feed=None):
         places = [place * config.rollout_batch, end * config.rollout_batch]
         line = dict(step=step, lr=lr, prompts=places, **figures)
         line.update(log_line(tally, skipped, failures))
-        run.log.write(line, reward=line["total"], accuracy=line["accuracy"], groups=line["groups"])
+        if held_out.due(step + 1, steps):
+            line.update(held_out_accuracy(policy, held_out, judge, run.log, config, machine))
+        shown = dict(reward=line["total"], accuracy=line["accuracy"], groups=line["groups"])
+        run.log.write(line, **shown, **held_out.shown)
         rollouts.write(step, harvest.groups)
         place, state = end, dict(batch=end, origin=origin)
         due = run.save_if_due(step + 1, steps, model, tokenizer, optimizer, **state)

@@ -44,10 +44,11 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from common.flags import run_script
+from common.heldout import HeldOut, held_out_rows
 from common.report import draw_curves
 from common.runs import Machine, Run, make_optimizer, rows_of, step_or_skip
 from data import DataConfig, Samples, at_least, collate, loader, model_inputs, to_device
-from model import log_continue
+from model import LATENT, log_continue
 
 
 @dataclasses.dataclass
@@ -56,6 +57,9 @@ class Config(DataConfig):
     model: str = "Qwen/Qwen3-VL-8B-Instruct"
     data: str = ""  # training records, see data.py
     media_root: str = ""  # where relative clip paths start; "" = the folder of the data file
+    eval_data: str = ""  # held-out records: their loss is logged, they are not learnt from  # ours
+    eval_every: int = 50  # steps between two looks at them; also at the last step  # ours
+    eval_rows: int = 0  # only the first so many; 0 = all  # ours
     out: str = "runs/sft"  # the run's folder
     resume: bool = False  # continue from the newest checkpoint in `out`
     seed: int = 0  # order of the data  # ours
@@ -87,7 +91,7 @@ class Config(DataConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, 1, "global_batch", "micro_batch", "save_every")
+        at_least(self, 1, "global_batch", "micro_batch", "save_every", "eval_every")
         if self.latent_loss not in ("mse", "nmse"):
             raise ValueError(f"latent_loss is {self.latent_loss!r}, expected mse or nmse")
 
@@ -318,6 +322,25 @@ def backward(ddp, micro, progress, counts, config, machine):
     return dict(ce=ce, latent=latent, loss=ce + config.lam * latent)
 
 
+def held_out_loss(module, held_out, tokenizer, log, config, machine):
+    """Eq. (1)-(3) on what was held out, the true future fed -> fields of the step's line.
+
+    Means over the tokens of all rows and ranks; None where there is no token. module: a `Step`.
+    """
+    sums, n_text, n_latent = torch.zeros(2, dtype=torch.float64), 0, 0
+    latent_id = tokenizer.convert_tokens_to_ids(LATENT)
+    with held_out.aside(module):
+        for batch in held_out.batches(tokenizer, config.micro_batch, spans=config.spans):
+            counts = count_step([batch], latent_id, config, machine)
+            n_text, n_latent = n_text + counts.n_text, n_latent + counts.n_latent
+            with machine.autocast():
+                sums += torch.stack(module(to_device(batch, machine.device))).double().cpu()
+    ce, latent = machine.sum(sums)
+    ce, latent = ce / n_text if n_text else None, latent / max(n_latent, 1)
+    loss = ce + config.lam * latent if n_text else None  # Eq. (1)
+    return held_out.line(log, loss=loss, ce=ce, latent=latent)
+
+
 def train(config, rows=None, module=Step):
     """Run the training -> path of the last checkpoint.
 
@@ -327,6 +350,7 @@ def train(config, rows=None, module=Step):
     # the run's folder; the data in its order; the model
     machine = Machine(config.bf16)
     rows = rows_of(config) if rows is None else rows
+    held_out = HeldOut(held_out_rows(config), config, machine)
     run = Run(config, rows, machine, config.label)
     order, steps = plan_order(rows, config)
     torch.manual_seed(config.seed)
@@ -362,7 +386,9 @@ def train(config, rows=None, module=Step):
         line = dict(step=step, lr=lr, tokens=counts.n_tokens, latents=counts.n_latent, **means)
         line.update(grad_norm=norm, update_skipped=norm is None or not math.isfinite(norm))
         line.update(skipped=[list(skip) for skip in skipped], seconds=round(time.time() - began, 4))
-        run.log.write(line, ce=means["ce"], latent=means["latent"])
+        if held_out.due(step + 1, steps):
+            line.update(held_out_loss(ddp, held_out, tokenizer, run.log, config, machine))
+        run.log.write(line, ce=means["ce"], latent=means["latent"], **held_out.shown)
         due = run.save_if_due(step + 1, steps, model, tokenizer, optimizer, latent_var=latent_var)
         if due and machine.master:
             draw_curves(run.log.path, os.path.join(config.out, "loss.png"))

@@ -147,7 +147,8 @@ def prepare(groups, merge, device):
 REWARDS = ("total", "accuracy", "format", "contrastive", "diversity", "repetition")
 VERDICTS = ("kept", "too easy", "too hard", "unjudged groups")
 COUNTS = ("rollouts", "unjudged", *VERDICTS, "surplus", "groups", "skipped")
-CURVES = (("total", "accuracy"), ("contrastive", "diversity"), ("entropy", "kl"), ("grad_norm",))
+CURVES = (("total", "accuracy", "eval_accuracy"), ("contrastive", "diversity"))
+CURVES += (("entropy", "kl"), ("grad_norm",))
 
 
 def count(tally, group):

@@ -262,26 +262,28 @@ def _axes(columns, width, height):
 
 
 LABELS = {"ce": "L_CE a token, Eq. (2)", "latent": "L_latent, Eq. (3)"}
+SFT_PANELS = (("ce", "eval_ce"), ("latent", "eval_latent"), ("grad_norm",))
 ON_LOG_SCALE = ("ce", "latent", "grad_norm")
 
 
-def draw_curves(log, png, panels=(("ce",), ("latent",), ("grad_norm",))):
+def draw_curves(log, png, panels=SFT_PANELS):
     """log.jsonl -> its keys over the steps as a picture, a panel a tuple of keys. Ours.
 
-    Each step is drawn thin, the mean of ten thick. A panel without a value but 0 is left out.
+    Each step is drawn thin, the mean of ten thick; what was held out (eval_*), as it is. A panel
+    without a value but 0 is left out.
     """
     lines = read_log(log)
-    with_values = [keys for keys in panels if any(line[key] for line in lines for key in keys)]
+    with_values = [keys for keys in panels if any(line.get(key) for line in lines for key in keys)]
     panels = with_values or panels[:1]
     fig, axes = _axes(len(panels), 4 * len(panels), 3)
     for ax, keys in zip(np.atleast_1d(axes), panels):
         for key in keys:
-            # a step without an update has no such figure
-            some = [line for line in lines if line[key] is not None]
+            # a step without an update, or a look at what was held out, has no such figure
+            some = [line for line in lines if line.get(key) is not None]
             if some:
                 steps, values = [line["step"] for line in some], [line[key] for line in some]
                 (thin,) = ax.plot(steps, values, lw=0.6, alpha=0.5)
-                mean = running_mean(values)
+                mean = values if key.startswith("eval_") else running_mean(values)
                 label = LABELS.get(key, key.replace("_", " "))
                 ax.plot(steps[-len(mean) :], mean, color=thin.get_color(), label=label)
         ax.set(xlabel="step", yscale="log" if keys[0] in ON_LOG_SCALE else "linear")

@@ -45,6 +45,7 @@ def read_lines(path):
 
 # may change between run and resume; the last two are la_dapo.py's
 HARMLESS = {"resume", "out", "workers", "max_bad", "save_every", "track"}
+HARMLESS |= {"eval_data", "eval_every", "eval_rows"}
 HARMLESS |= {"gradient_checkpointing", "micro_batch", "sample_every", "judge_url"}
 
 
