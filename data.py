@@ -194,11 +194,17 @@ def _tokenize(pieces, tokenizer):
             text += piece
             continue
         if text:
-            ids += tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+            ids += _ids(text, tokenizer)
             text = ""
         if piece:
             ids.append(tokenizer.convert_tokens_to_ids(piece))
     return ids
+
+
+@functools.lru_cache(maxsize=2**14)
+def _ids(text, tokenizer):
+    """A text's ids. They are kept: the pieces of the template come again in every sample."""
+    return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
 
 
 class Samples(Dataset):

@@ -48,7 +48,7 @@ from toy.world import make_world
 
 def stages_of(plan, config):
     """The first seed's stages, in the order in which they should begin -> [Stage]."""
-    seconds = dict(base=150, text=60, latent=70)
+    seconds = dict(base=165, text=105, latent=125)
     stages, settings = [], dataclasses.asdict(config)
 
     def add(name, after, time, method, *arguments):
@@ -57,16 +57,18 @@ def stages_of(plan, config):
 
     for name, training in plan.items():
         after = [] if training.start == "untrained" else [training.start]
-        add(name, after, seconds.get(name, 200), "train", name)
-    add("painter", ["base"], 40, "paint")
+        add(name, after, seconds.get(name, 165), "train", name)
+    add("painter", ["base"], 55, "paint")
     if config.curation:
-        add("curation", ["base"], 90, "curate")
+        add("curation", ["base"], 150, "curate")
+    last = "la-dapo" if "la-dapo" in plan else "latent"
+    if "latent" in plan:  # both score their model first, and read the clips once for all
+        add("ablations", ["latent", "painter"], 85, "ablate")
+        scored = "ablations" if last == "latent" else last  # one writes, the other waits
+        add("pictures", [scored, "painter"], 25, "draw", last)
     for name in plan:
-        add(f"score-{name}", [name, "painter"], 15, "score", name)
-    if "latent" in plan:
-        add("ablations", ["score-latent"], 40, "ablate")
-        last = "la-dapo" if "la-dapo" in plan else "latent"
-        add("pictures", [f"score-{last}"], 15, "draw", last)
+        if name not in ("latent", last):
+            add(f"score-{name}", [name, "painter"], 15, "score", name)
     return stages
 
 

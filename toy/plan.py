@@ -64,6 +64,7 @@ def trainings(config):
     """The demo's trainings in their order: {name: Training}."""
     pretraining = dict(TINY, lr=1e-3, steps=config.pretrain_steps)
     pretraining.update(freeze_vision=False, spans=False, latent_head="")
+    pretraining["workers"] = max(1, config.workers)  # nothing else runs yet: a core is free
     tuning = dict(TINY, steps=config.sft_steps)
     rl = dict(TINY_RL, steps=config.rl_steps)
     return {

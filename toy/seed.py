@@ -37,7 +37,7 @@ class Seed:
         if training.start == "untrained":
             write_random_model(self.path("untrained"), self.common["seed"], self.world)
         start, data = newest(self.path(training.start)), self.world[training.data]
-        settings = dict(training.settings, **self.common, model=start, data=data)
+        settings = dict(self.common | training.settings, model=start, data=data)
         return train(training.script, self.path(name), **settings)
 
     def paint(self):
@@ -67,7 +67,7 @@ class Seed:
 
     def ablate(self):
         """Does the answer depend on what is imagined? -> {what is fed: scores}."""
-        model, scores = newest(self.path("latent")), {}
+        model, scores = newest(self.path("latent")), dict(generated=self.score("latent"))
         for latents in ABLATIONS:
             out = self.path(f"eval_latent_{latents}")
             scores[latents] = score(model, self.world["test"], out, self.config, latents)
@@ -94,7 +94,7 @@ def run_seed(seed, config, world, plan):
         stages.train(name)
         scores[name] = stages.score(name)
     if "latent" in plan:
-        ablations = {"generated": scores["latent"], **stages.ablate()}
+        ablations = stages.ablate()
         errors = stages.draw("la-dapo" if "la-dapo" in plan else "latent")
     if config.curation:
         curation, figures = stages.curate()
