@@ -168,7 +168,7 @@ class DecodingCache:
         starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)[:, None]
         place, length = torch.arange(P)[None], torch.tensor(lengths)[:, None]
         index = (starts + torch.minimum(place, length - 1)).to(device)  # (B, P)
-        self.padding = (place >= length).to(device)[:, None, None, None]  # (B, 1, 1, 1, P)
+        self.padding = (place >= length).to(device)[:, None, None]  # (B, 1, 1, P)
         self.prompt, self.own = [], []  # (keys, values) a layer: (B, H_kv, P, d), (R, H_kv, C, d)
         for layer in prompt.layers:
             keys, values = (_in_dtype(x)[0][:, index] for x in (layer.keys, layer.values))
@@ -215,32 +215,43 @@ class DecodingCache:
 
     def attend(self, layer, query, key, value, scaling):
         """query (R, H, 1, d), key and value (R, H_kv, 1, d) -> (R, 1, H, d)."""
-        (keys, values), (own_keys, own_values) = self.prompt[layer], self.own[layer]
-        own_keys.index_copy_(2, self.place, key.to(own_keys.dtype))
-        own_values.index_copy_(2, self.place, value.to(own_values.dtype))
-        (R, H, _, d), (B, H_kv, P, _) = query.shape, keys.shape
-        g = H // H_kv  # query heads of a key head
-        q = query.to(keys.dtype).view(R, H_kv, g, d) * scaling
+        keys, values = self.write(layer, key, value)
+        (R, H, _, d), H_kv = query.shape, key.shape[1]
+        q = query.to(keys[0].dtype).view(R, H_kv, H // H_kv, d) * scaling
+        out = self.mix(self.weights(self.products(q, keys)), values)  # (R, H_kv, g, d)
+        return out.reshape(R, 1, H, d)
 
-        # scores against the prompt, seat by seat, and against what the row has said itself
-        seats = (
-            self._to_seats(q).reshape(B, self.n, H_kv, g, d).transpose(1, 2)
-        )  # (B, H_kv, n, g, d)
+    def write(self, layer, key, value):
+        """A token a row -> what is cached of a layer: keys, values, each (prompts', rows' own)."""
+        for own, new in zip(self.own[layer], (key, value)):
+            own.index_copy_(2, self.place, new.to(own.dtype))
+        return tuple(zip(self.prompt[layer], self.own[layer]))
+
+    def products(self, q, keys):
+        """q (R, H_kv, g, d) with the keys of its prompt, then its own -> (R, H_kv, g, P + C)."""
+        (_, H_kv, g, d), (keys, own_keys) = q.shape, keys
+        B, _, P, _ = keys.shape
+        seats = self._to_seats(q).reshape(B, self.n, H_kv, g, d).transpose(1, 2)
         score = (seats.flatten(2, 3) @ keys.transpose(2, 3)).view(B, H_kv, self.n, g, P)
-        score = score.masked_fill(self.padding, -torch.inf).transpose(1, 2).flatten(0, 1)
-        score = self._to_rows(score)  # (R, H_kv, g, P)
-        own = q @ own_keys.transpose(2, 3)  # (R, H_kv, g, C)
-        to_come = torch.arange(own.shape[-1], device=own.device) > self.place  # (C,)
-        own = own.masked_fill(to_come, -torch.inf)
-        wide = torch.promote_types(own.dtype, torch.float32)
-        p = torch.cat([score, own], -1).to(wide).softmax(-1).to(values.dtype)
+        score = self._to_rows(score.transpose(1, 2).flatten(0, 1))  # (R, H_kv, g, P)
+        return torch.cat([score, q @ own_keys.transpose(2, 3)], -1)
 
-        # the values, in the same two places
+    def weights(self, score):
+        """Scores (R, H_kv, g, P + C) -> their softmax; 0 at padding and at places to come."""
+        P, wide = self.padding.shape[-1], torch.promote_types(score.dtype, torch.float32)
+        to_come = torch.arange(score.shape[-1] - P, device=score.device) > self.place  # (C,)
+        before = self.padding[self.prompt_of]  # (R, 1, 1, P)
+        hidden = torch.cat([before, to_come.expand(*before.shape[:3], -1)], -1)
+        return score.masked_fill(hidden, -torch.inf).to(wide).softmax(-1).to(score.dtype)
+
+    def mix(self, p, values):
+        """Weights p (R, H_kv, g, P + C), values as `write` gives them -> (R, H_kv, g, d)."""
+        (_, H_kv, g, _), (values, own_values) = p.shape, values
+        B, _, P, d = values.shape
         p, p_own = p[..., :P], p[..., P:]
         p = self._to_seats(p).reshape(B, self.n, H_kv, g, P).transpose(1, 2).flatten(2, 3)
         out = (p @ values).view(B, H_kv, self.n, g, d).transpose(1, 2).flatten(0, 1)
-        out = self._to_rows(out) + p_own @ own_values  # (R, H_kv, g, d)
-        return out.reshape(R, 1, H, d)
+        return self._to_rows(out) + p_own @ own_values
 
     def _to_seats(self, x):
         """Rows (R, ...) -> seats (B * n, ...), empty ones 0."""

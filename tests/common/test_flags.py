@@ -50,6 +50,7 @@ SCRIPTS = ["sft", "la_dapo", "curate", "evaluate", "sample", "toy", "toy.tables"
 SCRIPTS += ["common.judge", "common.report", "variants.logprob_gain", "variants.noisy_latents"]
 SCRIPTS += ["tools.export", "tools.clips", "tools.pictures", "variants.own_path", "common.page"]
 SCRIPTS += ["variants.pause_tokens", "variants.self_forcing", "toy.taste", "tools.plan"]
+SCRIPTS += ["variants.m2la", "toy.m2la"]
 
 
 def run(script, monkeypatch, capsys, *argv):
@@ -95,6 +96,7 @@ def test_an_error_is_one_line_and_code_2(script, world, tmp_path, monkeypatch, c
         "common.page": ([nowhere, "x.html"], f"{nowhere}"),
         "tools.pictures": (["--model", nowhere, "--data", nowhere], f"{nowhere}"),
         "toy.taste": (["--out", nowhere], f"{nowhere}"),
+        "toy.m2la": (["--out", nowhere], f"{nowhere}"),
     }
     argv, message = wrong.get(script, (["--data", nowhere], f"{nowhere}: No such file"))
     faults = [(argv, message)]
