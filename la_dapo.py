@@ -8,7 +8,7 @@
                                                         n: chosen tokens of the step
 
     python la_dapo.py --model runs/sft --data train.json --out runs/rl              # CPU or one GPU
-    torchrun --nproc_per_node 8 la_dapo.py --model runs/sft --data train.json --out runs/rl --zero
+    torchrun --nproc_per_node 8 la_dapo.py --model runs/sft --data train.json --out runs/rl --shard
 
 Ablations, one flag each: --lambda_c 0, --lambda_d 0, --kl 0, --adjoint_terms -1, --no-filter. The
 last keeps all groups and is not GRPO: token mean, clip-higher and dual clip stay.
@@ -31,8 +31,10 @@ nothing to do. `minibatches` and `inner_epochs` change that. "Exact" then holds 
 update; after it the recorded latents are no longer the policy's.
 
 Memory: a group's prompt is there once (common/shared_prefix.py); `gradient_checkpointing` keeps
-only the layers' inputs. Weights and gradients in fp32 have to fit on each GPU: an 8B needs cards of
-141 GB and --zero, by formula (docs/scale.md).
+only the layers' inputs. `shard` spreads weights, reference and optimizer over the ranks
+(common/shard.py): an 8B then fits cards of 80 GB, by formula (docs/scale.md). Rollouts are made
+with a whole copy in bf16, 2 bytes a weight on each GPU, there until the update. `lora_rank` trains
+small matrices beside a frozen model (common/lora.py), which is then the KL's reference too.
 
 Where this differs from the paper:
  1. A latent step's log-probability is that of its one decision, log(1 - p(LE)) or log p(LE); forced
@@ -46,7 +48,8 @@ Where this differs from the official code:
  6. A prompt is encoded once for its whole group, in the rollout and in the update; rollouts of a
     group that came out equal are replayed once and counted.
  7. Ranks add up gradients once an update, by hand: they may hold different numbers of groups, and
-    wait for each other only after each try and at each update.
+    wait for each other only after each try and at each update. With shard all ranks run as many
+    forwards as the one with most groups; the others' last ones are of one token and weigh 0.
  8. What is sampled depends on the seed and the place in the data, not on the number of ranks.
  9. With one update a step, pi_old is this forward itself, as in official; the decoder's recorded
     log-probabilities stay a check: their RMS difference is logged as `replay_rms`.
@@ -68,15 +71,26 @@ from typing import NamedTuple
 
 import torch
 
+from common.checkpoint import make_optimizer
 from common.flags import run_script
-from common.folder import model_fingerprint, newest
 from common.formats import Skipped, report_bad
-from common.groups import CURVES, Group, Harvest, RolloutLog, load_prompts, log_line, prepare
+from common.groups import (
+    CURVES,
+    Group,
+    Harvest,
+    RolloutLog,
+    load_prompts,
+    log_line,
+    no_batch,
+    prepare,
+)
 from common.heldout import HeldOut, held_out_rows
 from common.judge import judge_of, read_args
+from common.lora import frozen_alone
 from common.report import draw_curves
 from common.rollouts import take
-from common.runs import Machine, Run, make_optimizer, rows_of
+from common.runs import Machine, Run, check_ranks, rows_of
+from common.shard import whole_copy
 from data import DataConfig, at_least, model_inputs, to_device
 from latent_decode import generate, own_latent, replay
 from rewards import Weights, accuracy_reward, ask_judge, pick, score_group, span_lengths
@@ -140,7 +154,8 @@ class Config(DataConfig):
     bf16: bool = True  # on CUDA; the CPU computes in fp32  # paper Table 8
     # recompute activations: less memory, about two fifths slower  # ours
     gradient_checkpointing: bool = False
-    zero: bool = False  # optimizer state spread over the ranks  # ours
+    shard: bool = False  # weights, gradients, optimizer spread over the ranks  # ours
+    lora_rank: int = 0  # of matrices trained beside a frozen model; 0 = the model itself  # ours
     save_every: int = 10  # steps between checkpoints; the last two are kept  # ours
     sample_every: int = 10  # steps between whole rollouts written to rollouts_*.jsonl  # ours
     track: str = ""  # also log to wandb | trackio, a package that is installed  # ours
@@ -153,8 +168,11 @@ class Config(DataConfig):
         at_least(self, 2, "group_size")  # an advantage compares
         at_least(self, 0, "prompts", "steps", "max_latents", "warmup_steps")
         at_least(self, -1, "adjoint_terms")
+        check_ranks(self)
         if self.temperature <= 0 or self.tau <= 0:  # a greedy group has nothing to compare
             raise ValueError(f"temperature {self.temperature}, tau {self.tau}: expected above 0")
+        if self.shard and self.adjoint_terms:
+            raise ValueError("adjoint_terms needs whole weights: 0 with shard")
         if self.judge_url and not self.judge_model:
             raise ValueError("judge_url needs judge_model, the name of a model there")
         read_args(self.judge_args)
@@ -260,9 +278,17 @@ class Policy(NamedTuple):
 
     model: torch.nn.Module
     tokenizer: object
-    reference: torch.nn.Module | None  # the KL's; None = no KL
+    trained: Callable  # runs a function of the model, its weights there: f -> f(model)
+    reference: Callable | None  # the same of the KL's reference; None = no KL
     loss: Callable  # `policy_loss`, or another function of its arguments
     feed: Callable | None  # None = own latents; else feed(config, k) -> the `feed` of batch k
+
+
+def to_roll_out(policy, machine):
+    """The policy to roll out with: with shard all its weights on each rank, as long as it lives."""
+    if not machine.shard:
+        return policy
+    return policy._replace(model=whole_copy(policy.model, machine.bf16))
 
 
 def decode(policy, batch, machine, **how):
@@ -331,7 +357,7 @@ def collect(policy, batches, first, judge, config, machine):
     batches: this rank's. first, end: the batch of all ranks that is next before and after. Ranks
     walk in step.
     """
-    harvest, end = Harvest(), first
+    harvest, end, policy = Harvest(), first, to_roll_out(policy, machine)
     for _ in range(config.max_tries):
         begin, end = end, end + -(-config.prompts_a_try // config.rollout_batch)
         for k in range(begin, end):
@@ -401,13 +427,17 @@ def through_latents(loss, new, batch, config):
 
 def minibatch(groups, policy, config, machine):
     """One minibatch's groups on this rank -> its batches, and its chosen tokens over all ranks."""
-    batches = []
-    for i in range(0, len(groups), config.micro_batch):
-        batch = prepare(groups[i : i + config.micro_batch], policy.feed is None, machine.device)
+    parts = [groups[i : i + config.micro_batch] for i in range(0, len(groups), config.micro_batch)]
+    batches = [prepare(part, policy.feed is None, machine.device) for part in parts]
+    if machine.shard:  # as many on every rank
+        missing = max(machine.gather([len(batches)])) - len(batches)
+        hidden = policy.model.config.text_config.hidden_size
+        batches += [no_batch(hidden, machine.device) for _ in range(missing)]
+    for batch in batches:
         if policy.reference is not None:
             with torch.no_grad(), machine.autocast():
-                batch.ref = replayed(policy.reference, batch, config).logprobs
-        batches.append(batch)
+                ref = policy.reference(lambda model, batch=batch: replayed(model, batch, config))
+            batch.ref = ref.logprobs
     n_tokens = sum(int(batch.weight.sum()) for batch in batches)
     return batches, machine.sum([n_tokens])[0]
 
@@ -428,8 +458,9 @@ def update(policy, optimizer, groups, lr, config, machine):
         if n_tokens == 0:  # fewer groups than minibatches
             continue
         for batch in batches:
+            args = batch, n_tokens, config, figures
             with machine.autocast():
-                loss = policy.loss(policy.model, batch, n_tokens, config, figures)
+                loss = policy.trained(lambda model, args=args: policy.loss(model, *args))
             loss.backward()
         norms.append(machine.step(optimizer, lr, config.clip))
     return update_figures(figures, norms, machine)
@@ -463,7 +494,7 @@ def held_out_accuracy(policy, held_out, judge, log, config, machine):
     """
     size = config.rollout_batch * config.group_size  # as many rows together as in a rollout
     how = dict(max_new_tokens=config.max_new_tokens, max_latents=config.max_latents)
-    right, judged = 0, 0
+    right, judged, policy = 0, 0, to_roll_out(policy, machine)
     with held_out.aside(policy.model):
         for batch in held_out.batches(policy.tokenizer, size, side="left", train=False):
             rows = batch["rows"]
@@ -482,18 +513,17 @@ def train(config, rows=None, policy_loss=policy_loss, feed=None):
     Raises SystemExit on a folder in use or bad input.
     """
     # the run's folder; the policy and what it is compared with; the prompts in their order
-    machine = Machine(config.bf16)
+    machine = Machine(config.bf16, config.shard)
     rows = usable(rows_of(config) if rows is None else rows, config)
     held_out = HeldOut(usable(held_out_rows(config), config), config, machine)
     steps, judge = count_steps(rows, config), judge_of(config)
     run = Run(config, rows, machine, config.label)
-    model, tokenizer = load_model(run)
-    reference, origin = load_reference(run)
-    policy = Policy(model, tokenizer, reference, policy_loss, feed)
-    optimizer, _ = make_optimizer(model, config, machine.world)
+    policy = load_policy(run, policy_loss, feed)
+    model, tokenizer = policy.model, policy.tokenizer
+    optimizer, _ = make_optimizer(model, config)
     place = run.state["batch"] if run.state else 0  # the batch of prompts that comes next
     batches = load_prompts(rows, tokenizer, place, config, machine)
-    run.start(optimizer, describe(config, rows, model, steps, machine))
+    run.start(model, optimizer, describe(config, rows, model, steps, machine))
     rollouts = RolloutLog(run)
 
     for step in run.log.steps(steps, run.name):
@@ -517,40 +547,29 @@ def train(config, rows=None, policy_loss=policy_loss, feed=None):
         shown = dict(reward=line["total"], accuracy=line["accuracy"], groups=line["groups"])
         run.log.write(line, **shown, **held_out.shown)
         rollouts.write(step, harvest.groups)
-        place, state = end, dict(batch=end, origin=origin)
-        due = run.save_if_due(step + 1, steps, model, tokenizer, optimizer, **state)
+        place = end
+        due = run.save_if_due(step + 1, steps, model, tokenizer, optimizer, batch=end)
         if due and machine.master:
             draw_curves(run.log.path, os.path.join(config.out, "rewards.png"), CURVES)
     return run.checkpoint
 
 
 def load_model(run):
-    """The policy in fp32, as the newest checkpoint holds it or where the run begins."""
+    """What is trained, see `Run.load`."""
     torch.manual_seed(run.config.seed)
-    folder = run.checkpoint or newest(run.config.model)
-    model, tokenizer = run.machine.load(folder, train=True)
-    model.model.visual.requires_grad_(not run.config.freeze_vision)
-    if run.config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model, tokenizer
+    return run.load()
 
 
-def load_reference(run):
-    """The KL's reference, and where it is -> model, {folder, weights: their fingerprint}; or Nones.
-
-    Raises SystemExit if a run that goes on does not find there what it began with.
-    """
-    if not run.config.kl:
-        return None, None
-    folder = run.state["origin"]["folder"] if run.state else newest(run.config.model)
-    origin = dict(folder=folder, weights=model_fingerprint(folder))
-    if run.state and run.state["origin"] != origin:
-        raise SystemExit(
-            f"{run.checkpoint} is compared with {folder} (kl), which holds other weights now than "
-            "when the run began"
-        )
-    model, _ = run.machine.load(folder)
-    return model.requires_grad_(False), origin
+def load_policy(run, policy_loss, feed):
+    """The policy as the newest checkpoint holds it or where the run begins, and its reference."""
+    model, tokenizer = load_model(run)
+    reference = None
+    if run.config.kl and run.config.lora_rank:
+        reference = frozen_alone(model)
+    elif run.config.kl:
+        reference, _ = run.machine.load(run.start_folder())
+        reference = run.machine.gathered(reference.requires_grad_(False))
+    return Policy(model, tokenizer, run.machine.gathered(model), reference, policy_loss, feed)
 
 
 def usable(rows, config):

@@ -7,12 +7,14 @@ Source: paper sec. 3.2.
     L_latent = 1/|S| sum_{t in S} || h_{t-1} - e*_t ||^2                                Eq. (3)
 
     python sft.py --model DIR --data train.json                        # one process: CPU or one GPU
-    torchrun --nproc_per_node 8 sft.py --model Qwen/Qwen3-VL-8B-Instruct --data train.json --zero
+    torchrun --nproc_per_node 8 sft.py --model Qwen/Qwen3-VL-8B-Instruct --data train.json --shard
     python sft.py ... --no-spans            # the text-only baseline on the same rows
 
 The vision tower and merger are frozen (they define e*), the language model is fully tuned. Weights
-are kept in fp32; on CUDA the arithmetic runs in bf16 autocast. Writes OUT/log.jsonl, OUT/loss.png
-and OUT/step_N (a Hugging Face folder; its trainer/ is what a resumed run needs).
+are kept in fp32; on CUDA the arithmetic runs in bf16 autocast. Ranks are DDP's, each with all
+weights; with --shard each holds a part (common/shard.py). With --lora_rank small matrices are
+trained beside a frozen model (common/lora.py). Writes OUT/log.jsonl, OUT/loss.png and OUT/step_N (a
+Hugging Face folder; its trainer/ is what a resumed run needs).
 
 Where this differs from the paper:
  1. Eq. (2) is a mean over the tokens of the step, Eq. (3) a mean over the D dimensions, as in the
@@ -43,10 +45,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from common.checkpoint import make_optimizer
 from common.flags import run_script
 from common.heldout import HeldOut, held_out_rows
 from common.report import draw_curves
-from common.runs import Machine, Run, make_optimizer, rows_of, step_or_skip
+from common.runs import Machine, Run, check_ranks, rows_of, step_or_skip
 from data import DataConfig, Samples, at_least, collate, loader, model_inputs, to_device
 from model import LATENT, log_continue
 
@@ -85,13 +88,15 @@ class Config(DataConfig):
     bf16: bool = True  # on CUDA; the CPU computes in fp32  # paper Table 8
     # recompute activations: less memory, about a third slower  # ours
     gradient_checkpointing: bool = False
-    zero: bool = False  # optimizer state spread over the ranks  # ours
+    shard: bool = False  # weights, gradients, optimizer spread over the ranks  # ours
+    lora_rank: int = 0  # of matrices trained beside a frozen model; 0 = the model itself  # ours
     save_every: int = 50  # steps between checkpoints; the last two are kept  # ours
     track: str = ""  # also log to wandb | trackio, a package that is installed  # ours
 
     def __post_init__(self):
         super().__post_init__()
         at_least(self, 1, "global_batch", "micro_batch", "save_every", "eval_every")
+        check_ranks(self)
         if self.latent_loss not in ("mse", "nmse"):
             raise ValueError(f"latent_loss is {self.latent_loss!r}, expected mse or nmse")
 
@@ -223,16 +228,6 @@ def print_row(batch, tokenizer, latent_id):
         print(f"       {token:>7} {label:>7}  {fed:<7}  {text!r}{more}")
 
 
-def load_model(config, checkpoint, machine):
-    """The model in fp32, its vision tower frozen or not -> (model, tokenizer)."""
-    folder, head = checkpoint or config.model, config.latent_head or None
-    model, tokenizer = machine.load(folder, train=True, latent_head=head)
-    model.model.visual.requires_grad_(not config.freeze_vision)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model, tokenizer
-
-
 def plan_order(rows, config):
     """The rows in the order they are used, fixed by the seed -> (list of indices, steps).
 
@@ -264,7 +259,7 @@ def measure_variance(model, samples, order, config, machine):
     """
     if config.latent_loss != "nmse" or not config.spans:
         return 1.0
-    batch = to_device(collate([samples[i] for i in order[:64]], 0), machine.device)
+    batch = to_device(collate([samples[i] for i in order[:64]], 0), model.device)
     if "future_pixel_values" in batch:
         with machine.autocast():
             e = model.encode_frames(batch["future_pixel_values"], batch["future_grid_thw"])
@@ -272,13 +267,6 @@ def measure_variance(model, samples, order, config, machine):
     if any(not isinstance(part, str) for row in samples.rows for part in row.response):
         raise SystemExit("none of the first 64 samples has a future frame that can be read")
     return 1.0
-
-
-def wrap(module, config, machine):
-    """DDP where there are several ranks."""
-    # a vision tower that is trained too is left out by a batch without pictures
-    options = dict(gradient_as_bucket_view=True, find_unused_parameters=not config.freeze_vision)
-    return DistributedDataParallel(module, **options) if machine.world > 1 else module
 
 
 class Counts(NamedTuple):
@@ -305,17 +293,22 @@ def check_first(counts, skipped):
         raise SystemExit(f"no sample of step 0 {why}")
 
 
-def backward(ddp, micro, progress, counts, config, machine):
+def trained_on(batch, machine):
+    """What a `Step` takes of a batch. The samples stay: FSDP moves to the GPU what it is given."""
+    return to_device({k: v for k, v in batch.items() if k != "samples"}, machine.device)
+
+
+def backward(step, micro, progress, counts, config, machine):
     """A step's forwards and backwards -> dict of Eq. (1)-(3), the means over all ranks."""
     n_text, n_latent = counts.n_text, max(counts.n_latent, 1)
     sums = torch.zeros(2, dtype=torch.float64)
     for batch in micro:
-        adds_up = batch is micro[-1] or machine.world == 1  # the ranks' gradients, once a step
-        with contextlib.nullcontext() if adds_up else ddp.no_sync():
+        # the ranks' gradients add up once a step; sharded ones, which are nowhere whole, at once
+        waits = isinstance(step, DistributedDataParallel) and batch is not micro[-1]
+        with step.no_sync() if waits else contextlib.nullcontext():
             with machine.autocast():
-                ce, latent = ddp(to_device(batch, machine.device), progress)
-            loss = ce / n_text + config.lam * latent / n_latent  # Eq. (1)
-            (loss * machine.world).backward()  # DDP takes the mean over ranks; the sum is wanted
+                ce, latent = step(trained_on(batch, machine), progress)
+            (ce / n_text + config.lam * latent / n_latent).backward()  # Eq. (1)
         sums += torch.stack([ce, latent]).detach().double().cpu()
     ce, latent = machine.sum(sums)
     ce, latent = ce / n_text, latent / n_latent
@@ -334,7 +327,7 @@ def held_out_loss(module, held_out, tokenizer, log, config, machine):
             counts = count_step([batch], latent_id, config, machine)
             n_text, n_latent = n_text + counts.n_text, n_latent + counts.n_latent
             with machine.autocast():
-                sums += torch.stack(module(to_device(batch, machine.device))).double().cpu()
+                sums += torch.stack(module(trained_on(batch, machine))).double().cpu()
     ce, latent = machine.sum(sums)
     ce, latent = ce / n_text if n_text else None, latent / max(n_latent, 1)
     loss = ce + config.lam * latent if n_text else None  # Eq. (1)
@@ -348,22 +341,22 @@ def train(config, rows=None, module=Step):
     Raises SystemExit on a folder in use or bad input.
     """
     # the run's folder; the data in its order; the model
-    machine = Machine(config.bf16)
+    machine = Machine(config.bf16, config.shard)
     rows = rows_of(config) if rows is None else rows
     held_out = HeldOut(held_out_rows(config), config, machine)
     run = Run(config, rows, machine, config.label)
     order, steps = plan_order(rows, config)
     torch.manual_seed(config.seed)
-    model, tokenizer = load_model(config, run.checkpoint, machine)
+    model, tokenizer = run.load(latent_head=config.latent_head or None)
     samples = Samples(rows, tokenizer, config, train=True, spans=config.spans)
     batches = load_steps(samples, order, run.first, steps, config, machine)
 
     # what is trained, and the state of a run that goes on
     state = run.state or dict(latent_var=measure_variance(model, samples, order, config, machine))
     latent_var = state["latent_var"]
-    ddp = wrap(module(model, config, latent_var), config, machine)
-    optimizer, trained = make_optimizer(model, config, machine.world)
-    run.start(optimizer, describe(config, rows, model, steps, machine))
+    wrapped = machine.wrap(module(model, config, latent_var), unused=not config.freeze_vision)
+    optimizer, trained = make_optimizer(model, config)
+    run.start(model, optimizer, describe(config, rows, model, steps, machine))
 
     for step in run.log.steps(steps, run.name):
         # the step's samples, and what Eq. (2) and (3) are divided by
@@ -379,7 +372,7 @@ def train(config, rows=None, module=Step):
         lr, norm = learning_rate(step, steps, config), None
         means = dict.fromkeys(("ce", "latent", "loss"))
         if counts.n_text:
-            means = backward(ddp, micro, step / steps, counts, config, machine)
+            means = backward(wrapped, micro, step / steps, counts, config, machine)
             norm = step_or_skip(optimizer, trained, lr, config.clip)
 
         # a line in the log, and now and then a checkpoint
@@ -387,7 +380,7 @@ def train(config, rows=None, module=Step):
         line.update(grad_norm=norm, update_skipped=norm is None or not math.isfinite(norm))
         line.update(skipped=[list(skip) for skip in skipped], seconds=round(time.time() - began, 4))
         if held_out.due(step + 1, steps):
-            line.update(held_out_loss(ddp, held_out, tokenizer, run.log, config, machine))
+            line.update(held_out_loss(wrapped, held_out, tokenizer, run.log, config, machine))
         run.log.write(line, ce=means["ce"], latent=means["latent"], **held_out.shown)
         due = run.save_if_due(step + 1, steps, model, tokenizer, optimizer, latent_var=latent_var)
         if due and machine.master:

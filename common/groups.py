@@ -143,6 +143,19 @@ def prepare(groups, merge, device):
     return Batch(prompts, join(rollouts), prompt_of, A, times, members, groups)
 
 
+def no_batch(hidden, device):
+    """A Batch of one token that nobody chose: it weighs 0. Source: ours.
+
+    With shard a forward is a meeting of all ranks: one whose groups are done runs this meanwhile.
+    hidden: D.
+    """
+    prompts = model_inputs(collate([], 0, side="left"))
+    zero = torch.zeros(1, 1, dtype=torch.long, device=device)
+    latents = [torch.zeros(0, hidden, device=device)]
+    rollout = Rollout(zero, zero.bool(), latents, zero.float(), ["length"], zero[0] + 1)
+    return Batch(prompts, rollout, zero[0], zero.float(), zero, members=[[]])
+
+
 # in every line of the log, also of a step without a rollout; a reward that is new joins by itself
 REWARDS = ("total", "accuracy", "format", "contrastive", "diversity", "repetition")
 VERDICTS = ("kept", "too easy", "too hard", "unjudged groups")

@@ -18,8 +18,8 @@ import time
 
 import torch
 
+from common.checkpoint import random_state, set_random_state
 from common.formats import read_rows, report_bad
-from common.runs import random_state, set_random_state
 from data import Samples, loader
 
 

@@ -8,22 +8,30 @@ import importlib
 import json
 import math
 import os
-import random
-import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from common.folder import checkpoints, complete, describe_training, newest, one_line_if_missing
+from common.checkpoint import restore, save_checkpoint
+from common.folder import (
+    checkpoints,
+    complete,
+    describe_training,
+    model_fingerprint,
+    newest,
+    one_line_if_missing,
+)
 from common.formats import read_rows, report_bad
+from common.lora import adapters, add_adapters, merged, put_adapters
+from common.shard import Whole, shard, whole
+from data import at_least
 from model import best_attention, load
 
 
@@ -46,11 +54,18 @@ def read_lines(path):
 # may change between run and resume; the last two are la_dapo.py's
 HARMLESS = {"resume", "out", "workers", "max_bad", "save_every", "track"}
 HARMLESS |= {"eval_data", "eval_every", "eval_rows"}
-HARMLESS |= {"gradient_checkpointing", "micro_batch", "sample_every", "judge_url"}
+HARMLESS |= {"gradient_checkpointing", "micro_batch", "shard", "sample_every", "judge_url"}
 
 
 TRACKERS = ("wandb", "trackio")  # packages of the same three functions: init, log, finish
 _started = []  # those that this process logs to
+
+
+def check_ranks(config):
+    """Raises ValueError if shard and lora_rank of a training's config do not fit. Source: ours."""
+    at_least(config, 0, "lora_rank")
+    if config.shard and config.lora_rank:
+        raise ValueError("lora_rank: not with shard; each rank has the whole frozen model")
 
 
 def set_up_ranks():
@@ -98,65 +113,6 @@ def sum_over_ranks(values, device):
     return total.tolist()
 
 
-def make_optimizer(model, config, world):
-    """AdamW over what is trained, weight decay on matrices only -> optimizer, its parameters.
-
-    Source: paper Table 8.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        dict(params=[p for p in trained if p.ndim >= 2], weight_decay=config.weight_decay),
-        dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.0),
-    ]
-    adam = dict(lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
-    if config.zero and world > 1:
-        return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **adam), trained
-    return torch.optim.AdamW(groups, **adam), trained
-
-
-def save_checkpoint(folder, write_model, trainer, optimizer, machine):
-    """All ranks: a checkpoint's folder, of what write_model(folder) writes and trainer/. Ours.
-
-    It is written under a temporary name and renamed: a killed save leaves no half checkpoint.
-    trainer/rank_R.pt holds what differs by rank: random state, with ZeRO the optimizer's shard.
-    """
-    sharded = isinstance(optimizer, ZeroRedundancyOptimizer)
-    trainer = dict(trainer, optimizer=None if sharded else optimizer.state_dict())
-    shard = optimizer.optim.state_dict() if sharded else None
-    partial = os.path.join(os.path.dirname(folder), ".partial_" + os.path.basename(folder))
-
-    # the first rank makes the folder, then each adds its own file
-    if machine.master:
-        shutil.rmtree(partial, ignore_errors=True)
-        os.makedirs(os.path.join(partial, "trainer"))
-        write_model(partial)
-        torch.save(trainer, os.path.join(partial, "trainer", "trainer.pt"))
-    machine.wait()
-    path = os.path.join(partial, "trainer", f"rank_{machine.rank}.pt")
-    torch.save(dict(random=random_state(), shard=shard), path)
-    machine.wait()
-
-    # all is there: it gets its name, and all but the last two go
-    if machine.master:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(partial, folder)
-        for old in checkpoints(os.path.dirname(folder))[:-2]:
-            shutil.rmtree(old)
-
-
-def restore(optimizer, checkpoint, trainer, rank):
-    """Optimizer and random state of a checkpoint, back in place on each rank. Source: ours."""
-    name = f"rank_{min(rank, trainer['world'] - 1)}.pt"
-    path = os.path.join(checkpoint, "trainer", name)
-    own = torch.load(path, map_location="cpu", weights_only=True)
-    if isinstance(optimizer, ZeroRedundancyOptimizer):
-        optimizer.optim.load_state_dict(own["shard"])
-    else:
-        optimizer.load_state_dict(trainer["optimizer"])
-    set_random_state(own["random"])
-    trainer["optimizer"] = None
-
-
 def need_data(config):
     """Raises SystemExit if no data file is named. Source: ours."""
     if not config.data:
@@ -190,11 +146,11 @@ def fingerprint(rows):
     return digest.hexdigest()
 
 
-def resume_point(config, rows, world):
+def resume_point(config, rows):
     """-> newest checkpoint of config.out or None, its trainer.pt, the rows' fingerprint.
 
     Source: ours. Raises SystemExit if there is one and `resume` is off, or if it was made with
-    other rows, values or, with ZeRO, ranks.
+    other rows or values.
     """
     trained_on = fingerprint(rows)
     checkpoint = (checkpoints(config.out) or [None])[-1]
@@ -211,37 +167,12 @@ def resume_point(config, rows, world):
     trainer = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     if trainer["rows"] != trained_on:
         raise SystemExit(f"{checkpoint} was trained on other rows than those of {config.data}")
-    if config.zero and trainer["world"] != world:
-        raise SystemExit(
-            f"{checkpoint} holds optimizer shards of {trainer['world']} ranks, this run has {world}"
-        )
     before, now = trainer["config"], dataclasses.asdict(config)
     names = (before.keys() | now.keys()) - HARMLESS  # a field that only one of them has differs too
     changed = sorted(k for k in names if (k in before, before.get(k)) != (k in now, now.get(k)))
     if changed:
         raise SystemExit(f"{checkpoint} was made with other values of {', '.join(changed)}")
     return checkpoint, trainer, trained_on
-
-
-def random_state():
-    """Python's, numpy's, torch's and this process's GPU's, as plain values. Source: ours."""
-    name, keys, *rest = np.random.get_state()
-    return dict(
-        python=random.getstate(),
-        numpy=[name, keys.tolist(), *rest],
-        torch=torch.get_rng_state(),
-        cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    )
-
-
-def set_random_state(state):
-    """The other way round. A run that goes on with another device keeps that device's state."""
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def read_log(path):
@@ -286,12 +217,16 @@ def write_json(path, content):
 
 
 class Machine:
-    """Where this process runs: its rank, its device, its arithmetic. Source: ours."""
+    """Where this process runs: its rank, its device, its arithmetic. Source: ours.
 
-    def __init__(self, bf16=True):
+    shard: whether each of several ranks holds a part of the weights (common/shard.py).
+    """
+
+    def __init__(self, bf16=True, shard=False):
         self.rank, self.world, self.device = set_up_ranks()
         self.master = self.rank == 0
         self.bf16 = bf16 and self.device.type == "cuda"
+        self.shard = shard and self.world > 1
 
     def autocast(self):
         """bf16 arithmetic on CUDA, where asked for."""
@@ -317,7 +252,8 @@ class Machine:
     def load(self, folder, train=False, **kwargs):
         """A model's folder, a run's folder or a hub id -> (model, tokenizer).
 
-        Weights in fp32 to train; else bf16 on CUDA, in evaluation mode.
+        Weights in fp32 to train; else bf16 on CUDA, in evaluation mode. What is to be sharded stays
+        in the host's memory till then.
         """
         dtype = torch.bfloat16 if self.bf16 and not train else torch.float32
         attention = best_attention() if self.bf16 else "sdpa"
@@ -325,7 +261,27 @@ class Machine:
         folder = newest(folder)
         with one_line_if_missing(folder):
             model, tokenizer = load(folder, **options)
-        return model.to(self.device).train(train), tokenizer
+        model = model if self.shard else model.to(self.device)
+        return model.train(train), tokenizer
+
+    def wrap(self, module, unused):
+        """A module that holds `.model` -> the same over all ranks: DDP, or with shard in parts.
+
+        Both add up the ranks' gradients. A mean would be wrong: the loss is divided by the counts
+        of all ranks. unused: whether a forward may leave out weights that are trained.
+        """
+        if self.shard:
+            return shard(module, module.model, self.bf16)
+        if self.world == 1:
+            return module
+        options = dict(gradient_as_bucket_view=True, find_unused_parameters=unused)
+        ddp = DistributedDataParallel(module, **options)
+        ddp.register_comm_hook(None, add_up)
+        return ddp
+
+    def gathered(self, model):
+        """A model of `load` -> what runs a function of it while its weights are there: `Whole`."""
+        return shard(Whole(model), model, self.bf16) if self.shard else Whole(model)
 
     def share(self, items):
         """This rank's part of a list."""
@@ -334,19 +290,26 @@ class Machine:
     def step(self, optimizer, lr, clip):
         """Add up the gradients of all ranks, then `step_or_skip` -> their norm.
 
-        A sum, not a mean: the loss was divided by the counts of all ranks.
+        A sum, not a mean: the loss was divided by the counts of all ranks. With shard the backward
+        has added them up.
         """
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         for p in trained:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # on every rank alike
-            if self.world > 1:
+            if self.world > 1 and not self.shard:
                 dist.all_reduce(p.grad)
         return step_or_skip(optimizer, trained, lr, clip)
 
 
+def add_up(_, bucket):
+    """DDP's hook: the gradients in a bucket -> a Future of their sums over the ranks. Ours."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+
 def step_or_skip(optimizer, trained, lr, clip):
     """Clip the gradient and step, unless it is not finite -> its norm. Source: ours."""
-    norm = torch.nn.utils.clip_grad_norm_(trained, clip).item()
+    norm = whole(torch.nn.utils.clip_grad_norm_(trained, clip)).item()
     for group in optimizer.param_groups:
         group["lr"] = lr
     if math.isfinite(norm):  # the norm is that of the summed gradient: all ranks decide alike
@@ -488,15 +451,51 @@ class Run:
 
     def __init__(self, config, rows, machine, name):
         self.config, self.machine, self.name, self.log = config, machine, name, None
-        self.checkpoint, self.state, self.rows = resume_point(config, rows, machine.world)
+        self.checkpoint, self.state, self.rows = resume_point(config, rows)
         if self.state and self.state["name"] != name:
             raise SystemExit(f"{self.checkpoint} trained {self.state['name']!r}, not {name!r}")
         self.first = self.state["step"] if self.state else 0
+        self.origin = None
 
-    def start(self, optimizer, text):
+    def start_folder(self):
+        """The folder or hub id that the run began with, for a run that needs it to the end. Ours.
+
+        Raises SystemExit if a run that goes on does not find there what it began with.
+        """
+        folder = self.state["origin"]["folder"] if self.state else newest(self.config.model)
+        self.origin = dict(folder=folder, weights=model_fingerprint(folder))
+        if self.state and self.state["origin"] != self.origin:
+            raise SystemExit(
+                f"{self.checkpoint} needs {folder}, where the run began and which holds other "
+                "weights now"
+            )
+        return folder
+
+    def load(self, **options):
+        """What is trained, as the newest checkpoint holds it or where the run begins.
+
+        In fp32, its vision tower frozen or not; with lora_rank adapters beside the model that the
+        run began with -> (model, tokenizer). options: as `Machine.load`.
+        """
+        config = self.config
+        if config.lora_rank:
+            model, tokenizer = self.machine.load(self.start_folder(), **options)
+            add_adapters(model, config.lora_rank).train()
+            if self.state:
+                put_adapters(model, self.state["adapters"])
+        else:
+            folder = self.checkpoint or newest(config.model)
+            model, tokenizer = self.machine.load(folder, train=True, **options)
+            model.model.visual.requires_grad_(not config.freeze_vision)
+        if config.gradient_checkpointing:
+            once_more = dict(use_reentrant=False)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=once_more)
+        return model, tokenizer
+
+    def start(self, model, optimizer, text):
         """Put back what the checkpoint holds, open the log, say `text`."""
         if self.state:
-            restore(optimizer, self.checkpoint, self.state, self.machine.rank)
+            restore(model, optimizer, self.checkpoint, self.state, self.machine.rank)
         os.makedirs(self.config.out, exist_ok=True)
         if self.machine.master:
             path = os.path.join(self.config.out, "settings.json")
@@ -514,15 +513,19 @@ class Run:
         before = self.checkpoint  # of this run, or None
         self.checkpoint = os.path.join(self.config.out, f"step_{done:06d}")
         state.update(step=done, name=self.name, config=dataclasses.asdict(self.config))
-        state.update(world=self.machine.world, rows=self.rows)
+        state.update(world=self.machine.world, rows=self.rows, origin=self.origin)
 
-        def write_model(folder):
+        if self.config.lora_rank:
+            state.update(adapters={name: p.detach() for name, p in adapters(model).items()})
+
+        def write_model(folder, weights):
             facts = dict(name=self.name, step=done, rows=self.rows, commit=commit())
             facts.update(figures=self.log.shown)
             start, resumed = before or newest(self.config.model), before is not None
-            model.save_pretrained(folder)
+            weights = merged(model, weights) if self.config.lora_rank else weights
+            model.save_pretrained(folder, state_dict=weights)
             tokenizer.save_pretrained(folder)
             complete(folder, start, describe_training(self.config, start, resumed, **facts))
 
-        save_checkpoint(self.checkpoint, write_model, state, optimizer, self.machine)
+        save_checkpoint(self.checkpoint, write_model, state, model, optimizer, self.machine)
         return True

@@ -402,48 +402,6 @@ def test_micro_batches_and_two_processes_give_the_gradient_of_one_big_batch(worl
         assert np.allclose([line[key] for line in lines], lines[0][key], rtol=1e-5)
 
 
-@pytest.mark.slow
-def test_zero_redundancy_gives_the_same_weights_and_resumes(world, tmp_path):
-    """Breaks if the sharded optimizer state is not gathered before it is saved."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        os.path.join(ROOT, "sft.py"),
-    ]
-
-    def run(out, *flags):
-        c = vars(settings(world, out, steps=2, save_every=1))
-        flags = [
-            *flags,
-            *(
-                f
-                for k, v in c.items()
-                if k not in ("zero", "resume")
-                for f in (
-                    [f"--{'' if v else 'no-'}{k}"] if isinstance(v, bool) else [f"--{k}", str(v)]
-                )
-            ),
-        ]
-        done = subprocess.run(
-            [*command, *flags],
-            capture_output=True,
-            text=True,
-            timeout=240,
-            env=dict(os.environ, OMP_NUM_THREADS="1"),
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return weights(os.path.join(out, "step_000002"))
-
-    plain, zero = run(tmp_path / "plain"), run(tmp_path / "zero", "--zero")
-    shutil.rmtree(tmp_path / "zero" / "step_000002")
-    again = run(tmp_path / "zero", "--zero", "--resume")
-    for k in plain:
-        assert torch.allclose(plain[k], zero[k], atol=1e-6) and torch.equal(zero[k], again[k])
-
-
 def test_text_only_rows_have_no_spans_and_the_vision_tower_stays(world, tmp_path):
     """Breaks if --no-spans leaves a latent in, or if frozen weights move."""
     done = sft.train(settings(world, tmp_path, spans=False, steps=2, latent_head=""))

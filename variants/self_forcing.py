@@ -35,6 +35,8 @@ class Config(sft.Config):
     def __post_init__(self):
         super().__post_init__()
         at_least(self, 1, "self_forcing_passes")
+        if self.shard:
+            raise ValueError("self-forcing: no shard, a rank without drawn rows has no such passes")
 
     @property
     def label(self):

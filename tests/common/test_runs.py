@@ -14,10 +14,11 @@ from test_sft import settings
 import evaluate
 import sft
 from common import judge
+from common.checkpoint import random_state, set_random_state
 from common.flags import parse_config
 from common.folder import checkpoints, model_fingerprint
 from common.formats import Clip, Frame, Row, read_rows
-from common.runs import fingerprint, random_state, set_random_state
+from common.runs import fingerprint
 from variants import pause_tokens, self_forcing
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
