@@ -39,6 +39,7 @@ import dataclasses
 import functools
 from itertools import chain
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -53,6 +54,7 @@ from common.clips import (  # noqa: F401  importable from here too
     normalise,
     read_uniform,
     resize_and_patchify,
+    stack,
 )
 from common.formats import Frame, RecordError, Skipped
 from model import LATENT, LATENT_END, LATENT_START
@@ -165,7 +167,7 @@ def _video(clip, config):
     pieces = []
     for first, second in zip(times[: 2 * t : 2], times[1::2]):
         pieces.append(f"<{(first + second) / 2:.1f} seconds>")
-        pieces += _visual("<|video_pad|>", torch.tensor([1, h, w]))
+        pieces += _visual("<|video_pad|>", np.array([1, h, w]))
     return patches, grid, pieces
 
 
@@ -251,8 +253,8 @@ def collate(samples, pad_id, side="right"):
     ):
         pairs = list(chain.from_iterable(sample[medium] for sample in good))
         if pairs:
-            batch[pixels] = normalise(torch.cat([patches for patches, _ in pairs]))  # (P, 1536)
-            batch[grids] = torch.stack([grid for _, grid in pairs])  # (images, 3)
+            patches, batch[grids] = stack(pairs)  # (P, 1536), (images, 3)
+            batch[pixels] = normalise(patches)
     rows = [sample["row"] for sample in good]
     return dict(batch, samples=good, rows=rows, kept=kept, skipped=skipped)
 

@@ -45,7 +45,7 @@ import numpy as np
 import torch
 
 from common.benchmarks import read_benchmark
-from common.clips import ClipError, load_frames, normalise
+from common.clips import ClipError, load_frames, normalise, stack
 from common.flags import run_script
 from common.folder import add_scores
 from common.formats import Skipped, answer_of, report_bad
@@ -255,10 +255,10 @@ def donors(rows):
 
 def true_vectors(model, row, config):
     """The embeddings of a row's true futures, a frame each: [(n_m, D), ...]. Raises ClipError."""
-    patches, grids = zip(*load_frames(future_frames(row), config.budgets[1]))
-    pixels, grid = normalise(torch.cat(patches)), torch.stack(grids)
-    e = model.encode_frames(pixels.to(model.device), grid.to(model.device))  # (N, D)
-    return list(e.split([int(grid.prod()) // 4 for grid in grids]))
+    patches, grid = stack(load_frames(future_frames(row), config.budgets[1]))
+    pixels = normalise(patches).to(model.device)
+    e = model.encode_frames(pixels, grid.to(model.device))  # (N, D)
+    return list(e.split((grid.prod(1) // 4).tolist()))
 
 
 def measure_noise(model, rows, config):

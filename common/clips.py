@@ -154,15 +154,19 @@ _cache_bytes = 0  # held by _cache; CACHE_BYTES once it is closed
 
 
 def cut_to(budget, frames, source):
-    """`resize_and_cut` of frames from a source (path or bytes). Raises ClipError."""
+    """`resize_and_cut` of frames from a source (path or bytes), as arrays. Raises ClipError.
+
+    A tensor that a worker process sends keeps a file open as long as it lives; an array does not.
+    """
     try:
-        return resize_and_cut(frames, *budget)
+        patches, grid = resize_and_cut(frames, *budget)
+        return patches.numpy(), grid.numpy()
     except ValueError as e:
         raise ClipError(f"{source if isinstance(source, str) else 'image'}: {e}") from e
 
 
 def load_frames(frames, budget):
-    """list of Frame -> list of (patches uint8 (P, 1536), grid (3,)), each clip opened once.
+    """list of Frame -> list of (patches uint8 (P, 1536), grid (3,)), arrays; clips opened once.
 
     They are kept in memory until CACHE_BYTES are full; from then on nothing is added. Until then
     all eight key frames of a clip are cut at once. Raises ClipError. Source: ours.
@@ -183,6 +187,12 @@ def load_frames(frames, budget):
     for frame, patches_and_grid in loaded.items():
         _keep(frame, budget, patches_and_grid)
     return [loaded[frame] for frame in frames]
+
+
+def stack(pairs):
+    """[(patches, grid)] of `load_frames` -> one tensor each: uint8 (P, 1536), (frames, 3)."""
+    patches, grids = zip(*pairs)
+    return torch.from_numpy(np.concatenate(patches)), torch.from_numpy(np.stack(grids))
 
 
 def _keep(frame, budget, patches_and_grid):

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -75,7 +77,7 @@ def test_encode(height, width, n, film, words, data_config):
     ]
     pictures = sample["images"] + sample["futures"]
     assert [int(grid.prod()) // 4 for _, grid in pictures] == [n] * 4
-    assert shown(patches.float() for patches, _ in pictures) == [
+    assert shown(torch.from_numpy(patches).float() for patches, _ in pictures) == [
         10,
         16,
         22,
@@ -139,7 +141,8 @@ def test_video_prompt(count, n, fps, numbers, stamps, film, words, data_config):
     )
     ((patches, grid),) = sample["videos"]
     assert grid.tolist() == [len(stamps), 4, 6]
-    assert shown(patches.reshape(-1, 24, 3, 2, 256).float().movedim(3, 1).flatten(0, 1)) == numbers
+    frames = torch.from_numpy(patches).reshape(-1, 24, 3, 2, 256)
+    assert shown(frames.float().movedim(3, 1).flatten(0, 1)) == numbers
 
 
 def test_too_long_and_broken_samples_are_skipped(film, words, data_config):
@@ -166,11 +169,7 @@ def test_too_long_and_broken_samples_are_skipped(film, words, data_config):
 
 def sample(ids, labels, level=None):
     """An encoded sample made by hand, its only image and future four equal patches."""
-    images = (
-        []
-        if level is None
-        else [(torch.full((4, 1536), level, dtype=torch.uint8), torch.tensor([1, 2, 2]))]
-    )
+    images = [] if level is None else [(np.full((4, 1536), level, np.uint8), np.array([1, 2, 2]))]
     return dict(
         ids=ids, labels=labels, images=images, videos=[], futures=images[:], row=f"row {ids[0]}"
     )
@@ -245,6 +244,20 @@ def test_workers_change_nothing(film, words, data_config):
     for a, b in zip(plain, ahead, strict=True):
         assert a.keys() == b.keys() and all(a[k] == b[k] for k in ("rows", "skipped", "kept"))
         assert all(torch.equal(a[k], b[k]) for k in a if isinstance(a[k], torch.Tensor))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc")
+def test_workers_keep_no_files_open(film, words, data_config):
+    """Breaks if a cached frame that was sent holds a file open for good: after 10,000 small frames
+    a run would end with "Too many open files".
+    """
+    samples = Samples([row(film(f"{k}.mp4")) for k in range(16)], words, data_config)
+    batches = iter(data.loader(samples, [[k] for k in range(16)], 1, pad_id=0))
+    kept = [next(batches)]  # 1 to 5 are on their way
+    files = f"/proc/{batches._workers[0].pid}/fd"
+    before = len(os.listdir(files))
+    kept += [next(batches) for _ in range(10)]
+    assert len(kept) == 11 and len(os.listdir(files)) < before + 20
 
 
 # config

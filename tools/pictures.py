@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from common.clips import ClipError, film, load_frames, normalise
+from common.clips import ClipError, film, load_frames, normalise, stack
 from common.flags import run_script
 from common.formats import Frame, answer_of, read_rows
 from common.pictures import (
@@ -101,8 +101,7 @@ def look(model, frames, budget, batch=64):
         raise SystemExit("no frame can be read: the painter has nothing to learn from")
     e, cells = [], []
     for i in range(0, len(loaded), batch):
-        patches, grids = zip(*loaded[i : i + batch])
-        patches, grid = torch.cat(patches), torch.stack(grids)
+        patches, grid = stack(loaded[i : i + batch])
         e.append(model.encode_frames(normalise(patches).to(model.device), grid.to(model.device)))
         cells.append(to_cells(patches))
     return Pairs(torch.cat(e).float(), torch.cat(cells).to(model.device))
@@ -214,7 +213,7 @@ def errors_of(painter, answers, budget):
 
 def cells_of(frame, budget):
     """A Frame -> its cells (K, 3, 32, 32), as the painter should paint them."""
-    patches, _ = load_frames([frame], budget)[0]
+    patches, _ = stack(load_frames([frame], budget))
     return to_cells(patches)
 
 

@@ -372,11 +372,19 @@ def test_load_frames(room, film, tmp_path, monkeypatch, empty_cache):
             loaded = clips.load_frames(asked, budget)
             assert [grid.tolist() for _, grid in loaded] == [[1, side, side]] * 5
             # of 20 frames key frame 8 is number 18, 2 is (2 + 4 - 1) // 2 = 2; b starts at 15
-            assert shown(patches.float() for patches, _ in loaded) == [33, 1, 39, 17, 33]
+            assert shown(torch.from_numpy(patches).float() for patches, _ in loaded) == [
+                33,
+                1,
+                39,
+                17,
+                33,
+            ]
         if room:  # the second time nothing is read, whichever key frames are asked for
             for path in (a, b, still):
                 open(path, "w").close()
-            assert shown(p.float() for p, _ in clips.load_frames([Frame(a, 8)], budget)) == [38]
+            assert shown(
+                torch.from_numpy(p).float() for p, _ in clips.load_frames([Frame(a, 8)], budget)
+            ) == [38]
     assert len(clips._cache) == (34 if room else 0)  # 2 clips x 8 and a still, two budgets
 
 
@@ -391,7 +399,7 @@ def test_cache_is_bounded(frames, cached, film, monkeypatch, empty_cache):
     )
     for path in paths * 2:
         (patches, _), *_ = clips.load_frames([Frame(path, 1)], (CELL, CELL))
-        assert patches.nbytes == size and shown([patches.float()]) == [
+        assert patches.nbytes == size and shown([torch.from_numpy(patches).float()]) == [
             1 if "a" in path[-5:] else 16
         ]
     assert len(clips._cache) == cached and clips._cache_bytes <= frames * size
