@@ -56,7 +56,7 @@ from common.clips import (  # noqa: F401  importable from here too
     resize_and_patchify,
     stack,
 )
-from common.formats import Frame, RecordError, Skipped
+from common.formats import Blank, Frame, RecordError, Skipped
 from model import LATENT, LATENT_END, LATENT_START
 
 SYSTEM = (
@@ -121,7 +121,7 @@ def encode(row, tokenizer, config, train=True, spans=True):
     ids, futures = _tokenize(pieces, tokenizer), []
     labels = [-100] * len(ids)
     if train:
-        response = [part for part in row.response if spans or not isinstance(part, Frame)]
+        response = [part for part in row.response if spans or isinstance(part, str)]
         _, future_budget, _ = config.budgets
         futures = load_frames([p for p in response if isinstance(p, Frame)], future_budget)
         latent = tokenizer.convert_tokens_to_ids(LATENT)
@@ -180,11 +180,12 @@ def _blocks(response, answer, futures):
     """Yields the pieces of each block of a response; futures: (patches, grid) of its Frames."""
     grids = iter(grid for _, grid in futures)
     for part in response:
-        if isinstance(part, Frame):
-            latents = [Special(LATENT)] * (int(next(grids).prod()) // MERGE**2)
-            yield [Special(LATENT_START), *latents, Special(LATENT_END)]
-        else:
+        if isinstance(part, str):
             yield [f"<reason>{part}</reason>"]
+            continue
+        blank = isinstance(part, Blank)
+        n = part.latents if blank else int(next(grids).prod()) // MERGE**2
+        yield [Special(LATENT_START), *[Special(LATENT)] * n, Special(LATENT_END)]
     yield [f"<answer>{answer}</answer>", Special("<|im_end|>")]
 
 

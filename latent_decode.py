@@ -8,8 +8,9 @@ Each row of the batch is in one of three states, and every step gives it one tok
     done       nothing                                            padding
 
 `<|latent|>` and `<|latent_end|>` cannot be produced among words. At `max_latents` a span is stopped
-by force. The record (tokens, latents, which of them were chosen, their log-probabilities) is
-exactly what was fed to the model and what is in its cache, so that training can replay it.
+by force; a model whose config has `min_latents` goes on by force below it. The record (tokens,
+latents, which of them were chosen, their log-probabilities) is exactly what was fed to the model
+and what is in its cache, so that training can replay it.
 
     tokens, latents = decode_slowly(model, prompt, max_new_tokens=64)       # the definition
     rollout = generate(model, batch, max_new_tokens=2048)                   # the same, fast; greedy
@@ -64,7 +65,7 @@ def decode_slowly(model, prompt, max_new_tokens, max_latents=8, eos=()):
     """
     c, tokens, latents = model.config, [], torch.zeros(0, model.lm_head.in_features)
     never = torch.tensor(_not_among_words(c))
-    span = None  # latents of the open span; None = among words
+    least, span = getattr(c, "min_latents", 0), None  # latents of the open span; None = among words
     while len(tokens) < max_new_tokens and not (tokens and tokens[-1] in eos):
         ids = torch.cat([prompt["input_ids"], torch.tensor([tokens], dtype=torch.long)], 1)
         rest = dict(prompt, input_ids=ids, attention_mask=None)  # (1, P + tokens so far)
@@ -73,7 +74,7 @@ def decode_slowly(model, prompt, max_new_tokens, max_latents=8, eos=()):
         if span is None:
             token = int(logits.index_fill(0, never, -torch.inf).argmax())
             span = 0 if token == c.latent_start_id else None
-        elif span == max_latents or int(logits.argmax()) == c.latent_end_id:
+        elif span == max_latents or (span >= least and int(logits.argmax()) == c.latent_end_id):
             token, span = c.latent_end_id, None
         else:  # z_1 = h_p, z_{k+1} = h_{p+k}: the state itself is what is fed next
             token, span = c.latent_id, span + 1
@@ -103,6 +104,7 @@ class Rule:
     max_latents: int = 8  # longest span
     eos: torch.Tensor | None = None  # (ends,) ids that end a row
     pad: torch.Tensor | int = 0  # what a finished row gets
+    min_latents: int = 0  # shortest span, where the longest is no shorter
 
 
 def choose(logits, in_span, count, u, rule):
@@ -116,16 +118,16 @@ def choose(logits, in_span, count, u, rule):
     logp = (logits.float() / (rule.temperature or 1.0)).log_softmax(-1)  # (R, V)
     word = choose_word(logp + rule.banned, u, rule.temperature, rule.top_p)
 
-    # in a span there is one event: stop or continue
+    # in a span there is one event: stop or continue; at its longest or too short it is no choice
     log_stop = logp[:, rule.latent_end]
     stops = log_stop.exp() > u if rule.temperature else logp.argmax(-1) == rule.latent_end
-    forced = count >= rule.max_latents
-    stop = forced | stops
+    full, short = count >= rule.max_latents, count < rule.min_latents
+    stop = full | (stops & ~short)
     log_event = torch.where(stop, log_stop, log_continue(log_stop))
 
     token = torch.where(in_span, torch.where(stop, rule.latent_end, rule.latent), word)
     logprob = torch.where(in_span, log_event, logp.gather(1, word[:, None])[:, 0])
-    sampled = ~(in_span & forced)
+    sampled = ~(in_span & (full | short))
     return token, logprob.masked_fill(~sampled, 0), sampled
 
 
@@ -222,7 +224,8 @@ def generate(
 
     batch: dict of HF-named tensors, left-padded (`data.model_inputs`).
     temperature 0 = greedy; log-probabilities are then those of the untempered softmax.
-    max_latents: longest span; paper: 2 * L_max = 8. eos_token_id: int or list, default the model's.
+    max_latents: longest span; paper: 2 * L_max = 8. The shortest is the model's own, see `Rule`.
+    eos_token_id: int or list, default the model's.
     generator: where random numbers come from. banned: ids that are never produced among words.
     feed: what a span is fed, see `step`. It is called once a step, in order, with the live rows
     only; `state.row` are their numbers. So it may be an object with a state of its own.
@@ -272,7 +275,8 @@ def _rule(model, temperature, top_p, max_latents, eos_token_id, banned):
     ends = torch.tensor(eos, device=device, dtype=torch.long)
     pad = ends[0] if eos else torch.zeros((), dtype=torch.long, device=device)
     ids = c.latent_start_id, c.latent_id, c.latent_end_id
-    return Rule(*ids, never, temperature, top_p, max_latents, ends, pad)
+    least = getattr(c, "min_latents", 0)
+    return Rule(*ids, never, temperature, top_p, max_latents, ends, pad, least)
 
 
 def _begin(h, position):

@@ -163,6 +163,7 @@ class Step(torch.nn.Module):
     def __init__(self, model, config, latent_var=1.0):
         super().__init__()
         self.model, self.config, self.latent_var = model, config, latent_var
+        self.figures = {}  # more for the step's line, from a variant: the first rank's last forward
 
     def fed(self, batch, e, progress):
         """What is fed at the `<|latent|>` positions (N, D), row by row in order. Source: sec. 3.2.
@@ -354,7 +355,8 @@ def train(config, rows=None, module=Step):
     # what is trained, and the state of a run that goes on
     state = run.state or dict(latent_var=measure_variance(model, samples, order, config, machine))
     latent_var = state["latent_var"]
-    wrapped = machine.wrap(module(model, config, latent_var), unused=not config.freeze_vision)
+    module = module(model, config, latent_var)
+    wrapped = machine.wrap(module, unused=not config.freeze_vision)
     optimizer, trained = make_optimizer(model, config)
     run.start(model, optimizer, describe(config, rows, model, steps, machine))
 
@@ -377,6 +379,7 @@ def train(config, rows=None, module=Step):
 
         # a line in the log, and now and then a checkpoint
         line = dict(step=step, lr=lr, tokens=counts.n_tokens, latents=counts.n_latent, **means)
+        line.update(module.figures)
         line.update(grad_norm=norm, update_skipped=norm is None or not math.isfinite(norm))
         line.update(skipped=[list(skip) for skip in skipped], seconds=round(time.time() - began, 4))
         if held_out.due(step + 1, steps):

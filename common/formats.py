@@ -31,6 +31,12 @@ class Clip(NamedTuple):
     end: float = math.inf
 
 
+class Blank(NamedTuple):
+    """A latent span of a fixed length, with no future to imagine (variants/video_latent.py)."""
+
+    latents: int
+
+
 @dataclasses.dataclass
 class Row:
     """The one normal form of all formats."""
@@ -38,7 +44,7 @@ class Row:
     where: str  # "file:index", for every message
     id: str
     prompt: list  # str | Frame | Clip, in the order of the user turn
-    response: list  # str (a reasoning step) | Frame (a future to imagine); may be empty
+    response: list  # str (a reasoning step) | Frame (a future to imagine) | Blank; may be empty
     answer: str
     question: str = ""
     options: list | None = None  # texts of A, B, C ...

@@ -11,7 +11,7 @@ import torch
 import data
 import sft
 from common import runs
-from common.formats import Clip, Frame, RecordError, Row, Skipped
+from common.formats import Blank, Clip, Frame, RecordError, Row, Skipped
 from data import Samples
 from tests.conftest import WORDS, shown
 from toy import tiny
@@ -92,6 +92,24 @@ def test_encode(height, width, n, film, words, data_config):
         and not plain["futures"]
     )
     assert words.convert_ids_to_tokens(asked["ids"]) == prompt and not asked["futures"]
+
+
+def test_a_span_without_a_future(film, words, data_config):
+    """Breaks if a span of fixed length loads a frame, or stays in text-only SFT."""
+    sight = row(film("c.mp4", range(40), 64, 64))
+    sight.response = [Blank(3), "moves right", Blank(1)]
+    tokens, labels = [], []
+    for spans in (True, False):
+        sample = data.encode(sight, words, data_config, spans=spans)
+        assert not sample["futures"]
+        tokens.append(words.decode(sample["ids"]).split("assistant ")[1])
+        labels.append(sum(label == -100 for label in sample["labels"]))
+    said = "<reason> moves right </reason> <answer> red </answer> <|im_end|>"
+    start, end = "<|latent_start|>", "<|latent_end|>"
+    first, last = f"{start} {'<|latent|> ' * 3}{end}", f"{start} <|latent|> {end}"
+    expected = said.replace("<answer>", f"{last} <answer>")
+    assert [text.split() for text in tokens] == [f"{first} {expected}".split(), said.split()]
+    assert labels[0] == labels[1] + 4
 
 
 def test_text_never_becomes_a_special_token(film, words, data_config):

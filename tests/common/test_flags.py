@@ -51,6 +51,7 @@ SCRIPTS += ["common.judge", "common.report", "variants.logprob_gain", "variants.
 SCRIPTS += ["tools.export", "tools.clips", "tools.pictures", "variants.own_path", "common.page"]
 SCRIPTS += ["variants.pause_tokens", "variants.self_forcing", "toy.taste", "tools.plan"]
 SCRIPTS += ["variants.m2la", "toy.m2la"]
+SCRIPTS += ["variants.video_latent", "toy.video_latent"]
 
 
 def run(script, monkeypatch, capsys, *argv):
@@ -83,6 +84,7 @@ def test_an_error_is_one_line_and_code_2(script, world, tmp_path, monkeypatch, c
     wrong = {
         "toy": (["--clips", "x"], "argument --clips: invalid int value: 'x'"),
         "toy.tables": (["--config", nowhere], f"{nowhere}: No such file"),
+        "toy.video_latent": (["--demo", nowhere], f"{nowhere}/seed_0/base: no such folder"),
         "tools.plan": (["--shape", "9b"], "9b"),
         "tools.bench": (["--layers", "x"], "argument --layers: invalid int value: 'x'"),
         "sample": (
