@@ -334,6 +334,7 @@ class Replay:
     entropy: torch.Tensor  # (R, T) of the choice there was, no gradient
     predicted: torch.Tensor  # (N, D) what the model would feed
     latents: torch.Tensor  # (N, D) what was fed: a leaf
+    states: torch.Tensor  # (S, D) those that chose, in the order of `rollout.sampled`
 
 
 def replay(model, batch, rollout, temperature, prompt_of=None):
@@ -361,12 +362,13 @@ def replay(model, batch, rollout, temperature, prompt_of=None):
 
     # the state that chose each token, what it chose, what it would feed
     h = h[row.back]  # (N, D), prompts before rollouts
-    logprob, entropy = _choices(model, h[row.before[sampled]], ids[sampled], temperature)  # (S,)
+    states = h[row.before[sampled]]  # (S, D)
+    logprob, entropy = _choices(model, states, ids[sampled], temperature)  # (S,)
     is_latent = ids == model.config.latent_id
     predicted = model.to_latent(h[row.before[is_latent]]).to(wide)  # (N, D)
     zero = torch.zeros_like(ids, dtype=wide)
     logprob, entropy = (zero.masked_scatter(sampled, x) for x in (logprob, entropy))  # (R, T)
-    return Replay(logprob, entropy, predicted, z)
+    return Replay(logprob, entropy, predicted, z, states)
 
 
 def _choices(model, h, chosen, temperature):

@@ -49,6 +49,7 @@ class Row:
     question: str = ""
     options: list | None = None  # texts of A, B, C ...
     group: str = "all"  # what scores are split by
+    cue: str = ""  # evidence in words, for a teacher's eyes alone (variants/opd.py)
 
 
 class Skipped(NamedTuple):
@@ -199,7 +200,9 @@ def read_record(record, where, media_root="."):
         raise RecordError(f"{where}: expected an object, found {type(record).__name__}")
     read = next((reader for key, reader in READERS if key in record), None)
     row = Row(where, str(record.get("id", where)), [], [], "")
-    row.group = str(record.get("group", "all"))
+    row.group, row.cue = str(record.get("group", "all")), record.get("cue") or ""
+    if not isinstance(row.cue, str):
+        raise RecordError(f"{where}: 'cue' should be text, found {row.cue!r:.60}")
     if record.get("options") is not None:
         row.options = _options(record["options"], where)
     if read is None:

@@ -137,12 +137,13 @@ def rows_of(config):
 def fingerprint(rows):
     """What a run was trained on: ids, questions, options, answers, texts and frames of all rows.
 
-    Source: ours. A frame counts by its path and index, or by its bytes.
+    Source: ours. A frame counts by its path and index, or by its bytes; a cue where there is one.
     """
     digest = hashlib.sha256()
     for row in rows:
         parts = (row.id, row.question, row.options, row.answer, row.prompt, row.response)
         digest.update(repr(parts).encode())
+        digest.update(row.cue.encode())
     return digest.hexdigest()
 
 
@@ -457,12 +458,15 @@ class Run:
         self.first = self.state["step"] if self.state else 0
         self.origin = None
 
-    def start_folder(self):
+    def start_folder(self, other=""):
         """The folder or hub id that the run began with, for a run that needs it to the end. Ours.
 
-        Raises SystemExit if a run that goes on does not find there what it began with.
+        other: a model beside config.model, if that is what it needs. Raises SystemExit if a run
+        that goes on does not find there what it began with.
         """
-        folder = self.state["origin"]["folder"] if self.state else newest(self.config.model)
+        folder = (
+            self.state["origin"]["folder"] if self.state else newest(other or self.config.model)
+        )
         self.origin = dict(folder=folder, weights=model_fingerprint(folder))
         if self.state and self.state["origin"] != self.origin:
             raise SystemExit(

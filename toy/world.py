@@ -193,6 +193,13 @@ def candidates(seed, bend, video):
     return [*rows, hop]
 
 
+def place_words(contact):
+    """Where the ball is at a contact, in words."""
+    wall, u = contact
+    x, y = (min(BINS - 1, int(v * BINS)) for v in POINT[wall](u))
+    return f"x{x} y{y}"
+
+
 def captions(seed, bend, video):
     """Rows that stand in for pretraining: single key frames and pairs of them, in words.
 
@@ -200,10 +207,8 @@ def captions(seed, bend, video):
     """
     path, asked = contacts(seed, bend), []
     for k in range(2, 8):
-        wall, u = path[k - 1]
-        x, y = (min(BINS - 1, int(v * BINS)) for v in POINT[wall](u))
-        asked.append(([k], "where is the ball ?", f"x{x} y{y}"))
-        asked.append(([k], "which wall is near the ball ?", WALLS[wall]))
+        asked.append(([k], "where is the ball ?", place_words(path[k - 1])))
+        asked.append(([k], "which wall is near the ball ?", WALLS[path[k - 1][0]]))
         if k < 7:
             way = heading(path[k - 1], path[k])
             asked.append(([k, k + 1], "how does the ball move ?", way))

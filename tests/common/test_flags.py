@@ -52,6 +52,7 @@ SCRIPTS += ["tools.export", "tools.clips", "tools.pictures", "variants.own_path"
 SCRIPTS += ["variants.pause_tokens", "variants.self_forcing", "toy.taste", "tools.plan"]
 SCRIPTS += ["variants.m2la", "toy.m2la"]
 SCRIPTS += ["variants.video_latent", "toy.video_latent"]
+SCRIPTS += ["variants.opd", "toy.opd"]
 
 
 def run(script, monkeypatch, capsys, *argv):
@@ -99,6 +100,7 @@ def test_an_error_is_one_line_and_code_2(script, world, tmp_path, monkeypatch, c
         "tools.pictures": (["--model", nowhere, "--data", nowhere], f"{nowhere}"),
         "toy.taste": (["--out", nowhere], f"{nowhere}"),
         "toy.m2la": (["--out", nowhere], f"{nowhere}"),
+        "toy.opd": (["--rows", "x"], "--rows takes some of la-dapo, answer, cue"),
     }
     argv, message = wrong.get(script, (["--data", nowhere], f"{nowhere}: No such file"))
     faults = [(argv, message)]

@@ -1,0 +1,356 @@
+"""On-policy distillation: its equations by enumeration, what the teacher reads, the loop."""
+
+import dataclasses
+import json
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from test_la_dapo import flags, log_of, weights
+from test_la_dapo import settings as rl_settings
+
+import la_dapo
+from common.flags import parse_config
+from common.formats import RecordError, read_record, read_rows
+from common.runs import Machine
+from data import collate, encode, model_inputs
+from la_dapo import clipped_surrogate
+from latent_decode import token_logprobs
+from model import load
+from toy.opd import with_hint
+from variants import opd
+from variants.opd import Config, advantages, gate, reverse_kl, token_weights
+
+HINTS = ("moves right", "red blue", "", "moves left up")  # of the first four rows; one has none
+
+
+def settings(world, loud, out, **more):
+    """la_dapo's of its tests, as far as they are opd's too."""
+    names = {field.name for field in dataclasses.fields(Config)}
+    shared = vars(rl_settings(world, loud, out))
+    shared = {k: v for k, v in shared.items() if k in names}
+    shared.update(group_size=2, prompts=4, temperature=0.9, marker="where is the ball ?")
+    shared.update(adjoint_terms=0)
+    return Config(**{**shared, **more})
+
+
+def rows_with_cues(world):
+    rows = read_rows(world["data"])
+    return [dataclasses.replace(row, cue=HINTS[i % 4]) for i, row in enumerate(rows)]
+
+
+def rolled_out(world, loud, config):
+    """-> Pair, the Batch of four prompts with their rollouts, made as the loop makes it."""
+    (model, tokenizer), (teacher, _) = load(loud), load(loud)
+    for m in (model, teacher):  # with more spans
+        with torch.no_grad():
+            m.lm_head.weight[m.config.latent_start_id] *= -1.5
+    pair = opd.Pair(model.eval(), tokenizer, teacher.eval().requires_grad_(False))
+    rows = rows_with_cues(world)[:4]
+    samples = [encode(row, tokenizer, config, train=False) for row in rows]
+    batches = [collate(samples[k : k + 2], tokenizer.pad_token_id, "left") for k in (0, 2)]
+    harvest, end = opd.collect(pair, iter(batches), 0, config, Machine())
+    assert end == 2 and len(harvest.groups) == 4
+    return pair, opd.prepare(harvest.groups, False, torch.device("cpu"))
+
+
+def loss_of(pair, batch, config):
+    """-> L of one batch that is the whole step, the figures."""
+    sampled, figures = batch.rollout.sampled, Counter()
+    told, w = opd.ask_teacher(pair, batch, config)
+    weight = w * token_weights(sampled, config.average, len(sampled), int(sampled.sum()))
+    return opd.opd_loss(pair, batch, told, weight, config, figures), figures
+
+
+# ---------------------------------------------------------------------------------------- equations
+
+
+def test_one_decision_over_the_vocabulary():
+    """Breaks if the mean of A grad log p is not - grad KL(p, p_T): a sign, or who is whom."""
+    torch.manual_seed(0)
+    theta = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    logp, logq = theta.log_softmax(-1), torch.randn(7).double().log_softmax(-1)
+    p = logp.exp().detach()
+    A = advantages(logq, logp)
+    assert not A.requires_grad
+    (score,) = torch.autograd.grad((p * A * logp).sum(), theta, retain_graph=True)
+    loss, _ = clipped_surrogate(logp, logp.detach(), A, 0.2, 0.2)
+    (surrogate,) = torch.autograd.grad((p * loss).sum(), theta, retain_graph=True)
+    exact = torch.distributions.kl_divergence(
+        *(torch.distributions.Categorical(logits=x) for x in (theta, logq))
+    )
+    (expected,) = torch.autograd.grad(exact, theta)
+    torch.testing.assert_close(score, -expected)
+    torch.testing.assert_close(surrogate, expected)
+
+
+def test_two_decisions_by_enumeration():
+    """Breaks if L's mean over all responses is not the mean of the stepwise KLs with the visited
+    states held constant. (So the gradient of KL(p(y), p_T(y)) it is not: a term is missing.)
+    """
+    torch.manual_seed(1)
+    theta = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)  # of each state: "", 0, 1, 2
+    logq = torch.randn(4, 3).double().log_softmax(-1)
+    logp = theta.log_softmax(-1)
+    y = torch.cartesian_prod(torch.arange(3), torch.arange(3))  # (9, 2) all responses
+    state = torch.stack([torch.zeros(9, dtype=torch.long), 1 + y[:, 0]], 1)
+    chosen, teacher = logp[state, y], logq[state, y]  # (9, 2)
+    each, _ = clipped_surrogate(chosen, chosen.detach(), advantages(teacher, chosen), 0.2, 0.2)
+    p_y = chosen.sum(1, keepdim=True).exp().detach()
+    weight = token_weights(torch.ones(9, 2, dtype=torch.bool), "trajectory", 9, 18)
+    (gradient,) = torch.autograd.grad((9 * p_y * weight * each).sum(), theta, retain_graph=True)
+
+    kl = reverse_kl(logp, logq, torch.zeros(4, dtype=torch.bool), 0)  # (4,) of each state
+    visited = torch.cat([torch.ones(1), logp[0].exp()])
+    (expected,) = torch.autograd.grad((visited.detach() * kl).sum() / 2, theta, retain_graph=True)
+    (whole,) = torch.autograd.grad((visited * kl).sum() / 2, theta)
+    torch.testing.assert_close(gradient, expected)
+    assert (gradient - whole).abs().max() > 0.01
+
+
+def test_advantages_by_hand():
+    """Breaks if the clamp is missing on a side, or elsewhere than at 10."""
+    A = advantages(torch.tensor([-1.0, -30.0, -0.5]), torch.tensor([-3.0, -2.0, -25.0]))
+    assert A.tolist() == [2.0, -10.0, 10.0]
+
+
+def test_weights_by_hand():
+    """Breaks if a forced token or padding counts, or a long response counts more than a short."""
+    sampled = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0]]).bool()
+    expected = torch.tensor([[1, 1, 0, 1], [3, 0, 0, 0]]) / 6
+    torch.testing.assert_close(token_weights(sampled, "trajectory", 2, 4), expected)
+    torch.testing.assert_close(token_weights(sampled, "token", 2, 4), sampled / 4)
+
+
+def test_reverse_kl_by_hand():
+    """Breaks if the KL is the forward one, or in a span is not that of stop and continue."""
+    p, q = (
+        torch.tensor([[0.5, 0.3, 0.2]] * 2).double(),
+        torch.tensor([[0.2, 0.2, 0.6]] * 2).double(),
+    )
+    kl = reverse_kl(p.log(), q.log(), torch.tensor([False, True]), 1)
+    words = 0.5 * np.log(0.5 / 0.2) + 0.3 * np.log(0.3 / 0.2) + 0.2 * np.log(0.2 / 0.6)
+    event = 0.3 * np.log(0.3 / 0.2) + 0.7 * np.log(0.7 / 0.8)
+    np.testing.assert_allclose(kl.numpy(), [words, event], rtol=1e-6)
+
+
+def test_gate_by_hand():
+    """Breaks if the deviation is the unbiased one, groups mix, or w leaves 0 to 2."""
+    g = torch.tensor([[1.0, 3.0], [5.0, 5.0]])  # mean 2, deviation 1; a group without a difference
+    torch.testing.assert_close(gate(g), torch.tensor([[0.5, 1.5], [1, 1]]), atol=1e-4, rtol=0)
+    w = gate(torch.tensor([[0.0] * 15 + [1.0]]))  # deviation .242: g~ = 3.87 and -.258
+    torch.testing.assert_close(w[0, [0, 15]], torch.tensor([0.871, 2.0]), atol=1e-3, rtol=0)
+    assert gate(-torch.tensor([[0.0] * 15 + [1.0]]))[0, 15] == 0
+
+
+# ---------------------------------------------------------------------------- what the teacher sees
+
+
+def test_a_hint_is_put_into_the_prompt(world, loud):
+    """Breaks if it is not where SFT of a teacher reads it, or a token is lost."""
+    _, tokenizer = load(loud)
+    config = settings(world, loud, "unused")
+    for row in rows_with_cues(world)[:4]:
+        for privilege in ("cue", "answer", "none"):
+            c = dataclasses.replace(config, privilege=privilege)
+            plain = encode(row, tokenizer, c, train=False)
+            asked = encode(with_hint(row, privilege), tokenizer, c, train=False)["ids"]
+            assert opd.hinted(plain, tokenizer, c)["ids"] == asked
+            text = dict(cue=row.cue, answer=row.answer, none="")[privilege]
+            words = f"{c.marker} {text} <|im_end|>" if text else "? <|im_end|>"
+            assert words in tokenizer.decode(asked)
+            assert "red blue" not in tokenizer.decode(plain["ids"])
+
+
+def test_a_control_token_in_a_hint_stays_text(world, loud):
+    """Breaks if a cue can end the user's turn."""
+    _, tokenizer = load(loud)
+    config = settings(world, loud, "unused")
+    row = dataclasses.replace(rows_with_cues(world)[0], cue="red <|im_end|> <|latent|>")
+    plain = encode(row, tokenizer, config, train=False)
+    ids = opd.hinted(plain, tokenizer, config)["ids"]
+    for token in ("<|im_end|>", "<|latent|>"):
+        token = tokenizer.convert_tokens_to_ids(token)
+        assert ids.count(token) == plain["ids"].count(token)
+
+
+def test_a_record_carries_its_cue():
+    """Breaks if a cue is lost, or something else is taken for one."""
+    record = dict(problem="which ?", answer="red", videos=["a.mp4"], cue="the ball is left")
+    assert read_record(record, "here").cue == "the ball is left"
+    assert read_record(dict(record, cue=None), "here").cue == ""
+    with pytest.raises(RecordError, match="here: 'cue' should be text, found \\['left'\\]"):
+        read_record(dict(record, cue=["left"]), "here")
+
+
+def test_the_teacher_scores_under_its_own_prompt(world, loud):
+    """Breaks if the teacher reads another row's hint, no hint, or other rollouts; or if g is not
+    the mean of what the hint tells.
+    """
+    config = settings(world, loud, "unused", gate=True, group_size=3)
+    pair, batch = rolled_out(world, loud, config)
+    told, w = opd.ask_teacher(pair, batch, config)
+    rows = [with_hint(row, "cue") for row in rows_with_cues(world)[:4]]
+    samples = [encode(row, pair.tokenizer, config, train=False) for row in rows]
+    prompts = model_inputs(collate(samples, 0, "left"))
+    with torch.no_grad():
+        expected = token_logprobs(pair.teacher, prompts, batch.rollout, 0.9)
+    torch.testing.assert_close(told.logprobs, expected, atol=1e-5, rtol=0)
+
+    recorded = batch.rollout.logprobs  # the student's own, and the teacher's without a hint
+    assert (expected - recorded).abs().max() > 0.1
+    torch.testing.assert_close(expected[6:9], recorded[6:9], atol=1e-4, rtol=0)  # without a cue
+    g = (expected - recorded).sum(1) / batch.rollout.sampled.sum(1)
+    torch.testing.assert_close(w, gate(g.view(4, 3)).view(-1, 1), atol=1e-2, rtol=0)
+    assert w[:6].std() > 0.1
+
+
+# --------------------------------------------------------------------------------------------- loss
+
+
+def test_a_teacher_that_is_the_student_teaches_nothing(world, loud):
+    """Breaks if A is not 0, bitwise, where teacher and student read the same."""
+    config = settings(world, loud, "unused", privilege="none", adjoint_terms=-1)
+    pair, batch = rolled_out(world, loud, config)
+    loss, figures = loss_of(pair, batch, config)
+    assert loss == 0 and figures["gap"] == 0 and figures["entropy"] > 0.1
+    gradients = torch.autograd.grad(loss, list(pair.model.parameters()), allow_unused=True)
+    assert sum(g is not None for g in gradients) > 20
+    assert not any(g.any() for g in gradients if g is not None)
+
+    cue = dataclasses.replace(config, privilege="cue")
+    loss, figures = loss_of(pair, batch, cue)
+    (gradient,) = torch.autograd.grad(loss, pair.model.lm_head.weight)
+    assert abs(figures["gap"]) > 0.01 and gradient.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("average", ["trajectory", "token"])
+def test_the_loss_by_hand(world, loud, average):
+    """Breaks if L is not - sum weight A log p in its gradient, with A held constant."""
+    config = settings(world, loud, "unused", average=average)
+    pair, batch = rolled_out(world, loud, config)
+    loss, figures = loss_of(pair, batch, config)
+    (gradient,) = torch.autograd.grad(loss, pair.model.lm_head.weight)
+
+    told, _ = opd.ask_teacher(pair, batch, config)
+    logp = token_logprobs(pair.model, batch.prompts, batch.rollout, 0.9, batch.prompt_of)
+    sampled, A = batch.rollout.sampled, (told.logprobs - logp).detach().clamp(-10, 10)
+    share = sampled / (sampled.sum(1, keepdim=True) if average == "trajectory" else 1)
+    share = share / (len(sampled) if average == "trajectory" else sampled.sum())
+    (expected,) = torch.autograd.grad(-(share * A * logp).sum(), pair.model.lm_head.weight)
+    torch.testing.assert_close(gradient, expected, atol=1e-7, rtol=1e-4)
+    assert figures["gap"] == pytest.approx((share * A).sum().item(), rel=1e-5)
+    assert loss.item() == pytest.approx(-figures["gap"], rel=1e-5)
+
+
+def test_full_kl_by_a_plain_forward(world, loud, monkeypatch):
+    """Breaks if a position, a hint or an event is another than that of a plain forward; or if its
+    gradient does not lower it.
+    """
+    monkeypatch.setattr(opd, "LOGITS", 20)  # several pieces
+    config = settings(world, loud, "unused", full_kl=True, average="token")
+    config.temperature = 5.0  # else the model is too sure within spans
+    pair, batch = rolled_out(world, loud, config)
+    loss, _ = loss_of(pair, batch, config)
+    c, expected = pair.model.config, []
+    for r, (tokens, n) in enumerate(zip(batch.rollout.tokens, batch.rollout.lengths.tolist())):
+        row = batch.groups[int(batch.prompt_of[r])].sample["row"]
+        logs = []
+        for who, privilege in ((pair.model, "none"), (pair.teacher, "cue")):
+            sample = encode(with_hint(row, privilege), pair.tokenizer, config, train=False)
+            inputs = model_inputs(collate([sample], 0, "left"))
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens[None, :n]], 1)
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            with torch.no_grad():
+                out = who(**inputs, latents=batch.rollout.latents[r]).logits[0, -n - 1 : -1]
+            logs.append((out / 5).double().softmax(-1))
+        for t in batch.rollout.sampled[r].nonzero()[:, 0].tolist():
+            p, q = logs[0][t], logs[1][t]
+            if tokens[t] in (c.latent_id, c.latent_end_id):
+                p, q = (torch.stack([x[c.latent_end_id], 1 - x[c.latent_end_id]]) for x in (p, q))
+            expected.append((p * (p / q).log()).sum())
+    told, _ = opd.ask_teacher(pair, batch, config)
+    new = la_dapo.replayed(pair.model, batch, config)
+    each = opd.full_kl(pair, new, told, batch, config)
+    torch.testing.assert_close(each.double(), torch.stack(expected), atol=1e-4, rtol=1e-3)
+    assert loss.item() == pytest.approx(each.mean().item(), rel=1e-4) and loss > 0.01
+    chosen = batch.rollout.tokens[batch.rollout.sampled]
+    for token in (c.latent_id, c.latent_end_id):
+        assert each[chosen == token].max() > 1e-3
+
+    loss.backward()
+    with torch.no_grad():
+        for p in pair.model.parameters():
+            p -= 0.0 if p.grad is None else 1e-3 * p.grad
+    assert loss_of(pair, batch, config)[0] < 0.999 * loss
+
+
+def test_the_gradient_through_the_latents(world, loud):
+    """Breaks if `adjoint_terms` is not heard: without it nothing trains the latent head."""
+    for full_kl in (False, True):
+        config = settings(world, loud, "unused", full_kl=full_kl)
+        pair, batch = rolled_out(world, loud, config)
+        bias = pair.model.latent_head.bias
+        loss, _ = loss_of(pair, batch, config)
+        assert torch.autograd.grad(loss, bias, allow_unused=True)[0] is None
+        loss, _ = loss_of(pair, batch, dataclasses.replace(config, adjoint_terms=-1))
+        assert torch.autograd.grad(loss, bias)[0].abs().max() > 1e-6
+
+
+# --------------------------------------------------------------------------------------------- loop
+
+
+def cued_file(world, tmp_path):
+    """The world's rows with cues, as a file."""
+    path = tmp_path / "cues.jsonl"
+    with open(world["data"]) as f, open(path, "w") as out:
+        for i, line in enumerate(f):
+            out.write(json.dumps(dict(json.loads(line), cue=HINTS[i % 4])) + "\n")
+    return str(path)
+
+
+def test_two_steps_by_the_command_line(world, loud, tmp_path):
+    """Breaks if the variant does not train, the size of a micro-batch matters, or a run that goes
+    on is another than one that was not cut.
+    """
+    more = dict(data=cued_file(world, tmp_path), media_root=world["folder"] + "/data")
+    more.update(steps=2, save_every=1, recovery=True, gate=True, micro_batch=4)
+    config = parse_config(Config, flags(settings(world, loud, tmp_path / "a", **more)))
+    straight = weights(opd.train(config))
+    opd.train(dataclasses.replace(config, micro_batch=1, out=str(tmp_path / "b")))
+    lines = [log_of(tmp_path / x) for x in "ab"]
+    for name in ("grad_norm", "gap", "loss"):
+        assert lines[0][1][name] == pytest.approx(lines[1][1][name], rel=1e-3)
+    assert abs(lines[0][0]["gap"]) > 0.01 and lines[0][0]["grad_norm"] > 1e-3
+
+    shutil.rmtree(tmp_path / "a" / "step_000002")
+    resumed = weights(opd.train(dataclasses.replace(config, resume=True)))
+    assert all(torch.equal(straight[k], resumed[k]) for k in straight)
+    assert straight["recovery.looks.0.o.weight"].any()
+    again, _ = load(str(tmp_path / "a" / "step_000002"))
+    assert torch.equal(again.recovery.looks[0].o.weight, straight["recovery.looks.0.o.weight"])
+
+
+def test_what_is_refused(world, loud, tmp_path):
+    """Breaks if a run starts that has nothing to learn from, or with a teacher that cannot read."""
+    config = settings(world, loud, tmp_path / "a", steps=1)
+    with pytest.raises(SystemExit, match="24 rows, 0 with a hint"):
+        opd.train(config)
+    from toy import tiny
+
+    tokenizer = tiny.make_tokenizer(["another vocabulary"])
+    tiny.make_model(tokenizer, 0).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    other = dataclasses.replace(config, privilege="answer", teacher=str(tmp_path / "other"))
+    with pytest.raises(SystemExit, match="the student's hidden size and its tokenizer"):
+        opd.train(other)
+    for bad in (
+        dict(privilege="hint"),
+        dict(average="mean"),
+        dict(temperature=0.0),
+        dict(gate=True),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            Config(**bad)

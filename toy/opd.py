@@ -1,0 +1,164 @@
+"""On-policy distillation on the embedded world: the tables of docs/variants.md.
+
+    python -m toy                                # first: clips, captions, and the base model
+    python -m toy.opd                            # the teacher, all rows, one seed
+    python -m toy.opd --seeds 3 --rows la-dapo,cue
+
+The cue of a question is where the ball is in each picture that is shown, in the words that the
+captions have taught. It follows from the pictures. The teacher is a latent SFT in which every
+second question ends in a hint, by turns its cue and its answer; it is where all rows start, too.
+First it is asked the held-out questions without a hint and with either.
+
+The seeds share the demo's base. Each has its own teacher. Seconds are those of the CPU, of one
+thread: two trainings side by side do not change them much. What is on disk is not made again.
+Source: ours.
+"""
+
+import dataclasses
+import json
+import os
+import time
+
+import evaluate
+import la_dapo
+import sft
+from common.flags import run_script
+from common.formats import read_rows
+from common.runs import checkpoints, newest, write_json
+from toy import __main__ as demo
+from toy.plan import GROUPS
+from toy.seed import train
+from toy.tiny import TINY, TINY_DATA, TINY_EVAL, TINY_RL
+from toy.world import contacts, place_words, prompts, questions, write_rows
+from variants import opd
+
+MARKER = "where is the ball ?"  # words that the tokenizer has; the captions ask so
+
+TINY_OPD = dict(
+    TINY_DATA,
+    marker=MARKER,
+    prompts=256,
+    rollout_batch=128,
+    max_new_tokens=48,
+    max_latents=2,
+    micro_batch=128,
+    lr=1e-4,
+    beta2=0.99,
+    warmup_steps=20,
+    final_lr=0.1,
+    adjoint_terms=-1,
+    save_every=20,
+)
+
+# row: its title, its script, what differs from TINY_RL or TINY_OPD
+ROWS = {
+    "la-dapo": ("LA-DAPO", la_dapo, {}),
+    "answer": ("OPD, answer", opd, dict(privilege="answer")),
+    "cue": ("OPD, cue", opd, dict(privilege="cue")),
+    "cue+module": ("OPD, cue + module", opd, dict(privilege="cue", recovery=True)),
+    "none": ("OPD, no privilege", opd, dict(privilege="none")),
+    "cue-kl": ("OPD, cue, full KL", opd, dict(privilege="cue", full_kl=True)),
+}
+
+
+@dataclasses.dataclass
+class Config(demo.Config):
+    seeds: int = 1  # teachers, each with its rows
+    rows: str = "la-dapo,answer,cue,cue+module,none"  # some of these, and cue-kl
+
+
+def cued(make, seeds, bend):
+    """Records that `make` gives for each clip, with the cue: where the ball is in what is shown."""
+    records = []
+    for seed in seeds:
+        path = contacts(seed, bend)
+        for record in make(seed, bend, f"clips/{seed}.mp4"):
+            places = [place_words(path[k - 1]) for k in record["image"]]
+            records.append(dict(record, cue=" ".join(places)))
+    return records
+
+
+def write_cues(config):
+    """The world's rows once more, with cues -> {train, prompts, test: jsonl file}."""
+    test = range(config.eval_seed, config.eval_seed + config.eval_clips)
+    plan = dict(train=(questions, range(config.annotated)), test=(questions, test))
+    plan.update(prompts=(prompts, range(config.clips)))
+    paths = {}
+    for name, (make, seeds) in plan.items():
+        paths[name] = os.path.join(config.out, "data", f"cued_{name}.jsonl")
+        if not os.path.exists(paths[name]):
+            write_rows(paths[name], cued(make, seeds, config.bend))
+    return paths
+
+
+def with_hint(row, privilege):
+    """A row whose question ends as the teacher's does."""
+    hint = opd.hint(row, opd.Config(privilege=privilege, marker=MARKER))
+    return dataclasses.replace(row, prompt=[*row.prompt, hint]) if hint else row
+
+
+def score(model, name, rows, out, config):
+    """Held-out questions -> {group: scores}. name: of the rows."""
+    settings = dict(TINY_EVAL, model=newest(model), data=name, workers=config.workers)
+    return evaluate.evaluate(evaluate.Config(**settings, out=out), rows)
+
+
+def timed(script, out, rows=None, **settings):
+    """`toy.seed.train`, once -> path of the last checkpoint. Its CPU seconds are kept beside it."""
+    path = os.path.join(out, "cpu.json")
+    if not os.path.exists(path):
+        began = time.process_time()
+        train(script, out, rows, **settings)
+        write_json(path, round(time.process_time() - began))
+    return checkpoints(out)[-1]
+
+
+def seconds(out):
+    """What `timed` has kept."""
+    with open(os.path.join(out, "cpu.json")) as f:
+        return json.load(f)
+
+
+def run_seed(seed, paths, config):
+    """-> {row: {group: scores}} of the teacher with each hint, and of the rows asked for."""
+    home = os.path.join(config.out, "opd", f"seed_{seed}")
+    common = dict(seed=seed, workers=config.workers)
+    base, test = newest(os.path.join(config.out, "seed_0", "base")), read_rows(paths["test"])
+
+    plain = read_rows(paths["train"])
+    hinted = [with_hint(row, privilege) for privilege in ("cue", "answer") for row in plain]
+    settings = dict(TINY, **common, model=base, steps=config.sft_steps)
+    teacher = timed(sft, os.path.join(home, "teacher"), plain + plain + hinted, **settings)
+    scores = {}
+    for privilege in ("none", "cue", "answer"):
+        rows = [with_hint(row, privilege) for row in test]
+        out = os.path.join(home, f"eval_teacher_{privilege}")
+        scores[f"teacher, {privilege}"] = score(teacher, privilege, rows, out, config)
+
+    for name in config.rows.split(","):
+        title, script, changes = ROWS[name]
+        rl = dict(TINY_RL, steps=config.rl_steps)
+        settings = rl if script is la_dapo else dict(TINY_OPD, steps=config.rl_steps)
+        settings = dict(settings, **changes, **common, model=teacher, data=paths["prompts"])
+        out = os.path.join(home, name)
+        model = timed(script, out, **settings)
+        title = f"{title} ({seconds(out)} s)"
+        scores[title] = score(model, "test", test, os.path.join(home, f"eval_{name}"), config)
+    return scores
+
+
+def main(config):
+    """All seeds, and a table of each."""
+    if unknown := set(config.rows.split(",")) - set(ROWS):
+        raise SystemExit(f"--rows takes some of {', '.join(ROWS)}, not {', '.join(unknown)}")
+    demo.prepare(config)
+    paths = write_cues(config)
+    tables = []
+    for seed in range(config.seeds):
+        scores = run_seed(seed, paths, config)
+        tables.append(f"seed {seed}\n\n" + demo.markdown([scores], {}, GROUPS))
+    print("\n\n".join(tables))
+
+
+if __name__ == "__main__":
+    run_script(main, Config)
