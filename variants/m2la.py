@@ -35,10 +35,10 @@ evaluate.py, la_dapo.py and sample.py read OUT/converted and OUT/step_N as they 
 
 Where this differs from the paper, which prints neither formula nor ranks nor script:
  1. Left out: the modality adapters (affine maps of c, one for text, one for vision), ranks by layer
-    and by modality, and TransMLA's pooling of neighbouring frequencies: in interleaved M-RoPE
-    these belong to different axes.
+    and by modality; TransMLA's pooling of neighbouring frequencies (in M-RoPE: of other axes).
  2. `linear` starts from one number a key head; the paper fits a linear map. Queries keep their
-    norm, and the scale stays 1 / sqrt(d): the released code has larger queries and sqrt(2 d).
+    norm, the scale stays 1 / sqrt(d), W_UK and W_UV are one a key head: the released code has
+    them a query head, larger queries without norm, and 1 / sqrt(2 d).
  3. Healing is SFT; the paper's is continued pretraining on 13.5 B tokens.
 
 Axis letters: B rows, T tokens, N tokens of one row, R rows of decoding, D hidden, H query heads,
@@ -91,8 +91,7 @@ class Config(sft.Config):
 class M2LA(nn.Module):
     """A text layer's attention with a compressed cache, at first random: see `fit`. The paper's.
 
-    attention: transformers', whose queries and outputs are kept. Raises ValueError if it does not
-    fit.
+    attention: transformers', whose queries and outputs are kept, or ValueError if it does not fit.
     """
 
     def __init__(self, attention, rank, roped, norm):
@@ -110,7 +109,7 @@ class M2LA(nn.Module):
             return nn.Parameter(0.02 * torch.randn(shape, dtype=weight.dtype, device=weight.device))
 
         self.q_proj, self.q_norm, self.o_proj = attention.q_proj, attention.q_norm, attention.o_proj
-        self.kv_a = weights(self.rank + roped * d, c.hidden_size)  # W_a
+        self.kv_a = nn.Linear(c.hidden_size, self.rank + roped * d, bias=False).to(weight)  # W_a
         self.up_k, self.up_v = weights(G, d, self.rank), weights(G, d, self.rank)  # W_UK, W_UV
         self.turn = weights(G, roped, d)  # U[g, c] at the frequency of each coordinate
         if self.exact:
@@ -122,7 +121,7 @@ class M2LA(nn.Module):
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.d))  # (B, T, H, d)
         H = q.shape[2]
         turn = self.turn.repeat_interleave(H // self.G, 0)  # (H, m, d)
-        c, k_r = F.linear(x, self.kv_a).split([self.rank, self.roped * self.d], -1)
+        c, k_r = self.kv_a(x).split([self.rank, self.roped * self.d], -1)
         q_r, k_r = apply_rotary_pos_emb(
             (q[..., None, :] * turn).flatten(2, 3),  # (B, T, H m, d)
             k_r.view(B, T, self.roped, self.d),
@@ -163,7 +162,8 @@ class M2LA(nn.Module):
         q = torch.cat([q.reshape(R, 1, H, -1), q_r], -1).to(keys[0].dtype)  # (R, 1, H, r + m d)
         score = cache.products(q * self.scaling, keys)  # (R, 1, H, P + C)
         if self.exact:  # each head takes the t of its group
-            one = torch.eye(self.G).to(q).repeat_interleave(H // self.G, 0)  # (H, G)
+            one = torch.eye(self.G, dtype=q.dtype, device=q.device)
+            one = one.repeat_interleave(H // self.G, 0)  # (H, G)
             score = score * cache.products(one.expand(R, 1, H, -1), scales)
         latents = tuple(key[..., : self.rank] for key in keys)
         c = cache.mix(cache.weights(score), latents)  # (R, 1, H, r)
@@ -247,7 +247,7 @@ def fit(attention, moments, **settings):
     # keys of the G heads from k'_2 ... k'_G: the rotation undone
     up_k = torch.einsum("gci,cir->gir", turn[:, m:], back[:n].view(G - m, d, new.rank))
     new.up_k.copy_(up_k), new.up_v.copy_(back[n:].view(G, d, new.rank))
-    new.kv_a.copy_(torch.cat([R.T @ (balance[:, None] * content), roped]))
+    new.kv_a.weight.copy_(torch.cat([R.T @ (balance[:, None] * content), roped]))
     new.turn.copy_(turn[:, :m])
     if new.exact:
         new.mu.copy_(mu)

@@ -175,7 +175,7 @@ def test_the_error_of_the_latent_is_the_dropped_eigenvalues(layer, rank):
     y = np.concatenate([k2 / rho, v.reshape(len(v), -1)], 1)  # (n, 3 d)
     dropped = (np.linalg.svd(y, compute_uv=False)[rank:] ** 2).sum()
 
-    c = (read @ new.kv_a[:rank].T).detach().numpy()
+    c = (read @ new.kv_a.weight[:rank].T).detach().numpy()
     k_error = content - np.einsum("nr,gdr->ngd", c, new.up_k.detach().numpy())
     v_error = v - np.einsum("nr,gdr->ngd", c, new.up_v.detach().numpy())
     error = (k_error**2).sum() / rho**2 + (v_error**2).sum()
