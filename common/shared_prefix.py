@@ -191,9 +191,9 @@ class Following:
     def attend(self, layer, query, key, value, scaling):
         """query (B, H, T, d), key and value (B, H_kv, T, d) -> (B, T, H, d)."""
         both = [torch.cat(pair, 2) for pair in zip(self.kept[layer], (key, value))]
-        key, value = (x.to(query.dtype) for x in both)  # (B, H_kv, P + T, d)
+        q, k, v = (_in_dtype(x) for x in (query, *both))  # keys and values (B, H_kv, P + T, d)
         shared = dict(attn_mask=self.mask, scale=scaling, enable_gqa=True)
-        return F.scaled_dot_product_attention(query, key, value, **shared).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, **shared).transpose(1, 2)
 
 
 class DecodingCache:

@@ -195,7 +195,7 @@ class Sequences:
 
 def cosines(a, b):
     """Of each vector of a (..., I, D) with each of b (..., J, D) -> (..., I, J)."""
-    return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).mT
+    return F.cosine_similarity(a.unsqueeze(-2), b.unsqueeze(-3), dim=-1)  # under autocast in fp32
 
 
 def mean_distance(z, target):

@@ -350,6 +350,19 @@ def test_the_sums_of_a_batch(answers, align):
     assert step.figures["cosine"] == pytest.approx(pairwise_cosine(z).mean().item(), rel=1e-5)
 
 
+def test_under_autocast_the_losses_are_about_the_same(answers):
+    """Breaks if bf16 arithmetic, as on a GPU, meets another dtype or reaches the losses."""
+    model, _, batch = answers
+    for align in ("A", "B", "C"):
+        step = step_of(model, align=align, alpha=0.3, beta=0.2)
+        with torch.no_grad():
+            expected = step(batch)
+            with torch.autocast("cpu", torch.bfloat16):
+                sums = step(batch)
+        assert all(x.dtype == torch.float32 for x in sums)
+        torch.testing.assert_close(sums, expected, rtol=0.05, atol=0.05)
+
+
 def test_micro_batches_add_up(answers):
     """Breaks if a row's losses depend on its batch where they should not."""
     model, _, batch = answers
