@@ -118,7 +118,7 @@ def encode(row, tokenizer, config, train=True, spans=True):
     max_length. Source: chat layout above, sec. 3.2.
     """
     pieces, images, videos = _prompt(row, config)
-    ids, futures = _tokenize(pieces, tokenizer), []
+    ids, futures = tokenize(pieces, tokenizer), []
     labels = [-100] * len(ids)
     if train:
         response = [part for part in row.response if spans or isinstance(part, str)]
@@ -126,7 +126,7 @@ def encode(row, tokenizer, config, train=True, spans=True):
         futures = load_frames([p for p in response if isinstance(p, Frame)], future_budget)
         latent = tokenizer.convert_tokens_to_ids(LATENT)
         for block in _blocks(response, row.answer, futures):
-            new = _tokenize(block, tokenizer)
+            new = tokenize(block, tokenizer)
             ids += new
             labels += [-100 if token == latent else token for token in new]
     if len(ids) > config.max_length:
@@ -148,7 +148,7 @@ def _prompt(row, config):
             pieces.append(part)
         elif isinstance(part, Frame):
             _, grid = next(shown)
-            pieces += _visual("<|image_pad|>", grid)
+            pieces += visual("<|image_pad|>", grid)
         else:
             patches, grid, stamped = _video(part, config)
             videos.append((patches, grid))
@@ -167,11 +167,12 @@ def _video(clip, config):
     pieces = []
     for first, second in zip(times[: 2 * t : 2], times[1::2]):
         pieces.append(f"<{(first + second) / 2:.1f} seconds>")
-        pieces += _visual("<|video_pad|>", np.array([1, h, w]))
+        pieces += visual("<|video_pad|>", np.array([1, h, w]))
     return patches, grid, pieces
 
 
-def _visual(token, grid):
+def visual(token, grid):
+    """The pieces of a picture: its placeholder tokens between the two markers."""
     pads = [Special(token)] * (int(grid.prod()) // MERGE**2)
     return [Special("<|vision_start|>"), *pads, Special("<|vision_end|>")]
 
@@ -189,7 +190,7 @@ def _blocks(response, answer, futures):
     yield [f"<answer>{answer}</answer>", Special("<|im_end|>")]
 
 
-def _tokenize(pieces, tokenizer):
+def tokenize(pieces, tokenizer):
     """Pieces -> ids. Neighbouring texts are joined first, as a chat template would join them."""
     ids, text = [], ""
     for piece in [*pieces, Special("")]:

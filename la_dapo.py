@@ -282,6 +282,8 @@ class Policy(NamedTuple):
     reference: Callable | None  # the same of the KL's reference; None = no KL
     loss: Callable  # `policy_loss`, or another function of its arguments
     feed: Callable | None  # None = own latents; else feed(config, k) -> the `feed` of batch k
+    roll_out: Callable  # `roll_out` or another, as `loss`
+    score: Callable  # `score_groups` or another
 
 
 def to_roll_out(policy, machine):
@@ -365,9 +367,9 @@ def collect(policy, batches, first, judge, config, machine):
                 continue
             with harvest.tally.clock("rollout"):
                 batch = next(batches)
-                groups = roll_out(policy, batch, k, config, machine)
+                groups = policy.roll_out(policy, batch, k, config, machine)
             with harvest.tally.clock("reward"):
-                score_groups(groups, judge, config)
+                policy.score(groups, judge, config)
             harvest.groups += groups
             harvest.skipped += batch["skipped"]
         filled, surplus = fill_slots(harvest.groups, config, machine)
@@ -506,10 +508,12 @@ def held_out_accuracy(policy, held_out, judge, log, config, machine):
     return held_out.line(log, judge, accuracy=right / judged if judged else None)
 
 
-def train(config, rows=None, policy_loss=policy_loss, feed=None):
+def train(
+    config, rows=None, policy_loss=policy_loss, feed=None, roll_out=roll_out, score=score_groups
+):
     """Run LA-DAPO -> path of the last checkpoint.
 
-    rows: list of Row, default those of config.data. policy_loss, feed: a variant's, see Policy.
+    rows: list of Row, default those of config.data. The others: a variant's, see Policy.
     Raises SystemExit on a folder in use or bad input.
     """
     # the run's folder; the policy and what it is compared with; the prompts in their order
@@ -518,7 +522,7 @@ def train(config, rows=None, policy_loss=policy_loss, feed=None):
     held_out = HeldOut(usable(held_out_rows(config), config), config, machine)
     steps, judge = count_steps(rows, config), judge_of(config)
     run = Run(config, rows, machine, config.label)
-    policy = load_policy(run, policy_loss, feed)
+    policy = load_policy(run, policy_loss, feed, roll_out, score)
     model, tokenizer = policy.model, policy.tokenizer
     optimizer, _ = make_optimizer(model, config)
     place = run.state["batch"] if run.state else 0  # the batch of prompts that comes next
@@ -560,8 +564,8 @@ def load_model(run):
     return run.load()
 
 
-def load_policy(run, policy_loss, feed):
-    """The policy as the newest checkpoint holds it or where the run begins, and its reference."""
+def load_policy(run, *variant):
+    """The policy, from the newest checkpoint or where the run begins; variant: the rest of it."""
     model, tokenizer = load_model(run)
     reference = None
     if run.config.kl and run.config.lora_rank:
@@ -569,7 +573,7 @@ def load_policy(run, policy_loss, feed):
     elif run.config.kl:
         reference, _ = run.machine.load(run.start_folder())
         reference = run.machine.gathered(reference.requires_grad_(False))
-    return Policy(model, tokenizer, run.machine.gathered(model), reference, policy_loss, feed)
+    return Policy(model, tokenizer, run.machine.gathered(model), reference, *variant)
 
 
 def usable(rows, config):

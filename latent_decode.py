@@ -363,7 +363,7 @@ def replay(model, batch, rollout, temperature, prompt_of=None):
     # the state that chose each token, what it chose, what it would feed
     h = h[row.back]  # (N, D), prompts before rollouts
     states = h[row.before[sampled]]  # (S, D)
-    logprob, entropy = _choices(model, states, ids[sampled], temperature)  # (S,)
+    logprob, entropy = decisions(model, states, ids[sampled], temperature)  # (S,)
     is_latent = ids == model.config.latent_id
     predicted = model.to_latent(h[row.before[is_latent]]).to(wide)  # (N, D)
     zero = torch.zeros_like(ids, dtype=wide)
@@ -371,7 +371,7 @@ def replay(model, batch, rollout, temperature, prompt_of=None):
     return Replay(logprob, entropy, predicted, z, states)
 
 
-def _choices(model, h, chosen, temperature):
+def decisions(model, h, chosen, temperature):
     """States (S, D), what was chosen there (S,) -> log-probability and entropy of each (S,)."""
 
     def choice(h, chosen):

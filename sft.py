@@ -335,10 +335,10 @@ def held_out_loss(module, held_out, tokenizer, log, config, machine):
     return held_out.line(log, loss=loss, ce=ce, latent=latent)
 
 
-def train(config, rows=None, module=Step):
+def train(config, rows=None, module=Step, samples=Samples):
     """Run the training -> path of the last checkpoint.
 
-    rows: list of Row, default those of config.data. module: `Step`, or a variant's subclass of it.
+    rows: list of Row, default those of config.data. module, samples: a variant's subclass of each.
     Raises SystemExit on a folder in use or bad input.
     """
     # the run's folder; the data in its order; the model
@@ -349,7 +349,7 @@ def train(config, rows=None, module=Step):
     order, steps = plan_order(rows, config)
     torch.manual_seed(config.seed)
     model, tokenizer = run.load(latent_head=config.latent_head or None)
-    samples = Samples(rows, tokenizer, config, train=True, spans=config.spans)
+    samples = samples(rows, tokenizer, config, train=True, spans=config.spans)
     batches = load_steps(samples, order, run.first, steps, config, machine)
 
     # what is trained, and the state of a run that goes on

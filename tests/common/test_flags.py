@@ -54,6 +54,7 @@ SCRIPTS += ["variants.m2la", "toy.m2la"]
 SCRIPTS += ["variants.video_latent", "toy.video_latent"]
 SCRIPTS += ["variants.opd", "toy.opd"]
 SCRIPTS += ["variants.set_spans", "toy.set_spans"]
+SCRIPTS += ["variants.mcr", "variants.mcr_sft", "toy.mcr"]
 
 
 def run(script, monkeypatch, capsys, *argv):
@@ -103,6 +104,7 @@ def test_an_error_is_one_line_and_code_2(script, world, tmp_path, monkeypatch, c
         "toy.m2la": (["--out", nowhere], f"{nowhere}"),
         "toy.opd": (["--rows", "x"], "--rows takes some of la-dapo, answer, cue"),
         "toy.set_spans": (["--arms", "two"], "arms: two, expected plain, ar"),
+        "toy.mcr": (["--world", nowhere, "--out", nowhere], f"{nowhere}/toy.json: No such"),
     }
     argv, message = wrong.get(script, (["--data", nowhere], f"{nowhere}: No such file"))
     faults = [(argv, message)]

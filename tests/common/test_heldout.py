@@ -160,7 +160,7 @@ def test_open_answers_are_judged(world, tmp_path, monkeypatch):
     judge = FakeJudge(lambda answer: verdicts.get(answer, False))
     monkeypatch.setattr(la_dapo, "decode", decode)
     config, machine = rl_settings(world, world["model"], tmp_path), Machine()
-    policy = la_dapo.Policy(*load(world["model"]), None, None, None, None)
+    policy = la_dapo.Policy(*load(world["model"]), *[None] * 6)
     held_out, log = HeldOut(rows, config, machine), Log(config, 0, machine)
     line = la_dapo.held_out_accuracy(policy, held_out, judge, log, config, machine)
     assert line["eval_accuracy"] == 2 / 7 and line["eval_skipped"] == []

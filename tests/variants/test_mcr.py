@@ -1,0 +1,377 @@
+"""The loop of looks: what the environment says; transcripts replay; its words are not learnt."""
+
+import dataclasses
+import os
+import random
+import re
+from collections import Counter
+
+import pytest
+import torch
+from test_la_dapo import log_of
+from test_la_dapo import settings as rl_settings
+from test_sft import settings as sft_settings
+
+import la_dapo
+import sft
+from common.formats import Frame, Row, read_rows
+from common.groups import prepare
+from common.runs import Machine
+from data import Samples, collate, model_inputs
+from latent_decode import generate
+from model import LATENT, load
+from toy import mcr as toy_mcr
+from variants import mcr, mcr_sft
+from variants.mcr import Said, Shown, environment
+from variants.mcr_sft import script
+
+
+@pytest.fixture(scope="module")
+def looper(world, tmp_path_factory):
+    """A random model whose output layer alone has learnt scripted loops: it looks, imagines, checks
+    and answers.
+    """
+    folder = tmp_path_factory.mktemp("looper")
+    model, tokenizer = load(toy_mcr.add_words(world["model"], str(folder / "words"), 0))
+    config = sft_settings(world, "unused", mcr_sft.Config, copies=6)
+    loops = mcr_sft.scripts(few_rows(world), config)
+    samples = mcr_sft.LoopSamples(loops, tokenizer, config)
+    batch = collate([samples[i] for i in range(len(loops))], 0)
+    ids, latent = batch["input_ids"], batch["input_ids"] == model.config.latent_id
+    chosen = ((batch["labels"] != -100) | latent)[:, 1:]  # (B, L - 1): to go on in a span, too
+    with torch.no_grad():
+        z = model.encode_frames(batch["future_pixel_values"], batch["future_grid_thw"])
+        for _ in range(4):  # towards its own latents
+            h, _ = model.hidden(**model_inputs(batch), latents=z)
+            z = h[:, :-1][latent[:, 1:]]
+    x, words = h[:, :-1][chosen], ids[:, 1:][chosen]
+    head = torch.zeros_like(model.lm_head.weight, requires_grad=True)
+    optimizer = torch.optim.Adam([head], lr=0.2)
+    for _ in range(100):
+        torch.nn.functional.cross_entropy(x @ head.T, words).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.lm_head.weight.data.copy_(head.data)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return str(folder / "model")
+
+
+def few_rows(world):
+    """2-hop and 3-hop of two clips."""
+    rows = read_rows(world["data"])
+    return [rows[i] for i in (1, 2, 5, 6)]
+
+
+def settings(world, looper, out, **more):
+    config = vars(rl_settings(world, looper, out))
+    config.update(group_size=6, max_new_tokens=40, max_turns=6, lambda_c=0.0, lambda_d=0.0, kl=0.0)
+    return mcr.Config(**{**config, **more})
+
+
+@pytest.fixture(scope="module")
+def played(world, looper):
+    """Four prompts, six drawn rollouts each: (model, tokenizer, config, batch, episodes)."""
+    model, tokenizer = load(looper)
+    config = settings(world, looper, "unused")
+    samples = Samples(few_rows(world), tokenizer, config, train=False)
+    batch = collate([samples[i] for i in range(4)], 0, side="left")
+    how = dict(temperature=1.0, generator=torch.Generator().manual_seed(3))
+    episodes = mcr.play(model.eval(), tokenizer, batch, config, n=6, **how)
+    assert {len(e.seen) for e in episodes} >= {0, 1, 2} and any(map(len, latents(episodes)))
+    return model, tokenizer, config, batch, episodes
+
+
+def latents(episodes):
+    return [torch.cat(episode.latents) for episode in episodes]
+
+
+FIVE, SIX = Frame("c.mp4", 5), Frame("c.mp4", 6)
+ROW = Row("here", "r", [Frame("c.mp4", 4), "which ?"], [FIVE, SIX], "red")
+
+
+@pytest.mark.parametrize(
+    "turn, feedback",
+    [
+        ("<reason>look 6</reason><|im_end|>", Shown(SIX)),
+        ("<reason> up </reason> <reason> look 1 </reason> <|im_end|>", Shown(Frame("c.mp4", 1))),
+        ("<reason>look 9</reason>", Said("nothing")),
+        ("<reason>look 0</reason>", Said("nothing")),
+        ("<reason>check</reason><|im_end|>", Said("unseen")),
+        ("<reason>look 6</reason><reason>hits red</reason><|im_end|>", None),
+        ("<reason>look</reason><|im_end|>", None),
+        ("<reason>imagine</reason><|im_end|>", None),
+        ("look 6<|im_end|>", None),
+        ("<answer>look 6</answer><|im_end|>", None),
+    ],
+)
+def test_feedback(turn, feedback):
+    """Breaks if an action is missed, or made out of words that are none."""
+    assert environment(turn, ROW, [Frame("c.mp4", 4)], 1) == feedback
+
+
+def test_feedback_depends_on_what_was_seen():
+    """Breaks if a check looks at another frame than the one asked for, or a budget is not kept."""
+    check = "<reason>check</reason>"
+    assert environment(check, ROW, [FIVE], 1) == Said("unseen")
+    assert environment(check, ROW, [SIX], 0) == Said("seen")
+    assert environment("<reason>look 6</reason>", ROW, [], 0) == Said("nothing")
+    blind = dataclasses.replace(ROW, prompt=["which ?"], response=[])
+    assert environment(check, blind, [SIX], 1) == Said("nothing")
+    assert environment("<reason>look 6</reason>", blind, [], 1) == Said("nothing")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_one_turn_is_the_ordinary_rollout(played, temperature):
+    """Breaks if the loop changes what a model does that does not act: `generate` is the oracle."""
+    model, tokenizer, config, batch, _ = played
+    how = dict(temperature=temperature, max_new_tokens=40, max_latents=config.max_latents, n=2)
+
+    def seeded():
+        return torch.Generator().manual_seed(5)
+
+    plain = generate(model, model_inputs(batch), generator=seeded(), **how)
+    del how["max_new_tokens"], how["max_latents"]
+    one = dataclasses.replace(config, max_turns=1)
+    episodes = mcr.play(model, tokenizer, batch, one, generator=seeded(), **how)
+    got = mcr.as_rollout(episodes, model.device)
+    for name in ("tokens", "logprobs", "sampled"):
+        for i, n in enumerate(plain.lengths.tolist()):
+            assert torch.equal(getattr(got, name)[i, :n], getattr(plain, name)[i, :n]), name
+    assert got.lengths.equal(plain.lengths) and got.finish == plain.finish
+    assert all(torch.equal(a, b) for a, b in zip(got.latents, plain.latents))
+
+
+def test_without_looks_nothing_is_shown(played):
+    """Breaks if a look is answered that the budget does not allow."""
+    model, tokenizer, config, batch, _ = played
+    none = dataclasses.replace(config, max_looks=0)
+    how = dict(temperature=1.0, generator=torch.Generator().manual_seed(3))
+    episodes = mcr.play(model, tokenizer, batch, none, n=6, **how)
+    texts = tokenizer.batch_decode([episode.tokens for episode in episodes])
+    assert not any(e.images or e.seen for e in episodes) and "image_pad" not in "".join(texts)
+    answers = re.findall(
+        r"look \d </reason> <\|im_end\|> <\|im_start\|> \S+ (\S+)", " ".join(texts)
+    )
+    assert set(answers) == {"nothing"}
+
+
+def logprobs_alone(model, episode, temperature):
+    """A transcript's log-probabilities by one plain forward of its own -> T floats, 0 = fed."""
+    context = collate([episode.context], 0)
+    out = model(**model_inputs(context), latents=torch.cat(episode.latents))
+    logp = (out.logits[0] / temperature).log_softmax(-1)
+    start, values, in_span = len(episode.sample["ids"]), [], False
+    for t, (token, chosen) in enumerate(zip(episode.tokens, episode.sampled)):
+        at = logp[start + t - 1]
+        value = at[token]
+        if in_span and token == model.config.latent_id:
+            value = (1 - at[model.config.latent_end_id].exp()).log()
+        in_span = token in (model.config.latent_start_id, model.config.latent_id)
+        values.append(value if chosen else torch.zeros(()))
+    return torch.stack(values)
+
+
+def group_of(episodes, model, tokenizer, config):
+    """Scored groups of the four prompts, with advantages."""
+    policy = la_dapo.Policy(model, tokenizer, *[None] * 6)
+    batch = dict(samples=[e.sample for e in episodes[::6]], rows=[None], kept=range(4))
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(mcr, "play", lambda *a, **k: episodes)
+        groups = mcr.roll_out(policy, batch, 0, config, Machine())
+    mcr.score_groups(groups, None, config)
+    for group in groups:
+        group.A = la_dapo.group_advantages(group.parts["total"])
+    return groups
+
+
+def test_transcripts_replay(played):
+    """The transcript in one forward is what was decoded turn by turn: log-probabilities, latents.
+
+    Breaks if feedback, pictures, latents or positions differ between decoding and replay, if the
+    state is one off, or if a word of the environment counts as chosen.
+    """
+    model, tokenizer, config, _, episodes = played
+    groups = group_of(episodes, model, tokenizer, config)
+    batch = prepare(groups, True, torch.device("cpu"))
+    new = mcr.replay_loops(model, batch, config)
+    torch.testing.assert_close(new.logprobs, batch.rollout.logprobs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(new.predicted, new.latents, atol=1e-4, rtol=0)
+    assert len(new.latents) > 4 and (new.logprobs < -1e-3).sum() > 20
+    for r, (k, members) in enumerate(zip(batch.prompt_of.tolist(), batch.members)):
+        episode = groups[k].episodes[members[0]]
+        alone, n = logprobs_alone(model, episode, 1.0), len(episode.tokens)
+        torch.testing.assert_close(new.logprobs[r, :n], alone, atol=1e-4, rtol=0)
+
+
+def test_words_of_the_environment_are_fed_and_not_learnt(played):
+    """Breaks if the environment's tokens have a log-probability, a weight or an entropy, or those
+    of the policy have none. By the text: a user's turn, up to the role that opens the policy's.
+    """
+    model, tokenizer, config, _, episodes = played
+    for episode in episodes:
+        tokens = [tokenizer.decode([token]) for token in episode.tokens]
+        feedback, starts = [], 0
+        for i, token in enumerate(tokens):
+            starts += token == "<|im_start|>"
+            policy_again = starts % 2 == 0 and tokens[i - 1] != "<|im_start|>"
+            feedback.append(token == "<|im_start|>" or not policy_again)
+        chosen = [not fed for fed in feedback]
+        # at its longest a span is stopped by force: that is not chosen either
+        for i, token in enumerate(episode.tokens):
+            before = tokens[max(0, i - config.max_latents) : i]
+            if token == model.config.latent_end_id and before == [LATENT] * config.max_latents:
+                chosen[i] = False
+        assert episode.sampled == chosen, (tokens, episode.sampled)
+        assert all(p == 0 for p, c in zip(episode.logprobs, chosen) if not c)
+        shown = tokens.count("<|image_pad|>")
+        assert shown == len(episode.seen) == len(episode.images) and shown <= sum(feedback)
+    batch = prepare(group_of(episodes, model, tokenizer, config), True, torch.device("cpu"))
+    assert batch.weight[~batch.rollout.sampled].sum() == 0
+    assert int(batch.weight.sum()) == sum(sum(episode.sampled) for episode in episodes)
+
+
+def test_the_loss_does_not_see_feedback(played):
+    """Breaks if the gradient is that of another sum than -A log pi over what the policy chose."""
+    model, tokenizer, config, _, episodes = played
+    config = dataclasses.replace(config, adjoint_terms=0)
+    groups = group_of(episodes, model, tokenizer, config)
+    batch, figures = prepare(groups, True, torch.device("cpu")), Counter()
+    n = int(batch.weight.sum())
+    loss = mcr.policy_loss(model, batch, n, config, figures)
+    (gradient,) = torch.autograd.grad(loss, model.lm_head.weight)
+    by_hand = 0.0
+    for group in groups:
+        for A, episode in zip(group.A, group.episodes):
+            by_hand = by_hand - A * logprobs_alone(model, episode, config.temperature).sum() / n
+    (expected,) = torch.autograd.grad(by_hand, model.lm_head.weight)
+    assert expected.abs().max() > 1e-4
+    torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-3)
+
+
+def test_reward_by_hand(played):
+    """Breaks if a look costs nothing, costs twice, or a right answer is worth another amount."""
+    model, tokenizer, config, _, episodes = played
+    groups = group_of(episodes, model, tokenizer, dataclasses.replace(config, cost=0.25))
+    assert len(groups) == 4
+    for group in groups:
+        for i, episode in enumerate(group.episodes):
+            right = mcr.is_right(group.sample["row"], episode, tokenizer)
+            expected = right - 0.25 * tokenizer.decode(episode.tokens).count("<|image_pad|>")
+            assert group.parts["total"][i] == pytest.approx(expected)
+            assert group.rewards["looks"][i] == len(episode.seen)
+
+
+class Draws:
+    """random.Random whose numbers are known."""
+
+    def __init__(self, *numbers):
+        self.numbers = list(numbers)
+
+    def random(self):
+        return self.numbers.pop(0)
+
+
+def test_scripts_by_hand():
+    """Breaks if a frame is looked at that was to be imagined, or feedback is not the environment's:
+    a check after a look at the frame that is asked for finds it seen.
+    """
+    row = dataclasses.replace(ROW, response=["up", FIVE, "hits red", SIX, "hits blue"])
+    assert script(row, Draws(0.9, 0.1)) == [
+        *("up", "imagine", FIVE, "hits red"),
+        *("look 6", Shown(SIX), "hits blue", "check", Said("seen")),
+    ]
+    chain = ["up", "look 5", Shown(FIVE), "hits red", "imagine", SIX, "hits blue"]
+    unseen = [*chain, "check", Said("unseen")]
+    assert script(row, Draws(0.1, 0.9, 0.9)) == unseen
+    assert script(row, Draws(0.1, 0.9, 0.1)) == [*unseen, "look 6", Shown(SIX), "hits blue"]
+    config = mcr_sft.Config(copies=3, seed=1)
+    loops = mcr_sft.scripts([row, row], config)
+    assert [loop.id for loop in loops] == [f"r#{i}" for i in (0, 1, 2)] * 2
+    assert loops[:3] == loops[3:] and len({str(loop.response) for loop in loops}) > 1
+    assert loops[0].response == script(row, random.Random("1 r 0"))
+
+
+def test_scripted_feedback_has_no_label(world, looper):
+    """Breaks if SFT learns the environment's words or pictures, leaves out the policy's, or feeds
+    another future: the loss is Eq. (2) over the policy's words alone.
+    """
+    model, tokenizer = load(looper)
+    config = sft_settings(world, "unused", mcr_sft.Config)
+    row = next(row for row in read_rows(world["data"]) if row.group == "3-hop")
+    loop = dataclasses.replace(row, response=script(row, Draws(0.1, 0.9, 0.9, 0.1)))
+    sample = mcr_sft.encode_loop(loop, tokenizer, config)
+    learnt = tokenizer.decode([label for label in sample["labels"] if label != -100])
+    steps = [part for part in loop.response if isinstance(part, str)]
+    said = "".join(f"<reason>{step}</reason>" for step in steps)
+    bare = learnt.replace("<|latent_start|>", "").replace("<|latent_end|>", "")
+    assert bare.replace(" ", "").replace("<|im_end|>", "") == (
+        f"{said}<answer>{row.answer}</answer>".replace(" ", "")
+    )
+    assert bare.count("<|im_end|>") == 4  # two looks, a check, the answer
+    assert len(sample["images"]) == len(mcr.frames_in(row.prompt)) + 2
+    assert len(sample["futures"]) == 2 and "image_pad" not in learnt
+
+    batch = collate([sample], 0)
+    frames = batch["future_pixel_values"], batch["future_grid_thw"]
+    args = dict(model_inputs(batch), latents=model.encode_frames(*frames))
+    loss = sft.sft_loss(model, **args, labels=batch["labels"])
+    logp = model(**args).logits[0].log_softmax(-1)
+    at = [t for t, label in enumerate(sample["labels"]) if label != -100]
+    by_hand = -sum(logp[t - 1, sample["ids"][t]] for t in at)
+    assert loss["ce_sum"].item() == pytest.approx(by_hand.item(), rel=1e-4)
+
+
+def test_a_script_reads_as_the_loop_writes(world, looper):
+    """Breaks if feedback is tokenised differently in scripts and in the loop: a model that plays a
+    script to the word has its very context.
+    """
+    _, tokenizer = load(looper)
+    config = settings(world, looper, "unused")
+    row = read_rows(world["data"])[0]
+    loop = dataclasses.replace(row, response=script(row, Draws(0.1)))  # 1-hop: a look, then a check
+    ids = mcr_sft.encode_loop(loop, tokenizer, config)["ids"]
+    sample = Samples([row], tokenizer, config, train=False)[0]
+    episode, (up, _, shown, hits, _, seen) = mcr.Episode(sample), loop.response
+    turns = [[up, f"look {shown.frame.index}"], [hits, "check"]]
+    for reasons in turns:
+        text = "".join(f"<reason>{reason}</reason>" for reason in reasons)
+        episode.turn, episode.finish = len(episode.tokens), "eos"
+        episode.tokens += tokenizer(text + "<|im_end|>", add_special_tokens=False).input_ids
+        assert episode.add_feedback(tokenizer, config)
+    text = f"<answer>{row.answer}</answer><|im_end|>"
+    episode.tokens += tokenizer(text, add_special_tokens=False).input_ids
+    assert episode.context["ids"] == ids and seen == Said("seen")
+    assert len(episode.context["images"]) == len(mcr.frames_in(row.prompt)) + 1
+
+
+def test_training_is_logged_and_bad_settings_are_refused(world, looper, tmp_path):
+    """Breaks if the loop of la_dapo.py does not take loops, the looks are not logged, or a setting
+    that has no meaning here is accepted.
+    """
+    start = sft_settings({**world, "model": looper}, tmp_path / "sft", mcr_sft.Config)
+    mcr_sft.train(dataclasses.replace(start, steps=1))
+    assert log_of(tmp_path / "sft")[0]["latents"] > 0
+    done = mcr.train(settings(world, looper, tmp_path / "a", steps=2, cost=0.1, group_size=3))
+    for line in log_of(tmp_path / "a"):
+        assert line["total"] == pytest.approx(line["accuracy"] - 0.1 * line["looks"])
+        assert line["groups"] == 4 and line["ratio"] == pytest.approx(1)
+        assert line["replay_rms"] < 1e-3
+    assert log_of(tmp_path / "a")[0]["looks"] > 0
+    assert os.path.basename(done) == "step_000002"
+    for wrong in (dict(kl=0.1), dict(share=True), dict(eval_data="x"), dict(lambda_c=0.1)):
+        with pytest.raises(ValueError, match="^mcr: "):
+            settings(world, looper, tmp_path, **wrong)
+    with pytest.raises(ValueError, match="looks between 0 and 1"):
+        mcr_sft.Config(looks=1.5)
+
+
+def test_the_scripted_agent_is_always_right(world):
+    """Breaks if a look shows another frame than the one asked for, or a frame does not show the
+    answer: one look is enough.
+    """
+    rows = [row for row in read_rows(world["data"]) if row.group != "interp"]
+    results = toy_mcr.scripted(rows)
+    assert len(results) == 18 and all(right and looks == 1 for _, right, looks in results)
+    line = toy_mcr.row_of("agent", [*results[:6], (rows[0], False, 3)])
+    assert line["1-hop"] == 2 / 3 and line["looks 1-hop"] == 5 / 3 and line["all"] == 6 / 7

@@ -1,0 +1,348 @@
+"""A loop of looks: reason, act, read the feedback, reason again, in one context that grows.
+
+A fork of la_dapo.py. After InternVideo3's multimodal contextual reasoning, which is a loop around a
+model at inference; here the loop is learnt: first from scripts (variants/mcr_sft.py), then by
+reinforcement.
+
+    R_i, A_i ~ pi(. | C_i)              a turn: steps of reasoning, at its end an action
+    F_i = environment(A_i)              what the action shows or says
+    C_{i+1} = C_i + (R_i, A_i, F_i)     C_1: the question and what is seen at first
+    log pi  = sum over the tokens that pi chose; F is fed, never chosen and never trained
+    R       = R_acc - cost * looks
+
+Actions are words in the last <reason> of a turn. The environment answers as a user's turn:
+
+    look K     key frame K of the clip (1..8), its visual tokens; `nothing` where there is none,
+               or max_looks are spent
+    check      `seen` if the frame that is asked for was shown, else `unseen`: is there evidence?
+    imagine    no feedback: a latent span follows in the same turn, as ever
+    <answer>   ends the loop, as does a turn without an action
+
+    python -m variants.mcr_sft --model DIR --data train.json --out runs/loops
+    python -m variants.mcr --model runs/loops --data train.json --out runs/mcr --cost 0.05
+
+The frame that is asked for is the last future frame of a record; a record that has none gets
+`nothing` for a check. The rest of the future is not read here.
+
+How it is done: slowly and plainly. A turn is one `generate` of all rollouts that go on, and each
+turn encodes the whole context anew, latents and pictures included. The replay is one forward over
+prompt and transcript, each rollout by itself. What stays: advantages, loss, latent gradient, loop.
+
+Where this differs from InternVideo3 (arXiv 2606.12195, sec. 3.1):
+ 1. No outside tools and no memory but the context. Its prompts, budgets and schemas are not public:
+    these actions and their words are ours.
+ 2. `check` says whether there is evidence, not whether the answer is right.
+ 3. The loop is trained. There, no stage trains it.
+Where this differs from la_dapo.py:
+ 4. R has neither format nor latent rewards; all groups are kept: equally right rollouts still
+    differ in their looks.
+ 5. kl = 0: the reference knows no transcripts. No --shard; eval_data is not measured.
+ 6. In the log `length` and `forced_stops` count the environment's tokens too; `looks` is new.
+
+Axis letters: B prompts, n rollouts a prompt, R rows (rollouts), T tokens after the prompt, L tokens
+of the longest context, S of the tokens chosen, N latents, D hidden.
+"""
+
+import dataclasses
+import re
+from typing import NamedTuple
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+import la_dapo
+from common.clips import ClipError, load_frames
+from common.flags import run_script
+from common.formats import Frame
+from common.groups import Group
+from common.rollouts import Rollout
+from data import Samples, Special, at_least, collate, model_inputs, to_device, tokenize, visual
+from latent_decode import Replay, decisions, generate
+from rewards import accuracy_reward, span_lengths
+
+WORDS = ("look", "imagine", "check", "seen", "unseen", "nothing")  # actions and feedback
+ACTION = re.compile(
+    r"<reason>\s*(?:look\s+(?P<frame>\d{1,3})|(?P<check>check))\s*</reason>\s*(?:<\|im_end\|>)?\s*$"
+)
+KEY_FRAMES = range(1, 9)  # of a clip
+
+
+@dataclasses.dataclass
+class Config(la_dapo.Config):
+    cost: float = 0.05  # of a look  # ours
+    max_looks: int = 8  # of a rollout; then a look shows nothing  # ours
+    max_turns: int = 12  # of a rollout  # ours
+    max_new_tokens: int = 512  # of a turn  # ours
+    filter: bool = False  # all groups are kept
+    kl: float = 0.0  # no reference
+    lambda_c: float = 0.0  # not in this reward
+    lambda_d: float = 0.0  # not in this reward
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least(self, 0, "cost", "max_looks")
+        at_least(self, 1, "max_turns")
+        if self.kl or self.lambda_c or self.lambda_d:
+            raise ValueError("mcr: kl, lambda_c and lambda_d are 0")
+        if self.share or self.shard or self.eval_data:
+            raise ValueError("mcr: no share, shard and eval_data")
+
+    @property
+    def label(self):
+        return "MCR"
+
+
+# ---------------------------------------------------------------------------------- the environment
+
+
+class Shown(NamedTuple):
+    """Feedback: a frame."""
+
+    frame: Frame
+
+
+class Said(NamedTuple):
+    """Feedback: a word."""
+
+    word: str
+
+
+def frames_in(parts):
+    return [part for part in parts if isinstance(part, Frame)]
+
+
+def environment(turn, row, seen, looks_left):
+    """A turn's text -> Shown, Said, or None: it holds no action, the loop ends. Source: ours.
+
+    seen: the frames that were shown so far, the prompt's included.
+    """
+    action = ACTION.search(turn)
+    if action is None:
+        return None
+    if action["check"]:
+        asked = frames_in(row.response)[-1:]
+        return Said(("seen" if asked[0] in seen else "unseen") if asked else "nothing")
+    clips = [frame.source for frame in frames_in(row.prompt) if frame.index]
+    k = int(action["frame"])
+    there = bool(clips) and k in KEY_FRAMES and looks_left > 0
+    return Shown(Frame(clips[0], k)) if there else Said("nothing")
+
+
+def user_turn(feedback, config):
+    """Shown or Said -> the pieces of the turn it comes in, its images [(patches, grid)].
+
+    From behind the end of the policy's turn to where its next one starts. Raises ClipError.
+    """
+    images, content = [], [getattr(feedback, "word", "")]
+    if isinstance(feedback, Shown):
+        images = load_frames([feedback.frame], config.budgets[0])
+        content = visual("<|image_pad|>", images[0][1])
+    pieces = ["\n", Special("<|im_start|>"), "user\n", *content, Special("<|im_end|>")]
+    return [*pieces, "\n", Special("<|im_start|>"), "assistant\n"], images
+
+
+# ----------------------------------------------------------------------------------------- the loop
+
+
+@dataclasses.dataclass
+class Episode:
+    """One rollout: what was added to the prompt's context, and which of it the policy chose."""
+
+    sample: dict  # the encoded prompt
+    tokens: list = dataclasses.field(default_factory=list)  # T ids
+    sampled: list = dataclasses.field(default_factory=list)  # T: False for the environment's
+    logprobs: list = dataclasses.field(default_factory=list)  # T: 0 where not chosen
+    latents: list = dataclasses.field(default_factory=list)  # tensors (n, D)
+    images: list = dataclasses.field(default_factory=list)  # (patches, grid) a look
+    seen: list = dataclasses.field(default_factory=list)  # a Frame a look
+    finish: str = "length"
+    turn: int = 0  # where the last turn begins
+
+    @property
+    def context(self):
+        """C_i, as `data.collate` takes it."""
+        sample = self.sample
+        more = dict(ids=sample["ids"] + self.tokens, images=sample["images"] + self.images)
+        return dict(sample, **more)
+
+    def add_turn(self, rollout, i):
+        """R_i and A_i: row i of a Rollout whose tensors are lists."""
+        n, self.turn = rollout.lengths[i], len(self.tokens)
+        self.tokens += rollout.tokens[i][:n]
+        self.sampled += rollout.sampled[i][:n]
+        self.logprobs += rollout.logprobs[i][:n]
+        self.latents.append(rollout.latents[i])
+        self.finish = rollout.finish[i]
+
+    def add_feedback(self, tokenizer, config):
+        """F_i, if the last turn ended in an action -> whether it did."""
+        if self.finish != "eos":  # the turn was cut off
+            return False
+        row, text = self.sample["row"], tokenizer.decode(self.tokens[self.turn :])
+        left = config.max_looks - len(self.seen)
+        feedback = environment(text, row, frames_in(row.prompt) + self.seen, left)
+        if feedback is None:
+            return False
+        try:
+            pieces, images = user_turn(feedback, config)
+        except ClipError as e:
+            tqdm.write(f"nothing to look at in {row.where}: {e}")
+            feedback = Said("nothing")
+            pieces, images = user_turn(feedback, config)
+        new = tokenize(pieces, tokenizer)
+        self.tokens += new
+        self.sampled += [False] * len(new)
+        self.logprobs += [0.0] * len(new)
+        self.images += images
+        self.seen += [feedback.frame] if images else []
+        return True
+
+
+def contexts(episodes, side, device):
+    """Episodes -> the inputs of one forward over all of each, latents apart."""
+    batch = collate([episode.context for episode in episodes], 0, side=side)
+    return model_inputs(to_device(batch, device))
+
+
+def play(model, tokenizer, batch, config, n=1, **how):
+    """Each prompt n times, turn by turn, to the end -> [Episode], the n of a prompt together.
+
+    batch: `data.collate`'s, left-padded. how: `generate`'s temperature, generator, banned, ...
+    Without an action in a first turn, or with max_turns = 1, it is that `generate`. Source: ours.
+    """
+    how.update(max_new_tokens=config.max_new_tokens, max_latents=config.max_latents)
+    episodes = [Episode(sample) for sample in batch["samples"] for _ in range(n)]
+    live, inputs = episodes, model_inputs(to_device(batch, model.device))
+    for turn in range(config.max_turns):
+        if turn:
+            live = [episode for episode in live if episode.add_feedback(tokenizer, config)]
+            if not live:
+                break
+            inputs, n = contexts(live, "left", model.device), 1
+            latents = [z for episode in live for z in episode.latents]
+            inputs["latents"] = torch.cat(latents)  # (N, D), row by row in order
+        rollout = as_lists(generate(model, inputs, n=n, **how))
+        for i, episode in enumerate(live):
+            episode.add_turn(rollout, i)
+    return episodes
+
+
+def as_lists(rollout):
+    """A Rollout with lists for tensors, but for the latents: one copy from the device each."""
+    names = "tokens", "sampled", "logprobs", "lengths"
+    return dataclasses.replace(rollout, **{k: getattr(rollout, k).tolist() for k in names})
+
+
+def as_rollout(episodes, device):
+    """Episodes -> a Rollout: the environment's tokens are in it, as not chosen."""
+
+    def rows(name):
+        values = [torch.tensor(getattr(episode, name)) for episode in episodes]
+        return pad_sequence(values, batch_first=True).to(device)  # (R, T)
+
+    latents = [torch.cat(episode.latents) for episode in episodes]
+    lengths = torch.tensor([len(episode.tokens) for episode in episodes], device=device)
+    finish = [episode.finish for episode in episodes]
+    return Rollout(rows("tokens"), rows("sampled"), latents, rows("logprobs"), finish, lengths)
+
+
+def answer(model, tokenizer, rows, config, batch=256, **how):
+    """Play each row once, greedily -> [(row, its Episode)]. Rows that cannot be read are named."""
+    samples, pairs = Samples(rows, tokenizer, config, train=False), []
+    for i in range(0, len(rows), batch):
+        places = range(i, min(i + batch, len(rows)))
+        block = collate([samples[k] for k in places], tokenizer.pad_token_id or 0, side="left")
+        for where, why in block["skipped"]:
+            tqdm.write(f"skipped {where}: {why}")
+        if block["rows"]:
+            pairs += zip(block["rows"], play(model, tokenizer, block, config, **how))
+    return pairs
+
+
+def is_right(row, episode, tokenizer):
+    """Whether the first answer of an episode is the row's."""
+    return accuracy_reward(tokenizer.decode(episode.tokens), row.answer, row.options) > 0
+
+
+# ----------------------------------------------------------------------- what la_dapo.py is given
+
+
+@dataclasses.dataclass
+class Loops(Group):
+    """A Group with its episodes."""
+
+    episodes: list = None
+
+
+def roll_out(policy, batch, k, config, machine):
+    """`la_dapo.roll_out` of loops: batch k of the prompts -> a group each, not scored yet."""
+    if not batch["rows"]:
+        return []
+    model, tokenizer, G, groups = policy.model, policy.tokenizer, config.group_size, []
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + k)
+    how = dict(temperature=config.temperature, top_p=config.top_p, generator=generator)
+    with machine.autocast():
+        episodes = play(model, tokenizer, batch, config, n=G, **how)
+    ids = model.config.latent_start_id, model.config.latent_id
+    for j, (sample, place) in enumerate(zip(batch["samples"], batch["kept"])):
+        own = episodes[j * G : (j + 1) * G]
+        texts = tokenizer.batch_decode([episode.tokens for episode in own])
+        spans = [span_lengths(episode.tokens, *ids) for episode in own]
+        place += k * config.rollout_batch
+        rollout = as_rollout(own, machine.device)
+        groups.append(Loops(place, sample, rollout, texts, spans, episodes=own))
+    return groups
+
+
+def score_groups(groups, judge, config):
+    """R = R_acc - cost * looks for each group. Source: ours."""
+    la_dapo.score_groups(groups, judge, config)
+    for group in groups:
+        looks = [len(episode.seen) for episode in group.episodes]
+        pairs = list(zip(group.parts["accuracy"], looks))
+        group.parts["total"] = [None if a is None else a - config.cost * n for a, n in pairs]
+        group.parts["looks"] = looks
+
+
+def replay_loops(model, batch, config):
+    """A batch's transcripts in one forward -> latent_decode.Replay. Source: ours.
+
+    Each is a sequence of its own: prompt, turns, feedback. Differentiable in weights and latents.
+    """
+    rollout, pairs = batch.rollout, zip(batch.prompt_of.tolist(), batch.members)
+    episodes = [batch.groups[k].episodes[members[0]] for k, members in pairs]
+    inputs = contexts(episodes, "right", batch.A.device)
+    wide = torch.promote_types(model.dtype, torch.float32)
+    z = torch.cat(rollout.latents).detach().to(wide).requires_grad_()  # (N, D)
+    h, _ = model.hidden(**inputs, latents=z)  # (R, L, D)
+
+    # the state before each token that follows the prompt
+    R, T = rollout.tokens.shape
+    prompts = torch.tensor([len(e.sample["ids"]) for e in episodes], device=h.device)[:, None]
+    before = (prompts - 1 + torch.arange(T, device=h.device)).clamp(max=h.shape[1] - 1)
+    h = h[torch.arange(R, device=h.device)[:, None], before]  # (R, T, D)
+
+    # what was chosen there; the environment's tokens are not among it
+    sampled, is_latent = rollout.sampled, rollout.tokens == model.config.latent_id
+    states, words = h[sampled], rollout.tokens[sampled]  # (S, D), (S,)
+    zero = torch.zeros_like(rollout.tokens, dtype=wide)
+    chosen = decisions(model, states, words, config.temperature)  # (S,) each
+    logprob, entropy = (zero.masked_scatter(sampled, x) for x in chosen)  # (R, T)
+    return Replay(logprob, entropy, model.to_latent(h[is_latent]).to(wide), z, states)
+
+
+def policy_loss(model, batch, n_tokens, config, figures):
+    """`la_dapo.policy_loss` on transcripts."""
+    new = replay_loops(model, batch, config)
+    loss, kl = la_dapo.clipped_loss(new, batch, n_tokens, config, figures)
+    return loss + kl + la_dapo.through_latents(loss, new, batch, config)
+
+
+def train(config, rows=None):
+    """`la_dapo.train` of loops -> path of the last checkpoint."""
+    return la_dapo.train(config, rows, policy_loss, roll_out=roll_out, score=score_groups)
+
+
+if __name__ == "__main__":
+    run_script(lambda config: print("last checkpoint:", train(config)), Config)
