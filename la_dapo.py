@@ -567,13 +567,13 @@ def load_model(run):
 def load_policy(run, *variant):
     """The policy, from the newest checkpoint or where the run begins; variant: the rest of it."""
     model, tokenizer = load_model(run)
-    reference = None
+    trained, reference = run.machine.gathered(model), None
     if run.config.kl and run.config.lora_rank:
         reference = frozen_alone(model)
     elif run.config.kl:
         reference, _ = run.machine.load(run.start_folder())
         reference = run.machine.gathered(reference.requires_grad_(False))
-    return Policy(model, tokenizer, run.machine.gathered(model), reference, *variant)
+    return Policy(model, tokenizer, trained, reference, *variant)
 
 
 def usable(rows, config):

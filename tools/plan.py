@@ -4,9 +4,10 @@
     python -m tools.plan --shape 2b --gpus 1 --prompt_tokens 2000 --new_tokens 512
 
 Bytes are those of this code: weights, gradients and Adam in fp32, arithmetic in bf16 autocast, each
-prompt once. Not counted: CUDA's context, kernels' workspaces, fragments (leave a tenth), and the
-vision tower's passing activations. tests/tools/test_plan.py holds the formulas against measured
-peaks of live tensors. Source: ours.
+prompt once. Three ways to keep them: DDP, all on each rank; --shard, a part on each; --lora_rank,
+a frozen model in bf16 on each. Not counted: CUDA's context, kernels' workspaces, fragments (leave a
+tenth), and the vision tower's passing activations. tests/tools/test_plan.py holds the formulas
+against measured peaks of live tensors. Source: ours.
 
 Axis letters: D hidden, F intermediate, Q and K widths of all query and all key heads, V vocabulary,
 L layers, N tokens of a row, T new tokens, P prompt tokens, G rollouts.
@@ -105,6 +106,31 @@ def activations(shape, forward, checkpointing, copies, trained=True):
     return max(kept + max(copies + piece, top, within), bottom)
 
 
+def sharded_activations(shape, forward, checkpointing, gpus):
+    """`activations` with --shard, and what is gathered meanwhile in bf16 (common/shard.py)."""
+    w, counts = widths(shape), weights(shape)
+    layer, head, words = counts.layer, counts.head, counts.words
+    root = 2 * (counts.vision + words)  # there as long as the graph
+    kept = root + forward.tokens * 3 * 4 * w.D
+
+    # at the head: as above, but the weights are bf16 as they are, and so is their gradient
+    waiting = 2 * head if forward.pieces > 1 else 0
+    top = waiting + max(forward.words * VOCABULARY * 12, 2 * head)
+
+    # within a layer: two are gathered, one of them through a buffer; its gradient, and that once
+    # more in fp32 to be added up; the gradient of the head waits
+    within = (2 * 2 + 2 + 2 + 4) * layer + 2 * head
+    if checkpointing:
+        kept += w.L * forward.tokens * 4 * w.D
+        within += forward.layer + forward.tokens * (8 * w.D + 4 * w.F)
+    else:
+        kept += w.L * forward.layer
+
+    # at the end the root's gradients are added up in fp32, of which a part is this rank's
+    bottom = (2 + 4 + 4 / gpus) * words
+    return max(kept + max(top, within), bottom)
+
+
 def caches(c):
     """Keys and values while a prompt's rollouts are decoded, in bytes.
 
@@ -128,38 +154,44 @@ class Layout(NamedTuple):
     gradients: float
     optimizer: float
     reference: float  # the KL's, bf16
-    copies: float
+    copies: float  # bf16
+    to_roll_out: float  # bf16 weights that are there while rollouts are made
     trained: bool = True
+
+    def activations(self, forward, checkpointing, c):
+        if self.name == "--shard":
+            return sharded_activations(c.shape, forward, checkpointing, c.gpus)
+        return activations(c.shape, forward, checkpointing, self.copies, self.trained)
 
 
 def layouts(c):
     """Each way to keep the weights -> list of Layout."""
     counts, w = weights(c.shape), widths(c.shape)
     n, trained, copies = counts.total, counts.trained, 2 * counts.matrices
-    plans = [Layout("DDP", 4 * n, 4 * trained, 8 * trained, 2 * n, copies)]
+    ddp = 4 * n, 4 * trained, 8 * trained, 2 * n
+    plans = [Layout("DDP", *ddp, copies, to_roll_out=copies)]
     if c.gpus > 1:
-        plans.append(plans[0]._replace(name="DDP --zero", optimizer=8 * trained / c.gpus))
-        parts = [part / c.gpus for part in plans[0][1:5]]
-        plans.append(Layout("sharded*", *parts, 2 * 2 * counts.layer))  # two layers at a time
+        parts = [part / c.gpus for part in ddp]
+        plans.append(Layout("--shard", *parts, copies=0, to_roll_out=2 * n))
     ends = 2 * w.Q + 2 * w.K + 3 * w.F + 7 * w.D  # widths in and out of a layer's matrices
     adapters = w.L * c.lora_rank * ends
     lora = 2 * n + 4 * adapters, 4 * adapters, 8 * adapters
-    return [*plans, Layout("LoRA*", *lora, reference=0, copies=0, trained=False)]
+    return [*plans, Layout("LoRA", *lora, reference=0, copies=0, to_roll_out=0, trained=False)]
 
 
 def parts_of(layout, c):
     """A layout's bytes on each GPU -> {what: bytes}; last the peaks."""
-    parts, peaks = layout._asdict() | dict(caches=caches(c)), {}
-    del parts["name"], parts["trained"]
-    state = layout.weights + layout.gradients + layout.optimizer
+    names = ("weights", "gradients", "optimizer", "reference", "copies", "to_roll_out")
+    parts = {name: getattr(layout, name) for name in names} | dict(caches=caches(c))
+    peaks, state = {}, layout.weights + layout.gradients + layout.optimizer
     # gradients are not there yet while rollouts are decoded
-    rollout = layout.copies + caches(c) - layout.gradients
+    rollout = layout.to_roll_out + caches(c) - layout.gradients
     for name, forward, before, least in (
         ("SFT", sft_forward(c), state, 0),
         ("LA-DAPO", rl_forward(c), state + layout.reference, rollout),
     ):
         for checkpointing in (False, True):
-            size = activations(c.shape, forward, checkpointing, layout.copies, layout.trained)
+            size = layout.activations(forward, checkpointing, c)
             name_ = name + ", checkpointing" * checkpointing
             parts[f"activations, {name_}"] = size
             peaks[f"peak, {name_}"] = before + max(size, least)
@@ -178,7 +210,7 @@ def main(config):
     print(f"{config.shape}: {counts.total:,} weights, {counts.trained:,} of them trained")
     print(f"GB on each of {config.gpus} GPU(s), by formula; not measured on a GPU")
     print(f"[card]: the smallest of {CARDS} that it fits on, a tenth left free")
-    print("*: not in the code yet; activations hold the copies\n")
+    print("activations hold the copies, or with --shard what is gathered\n")
     print(f"{'':<36}" + "".join(f"{name:>16}" for name in plan))
     for name in next(iter(plan.values())):
         sizes = [parts[name] for parts in plan.values()]

@@ -111,15 +111,17 @@ def trained(world, loud, tmp_path_factory):  # noqa: F811
     """A folder of runs: "one" of a process that has all weights, the others of two with parts.
 
     Five samples a step on two ranks: three and two, so the last micro-batch of the second rank is
-    empty, without pictures. Three groups a step in two minibatches: two and one.
+    empty, without pictures. Three groups a step in two minibatches: two and one. Held out: five
+    rows, again three and two.
     """
     folder = tmp_path_factory.mktemp("trained")
+    held_out = dict(eval_data=world["test"], eval_rows=5, eval_every=1)
 
     def sft_run(name, **more):
-        return settings(world, folder / "sft" / name, **{**SFT, **more})
+        return settings(world, folder / "sft" / name, **{**SFT, **held_out, **more})
 
     def rl_run(name, **more):
-        return rl_settings(world, loud, folder / "rl" / name, **{**RL, **more})
+        return rl_settings(world, loud, folder / "rl" / name, **{**RL, **held_out, **more})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim, "AdamW", SMOOTH)
@@ -168,7 +170,8 @@ def test_sft_in_parts_is_sft(trained, name):
     """Breaks if gradients are averaged or added up twice, a rank without pictures or samples hangs,
     or the optimizer's state does not come back: on as many ranks, on more, on fewer.
     """
-    assert_same(trained / "sft" / "one", trained / "sft" / name, "ce", "latent", "grad_norm")
+    figures = ("ce", "latent", "grad_norm", "eval_ce", "eval_latent")
+    assert_same(trained / "sft" / "one", trained / "sft" / name, *figures)
     if name == "again":  # as many ranks: to the bit
         a, b = (weights(trained / "sft" / run / "step_000002") for run in ("two", name))
         assert all(torch.equal(a[k], b[k]) for k in a)
@@ -187,7 +190,8 @@ def test_la_dapo_in_parts_is_la_dapo(trained, name):
     other weights, or if the reference is not what it was. With checkpointing.
     """
     figures = ("total", "ratio", "ratio_max", "kl", "entropy", "grad_norm", "length", "groups")
-    assert_same(trained / "rl" / "one", trained / "rl" / name, *figures, "replay_rms")
+    figures += ("replay_rms", "eval_accuracy")
+    assert_same(trained / "rl" / "one", trained / "rl" / name, *figures)
     log = read_log(trained / "rl" / "two")
     assert log[1]["kl"] > 0 and log[0]["updates"] == 2
 
