@@ -19,14 +19,16 @@ import json
 import os
 import time
 
+import torch
+
 import evaluate
 import la_dapo
 import sft
 from common.flags import run_script
 from common.formats import read_rows
-from common.runs import checkpoints, newest, write_json
-from toy import __main__ as demo
-from toy.plan import GROUPS
+from common.runs import newest, write_json
+from toy import plan
+from toy.__main__ import markdown
 from toy.seed import train
 from toy.tiny import TINY, TINY_DATA, TINY_EVAL, TINY_RL
 from toy.world import contacts, place_words, prompts, questions, write_rows
@@ -62,9 +64,12 @@ ROWS = {
 
 
 @dataclasses.dataclass
-class Config(demo.Config):
+class Config:
+    out: str = "runs/toy"  # the demo's folder: its clips and its base are used
     seeds: int = 1  # teachers, each with its rows
     rows: str = "la-dapo,answer,cue,cue+module,none"  # some of these, and cue-kl
+    sft_steps: int = 600  # of the teacher
+    steps: int = 60  # of each row
 
 
 def cued(make, seeds, bend):
@@ -78,13 +83,25 @@ def cued(make, seeds, bend):
     return records
 
 
+def read_demo(out):
+    """The settings of the demo in its folder. Raises SystemExit if there is none."""
+    path = os.path.join(out, "toy.json")
+    if not os.path.exists(path):
+        raise SystemExit(f"{path}: no such file; python -m toy --out {out} comes first")
+    with open(path) as f:
+        return plan.Config(**json.load(f))
+
+
 def write_cues(config):
-    """The world's rows once more, with cues -> {train, prompts, test: jsonl file}."""
+    """The world's rows once more, with cues -> {train, prompts, test: jsonl file}.
+
+    config: the demo's.
+    """
     test = range(config.eval_seed, config.eval_seed + config.eval_clips)
-    plan = dict(train=(questions, range(config.annotated)), test=(questions, test))
-    plan.update(prompts=(prompts, range(config.clips)))
+    kinds = dict(train=(questions, range(config.annotated)), test=(questions, test))
+    kinds.update(prompts=(prompts, range(config.clips)))
     paths = {}
-    for name, (make, seeds) in plan.items():
+    for name, (make, seeds) in kinds.items():
         paths[name] = os.path.join(config.out, "data", f"cued_{name}.jsonl")
         if not os.path.exists(paths[name]):
             write_rows(paths[name], cued(make, seeds, config.bend))
@@ -97,53 +114,44 @@ def with_hint(row, privilege):
     return dataclasses.replace(row, prompt=[*row.prompt, hint]) if hint else row
 
 
-def score(model, name, rows, out, config):
+def score(model, name, rows, out):
     """Held-out questions -> {group: scores}. name: of the rows."""
-    settings = dict(TINY_EVAL, model=newest(model), data=name, workers=config.workers)
+    settings = dict(TINY_EVAL, model=newest(model), data=name, workers=0)
     return evaluate.evaluate(evaluate.Config(**settings, out=out), rows)
 
 
 def timed(script, out, rows=None, **settings):
-    """`toy.seed.train`, once -> path of the last checkpoint. Its CPU seconds are kept beside it."""
-    path = os.path.join(out, "cpu.json")
+    """`toy.seed.train` -> path of the last checkpoint, CPU seconds: kept from the first time."""
+    path, began = os.path.join(out, "cpu.json"), time.process_time()
+    checkpoint = train(script, out, rows, **settings)
     if not os.path.exists(path):
-        began = time.process_time()
-        train(script, out, rows, **settings)
         write_json(path, round(time.process_time() - began))
-    return checkpoints(out)[-1]
-
-
-def seconds(out):
-    """What `timed` has kept."""
-    with open(os.path.join(out, "cpu.json")) as f:
-        return json.load(f)
+    with open(path) as f:
+        return checkpoint, json.load(f)
 
 
 def run_seed(seed, paths, config):
     """-> {row: {group: scores}} of the teacher with each hint, and of the rows asked for."""
-    home = os.path.join(config.out, "opd", f"seed_{seed}")
-    common = dict(seed=seed, workers=config.workers)
+    home, common = os.path.join(config.out, "opd", f"seed_{seed}"), dict(seed=seed, workers=0)
     base, test = newest(os.path.join(config.out, "seed_0", "base")), read_rows(paths["test"])
 
     plain = read_rows(paths["train"])
     hinted = [with_hint(row, privilege) for privilege in ("cue", "answer") for row in plain]
     settings = dict(TINY, **common, model=base, steps=config.sft_steps)
-    teacher = timed(sft, os.path.join(home, "teacher"), plain + plain + hinted, **settings)
+    teacher, _ = timed(sft, os.path.join(home, "teacher"), plain + plain + hinted, **settings)
     scores = {}
     for privilege in ("none", "cue", "answer"):
         rows = [with_hint(row, privilege) for row in test]
         out = os.path.join(home, f"eval_teacher_{privilege}")
-        scores[f"teacher, {privilege}"] = score(teacher, privilege, rows, out, config)
+        scores[f"teacher, {privilege}"] = score(teacher, privilege, rows, out)
 
     for name in config.rows.split(","):
         title, script, changes = ROWS[name]
-        rl = dict(TINY_RL, steps=config.rl_steps)
-        settings = rl if script is la_dapo else dict(TINY_OPD, steps=config.rl_steps)
-        settings = dict(settings, **changes, **common, model=teacher, data=paths["prompts"])
-        out = os.path.join(home, name)
-        model = timed(script, out, **settings)
-        title = f"{title} ({seconds(out)} s)"
-        scores[title] = score(model, "test", test, os.path.join(home, f"eval_{name}"), config)
+        settings = dict(TINY_RL if script is la_dapo else TINY_OPD, steps=config.steps, **common)
+        settings.update(changes, model=teacher, data=paths["prompts"])
+        model, seconds = timed(script, os.path.join(home, name), **settings)
+        title = f"{title} ({seconds} s)"
+        scores[title] = score(model, "test", test, os.path.join(home, f"eval_{name}"))
     return scores
 
 
@@ -151,12 +159,13 @@ def main(config):
     """All seeds, and a table of each."""
     if unknown := set(config.rows.split(",")) - set(ROWS):
         raise SystemExit(f"--rows takes some of {', '.join(ROWS)}, not {', '.join(unknown)}")
-    demo.prepare(config)
-    paths = write_cues(config)
+    torch.set_num_threads(1)
+    demo = read_demo(config.out)
+    paths = write_cues(dataclasses.replace(demo, out=config.out))
     tables = []
     for seed in range(config.seeds):
         scores = run_seed(seed, paths, config)
-        tables.append(f"seed {seed}\n\n" + demo.markdown([scores], {}, GROUPS))
+        tables.append(f"seed {seed}\n\n" + markdown([scores], {}))
     print("\n\n".join(tables))
 
 
