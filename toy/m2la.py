@@ -4,16 +4,18 @@
     python -m toy.m2la     # the tables of docs/variants.md, in minutes
 
 Each rank and each way with the norm of keys is a conversion of the same model (variants/m2la.py)
-and 100 steps of the same SFT. The control is those steps without a conversion. What is on disk is
-not made again. Source: ours.
+and 100 steps of the same SFT. Two controls: those steps without a conversion, and after one whose
+maps were made random, at half the cache. What is on disk is not made again. Source: ours.
 """
 
 import os
 from dataclasses import dataclass
 
+import torch
+
 import sft
 from common.flags import run_script
-from common.runs import Machine, newest, write
+from common.runs import Machine, newest, rows_of, write
 from toy.__main__ import markdown
 from toy.seed import score, train
 from toy.tiny import TINY
@@ -25,11 +27,34 @@ from variants import m2la
 class Config:
     out: str = "runs/toy"  # the demo's folder
     seed: int = 0  # the demo's
-    ranks: str = "48,36,24,12"  # of the latent; the cache has 96 numbers a token and layer before
+    ranks: str = (
+        "72,48,36,24,12"  # of the latent; the cache has 96 numbers a token and layer before
+    )
     norms: str = "exact,linear"  # of keys
     steps: int = 100  # of healing, x 64 rows
     lr: float = 1e-3  # peak; half of the toy's SFT
     workers: int = 0  # decoding processes
+
+
+def forget(folder):
+    """Make the maps into the latent and out of it random, in a converted model's folder."""
+    model, _ = Machine().load(folder)
+    torch.manual_seed(0)
+    for layer in model.model.language_model.layers:
+        attention = layer.self_attn
+        for weight in (attention.kv_a.weight, attention.up_k, attention.up_v):
+            torch.nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+    model.save_pretrained(folder)
+
+
+def heal(folder, random=False, **settings):
+    """A conversion in its folder, and its healing -> the two models' folders."""
+    converted = os.path.join(folder, "converted")
+    config = m2la.Config(**settings, out=folder, resume=os.path.exists(converted))
+    if random and not config.resume:
+        forget(m2la.write_converted(config, rows_of(config)))
+        config.resume = True
+    return converted, m2la.train(config)
 
 
 def run(config):
@@ -51,13 +76,12 @@ def run(config):
 
     folder = os.path.join(home, "m2la", "none")
     measure("not converted", folder, start, train(sft, folder, **settings))
+    folder = os.path.join(home, "m2la", "random")
+    measure("random, r = 24", folder, *heal(folder, random=True, rank=24, **settings))
     for norm in config.norms.split(","):
         for rank in map(int, config.ranks.split(",")):
             folder = os.path.join(home, "m2la", f"{norm}_{rank}")
-            resume = os.path.exists(os.path.join(folder, "converted"))
-            options = dict(settings, norm=norm, rank=rank, out=folder, resume=resume)
-            healed = m2la.train(m2la.Config(**options))
-            measure(f"{norm}, r = {rank}", folder, os.path.join(folder, "converted"), healed)
+            measure(f"{norm}, r = {rank}", folder, *heal(folder, norm=norm, rank=rank, **settings))
     return before, after, size
 
 

@@ -9,7 +9,7 @@ Of a token x, key head g of G and query head h in its group, Qwen3-VL's attentio
     k_g = W_k,g x,   s_g = 1 / rms(k_g),   v_g = W_v,g x,   q_h = norm(W_q,h x)
     logit = RoPE(q_h) . RoPE(s_g gain k_g) / sqrt(d)                     caches 2 G d numbers
 
-It is converted layer by layer, with sums over the tokens of some rows:
+It is converted layer by layer, with sums of squares, not centred, over the tokens of some rows:
 
  1. Rotation. mu_g: the number for which mu_g k_g is nearest to s_g k_g. At frequency f the G heads'
     mu_g gain k_g are points in R^G, two a token; U_f are their principal axes, the largest first.
