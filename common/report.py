@@ -261,6 +261,19 @@ def _axes(columns, width, height):
     return fig, fig.subplots(1, columns)
 
 
+def draw_growth(growth, png):
+    """{"what, against": [[x, seconds]]} -> a panel each; the x axis is logarithmic. Ours."""
+    fig, axes = _axes(len(growth), 4 * len(growth), 3)
+    for ax, (name, points) in zip(np.atleast_1d(axes), growth.items()):
+        what, against = name.split(", ")
+        x, y = np.array(points).T
+        ax.plot(x, 1e3 * y, "o-", lw=1, ms=4)
+        ax.set(xscale="log", xlabel=against, ylabel=f"CPU ms of {what}", ylim=(0, 1.1e3 * max(y)))
+        ax.set_xticks(x, [f"{int(value):,}" for value in x])
+        ax.set_xticks([], minor=True)
+    fig.savefig(png, dpi=110)
+
+
 LABELS = {"ce": "L_CE a token, Eq. (2)", "latent": "L_latent, Eq. (3)"}
 SFT_PANELS = (("ce", "eval_ce"), ("latent", "eval_latent"), ("grad_norm",))
 ON_LOG_SCALE = ("ce", "latent", "grad_norm")

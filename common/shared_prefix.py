@@ -12,8 +12,9 @@ token. Here they exist once.
 
 and attention is a few calls, causal from the lower right: a rollout's query at place t sees its
 prompt and its own first t + 1 tokens. Sequences of a call are padded on the right. A padded key
-lies after every real query, so no mask is needed, and on CUDA each call is a FlashAttention kernel.
-A sample of SFT is a rollout of an empty prompt.
+lies after every real query, so no mask is needed, and on CUDA each call is a FlashAttention kernel:
+PyTorch's own, or that of the flash-attn package where it is installed. A sample of SFT is a rollout
+of an empty prompt.
 
 *Training in passes* (`Prompts`, `Following`): what follows the prompts is fed several times, the
 prompts once, and the gradient of all passes arrives in them (variants/video_latent.py).
@@ -35,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
+from transformers.utils import is_flash_attn_2_available
 
 NAME = "shared_prefix"
 PADDED_TOGETHER = 256  # sequences up to this long share a call, padded; longer ones go one by one
@@ -57,12 +59,28 @@ def causal(query, key, value, scaling):
 
     query (S, H, T, d); key, value (S, H_kv, P + T, d) -> (S, H, T, d).
     """
+    if flash_attends(query):
+        return flash_causal(query, key, value, scaling)
     T, length = query.shape[2], key.shape[2]
     shared = dict(scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
     if T == length:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, **shared)
     mask = causal_lower_right(T, length)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **shared)
+
+
+def flash_attends(query):
+    """Whether the flash-attn package is installed and takes this: 16 bits, on CUDA."""
+    narrow = query.dtype in (torch.float16, torch.bfloat16)
+    return query.is_cuda and narrow and is_flash_attn_2_available()
+
+
+def flash_causal(query, key, value, scaling):
+    """`causal` by flash-attn: causal from the lower right, too, since its version 2.1."""
+    from flash_attn import flash_attn_func
+
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (S, T or P + T, heads, d)
+    return flash_attn_func(q, k, v, softmax_scale=scaling, causal=True).transpose(1, 2)
 
 
 class Layout:

@@ -1,23 +1,30 @@
 """Random models of the real shapes, and random inputs for them. Source: ours.
 
 Weights and words are random: only what a step costs can be seen with them.
+
+    python -m tools.shapes --shape 2b --layers 4 --tokenizer DIR --out DIR    # a model's folder
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
-from transformers import Qwen3VLConfig
+from transformers import AutoTokenizer, Qwen3VLConfig
 
+from common.flags import run_script
 from latent_decode import Rollout
-from model import FutureL1
+from model import LATENT_IDS, FutureL1, add_latent_tokens
+
+VOCABULARY, KEY_HEADS, HEAD_DIM = 151936, 8, 128
 
 
 class Shape(NamedTuple):
-    """Sizes of words and vision; whether input and output embeddings are one."""
+    """Sizes of words and vision; whether input and output embeddings are one; the vocabulary."""
 
     text: dict
     vision: dict
     tied: bool
+    vocabulary: int = VOCABULARY
 
 
 SHAPES = {  # the released configs
@@ -70,15 +77,56 @@ SHAPES = {  # the released configs
             deepstack_visual_indexes=[0],
         ),
         tied=True,
+        vocabulary=32768,
     ),
 }
 
 
-VOCABULARY, EOS = 151936, 151645
-KEY_HEADS, HEAD_DIM = 8, 128
-VISION_START, VISION_END, IMAGE = 151652, 151653, 151655
-# the first ids that Qwen's tokenizer leaves free
-IDS = dict(latent_start_id=151669, latent_id=151670, latent_end_id=151671)
+# for a CPU: half of Qwen3-0.6B's widths, 8 layers, a small tower; its weights name it
+SMALL = Shape(
+    dict(
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    ),
+    dict(
+        depth=2,
+        hidden_size=128,
+        intermediate_size=512,
+        out_hidden_size=512,
+        deepstack_visual_indexes=[0, 1],
+    ),
+    tied=True,
+    vocabulary=32768,
+)
+SHAPES["50m"], SHAPES["110m"] = SMALL, SMALL._replace(vocabulary=VOCABULARY)
+
+
+class Special(NamedTuple):
+    """Ids of special tokens; the released ones, and the first that Qwen's tokenizer leaves free."""
+
+    eos: int = 151645
+    vision_start: int = 151652
+    vision_end: int = 151653
+    image: int = 151655
+    video: int = 151656
+    latent_start: int = 151669
+    latent: int = 151670
+    latent_end: int = 151671
+
+    @property
+    def latent_ids(self):
+        """{config key: id}, as `FutureL1.set_latent_tokens` takes them."""
+        ids = self.latent_start, self.latent, self.latent_end
+        return dict(zip(LATENT_IDS, ids))
+
+
+def special(shape):
+    """A shape's special tokens: as far from the end of its vocabulary as the released ones."""
+    missing = VOCABULARY - SHAPES[shape].vocabulary
+    return Special(*(id - missing for id in Special()))
 
 
 # ------------------------------------------------------------------------------- models and inputs
@@ -114,8 +162,9 @@ class Widths(NamedTuple):
 def widths(shape):
     text = SHAPES[shape].text
     heads, L = text["num_attention_heads"], text["num_hidden_layers"]
+    key_heads = text.get("num_key_value_heads", KEY_HEADS)
     sizes = text["hidden_size"], text["intermediate_size"]
-    return Widths(*sizes, heads * HEAD_DIM, KEY_HEADS * HEAD_DIM, L)
+    return Widths(*sizes, heads * HEAD_DIM, key_heads * HEAD_DIM, L)
 
 
 def weights(shape):
@@ -123,7 +172,8 @@ def weights(shape):
     D, F, Q, K, L = widths(shape)
     layer = 2 * D * Q + 2 * D * K + 3 * D * F
     layers = L * (layer + 2 * D + 2 * HEAD_DIM) + D
-    words = VOCABULARY * D * (1 if SHAPES[shape].tied else 2)
+    head = SHAPES[shape].vocabulary * D
+    words = head * (1 if SHAPES[shape].tied else 2)
 
     vision = SHAPES[shape].vision
     H, wide, out = (vision[k] for k in ("hidden_size", "intermediate_size", "out_hidden_size"))
@@ -131,30 +181,38 @@ def weights(shape):
     merger = 4 * H * (4 * H + 1) + out * (4 * H + 1)  # without its norm
     deepstack = len(vision["deepstack_visual_indexes"]) * (merger + 8 * H)
     tower = vision["depth"] * block + (1536 + 1 + 2304) * H + merger + 2 * H + deepstack
-    return Weights(layer, layers, words, VOCABULARY * D, tower, L * layer)
+    return Weights(layer, layers, words, head, tower, L * layer)
 
 
 def make(shape, layers=0, dtype=torch.float32, device="cpu"):
-    """A random FutureL1 of a released shape, with its full vocabulary."""
-    text, vision, tied = SHAPES[shape]
+    """A random FutureL1 of a shape. layers: fewer of words and vision; 0 = all."""
+    (text, vision, tied, vocabulary), ids = SHAPES[shape], special(shape)
     if layers:
         text = dict(text, num_hidden_layers=layers)
-        vision = dict(vision, depth=layers, deepstack_visual_indexes=list(range(min(3, layers))))
+        depth = min(layers, vision["depth"])
+        vision = dict(vision, depth=depth, deepstack_visual_indexes=list(range(min(3, depth))))
     rope = dict(
         rope_type="default", rope_theta=5e6, mrope_interleaved=True, mrope_section=[24, 20, 20]
     )
-    text = dict(
-        text,
-        vocab_size=VOCABULARY,
-        num_key_value_heads=KEY_HEADS,
+    text = dict(num_key_value_heads=KEY_HEADS) | text
+    text |= dict(
+        vocab_size=vocabulary,
         head_dim=HEAD_DIM,
         tie_word_embeddings=tied,
         max_position_embeddings=262144,
-        eos_token_id=EOS,
+        eos_token_id=ids.eos,
         rope_parameters=rope,
     )
     vision = dict(vision, num_heads=16, num_position_embeddings=2304)
-    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+    config = Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=tied,
+        image_token_id=ids.image,
+        video_token_id=ids.video,
+        vision_start_token_id=ids.vision_start,
+        vision_end_token_id=ids.vision_end,
+    )
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     try:
@@ -162,43 +220,89 @@ def make(shape, layers=0, dtype=torch.float32, device="cpu"):
             model = FutureL1(config)
     finally:
         torch.set_default_dtype(torch.float32)
-    model.set_latent_tokens(IDS)
-    model.generation_config.eos_token_id = EOS
+    model.set_latent_tokens(ids.latent_ids)
+    model.generation_config.eos_token_id = ids.eos
     return model
 
 
-def prompt(config, rows, device, latents=0, length=0):
-    """Random prompts with images -> dict of tensors.
+def prompt(config, rows, device, latents=0, length=0, video=False):
+    """Random prompts with images, or the frames of a video -> dict of tensors.
 
-    latents: for a training, so many latents, four to a future frame. length: random words follow
-    until a row has so many tokens.
+    config: its `shape`, `images` of 256 tokens each, and `words`. latents: for a training, so many
+    latents, four to a future frame. length: random words follow until a row has so many tokens.
     """
-    one = [VISION_START, *[IMAGE] * 256, VISION_END] * config.images
-    one += torch.randint(1000, 9000, (config.words,)).tolist()
-    one += [IDS["latent_start_id"], *[IDS["latent_id"]] * 4, IDS["latent_end_id"]] * (latents // 4)
+    ids, name = special(config.shape), "pixel_values_videos" if video else "pixel_values"
+    one = [ids.vision_start, *[ids.video if video else ids.image] * 256, ids.vision_end]
+    one = one * config.images + torch.randint(1000, 9000, (config.words,)).tolist()
+    one += [ids.latent_start, *[ids.latent] * 4, ids.latent_end] * (latents // 4)
     one += torch.randint(1000, 9000, (max(0, length - len(one)),)).tolist()
-    ids = torch.tensor([one] * rows, device=device)
-    return dict(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        pixel_values=torch.randn(rows * config.images * 1024, 1536, device=device),
-        image_grid_thw=torch.tensor([[1, 32, 32]] * rows * config.images, device=device),
-    )
+    tokens = torch.tensor([one] * rows, device=device)
+    batch = dict(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+    if config.images:
+        grids = [[config.images, 32, 32]] if video else [[1, 32, 32]] * config.images
+        batch[name] = torch.randn(rows * config.images * 1024, 1536, device=device)
+        grid_name = "video_grid_thw" if video else "image_grid_thw"
+        batch[grid_name] = torch.tensor(grids * rows, device=device)
+    return batch
 
 
-def random_group(config, hidden, device):
-    """A rollout of n random rows, each with 4 spans of 2 latents."""
-    length = max(config.new_tokens, 16)
-    span = [IDS["latent_start_id"], *[IDS["latent_id"]] * 2, IDS["latent_end_id"]]
-    row = torch.randint(1000, 9000, (length,))
-    for k in range(4):
-        row[k * length // 4 :][:4] = torch.tensor(span)
-    tokens = row.to(device).repeat(config.n, 1)  # (n, length)
+def random_group(config, hidden, device, shortest=1.0):
+    """A rollout of n random rows, each with 4 spans of 2 latents.
+
+    shortest: the first row's share of the length of the last; lengths between them are even.
+    """
+    ids, longest = special(config.shape), max(config.new_tokens, 16)
+    span = torch.tensor([ids.latent_start, ids.latent, ids.latent, ids.latent_end])
+    lengths = torch.linspace(max(16, shortest * longest), longest, config.n).long()
+    tokens = torch.full((config.n, longest), ids.eos)
+    for row, length in zip(tokens, lengths.tolist()):
+        row[:length] = torch.randint(1000, 9000, (length,))
+        for k in range(4):
+            row[k * length // 4 :][:4] = span
+    sampled = torch.arange(longest) < lengths[:, None]  # (n, length)
     return Rollout(
-        tokens,
-        torch.ones_like(tokens, dtype=torch.bool),
-        [torch.randn(8, hidden, device=device)] * config.n,
+        tokens.to(device),
+        sampled.to(device),
+        [torch.randn(8, hidden, device=device) for _ in range(config.n)],
         torch.zeros(tokens.shape, device=device),
         ["length"] * config.n,
-        torch.full((config.n,), length, device=device),
+        lengths.to(device),
     )
+
+
+# --------------------------------------------------------------------------------- a model's folder
+
+
+@dataclasses.dataclass
+class Config:
+    shape: str = "2b"  # 2b | 4b | 8b: those of Qwen3-VL; 50m | 110m | tiny: to try things
+    layers: int = 0  # fewer layers of words and vision; 0 = all
+    tokenizer: str = ""  # folder of the tokenizer to put beside the model
+    out: str = ""  # folder to write, in fp32
+
+    def __post_init__(self):
+        check_shape(self.shape)
+
+
+def check_shape(shape):
+    """Raises ValueError if there is no such shape."""
+    if shape not in SHAPES:
+        raise ValueError(f"shape is {shape!r}, expected one of {', '.join(SHAPES)}")
+
+
+def main(config):
+    """Write a random model and a tokenizer as a folder. Raises SystemExit if they do not fit."""
+    tokenizer, ids = AutoTokenizer.from_pretrained(config.tokenizer), special(config.shape)
+    found = add_latent_tokens(tokenizer)
+    if found != ids.latent_ids:
+        raise SystemExit(
+            f"{config.tokenizer}: the latent tokens get {found}, expected {ids.latent_ids}"
+        )
+    model = make(config.shape, config.layers)
+    model.save_pretrained(config.out)
+    tokenizer.save_pretrained(config.out)
+    print(f"{config.out}: {sum(p.numel() for p in model.parameters()):,} random weights")
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

@@ -55,6 +55,7 @@ SCRIPTS += ["variants.video_latent", "toy.video_latent"]
 SCRIPTS += ["variants.opd", "toy.opd"]
 SCRIPTS += ["variants.set_spans", "toy.set_spans"]
 SCRIPTS += ["variants.mcr", "variants.mcr_sft", "toy.mcr"]
+SCRIPTS += ["tools.shapes"]
 
 
 def run(script, monkeypatch, capsys, *argv):
@@ -89,7 +90,8 @@ def test_an_error_is_one_line_and_code_2(script, world, tmp_path, monkeypatch, c
         "toy.tables": (["--config", nowhere], f"{nowhere}: No such file"),
         "toy.video_latent": (["--demo", nowhere], f"{nowhere}/seed_0/base: no such folder"),
         "tools.plan": (["--shape", "9b"], "9b"),
-        "tools.bench": (["--layers", "x"], "argument --layers: invalid int value: 'x'"),
+        "tools.bench": (["--cpu", "--n", "x"], "argument --n: invalid int value: 'x'"),
+        "tools.shapes": (["--shape", "9b"], "9b"),
         "sample": (
             ["--model", nowhere, "--question", "q", "--video", nowhere],
             f"{nowhere}: no such",

@@ -1,5 +1,8 @@
 """Attention in its two layouts against plain loops, in float64."""
 
+import sys
+import types
+
 import pytest
 import torch
 from transformers.cache_utils import DynamicCache
@@ -52,6 +55,53 @@ def test_a_row_of_sequences_and_its_gradient():
     got, wanted = (torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (out, expected))
     for a, b in zip(got, wanted):
         torch.testing.assert_close(a, b, atol=1e-11, rtol=0)
+
+
+@pytest.fixture
+def flash_attn(monkeypatch):
+    """A stand-in of the package, which needs a GPU: its layout and its convention in plain torch.
+
+    Causal from the lower right, (S, T, heads, d), as its page says. -> the calls it was given.
+    """
+    calls = []
+
+    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
+        calls.append((q.shape, k.shape, dropout_p, softmax_scale, causal))
+        k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+        score = torch.einsum("sthd,suhd->shtu", q, k) * softmax_scale
+        T, length = score.shape[2:]
+        to_come = torch.arange(length) > torch.arange(T)[:, None] + length - T
+        weight = score.masked_fill(to_come, -torch.inf).softmax(-1)
+        return torch.einsum("shtu,suhd->sthd", weight, v)
+
+    module = types.SimpleNamespace(flash_attn_func=flash_attn_func)
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    monkeypatch.setattr(shared_prefix, "flash_attends", lambda query: True)
+    return calls
+
+
+def test_the_flash_attn_package_in_the_row(flash_attn):
+    """Breaks if it is given another layout, scale or convention than it has, or is not called."""
+    N = sum(prompt + sum(lengths) for prompt, lengths in SEQUENCES)
+    q, k, v = (states(N, heads, i) for i, heads in enumerate((H, H_KV, H_KV)))
+    layout = Layout(SEQUENCES, "cpu")
+    out, expected = layout.attend(0, q, k, v, SCALE)[0], plain(q, k, v, seen_by(SEQUENCES))
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+    assert len(flash_attn) == len(layout.calls)
+    for of_q, of_k, *settings in flash_attn:
+        assert of_q[2:] == (H, D) and of_k[2:] == (H_KV, D) and of_q[1] <= of_k[1]
+        assert settings == [0.0, SCALE, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_without_a_gpu_pytorch_attends(dtype, monkeypatch):
+    """Breaks if the package is asked for what it cannot do: on a CPU, or in 32 bits."""
+    monkeypatch.setattr(shared_prefix, "is_flash_attn_2_available", lambda: True)
+    assert not shared_prefix.flash_attends(torch.zeros(1, dtype=dtype))
+    on_gpu = types.SimpleNamespace(dtype=dtype, is_cuda=True)
+    assert shared_prefix.flash_attends(on_gpu) == (dtype == torch.bfloat16)
+    monkeypatch.setattr(shared_prefix, "is_flash_attn_2_available", lambda: False)
+    assert not shared_prefix.flash_attends(on_gpu)
 
 
 def test_short_sequences_share_calls():

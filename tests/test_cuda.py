@@ -1,0 +1,220 @@
+"""What only a GPU can show: `make gpu` runs these; where there is none they are skipped.
+
+Tolerances: fp32 is summed in another order; bf16 has 8 bits, which is 1 % of the logits of a few
+layers.
+"""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from test_latent_decode import EOS, ROWS, shuffle, spans
+from test_model import make_batch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import latent_decode
+from common import shared_prefix
+from common.shared_prefix import Layout, causal
+from latent_decode import generate, replay, token_logprobs
+from tests.common import test_shared_prefix as by_hand
+from tools import bench_gpu, ways
+from tools.shapes import make, prompt, random_group
+
+DEVICE = "cuda"
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+REAL = bench_gpu.Config(shape="2b", images=1, words=40, n=4, new_tokens=48, sft_tokens=400)
+
+
+@pytest.fixture(autouse=True)
+def whole_fp32(monkeypatch):
+    """No TF32 in the tower's convolution: it has 10 bits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def moved(batch, device=DEVICE):
+    return {name: x.to(device) for name, x in batch.items()}
+
+
+def rollout_on(device, rollout):
+    """A Rollout with its tensors on a device."""
+    tensors = {k: v.to(device) for k, v in vars(rollout).items() if isinstance(v, torch.Tensor)}
+    latents = [z.to(device) for z in rollout.latents]
+    return dataclasses.replace(rollout, latents=latents, **tensors)
+
+
+def check_captured(monkeypatch, model, batch, **settings):
+    """The same rollouts, captured and plain -> the plain ones."""
+    captures, capture = [], latent_decode.capture
+
+    def counted(*args):
+        captures.append(1)
+        return capture(*args)
+
+    monkeypatch.setattr(latent_decode, "capture", counted)
+    plain, captured = (
+        generate(
+            model, batch, generator=torch.Generator().manual_seed(1), cuda_graph=graph, **settings
+        )
+        for graph in (False, True)
+    )
+    assert len(captures) > 1  # again when the caches grow or rows leave
+    assert torch.equal(plain.tokens, captured.tokens) and plain.finish == captured.finish
+    assert torch.equal(plain.sampled, captured.sampled)
+    torch.testing.assert_close(plain.logprobs, captured.logprobs, atol=1e-4, rtol=0)
+    for ours, theirs in zip(plain.latents, captured.latents):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+    return plain
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_captured_step_is_the_plain_step(monkeypatch, model, tokenizer, temperature):
+    """Breaks if a captured step reads what an earlier one left, or writes to another place."""
+    model = shuffle(model, seed=0).to(DEVICE)
+    batch = moved(make_batch(tokenizer, ROWS, "left"))
+    eos = tokenizer.convert_tokens_to_ids(EOS.split())
+    settings = dict(max_new_tokens=40, n=2, temperature=temperature, top_p=0.9, eos_token_id=eos)
+    plain = check_captured(monkeypatch, model, batch, **settings)
+    assert len(set(plain.lengths.tolist())) > 1  # rows leave
+    assert any(spans(row.tolist(), model.config) for row in plain.tokens)
+
+
+def test_a_captured_step_of_a_real_shape(monkeypatch):
+    """Breaks as above, in bf16 and with the released vocabulary."""
+    model = make("2b", 3, torch.bfloat16, DEVICE).eval()
+    settings = dict(max_new_tokens=40, n=8, temperature=0.9, top_p=0.99)
+    check_captured(monkeypatch, model, prompt(REAL, 2, DEVICE), **settings)
+
+
+def test_a_record_of_the_gpu_replays_on_both(model, tokenizer):
+    """Breaks if the GPU's kernels decode or replay something else than the CPU's."""
+    model = shuffle(model, seed=0).to(DEVICE)
+    batch = make_batch(tokenizer, ROWS, "left")
+    settings = dict(max_new_tokens=24, n=2, temperature=1.0, top_p=0.9)
+    rollout = generate(model, moved(batch), generator=torch.Generator().manual_seed(2), **settings)
+    assert any(len(z) for z in rollout.latents)
+    for device in (DEVICE, "cpu"):
+        model.to(device)
+        with torch.no_grad():
+            logprobs = token_logprobs(
+                model, moved(batch, device), rollout_on(device, rollout), temperature=1.0
+            )
+        torch.testing.assert_close(logprobs.cpu(), rollout.logprobs.cpu(), atol=1e-3, rtol=0)
+
+
+@torch.no_grad()
+def test_logits_in_bf16():
+    """Breaks if bf16 weights or autocast lose more than their bits: 2 % of the logits' norm."""
+    model, batch = make("2b", 4, torch.float32, DEVICE).eval(), prompt(REAL, 1, DEVICE)
+    exact = model.logits(model.hidden(**batch)[0])
+    with torch.autocast(DEVICE, torch.bfloat16):
+        under_autocast = model.logits(model.hidden(**batch)[0])
+    model.bfloat16()
+    in_bf16 = model.logits(model.hidden(**batch)[0])
+    for logits in (under_autocast, in_bf16):
+        assert logits.dtype == torch.float32
+        assert 0 < (logits - exact).norm() / exact.norm() < 0.02
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_a_row_of_sequences(dtype, tolerance):
+    """Breaks if a CUDA kernel is not causal from the lower right, forward or backward."""
+    N = sum(prompt + sum(lengths) for prompt, lengths in by_hand.SEQUENCES)
+    exact, ours = [], []
+    for i, heads in enumerate((by_hand.H, by_hand.H_KV, by_hand.H_KV)):
+        x = by_hand.states(N, heads, i).detach().to(dtype)  # rounded once, for both
+        exact.append(x.double().requires_grad_())
+        ours.append(x.to(DEVICE).requires_grad_())
+    expected = by_hand.plain(*exact, by_hand.seen_by(by_hand.SEQUENCES))
+    out = Layout(by_hand.SEQUENCES, DEVICE).attend(0, *ours, by_hand.SCALE)[0]
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(9))
+    wanted = torch.autograd.grad((expected * weight.double()).sum(), exact)
+    got = torch.autograd.grad((out * weight.to(DEVICE, dtype)).sum(), ours)
+    for a, b in ((out, expected), *zip(got, wanted)):
+        error = (a.double().cpu() - b).norm() / b.norm()
+        assert error < tolerance
+
+
+def random_heads(T, P):
+    """Queries (3, 4, T, 64), keys and values (3, 2, P + T, 64) in bf16, with gradients."""
+    shapes = (3, 4, T, 64), (3, 2, P + T, 64), (3, 2, P + T, 64)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    options = dict(device=DEVICE, dtype=torch.bfloat16, generator=generator)
+    return [torch.randn(shape, **options).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("P", [0, 7])
+def test_attention_is_a_flash_kernel(P):
+    """Breaks if PyTorch would build a mask: no other kernel is allowed here."""
+    q, k, v = random_heads(5, P)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        causal(q, k, v, 0.125).float().sum().backward()
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+
+
+@pytest.mark.parametrize("P", [0, 7])
+def test_flash_attn_agrees(P, monkeypatch):
+    """Breaks if the flash-attn package, where it is installed, attends to something else."""
+    pytest.importorskip("flash_attn")
+    heads = random_heads(5, P)
+    assert shared_prefix.flash_attends(heads[0])
+    theirs = causal(*heads, 0.125)
+    monkeypatch.setattr(shared_prefix, "flash_attends", lambda query: False)
+    ours = causal(*heads, 0.125)
+    torch.testing.assert_close(theirs, ours, atol=2e-2, rtol=0)
+    gradients = (torch.autograd.grad(out.float().square().sum(), heads) for out in (theirs, ours))
+    for a, b in zip(*gradients):
+        assert (a - b).float().norm() < 2e-2 * b.float().norm()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_sft_steps_of_a_real_shape(checkpointing):
+    """Breaks if a step does not run in fp32 weights and bf16 arithmetic, or does not learn."""
+    model = bench_gpu.make_trainable("2b", 3, DEVICE)
+    ways.checkpoint_activations(model, checkpointing)
+    step, _ = bench_gpu.sft_step(model, REAL, DEVICE)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        losses.append(float(step()))
+        optimizer.step()
+    assert all(math.isfinite(loss) for loss in losses) and losses[2] < losses[0]
+
+
+def test_an_rl_step_of_a_real_shape():
+    """Breaks if rolling out and learning do not run as la_dapo.py does them, if the record and its
+    replay part by more than bf16 explains, or if checkpointing changes the gradient.
+    """
+    model, batch = bench_gpu.make_trainable("2b", 3, DEVICE), prompt(REAL, 1, DEVICE)
+    settings = dict(max_new_tokens=48, n=4, temperature=0.9, top_p=0.99, cuda_graph=True)
+    with ways.autocast(model.device):
+        rollout = generate(model, batch, generator=torch.Generator().manual_seed(0), **settings)
+    with ways.autocast(model.device), torch.no_grad():
+        again = replay(model, batch, rollout, 0.9).logprobs
+    error = (again - rollout.logprobs)[rollout.sampled]
+    assert error.square().mean().sqrt() < 0.1
+
+    # a random model seldom opens a span: rows that have some
+    rollout = random_group(REAL, model.config.text_config.hidden_size, DEVICE, shortest=0.5)
+    advantages, gradients = torch.tensor([[1.0], [-1.0], [0.5], [-0.5]], device=DEVICE), []
+    for checkpointing in (False, True):
+        ways.checkpoint_activations(model, checkpointing)
+        model.zero_grad()
+        loss = ways.update(model, batch, rollout, advantages, terms=8)
+        assert loss.isfinite()
+        gradients.append(model.model.language_model.layers[0].mlp.up_proj.weight.grad.clone())
+    assert gradients[0].isfinite().all() and gradients[0].norm() > 0
+    assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[0].norm()
+
+
+def test_the_bench_in_small(tmp_path):
+    """Breaks if a measurement of tools/bench_gpu.py does not run on a GPU."""
+    sizes = dict(prompts=1, n=2, images=1, words=8, new_tokens=20, sft_tokens=300)
+    results = bench_gpu.main(bench_gpu.Config(shape="tiny", **sizes))
+    assert not results["missing"] and len(results["figures"]) == 10
+    for name, figures in results["figures"].items():
+        assert figures["GiB"] > 0, name
