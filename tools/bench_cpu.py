@@ -144,14 +144,15 @@ def make_sure(model, batch):
     """Scale the states that reach the head until 99 % of the next word's probability lie on at
     most SURE words, as in a trained policy -> how many words that are.
     """
-    norm = model.model.language_model.norm.weight
+    h, _ = model.hidden(**batch)
+    logits, scale = model.logits(h[0, -1]) / ways.TEMPERATURE, 1.0
     while True:
-        h, _ = model.hidden(**batch)
-        p = (model.logits(h[:1, -1]) / ways.TEMPERATURE).softmax(-1).sort(descending=True).values
+        p = (scale * logits).softmax(-1).sort(descending=True).values
         words = int((p.cumsum(-1) < 0.99).sum()) + 1
         if words <= SURE:
+            model.model.language_model.norm.weight.mul_(scale)
             return words
-        norm.mul_(1.1)
+        scale *= 1.1
 
 
 def cache_bytes(model, batch, config):
