@@ -50,6 +50,7 @@ class FutureL1(Qwen3VLForConditionalGeneration):
     def __init__(self, config):
         super().__init__(config)
         self.latent_head = None  # the paper's method: the hidden state itself is the latent
+        self.latent_rows = None  # of the three tokens, trained beside frozen ones: common/lora.py
         if getattr(config, "latent_head", None) == "linear":
             self.add_latent_head()
 
@@ -204,11 +205,15 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         device = h.device.type
         narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
         if torch.finfo(narrow).bits >= 32:
-            return self.lm_head(h)
+            return self._with_latent_rows(self.lm_head(h), h)
         weight = self.lm_head.weight  # (V, D)
         rows = h.reshape(-1, h.shape[-1])
         logits = _Fp32Product.apply(rows.to(narrow), weight.to(narrow))
-        return logits.view(*h.shape[:-1], len(weight))
+        return self._with_latent_rows(logits.view(*h.shape[:-1], len(weight)), h)
+
+    def _with_latent_rows(self, logits, h):
+        """Logits (..., V) of the output layer -> with what common/lora.py adds to three of them."""
+        return logits if self.latent_rows is None else self.latent_rows.add_out(logits, h)
 
     def forward(
         self, input_ids, attention_mask=None, logits_to_keep=0, mm_token_type_ids=None, **inputs
@@ -221,7 +226,8 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         processors return it; it is recomputed. Raises ValueError on a count mismatch.
         """
         h, _ = self.hidden(input_ids, attention_mask, **inputs)
-        logits = self.lm_head(h[:, -logits_to_keep:])
+        h_kept = h[:, -logits_to_keep:]
+        logits = self._with_latent_rows(self.lm_head(h_kept), h_kept)
         return CausalLMOutputWithPast(logits=logits, hidden_states=(h,))
 
     def generate(self, *args, **kwargs):

@@ -3,22 +3,33 @@
     W x  becomes  W x + 2 B (A x)        A: rank x in, random; B: out x rank, 0 at first
 
 for every matrix W of the language model's layers. Vision tower, embeddings, output layer and latent
-head stay as they are: so the model to begin with should know the three latent tokens. W is in bf16
-on CUDA, A and B in fp32: a weight takes 2 bytes, not 16.
+head stay as they are, but for the three latent tokens: a stock model has nothing of use in their
+rows, so no A and B could teach it to open a span.
 
-A checkpoint is a plain folder, 2 B A added to W, in fp32; its trainer.pt has A and B, and the run
-goes on from these and the W that it began with. Source: Hu et al. 2021; the factor 2 is peft's
-common choice, lora_alpha = 2 * rank.
+    w_i  becomes  w_i + e_i              i one of the three; e_i: D numbers, 0 at first
+
+in the embeddings, and in the output layer: the same e_i where these two are one matrix (2B, 4B),
+else another. W is in bf16 on CUDA, A, B and e in fp32: a weight takes 2 bytes, not 16.
+
+A checkpoint is a plain folder, 2 B A added to W and e_i to w_i, in fp32; its trainer.pt has A, B
+and e, and the run goes on from these and the W that it began with. Source: Hu et al. 2021; the
+factor 2 is peft's common choice, lora_alpha = 2 * rank. The rows are not peft's: its
+trainable_token_indices copies the whole matrix in every forward, and `FutureL1.logits` would not
+see it.
 """
 
 import torch
+import torch.nn as nn
+
+from model import LATENT_IDS
 
 LAYERS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 BASE = ".base_layer.weight"  # peft's name for W
+WORDS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 
 
 def add_adapters(model, rank):
-    """Put A and B beside the matrices of a FutureL1, in place; nothing else is trained -> model.
+    """Put A, B and e beside the weights of a FutureL1, in place; only these are trained -> model.
 
     Raises ImportError if peft is not installed.
     """
@@ -31,16 +42,48 @@ def add_adapters(model, rank):
     inject_adapter_in_model(config, model)
     for p in adapters(model).values():
         p.data = p.data.float()
+    model.latent_rows = LatentRows(model)
+    model.get_input_embeddings().register_forward_hook(model.latent_rows.add_in)
     return model
 
 
+class LatentRows(nn.Module):
+    """What is added to the rows of the three latent tokens, in and out: e (3, D) each. Ours."""
+
+    def __init__(self, model):
+        super().__init__()
+        W, U = model.get_input_embeddings().weight, model.lm_head.weight  # (V, D)
+        ids = torch.tensor([getattr(model.config, key) for key in LATENT_IDS], device=W.device)
+        self.register_buffer("ids", ids, persistent=False)
+        zeros = torch.zeros(len(ids), W.shape[1], device=W.device)
+        self.into = nn.Parameter(zeros)
+        self.out = self.into if U is W else nn.Parameter(zeros.clone())
+        self.on = True
+
+    def add_in(self, embedding, inputs, x):
+        """The embedding's hook: x (..., D) of ids (...), e added to that of one of the three."""
+        if not self.on:
+            return x
+        with torch.autocast(x.device.type, enabled=False):
+            which = (inputs[0][..., None] == self.ids).float()  # (..., 3) one 1 or none
+            return (x + which @ self.into).to(x.dtype)
+
+    def add_out(self, logits, h):
+        """Logits (..., V) of states h (..., D), e h added to those of the three, in place."""
+        if not self.on:
+            return logits
+        with torch.autocast(h.device.type, enabled=False):
+            more = h.float() @ self.out.T  # (..., 3)
+        return logits.index_add_(-1, self.ids, more.to(logits.dtype))
+
+
 def adapters(model):
-    """{name: A or B}: all that is trained."""
+    """{name: A, B or e}: all that is trained."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def put_adapters(model, saved):
-    """A checkpoint's A and B, {name: tensor}, back in place."""
+    """A checkpoint's A, B and e, {name: tensor}, back in place."""
     with torch.no_grad():
         for name, p in adapters(model).items():
             p.copy_(saved[name])
@@ -54,30 +97,43 @@ def adapted_layers(model):
 
 
 def frozen_alone(model):
-    """-> what runs a function of the model as it began, without A and B: f -> f(model)."""
-    layers = adapted_layers(model).values()
+    """-> what runs a function of the model as it began, without A, B and e: f -> f(model)."""
+    layers, rows = adapted_layers(model).values(), model.latent_rows
+
+    def turn(on):
+        rows.on = on
+        for layer in layers:
+            layer.enable_adapters(on)
 
     def run(function):
-        for layer in layers:
-            layer.enable_adapters(False)
+        turn(False)
         try:
             return function(model)
         finally:
-            for layer in layers:
-                layer.enable_adapters(True)
+            turn(True)
 
     return run
 
 
 def merged(model, weights):
-    """Weights of an adapted model {name: tensor} -> a plain one's on the host, 2 B A added to W."""
-    layers, plain = adapted_layers(model), {}
+    """Weights of an adapted model {name: tensor} -> a plain one's on the host, with 2 B A and e.
+
+    A tied matrix stays one.
+    """
+    layers, rows, plain = adapted_layers(model), model.latent_rows, {}
     for name, W in weights.items():
-        if ".lora_" in name:
+        if ".lora_" in name or name.startswith("latent_rows."):
             continue
         if name.endswith(BASE):
             name = name.removesuffix(BASE)
             W = W.cpu().float() + layers[name].get_delta_weight("default").detach().cpu()
             name += ".weight"
         plain[name] = W
+
+    def with_rows(W, e):
+        return W.cpu().float().index_add(0, rows.ids.cpu(), e.detach().cpu())
+
+    tied = rows.out is rows.into
+    plain[WORDS] = with_rows(plain[WORDS], rows.into)
+    plain[HEAD] = plain[WORDS] if tied else with_rows(plain[HEAD], rows.out)
     return plain

@@ -1,5 +1,8 @@
-"""Adapters: nothing at first, the only thing that is trained, and no trace of them in a folder."""
+"""Adapters, and the rows of the latent tokens: nothing at first, all that is trained, and no trace
+of them in a folder.
+"""
 
+import copy
 import dataclasses
 import shutil
 import sys
@@ -11,11 +14,13 @@ from test_la_dapo import settings as rl_settings
 from test_sft import assert_resumes, read_log, settings, weights
 from transformers import Qwen3VLForConditionalGeneration
 
+import data
 import la_dapo
 import sft
-from common.lora import adapters, add_adapters, frozen_alone, merged
+from common.formats import read_rows
+from common.lora import HEAD, WORDS, adapters, add_adapters, frozen_alone, merged
 from latent_decode import token_logprobs
-from model import load
+from model import FutureL1, load
 
 
 def shaken(model, seed=3):
@@ -26,9 +31,32 @@ def shaken(model, seed=3):
     return model
 
 
+@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+def model(model, request):  # noqa: F811
+    """Both ways: embeddings and output layer two matrices (8B), or one (2B, 4B)."""
+    return tied(model) if request.param else model
+
+
+def tied(model):
+    """The same with one matrix, that of the output layer."""
+    weights = model.state_dict()
+    weights[WORDS] = weights[HEAD]
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    one = FutureL1(config).eval()
+    one.load_state_dict(weights)
+    assert one.lm_head.weight is one.get_input_embeddings().weight
+    return one
+
+
+def latent_ids(model):
+    c = model.config
+    return [c.latent_start_id, c.latent_id, c.latent_end_id]
+
+
 def test_at_first_an_adapted_model_is_the_model(model, tokenizer):
-    """Breaks if A and B add something at first, sit elsewhere than at the layers' seven matrices,
-    or if anything else is trained.
+    """Breaks if A, B and e add something at first, sit elsewhere than at the layers' seven matrices
+    and the latent tokens, or if anything else is trained.
     """
     batch, rollout = sampled(model, tokenizer, n=2)
     with torch.no_grad():
@@ -38,11 +66,52 @@ def test_at_first_an_adapted_model_is_the_model(model, tokenizer):
     D, F, Q, K, L = 96, 288, 96, 48, 2  # 4 heads and 2 key heads of 24
     sizes = [(D, Q), (D, K), (D, K), (Q, D), (D, F), (D, F), (F, D)]
     trained = [p for p in model.parameters() if p.requires_grad]
-    assert sum(p.numel() for p in trained) == L * 4 * sum(a + b for a, b in sizes)
+    places = 1 if model.config.tie_word_embeddings else 2
+    rows = places * 3 * D
+    assert sum(p.numel() for p in trained) == L * 4 * sum(a + b for a, b in sizes) + rows
     token_logprobs(model, batch, rollout, 0.9).sum().backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert len(grads) == L * 7 * 2 and all("lora" in name for name in grads)
-    assert all(grad.any() for name, grad in grads.items() if "lora_B" in name)
+    assert len(grads) == L * 7 * 2 + places and all("lora" in x or "rows" in x for x in grads)
+    assert all(grad.any() for name, grad in grads.items() if "lora_A" not in name)
+
+
+def test_rows_by_hand(model):
+    """Breaks if e is added to another row than its own, in or out; or if its gradient is not that
+    of the row.
+    """
+    embedding, latent = model.get_input_embeddings(), latent_ids(model)
+    W, U = embedding.weight.clone(), model.lm_head.weight.clone()
+    rows = shaken(add_adapters(model, 4)).latent_rows
+    W[latent] += rows.into
+    U[latent] += rows.out
+    ids, h = torch.arange(len(W))[None], torch.randn(2, 5, 96)  # all words, once
+    x, logits = embedding(ids), model.logits(h)
+    torch.testing.assert_close(x[0], W)
+    torch.testing.assert_close(logits, h @ U.T, atol=1e-4, rtol=0)
+    out = model(ids[:, :3])
+    assert torch.equal(out.logits, model.logits(out.hidden_states[0]))
+
+    to_x, to_logits = torch.randn(x.shape), torch.randn(logits.shape)
+    loss = (x * to_x).sum() + (logits * to_logits).sum()
+    into, out = torch.autograd.grad(loss, (rows.into, rows.out))
+    of_x, of_logits = to_x[0, latent], torch.einsum("bnv,bnd->vd", to_logits, h)[latent]
+    if rows.into is rows.out:
+        of_x = of_logits = of_x + of_logits
+    torch.testing.assert_close(into, of_x, atol=1e-4, rtol=0)
+    torch.testing.assert_close(out, of_logits, atol=1e-4, rtol=0)
+
+
+def test_rows_are_not_rounded_to_bf16(model):
+    """Breaks if under autocast the share of e is lost, doubled, or rounded in the logits."""
+    h, latent = torch.randn(2, 5, 96).bfloat16(), latent_ids(model)
+    rows = shaken(add_adapters(model.bfloat16(), 4)).latent_rows
+    W, ids = model.get_input_embeddings().weight, torch.tensor(latent)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, x = model.logits(h), model.get_input_embeddings()(ids)
+    expected = h.float() @ model.lm_head.weight.float().T
+    expected[..., latent] += h.float() @ rows.out.T
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(x, (W[latent] + rows.into).bfloat16())
 
 
 def test_a_merged_folder_and_the_frozen_model(model, tokenizer, tmp_path):
@@ -58,16 +127,24 @@ def test_a_merged_folder_and_the_frozen_model(model, tokenizer, tmp_path):
         reference = frozen_alone(model)(lambda m: token_logprobs(m, batch, rollout, 0.9))
         again = token_logprobs(model, batch, rollout, 0.9)
     assert torch.equal(reference, before) and torch.equal(again, adapted)
-    assert (adapted - before).abs().max() > 0.1 and len(adapters(model)) == 28
+    one = model.config.tie_word_embeddings
+    assert (adapted - before).abs().max() > 0.1 and len(adapters(model)) == (29 if one else 30)
 
     plain = merged(model, model.state_dict())
     name = "model.language_model.layers.1.mlp.down_proj"
     A, B = (model.get_parameter(f"{name}.lora_{x}.default.weight") for x in "AB")
     torch.testing.assert_close(plain[name + ".weight"], start[name + ".weight"] + 2 * B @ A)
+    latent, others = latent_ids(model), torch.ones(len(start[HEAD]), dtype=torch.bool)
+    others[latent] = False
+    for name, e in ((WORDS, model.latent_rows.into), (HEAD, model.latent_rows.out)):
+        assert torch.equal(plain[name][latent], start[name][latent] + e)
+        assert torch.equal(plain[name][others], start[name][others])
+        assert torch.equal(model.state_dict()[name], start[name])
     assert plain.keys() == start.keys()
     model.save_pretrained(tmp_path, state_dict=plain)
     tokenizer.save_pretrained(tmp_path)
     loaded, _ = load(str(tmp_path))
+    assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == one
     with torch.no_grad():
         of_folder = token_logprobs(loaded, batch, rollout, 0.9)
     assert (of_folder - adapted).abs().max() < 1e-5 * adapted.abs().max()
@@ -97,11 +174,53 @@ def test_sft_goes_on_with_its_adapters(world, tmp_path):
     folder = tmp_path / "a" / "step_000004"
     a, b = weights(world["model"]), weights(folder)
     moved = {name for name in a if not torch.equal(a[name], b[name])}
-    assert len(moved) == 14 and all("language_model.layers" in name for name in moved)
-    for name in moved:
+    assert len(moved) == 14 + 2 and moved > {WORDS, HEAD}
+    latent = latent_ids(load(world["model"])[0])
+    for name, rows in ((WORDS, latent[::2]), (HEAD, latent)):  # <|latent|> is never fed
+        assert (a[name] != b[name]).any(1).nonzero()[:, 0].tolist() == rows
+    for name in moved - {WORDS, HEAD}:
+        assert "language_model.layers" in name
         assert torch.linalg.matrix_rank(b[name] - a[name], rtol=1e-3) == 3, name
     _, info = Qwen3VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def stock_folder(world, folder, tie):
+    """The world's model as a stock one: rows of the latent tokens alike and nearly zero."""
+    model, tokenizer = load(world["model"])
+    model = tied(model) if tie else model
+    with torch.no_grad():
+        for W in (model.get_input_embeddings().weight, model.lm_head.weight):
+            W[latent_ids(model)] = 1e-4 * torch.ones(W.shape[1])
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_a_stock_model_learns_to_open_a_span(world, tmp_path, tie):
+    """Breaks if the rows stay as they are: <|latent_start|> and <|latent_end|>, alike at first,
+    would be equally probable for ever.
+    """
+    stock = stock_folder(world, tmp_path / "stock", tie)
+    more = dict(lora_rank=4, latent_head="", lam=0.0, steps=20, micro_batch=8, lr=3e-2)
+    config = settings({**world, "model": stock}, tmp_path / "run", **more)
+    before, after = opening(stock, config), opening(sft.train(config), config)
+    assert before[0] == pytest.approx(before[1]) and before[0] < 0.05
+    assert after[0] > 10 * before[0] and after[0] > 10 * after[1]
+
+
+def opening(folder, config):
+    """p(<|latent_start|>) and p(<|latent_end|>) where a span of the data opens, means of 8 rows."""
+    model, tokenizer = load(folder)
+    samples = data.Samples(read_rows(config.data), tokenizer, config)
+    batch = data.collate([samples[i] for i in range(8)], 0)
+    e = model.encode_frames(batch["future_pixel_values"], batch["future_grid_thw"])
+    with torch.no_grad():
+        h, _ = model.eval().hidden(**data.model_inputs(batch), latents=e)
+        opens = batch["labels"][:, 1:] == model.config.latent_start_id
+        p = model.logits(h[:, :-1][opens]).softmax(-1).mean(0)
+    return p[latent_ids(model)[::2]].tolist()
 
 
 def test_la_dapo_with_adapters(world, loud, tmp_path):  # noqa: F811
