@@ -44,12 +44,12 @@ class Config:
     seeds: str = "0"  # pretrainings, each with its arms; with commas
     arms: str = "plain,ar,frame,one,random"  # plain: the paper's method
     clips: int = 1300  # of the pretraining: their frames of four tokens fit in the memory cache
-    annotated: int = 200  # of these, clips whose questions have chains of future frames
-    eval_clips: int = 1000  # held-out clips, four questions each
+    annotated: int = 1300  # of these, clips whose questions have chains of future frames
+    eval_clips: int = 500  # held-out clips, four questions each
     eval_seed: int = 4_000_000  # where held-out clips start
     bend: float = 1.05  # rebound angle at the end of a wall, radians
     pretrain_steps: int = 1500  # x 64 captions
-    sft_steps: int = 600  # x 64 rows
+    sft_steps: int = 400  # x 64 rows
 
     def __post_init__(self):
         if unknown := set(self.arms.split(",")) - set(ARMS):
@@ -187,28 +187,26 @@ def score(folder, schedule, world):
     )
 
 
-def table(results):
-    """{(arm, schedule): [scores a seed]} -> text; means, and deviations where there are seeds."""
+def cell(values, digits=3):
+    """A value a seed -> mean and, for two seeds or more, deviation, as text."""
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
 
-    def cell(values):
-        text = f"{np.mean(values):.3f}"
-        return text + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
-    head = ["arm", "decoded", "seeds", *GROUPS, "avg", "passes", "ms"]
-    head += [f"{kind} {k}" for kind in ("forced", "free") for k in range(1, 5)]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+def tables(results):
+    """{(arm, schedule): [scores a seed]} -> accuracy and cost, then errors by token, as text."""
+    heads = ["arm", "decoded", "seeds", *GROUPS, "avg", "passes", "ms"], ["arm", "decoded"]
+    heads[1].extend(f"{kind}, {k}" for kind in ("forced", "free") for k in range(1, 5))
+    texts = [["| " + " | ".join(head) + " |", "|---" * len(head) + "|"] for head in heads]
     for (arm, schedule), seeds in results.items():
-        cells = [[s["accuracy"][group] for s in seeds] for group in GROUPS]
-        cells += [np.mean(cells, 0)]
-        costs = [f"{np.mean([s[name] for s in seeds]):.1f}" for name in ("passes", "ms")]
-        errors = [
-            f"{np.mean([s[kind][k] for s in seeds]):.3f}"
-            for kind in ("forced", "free")
-            for k in range(4)
-        ]
-        row = [arm, schedule, str(len(seeds)), *map(cell, cells), *costs, *errors]
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
+        groups = [[s["accuracy"][group] for s in seeds] for group in GROUPS]
+        row = [arm, schedule, str(len(seeds)), *map(cell, [*groups, np.mean(groups, 0)])]
+        row += [cell([s[name] for s in seeds], 0) for name in ("passes", "ms")]
+        texts[0].append("| " + " | ".join(row) + " |")
+        errors = [[s[kind][k] for s in seeds] for kind in ("forced", "free") for k in range(4)]
+        row = [arm, schedule, *(cell(values, 2) for values in errors)]
+        texts[1].append("| " + " | ".join(row) + " |")
+    return "\n\n".join("\n".join(lines) for lines in texts)
 
 
 def main(config):
@@ -226,8 +224,9 @@ def main(config):
                 with open(path) as f:
                     results.setdefault((arm, schedule), []).append(json.load(f))
                 print(arm, schedule, results[arm, schedule][-1])
-    write(os.path.join(config.out, "table.md"), table(results) + "\n")
-    print(table(results))
+    text = tables(results)
+    write(os.path.join(config.out, "table.md"), text + "\n")
+    print(f"\n{text}")
 
 
 if __name__ == "__main__":
