@@ -220,7 +220,7 @@ def token_seconds(model, config, context, n):
     text = dataclasses.replace(config, shape=config.decoder, images=0, words=context)
     marks = []
     seen = dict(stream=lambda chunk: marks.append(time.process_time()))
-    ways.decode(model, prompt(text, 1, "cpu"), 3 * CHUNK, n, **seen)
+    ways.decode(model, prompt(text, 1, "cpu"), 5 * CHUNK, n, **seen)
     steps = [(b - a) / CHUNK for a, b in zip(marks, marks[1:])]  # the prompt's time is before
     return statistics.median(steps) / n
 
