@@ -22,22 +22,32 @@ def choose_word(logp, u, temperature=1.0, top_p=1.0):
     p, words = (logp - logp.amax(-1, keepdim=True)).exp(), None  # (R, V), up to a factor
     if top_p < 1:
         mass = top_p * p.sum(-1, keepdim=True, dtype=torch.float64)  # (R, 1)
-        top, likeliest = p.topk(min(LIKELIEST, p.shape[1]))  # (R, K)
-        covered = top.double().cumsum(-1) >= mass
         # a captured step cannot look whether the likeliest are enough
         capturing = p.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not capturing and bool(covered[:, -1].all()):
-            floor = top.gather(1, covered.int().argmax(-1, keepdim=True))
-            words = likeliest.sort(-1).values
-            p = p.gather(1, words)  # (R, K)
-        else:
+        words, floor = (None, None) if capturing else likeliest(p, mass)
+        if words is None:
             floor = nucleus_floor(p, mass)
+        else:
+            p = p.gather(1, words)  # (R, K)
         p = p.masked_fill(p < floor, 0)
     cdf = p.double().cumsum(-1)  # float64: the sum may skip zeros or add them
     k = torch.searchsorted(cdf, u[:, None].double() * cdf[:, -1:], right=True)  # (R, 1)
     last = (cdf < cdf[:, -1:]).sum(-1, keepdim=True)  # rounding must not lead past what is possible
     k = torch.minimum(k, last)
     return (k if words is None else words.gather(1, k))[:, 0]
+
+
+def likeliest(p, mass):
+    """The K likeliest words in the vocabulary's order (R, K), the least probability inside the
+    nucleus (R, 1); None, None if they do not hold all of every row's nucleus. Source: ours.
+
+    p (R, V), mass (R, 1). Looks at the values.
+    """
+    top, words = p.topk(min(LIKELIEST, p.shape[1]))  # (R, K)
+    covered = top.double().cumsum(-1) >= mass
+    if not bool(covered[:, -1].all()):
+        return None, None
+    return words.sort(-1).values, top.gather(1, covered.int().argmax(-1, keepdim=True))
 
 
 def nucleus_floor(p, mass):
