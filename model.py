@@ -264,7 +264,7 @@ class _Fp32Product(torch.autograd.Function):
     def backward(ctx, grad):
         x, w = ctx.saved_tensors
         grad = grad.to(x.dtype)
-        return grad @ w, grad.T @ x
+        return grad @ w, grad.T @ x if ctx.needs_input_grad[1] else None
 
 
 def log_continue(log_stop):
