@@ -60,6 +60,7 @@ ROWS = {
     "cue+module": ("OPD, cue + module", opd, dict(privilege="cue", recovery=True)),
     "none": ("OPD, no privilege", opd, dict(privilege="none")),
     "cue-kl": ("OPD, cue, full KL", opd, dict(privilege="cue", full_kl=True)),
+    "expert": ("OPD, the expert", opd, dict(privilege="none")),  # its teacher is another model
 }
 
 
@@ -67,7 +68,9 @@ ROWS = {
 class Config:
     out: str = "runs/toy"  # the demo's folder: its clips and its base are used
     seeds: int = 1  # teachers, each with its rows
-    rows: str = "la-dapo,answer,cue,cue+module,none"  # some of these, and cue-kl
+    rows: str = "la-dapo,answer,cue,cue+module,none"  # some of these, and cue-kl; "" = none
+    # steps of captions of the base: few make a model whose eyes are weak; 0 = the demo's base
+    pretrain_steps: int = 0
     sft_steps: int = 600  # of the teacher
     steps: int = 60  # of each row
 
@@ -130,10 +133,29 @@ def timed(script, out, rows=None, **settings):
         return checkpoint, json.load(f)
 
 
-def run_seed(seed, paths, config):
+def make_base(demo, config):
+    """The demo's base, or one with fewer steps -> path of its checkpoint."""
+    if not config.pretrain_steps:
+        return newest(os.path.join(config.out, "seed_0", "base"))
+    fewer = dataclasses.replace(demo, pretrain_steps=config.pretrain_steps)
+    settings = dict(plan.trainings(fewer)["base"].settings, workers=0)
+    settings.update(model=os.path.join(config.out, "seed_0", "untrained"))
+    settings.update(data=os.path.join(config.out, "data", "captions.jsonl"))
+    return train(sft, os.path.join(config.out, f"opd_{config.pretrain_steps}", "base"), **settings)
+
+
+def make_expert(base, home, common, config):
+    """A latent SFT on all clips, each annotated -> path of its checkpoint."""
+    settings = dict(TINY, **common, model=base, steps=config.sft_steps)
+    settings.update(data=os.path.join(config.out, "data", "all.jsonl"))
+    return timed(sft, os.path.join(home, "the_expert"), **settings)[0]
+
+
+def run_seed(seed, base, paths, config):
     """-> {row: {group: scores}} of the teacher with each hint, and of the rows asked for."""
-    home, common = os.path.join(config.out, "opd", f"seed_{seed}"), dict(seed=seed, workers=0)
-    base, test = newest(os.path.join(config.out, "seed_0", "base")), read_rows(paths["test"])
+    folder = f"opd_{config.pretrain_steps}" if config.pretrain_steps else "opd"
+    home, common = os.path.join(config.out, folder, f"seed_{seed}"), dict(seed=seed, workers=0)
+    test = read_rows(paths["test"])
 
     plain = read_rows(paths["train"])
     hinted = [with_hint(row, privilege) for privilege in ("cue", "answer") for row in plain]
@@ -145,26 +167,35 @@ def run_seed(seed, paths, config):
         out = os.path.join(home, f"eval_teacher_{privilege}")
         scores[f"teacher, {privilege}"] = score(teacher, privilege, rows, out)
 
-    for name in config.rows.split(","):
+    for name in names_of(config):
         title, script, changes = ROWS[name]
         settings = dict(TINY_RL if script is la_dapo else TINY_OPD, steps=config.steps, **common)
         settings.update(changes, model=teacher, data=paths["prompts"])
+        if name == "expert":
+            settings["teacher"] = make_expert(base, home, common, config)
+            out = os.path.join(home, "eval_the_expert")
+            scores["the expert"] = score(settings["teacher"], "test", test, out)
         model, seconds = timed(script, os.path.join(home, name), **settings)
         title = f"{title} ({seconds} s)"
         scores[title] = score(model, "test", test, os.path.join(home, f"eval_{name}"))
     return scores
 
 
+def names_of(config):
+    """The rows asked for."""
+    return config.rows.split(",") if config.rows else []
+
+
 def main(config):
     """All seeds, and a table of each."""
-    if unknown := set(config.rows.split(",")) - set(ROWS):
+    if unknown := set(names_of(config)) - set(ROWS):
         raise SystemExit(f"--rows takes some of {', '.join(ROWS)}, not {', '.join(unknown)}")
     torch.set_num_threads(1)
     demo = read_demo(config.out)
     paths = write_cues(dataclasses.replace(demo, out=config.out))
-    tables = []
+    base, tables = make_base(demo, config), []
     for seed in range(config.seeds):
-        scores = run_seed(seed, paths, config)
+        scores = run_seed(seed, base, paths, config)
         tables.append(f"seed {seed}\n\n" + markdown([scores], {}))
     print("\n\n".join(tables))
 
