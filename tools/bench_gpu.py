@@ -183,7 +183,6 @@ def measure_trainings(config, shape, device, card, book):
     )
     if model is None:
         return
-    sized = one_shape(config, shape)
 
     def measure(name, work, checkpointing, figures):
         def run():
@@ -191,9 +190,9 @@ def measure_trainings(config, shape, device, card, book):
             work()  # warm-up
             return figures(*timed(work, device, times=2)) | dict(mark=mark)
 
-        name += ", checkpointing" * checkpointing
-        book.measure(f"{shape}: {name}", 20, run)
+        book.measure(f"{shape}: {name}{', checkpointing' * checkpointing}", 20, run)
 
+    sized = one_shape(config, shape)
     step, n_labels = sft_step(model, sized, device)
     flops = sft_flops(shape, layers or widths(shape).L, config.sft_tokens, n_labels)
 
@@ -202,20 +201,24 @@ def measure_trainings(config, shape, device, card, book):
 
     for checkpointing in (False, True):
         measure("SFT", step, checkpointing, shares)
+    for name, work, checkpointing in updates(model, sized, device):
+        measure(name, work, checkpointing, lambda took, gib: dict(zip(UPDATE, (took, gib))))
 
-    batch = prompt(sized, 1, device)
-    hidden = model.config.text_config.hidden_size
-    rollout = random_group(sized, hidden, device, shortest=0.25)
+
+def updates(model, config, device):
+    """-> (name, forward and backward of one group, whether activations are made again)."""
+    batch, hidden = prompt(config, 1, device), model.config.text_config.hidden_size
+    rollout = random_group(config, hidden, device, shortest=0.25)
     group = model, batch, rollout, torch.randn(config.n, 1, device=device)
     longest = max(len(z) for z in rollout.latents)
-    for name, work, checkpointing in (
+    exact = f"update, exact gradient ({longest} terms)"
+    return (
         ("update", lambda: ways.update(*group), False),
         ("update", lambda: ways.update(*group), True),
-        (f"update, exact gradient ({longest} terms)", lambda: ways.update(*group, longest), False),
+        (exact, lambda: ways.update(*group, longest), False),
         ("update, prompt copied", lambda: ways.naive_update(*group), False),
         ("update, prompt copied", lambda: ways.naive_update(*group), True),
-    ):
-        measure(name, work, checkpointing, lambda took, gib: dict(zip(UPDATE, (took, gib))))
+    )
 
 
 def sft_step(model, config, device):

@@ -57,8 +57,8 @@ def ratio(some, others):
 class Book:
     """What was measured by a deadline: {name: {figure: number}}, or the reason why there is none.
 
-    A failure is written down and shown, and the next measurement is begun: hours of a GPU cost
-    money. Who reads the book ends with an error then.
+    A failure is shown and written down, and the next measurement begins: who rents a card wants the
+    others. It is in `failed`, and the command ends as an error.
     """
 
     def __init__(self, deadline, save=None):

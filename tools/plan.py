@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from common.flags import run_script
 from latent_decode import CHUNK, LOGITS
-from tools.shapes import SHAPES, VOCABULARY, weights, widths
+from tools.shapes import SHAPES, weights, widths
 
 CARDS = (24, 80, 141)  # GB
 USABLE = 0.9  # of a card
@@ -85,12 +85,13 @@ def activations(shape, forward, checkpointing, copies, trained=True):
     copies: the bf16 copies of weights, as long as the forward or its graph. trained: whether the
     matrices have gradients (not so with LoRA).
     """
-    w, head, tied = widths(shape), VOCABULARY * widths(shape).D * trained, SHAPES[shape].tied
+    w, (_, _, tied, vocabulary) = widths(shape), SHAPES[shape]
+    head = vocabulary * w.D * trained
     kept = forward.tokens * 3 * 4 * w.D  # embeddings, last states, their order
 
     # at the head: fp32 log-probabilities and two gradients of a piece, the weights in bf16; then
     # their gradient in bf16 and fp32, that of the pieces before waiting
-    piece = forward.words * VOCABULARY * 12 + 2 * head
+    piece = forward.words * vocabulary * 12 + 2 * head
     waiting = 4 * head if forward.pieces > 1 else 0
     top = waiting + max(piece, 6 * head)
 
@@ -115,7 +116,7 @@ def sharded_activations(shape, forward, checkpointing, gpus):
 
     # at the head: as above, but the weights are bf16 as they are, and so is their gradient
     waiting = 2 * head if forward.pieces > 1 else 0
-    top = waiting + max(forward.words * VOCABULARY * 12, 2 * head)
+    top = waiting + max(forward.words * SHAPES[shape].vocabulary * 12, 2 * head)
 
     # within a layer: two are gathered, one of them through a buffer; its gradient, and that once
     # more in fp32 to be added up; the gradient of the head waits
