@@ -139,7 +139,7 @@ def by_token(z, e, variance):
 
 
 def price(model, samples, schedule):
-    """Of an answer, decoded alone: passes of the language model, milliseconds of the CPU. Medians.
+    """Of an answer, decoded alone: passes of the language model, milliseconds of the CPU, a median.
 
     The first pass is the prompt's.
     """
@@ -153,13 +153,19 @@ def price(model, samples, schedule):
     return dict(passes=len(calls) / len(samples), ms=float(np.median(spent)))
 
 
+def read_test(world, tokenizer, group=None):
+    """The held-out rows, of a group if one is named, encoded; the shortest first."""
+    config = set_spans.Config(**FOUR, max_length=256, system=TINY["system"])
+    rows = [row for row in read_rows(world["test"]) if group in (None, row.group)]
+    samples = Samples(rows, tokenizer, config)
+    return sorted((samples[i] for i in range(len(rows))), key=lambda s: len(s["ids"]))
+
+
 def score(folder, schedule, world):
-    """A model's answers -> accuracy by group, errors by token, and what an answer costs, a dict."""
+    """A model's answers -> accuracy by group, errors by token, a dict."""
     model, tokenizer = load(folder)
     model.eval()
-    config = set_spans.Config(**FOUR, max_length=256, system=TINY["system"])
-    samples = Samples(read_rows(world["test"]), tokenizer, config)
-    samples = sorted((samples[i] for i in range(len(samples))), key=lambda s: len(s["ids"]))
+    samples = read_test(world, tokenizer)
     right, forced, true = {group: [] for group in GROUPS}, [], []
     free = [torch.zeros(2, 0, model.lm_head.in_features)]
     for start in range(0, len(samples), BATCH):
@@ -177,13 +183,11 @@ def score(folder, schedule, world):
                 free.append(torch.stack([rollout.latents[i], of_row[i]]))
     e, free = torch.cat(true), torch.cat(free, 1)
     variance = sft.target_variance(e)
-    some = [sample for sample in samples if sample["row"].group == "3-hop"][:20]
     return dict(
         accuracy={group: float(np.mean(values)) for group, values in right.items()},
         forced=by_token(torch.cat(forced), e, variance),
         free=by_token(*free, variance),
         compared=free.shape[1] / len(e),
-        **price(model, some, schedule),
     )
 
 
@@ -193,15 +197,15 @@ def cell(values, digits=3):
     return f"{np.mean(values):.{digits}f}{spread}"
 
 
-def tables(results):
-    """{(arm, schedule): [scores a seed]} -> accuracy and cost, then errors by token, as text."""
+def tables(results, costs):
+    """{(arm, schedule): [scores a seed]}, {the same: price} -> accuracies and errors, as text."""
     heads = ["arm", "decoded", "seeds", *GROUPS, "avg", "passes", "ms"], ["arm", "decoded"]
     heads[1].extend(f"{kind}, {k}" for kind in ("forced", "free") for k in range(1, 5))
     texts = [["| " + " | ".join(head) + " |", "|---" * len(head) + "|"] for head in heads]
     for (arm, schedule), seeds in results.items():
         groups = [[s["accuracy"][group] for s in seeds] for group in GROUPS]
         row = [arm, schedule, str(len(seeds)), *map(cell, [*groups, np.mean(groups, 0)])]
-        row += [cell([s[name] for s in seeds], 0) for name in ("passes", "ms")]
+        row += [f"{costs[arm, schedule][name]:.0f}" for name in ("passes", "ms")]
         texts[0].append("| " + " | ".join(row) + " |")
         errors = [[s[kind][k] for s in seeds] for kind in ("forced", "free") for k in range(4)]
         row = [arm, schedule, *(cell(values, 2) for values in errors)]
@@ -209,8 +213,19 @@ def tables(results):
     return "\n\n".join("\n".join(lines) for lines in texts)
 
 
+def price_all(home, pairs, world):
+    """What a 3-hop answer of each (arm, schedule) costs, measured in one go -> {pair: price}."""
+    latent_decode.CHUNK = 1  # plain looks at each step whether it is done, as sets do
+    costs = {}
+    for arm, schedule in pairs:
+        model, tokenizer = load(newest(os.path.join(home, arm)))
+        samples = read_test(world, tokenizer, "3-hop")[:20]
+        costs[arm, schedule] = price(model.eval(), samples, schedule)
+    return costs
+
+
 def main(config):
-    """All trainings and their scores; what is on disk is taken from there."""
+    """All trainings and their scores; costs are the last seed's."""
     world, results = prepare(config), {}
     for seed in map(int, config.seeds.split(",")):
         home = os.path.join(config.out, f"seed_{seed}")
@@ -224,7 +239,7 @@ def main(config):
                 with open(path) as f:
                     results.setdefault((arm, schedule), []).append(json.load(f))
                 print(arm, schedule, results[arm, schedule][-1])
-    text = tables(results)
+    text = tables(results, price_all(home, results, world))
     write(os.path.join(config.out, "table.md"), text + "\n")
     print(f"\n{text}")
 
