@@ -9,8 +9,9 @@ and whoever does not look has to imagine. The scripted agent looks once, at that
 the wall off its pixels: so far one look can lead.
 
 Beside the loop: uniform looks, n of the frames 5..7 put into the prompt whatever is asked. One
-model learns all n, by SFT on the records' own chains, in as many steps as the loop. It has no
-reward to learn from.
+model learns all n, by text-only SFT on the records' own chains, in as many steps as the loop. (With
+spans it learns to imagine what it is shown: the pictures then change nothing.) It has no reward to
+learn from.
 
 Source: ours.
 """
@@ -45,8 +46,8 @@ class Config:
     out: str = "runs/mcr"  # everything lands here
     seed: int = 0  # of the trainings
     annotated: int = 200  # clips whose chains are learnt from
-    sft_steps: int = 600  # x 64 loops
-    rl_steps: int = 40  # x 64 prompts, 8 rollouts each
+    sft_steps: int = 500  # x 64 loops
+    rl_steps: int = 40  # x 32 prompts, 8 rollouts each
     costs: str = "0,0.05,0.2"  # of a look, with commas: a training each
     eval_clips: int = 1000  # held-out clips, three questions each
 
@@ -139,9 +140,7 @@ def scripted(rows):
 def played(folder, rows, shown=0, **more):
     """A model's greedy loops (more: other settings) -> [(row, right, looks)]."""
     model, tokenizer = load(newest(folder))
-    how = {name: more.pop(name) for name in ("banned", "temperature", "generator") if name in more}
-    if "banned" in how:
-        how["banned"] = tokenizer.convert_tokens_to_ids(how["banned"])
+    how = {name: more.pop(name) for name in ("temperature", "generator") if name in more}
     settings = {k: v for k, v in TINY_RL.items() if k in ("image_max_tokens", "l_max", "system")}
     config = mcr.Config(**{**settings, **LOOP, **more})
     pairs = mcr.answer(model.eval(), tokenizer, rows, config, **how)
@@ -151,8 +150,8 @@ def played(folder, rows, shown=0, **more):
     ]
 
 
-def row_of(name, results, cost=None):
-    """[(row, right, looks)] -> a line of the table, as a dict."""
+def row_of(name, results):
+    """[(row, right, looks)] of all hops -> a line of the table, as a dict."""
     line = dict(name=name, looks=np.mean([looks for _, _, looks in results]))
     for hop in HOPS:
         some = [(right, looks) for row, right, looks in results if row.group == hop]
@@ -174,44 +173,61 @@ def markdown(lines):
     return "\n".join(text)
 
 
+def uniform(config, settings, rows):
+    """Uniform looks: a text-only SFT, then a line for each n."""
+    folder, lines = os.path.join(config.out, "uniform"), []
+    stages.train(stages.sft, folder, rows["uniform"], **settings, spans=False)
+    for n in UNIFORM:
+        results = played(folder, rows[f"test_{n}"], shown=n, max_turns=1)
+        lines.append(row_of(f"uniform looks, {n}", results))
+    return lines
+
+
+def loops(config, settings, rows):
+    """Scripted loops -> the folder of their training, the lines of what it has learnt."""
+    folder = os.path.join(config.out, "loops")
+    stages.train(mcr_sft, folder, rows["loops"], **settings)
+    greedy = played(folder, rows["test"])
+    how = dict(temperature=1.0, generator=torch.Generator().manual_seed(config.seed))
+    drawn = played(folder, rows["test"], **how)
+    blind = [result for result in drawn if not result[2]]
+    lines = [row_of("scripted loops, greedy", greedy), row_of("scripted loops, drawn", drawn)]
+    if {row.group for row, _, _ in blind} == set(HOPS):
+        lines.append(row_of(f"of these, the {len(blind)} without a look", blind))
+    return folder, lines
+
+
+def rewarded(config, settings, rows):
+    """LA-DAPO with each cost -> a line each."""
+    settings, lines = dict(TINY_RL, **LOOP, **settings, steps=config.rl_steps), []
+    settings.update(share=False, prompts=32, rollout_batch=32, group_size=8, filter=False)
+    settings.update(lr=3e-4, warmup_steps=5)
+    for cost in filter(None, config.costs.split(",")):
+        folder = os.path.join(config.out, f"cost_{cost}")
+        stages.train(mcr, folder, rows["prompts"], **settings, cost=float(cost))
+        lines.append(row_of(f"LA-DAPO, cost {cost}", played(folder, rows["test"])))
+    return lines
+
+
 def main(config):
     """The trainings that are not on disk yet, then all rows of the table."""
     torch.set_num_threads(1)
     os.makedirs(config.out, exist_ok=True)
     rows = make_rows(config)
-
-    def path(name):
-        return os.path.join(config.out, name)
-
     base = newest(os.path.join(config.world, "seed_0", "base"))
-    base = add_words(base, path("base"), config.seed)
-    common = dict(seed=config.seed, workers=0, model=base)
-    sft_settings = dict(TINY, **common, steps=config.sft_steps, save_every=10**6)
+    base = add_words(base, os.path.join(config.out, "base"), config.seed)
+    common = dict(seed=config.seed, workers=0)
+    settings = dict(TINY, **common, model=base, steps=config.sft_steps, save_every=10**6)
+
     lines = [row_of("scripted agent", scripted(rows["test"]))]
-
-    # uniform looks: an ordinary latent SFT
-    stages.train(stages.sft, path("uniform"), rows["uniform"], **sft_settings)
-    for n in UNIFORM:
-        results = played(path("uniform"), rows[f"test_{n}"], shown=n, max_turns=1)
-        lines.append(row_of(f"uniform looks, {n}", results))
-
-    # the loop: scripts, then the reward
-    stages.train(mcr_sft, path("loops"), rows["loops"], **sft_settings)
-    never = played(path("loops"), rows["test"], banned=["look"])
-    lines.append(row_of("scripted loops, `look` forbidden", never))
-    lines.append(row_of("scripted loops, greedy", played(path("loops"), rows["test"])))
-    drawn = dict(temperature=1.0, generator=torch.Generator().manual_seed(config.seed))
-    lines.append(row_of("scripted loops, drawn", played(path("loops"), rows["test"], **drawn)))
-    rl = dict(TINY_RL, **LOOP, **dict(common, model=newest(path("loops"))), steps=config.rl_steps)
-    rl.update(share=False, prompts=64, rollout_batch=64, group_size=8, filter=False)
-    for cost in filter(None, config.costs.split(",")):
-        name = f"cost_{cost}"
-        stages.train(mcr, path(name), rows["prompts"], **rl, cost=float(cost))
-        lines.append(row_of(f"LA-DAPO, cost {cost}", played(path(name), rows["test"])))
+    lines += uniform(config, settings, rows)
+    folder, learnt = loops(config, settings, rows)
+    lines += learnt + rewarded(config, dict(common, model=newest(folder)), rows)
 
     text = markdown(lines)
-    write(path("table.md"), text + "\n")
-    write_json(path("table.json"), dict(settings=dataclasses.asdict(config), lines=lines))
+    write(os.path.join(config.out, "table.md"), text + "\n")
+    content = dict(settings=dataclasses.asdict(config), lines=lines)
+    write_json(os.path.join(config.out, "table.json"), content)
     print(text)
 
 
