@@ -29,6 +29,7 @@ from common.flags import run_script
 from common.formats import read_rows
 from common.runs import newest, write, write_json
 from model import load
+from rewards import accuracy_reward
 from toy import seed as stages
 from toy.tiny import TINY, TINY_RL
 from toy.world import WALLS, questions, turns, write_rows
@@ -137,6 +138,11 @@ def scripted(rows):
     return results
 
 
+def is_right(row, episode, tokenizer):
+    """Whether the first answer of an episode is the row's."""
+    return accuracy_reward(tokenizer.decode(episode.tokens), row.answer, row.options) > 0
+
+
 def played(folder, rows, shown=0, **more):
     """A model's greedy loops (more: other settings) -> [(row, right, looks)]."""
     model, tokenizer = load(newest(folder))
@@ -145,7 +151,7 @@ def played(folder, rows, shown=0, **more):
     config = mcr.Config(**{**settings, **LOOP, **more})
     pairs = mcr.answer(model.eval(), tokenizer, rows, config, **how)
     return [
-        (row, mcr.is_right(row, episode, tokenizer), len(episode.seen) + shown)
+        (row, is_right(row, episode, tokenizer), len(episode.seen) + shown)
         for row, episode in pairs
     ]
 

@@ -1,14 +1,13 @@
 """A loop of looks: reason, act, read the feedback, reason again, in one context that grows.
 
-A fork of la_dapo.py. After InternVideo3's multimodal contextual reasoning, which is a loop around a
-model at inference; here the loop is learnt: first from scripts (variants/mcr_sft.py), then by
-reinforcement.
+A fork of la_dapo.py, after InternVideo3's multimodal contextual reasoning. The loop is learnt: from
+scripts first (variants/mcr_sft.py), then by reinforcement.
 
     R_i, A_i ~ pi(. | C_i)              a turn: steps of reasoning, at its end an action
     F_i = environment(A_i)              what the action shows or says
     C_{i+1} = C_i + (R_i, A_i, F_i)     C_1: the question and what is seen at first
     log pi  = sum over the tokens that pi chose; F is fed, never chosen and never trained
-    R       = R_acc - cost * looks
+    R       = R_acc - cost * looks,    A_i = R_i - mean R
 
 Actions are words in the last <reason> of a turn. The environment answers as a user's turn:
 
@@ -24,9 +23,9 @@ Actions are words in the last <reason> of a turn. The environment answers as a u
 The frame that is asked for is the last future frame of a record; a record that has none gets
 `nothing` for a check. The rest of the future is not read here.
 
-How it is done: slowly and plainly. A turn is one `generate` of all rollouts that go on, and each
-turn encodes the whole context anew, latents and pictures included. The replay is one forward over
-prompt and transcript, each rollout by itself. What stays: advantages, loss, latent gradient, loop.
+Slow and plain: a turn is one `generate` of all rollouts that go on, over the whole context, encoded
+anew; the replay is one forward, each rollout by itself. What stays: clipped loss, latent gradient,
+the loop of steps.
 
 Where this differs from InternVideo3 (arXiv 2606.12195, sec. 3.1):
  1. No outside tools and no memory but the context. Its prompts, budgets and schemas are not public:
@@ -35,7 +34,8 @@ Where this differs from InternVideo3 (arXiv 2606.12195, sec. 3.1):
  3. The loop is trained. There, no stage trains it.
 Where this differs from la_dapo.py:
  4. R has neither format nor latent rewards; all groups are kept: equally right rollouts still
-    differ in their looks.
+    differ in their looks. A is not divided by the group's deviation: where all are right, that
+    would make the smallest cost push as hard as an answer (`over_std` shows it).
  5. kl = 0: the reference knows no transcripts. No --shard; eval_data is not measured.
  6. In the log `length` and `forced_stops` count the environment's tokens too; `looks` is new.
 
@@ -59,13 +59,12 @@ from common.groups import Group
 from common.rollouts import Rollout
 from data import Samples, Special, at_least, collate, model_inputs, to_device, tokenize, visual
 from latent_decode import Replay, decisions, generate
-from rewards import accuracy_reward, span_lengths
+from rewards import span_lengths
 
 WORDS = ("look", "imagine", "check", "seen", "unseen", "nothing")  # actions and feedback
 ACTION = re.compile(
     r"<reason>\s*(?:look\s+(?P<frame>\d{1,3})|(?P<check>check))\s*</reason>\s*(?:<\|im_end\|>)?\s*$"
 )
-KEY_FRAMES = range(1, 9)  # of a clip
 
 
 @dataclasses.dataclass
@@ -78,15 +77,14 @@ class Config(la_dapo.Config):
     kl: float = 0.0  # no reference
     lambda_c: float = 0.0  # not in this reward
     lambda_d: float = 0.0  # not in this reward
+    over_std: bool = False  # divide A by the group's deviation, as la_dapo.py does  # ours
 
     def __post_init__(self):
         super().__post_init__()
         at_least(self, 0, "cost", "max_looks")
         at_least(self, 1, "max_turns")
-        if self.kl or self.lambda_c or self.lambda_d:
-            raise ValueError("mcr: kl, lambda_c and lambda_d are 0")
-        if self.share or self.shard or self.eval_data:
-            raise ValueError("mcr: no share, shard and eval_data")
+        if self.kl or self.lambda_c or self.lambda_d or self.share or self.shard or self.eval_data:
+            raise ValueError("mcr: no kl, lambda_c, lambda_d, share, shard and eval_data")
 
     @property
     def label(self):
@@ -125,7 +123,7 @@ def environment(turn, row, seen, looks_left):
         return Said(("seen" if asked[0] in seen else "unseen") if asked else "nothing")
     clips = [frame.source for frame in frames_in(row.prompt) if frame.index]
     k = int(action["frame"])
-    there = bool(clips) and k in KEY_FRAMES and looks_left > 0
+    there = bool(clips) and 1 <= k <= 8 and looks_left > 0
     return Shown(Frame(clips[0], k)) if there else Said("nothing")
 
 
@@ -222,16 +220,12 @@ def play(model, tokenizer, batch, config, n=1, **how):
             inputs, n = contexts(live, "left", model.device), 1
             latents = [z for episode in live for z in episode.latents]
             inputs["latents"] = torch.cat(latents)  # (N, D), row by row in order
-        rollout = as_lists(generate(model, inputs, n=n, **how))
+        rollout = generate(model, inputs, n=n, **how)
+        names = "tokens", "sampled", "logprobs", "lengths"
+        lists = {name: getattr(rollout, name).tolist() for name in names}
         for i, episode in enumerate(live):
-            episode.add_turn(rollout, i)
+            episode.add_turn(dataclasses.replace(rollout, **lists), i)
     return episodes
-
-
-def as_lists(rollout):
-    """A Rollout with lists for tensors, but for the latents: one copy from the device each."""
-    names = "tokens", "sampled", "logprobs", "lengths"
-    return dataclasses.replace(rollout, **{k: getattr(rollout, k).tolist() for k in names})
 
 
 def as_rollout(episodes, device):
@@ -258,11 +252,6 @@ def answer(model, tokenizer, rows, config, batch=256, **how):
         if block["rows"]:
             pairs += zip(block["rows"], play(model, tokenizer, block, config, **how))
     return pairs
-
-
-def is_right(row, episode, tokenizer):
-    """Whether the first answer of an episode is the row's."""
-    return accuracy_reward(tokenizer.decode(episode.tokens), row.answer, row.options) > 0
 
 
 # ----------------------------------------------------------------------- what la_dapo.py is given
@@ -332,8 +321,20 @@ def replay_loops(model, batch, config):
     return Replay(logprob, entropy, model.to_latent(h[is_latent]).to(wide), z, states)
 
 
+def differences(batch):
+    """A_i = R_i - mean R in the group of each row of a batch -> (R, 1). Source: ours."""
+    A = []
+    for k, members in zip(batch.prompt_of.tolist(), batch.members):
+        R = batch.groups[k].parts["total"]
+        judged = [value for value in R if value is not None]
+        A.append(R[members[0]] - sum(judged) / len(judged))
+    return batch.A.new_tensor(A)[:, None]
+
+
 def policy_loss(model, batch, n_tokens, config, figures):
-    """`la_dapo.policy_loss` on transcripts."""
+    """`la_dapo.policy_loss` on transcripts, with these advantages."""
+    if not config.over_std:
+        batch = dataclasses.replace(batch, A=differences(batch))
     new = replay_loops(model, batch, config)
     loss, kl = la_dapo.clipped_loss(new, batch, n_tokens, config, figures)
     return loss + kl + la_dapo.through_latents(loss, new, batch, config)

@@ -237,10 +237,13 @@ def test_words_of_the_environment_are_fed_and_not_learnt(played):
     assert int(batch.weight.sum()) == sum(sum(episode.sampled) for episode in episodes)
 
 
-def test_the_loss_does_not_see_feedback(played):
-    """Breaks if the gradient is that of another sum than -A log pi over what the policy chose."""
+@pytest.mark.parametrize("over_std", [False, True])
+def test_the_loss_does_not_see_feedback(played, over_std):
+    """Breaks if the gradient is that of another sum than -A log pi over what the policy chose, or
+    A is not R - mean R (over_std: over the deviation, too).
+    """
     model, tokenizer, config, _, episodes = played
-    config = dataclasses.replace(config, adjoint_terms=0)
+    config = dataclasses.replace(config, adjoint_terms=0, over_std=over_std)
     groups = group_of(episodes, model, tokenizer, config)
     batch, figures = prepare(groups, True, torch.device("cpu")), Counter()
     n = int(batch.weight.sum())
@@ -248,7 +251,9 @@ def test_the_loss_does_not_see_feedback(played):
     (gradient,) = torch.autograd.grad(loss, model.lm_head.weight)
     by_hand = 0.0
     for group in groups:
-        for A, episode in zip(group.A, group.episodes):
+        R = torch.tensor(group.parts["total"])
+        scale = R.std() + 1e-6 if over_std else 1.0
+        for A, episode in zip((R - R.mean()) / scale, group.episodes):
             by_hand = by_hand - A * logprobs_alone(model, episode, config.temperature).sum() / n
     (expected,) = torch.autograd.grad(by_hand, model.lm_head.weight)
     assert expected.abs().max() > 1e-4
@@ -262,7 +267,7 @@ def test_reward_by_hand(played):
     assert len(groups) == 4
     for group in groups:
         for i, episode in enumerate(group.episodes):
-            right = mcr.is_right(group.sample["row"], episode, tokenizer)
+            right = toy_mcr.is_right(group.sample["row"], episode, tokenizer)
             expected = right - 0.25 * tokenizer.decode(episode.tokens).count("<|image_pad|>")
             assert group.parts["total"][i] == pytest.approx(expected)
             assert group.rewards["looks"][i] == len(episode.seen)
