@@ -118,6 +118,7 @@ class Config(DataConfig):
     max_new_tokens: int = 2048  # as in evaluation  # ours
     max_latents: int = 8  # longest span: 2 * l_max  # official
     share: bool = False  # decode once what rollouts have in common, while they are equal  # ours
+    cuda_graph: bool = False  # replay a captured decoding step; not with share  # ours
     # rewards
     lambda_c: float = 0.2  # weight of R_ctr, Eq. (7)  # paper Table 9
     lambda_d: float = 0.1  # weight of R_div, Eq. (7)  # paper Table 9
@@ -169,6 +170,8 @@ class Config(DataConfig):
         at_least(self, 0, "prompts", "steps", "max_latents", "warmup_steps")
         at_least(self, -1, "adjoint_terms")
         check_ranks(self)
+        if self.share and self.cuda_graph:
+            raise ValueError("share or cuda_graph: a captured step has one size")
         if self.temperature <= 0 or self.tau <= 0:  # a greedy group has nothing to compare
             raise ValueError(f"temperature {self.temperature}, tau {self.tau}: expected above 0")
         if self.shard and self.adjoint_terms:
@@ -309,6 +312,7 @@ def roll_out(policy, batch, k, config, machine):
     how = dict(temperature=config.temperature, top_p=config.top_p, share=config.share, n=G)
     how.update(max_new_tokens=config.max_new_tokens, max_latents=config.max_latents)
     how.update(feed=policy.feed(config, k) if policy.feed else own_latent)
+    how.update(cuda_graph=config.cuda_graph)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + k)
     rollout, tokens, texts = decode(policy, batch, machine, generator=generator, **how)
     ids = policy.model.config.latent_start_id, policy.model.config.latent_id

@@ -55,6 +55,7 @@ def read_lines(path):
 HARMLESS = {"resume", "out", "workers", "max_bad", "save_every", "track"}
 HARMLESS |= {"eval_data", "eval_every", "eval_rows"}
 HARMLESS |= {"gradient_checkpointing", "micro_batch", "shard", "sample_every", "judge_url"}
+HARMLESS |= {"cuda_graph"}
 
 
 TRACKERS = ("wandb", "trackio")  # packages of the same three functions: init, log, finish

@@ -139,6 +139,13 @@ def test_kl_of_a_token_that_is_far_off():
     torch.testing.assert_close(logp.grad, slope)
 
 
+def test_rows_that_part_have_no_captured_step():
+    """Breaks if a flag is taken that would end the run at its first rollout."""
+    assert la_dapo.Config(cuda_graph=True).cuda_graph
+    with pytest.raises(ValueError, match="captured step has one size"):
+        la_dapo.Config(share=True, cuda_graph=True)
+
+
 def test_schedule_by_hand():
     """Breaks if the warm-up is not linear, or the last step is not near final_lr."""
     c = la_dapo.Config(lr=1.0, steps=14, warmup_steps=4, final_lr=0.1)

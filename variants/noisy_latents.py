@@ -43,8 +43,10 @@ class Config(la_dapo.Config):
                 f"latent_sigma {self.latent_sigma}, density {self.density!r}: expected above 0, "
                 "and sum or mean"
             )
-        if self.adjoint_terms or self.share or self.updates_a_step != 1:
-            raise ValueError("noisy latents: adjoint_terms 0, no share, one update a step")
+        if self.adjoint_terms or self.updates_a_step != 1:
+            raise ValueError("noisy latents: adjoint_terms 0, one update a step")
+        if self.share or self.cuda_graph:  # the noise is drawn anew at each step
+            raise ValueError("noisy latents: no share, no cuda_graph")
 
     @property
     def label(self):

@@ -80,6 +80,7 @@ class Config(DataConfig):
     max_new_tokens: int = 4096  # paper Table 3
     max_latents: int = 8  # longest span: 2 * l_max  # Future-L1's
     share: bool = False  # decode once what a group has in common, as in la_dapo.py  # ours
+    cuda_graph: bool = False  # replay a captured decoding step; not with share  # ours
     # objective
     average: str = "trajectory"  # weights: trajectory, 1/|y| (paper) | token, all alike (official)
     eps: float = 0.2  # official
