@@ -167,7 +167,7 @@ class Config(DataConfig):
         at_least(self, 1, "minibatches", "inner_epochs", "save_every", "sample_every")
         at_least(self, 1, "eval_every")
         at_least(self, 2, "group_size")  # an advantage compares
-        at_least(self, 0, "prompts", "steps", "max_latents", "warmup_steps")
+        at_least(self, 0, "prompts", "steps", "max_latents", "warmup_steps", "eval_rows")
         at_least(self, -1, "adjoint_terms")
         check_ranks(self)
         if self.share and self.cuda_graph:

@@ -280,10 +280,15 @@ def add_latent_tokens(tokenizer):
 
 def class_of(folder):
     """FutureL1, or what the config of a folder or hub id names: `variant: "x"` is Model in
-    variants/x.py, a subclass with other layers. Ours.
+    variants/x.py, a subclass with other layers. Raises ValueError if there is none. Ours.
     """
     variant = getattr(AutoConfig.from_pretrained(folder), "variant", None)
-    return importlib.import_module(f"variants.{variant}").Model if variant else FutureL1
+    if not variant:
+        return FutureL1
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "variants", f"{variant}.py")
+    if not os.path.isfile(path):
+        raise ValueError(f"{folder}: its config.json names the variant {variant!r}; no {path}")
+    return importlib.import_module(f"variants.{variant}").Model
 
 
 def load(folder, latent_head=None, **kwargs):

@@ -96,6 +96,7 @@ class Config(DataConfig):
     def __post_init__(self):
         super().__post_init__()
         at_least(self, 1, "global_batch", "micro_batch", "save_every", "eval_every")
+        at_least(self, 0, "eval_rows")
         check_ranks(self)
         if self.latent_loss not in ("mse", "nmse"):
             raise ValueError(f"latent_loss is {self.latent_loss!r}, expected mse or nmse")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,9 +140,21 @@ def test_kl_of_a_token_that_is_far_off():
     torch.testing.assert_close(logp.grad, slope)
 
 
-def test_rows_that_part_have_no_captured_step():
-    """Breaks if a flag is taken that would end the run at its first rollout."""
-    assert la_dapo.Config(cuda_graph=True).cuda_graph
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_the_captured_step_is_asked_for(cuda_graph, monkeypatch):
+    """Breaks if the flag does not reach the decoder, or share is taken with it."""
+
+    class Asked(Exception):
+        pass
+
+    def generate(model, batch, **how):
+        raise Asked(how["cuda_graph"])
+
+    monkeypatch.setattr(la_dapo, "generate", generate)
+    policy = SimpleNamespace(model=None, feed=None)
+    with pytest.raises(Asked, match=str(cuda_graph)):
+        config = la_dapo.Config(cuda_graph=cuda_graph)
+        la_dapo.roll_out(policy, dict(rows=[1]), 0, config, la_dapo.Machine())
     with pytest.raises(ValueError, match="captured step has one size"):
         la_dapo.Config(share=True, cuda_graph=True)
 

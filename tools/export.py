@@ -26,8 +26,7 @@ latent visual imagination, its own states fed back in place of words
 ([arXiv 2606.05769](https://arxiv.org/abs/2606.05769)).
 
 **It needs the Future-L1 scripts to imagine** (`python sample.py --model DIR --video clip.mp4
---question "..."`). Transformers' Qwen3-VL, vLLM and others load the folder too, but they feed a
-span the embedding of `<|latent|>` and so run without imagination.
+--question "..."`). {elsewhere}
 
 What it was trained with, and how it has to be asked (system message, frames, pixel budgets), is in
 `future_l1.json`; the scripts read it from there.
@@ -58,8 +57,13 @@ class Config:
     evals: str = ""  # folders of evaluations whose scores are added, separated by commas
 
 
-def card(about, config):
-    """future_l1.json's content -> the text of README.md."""
+ELSEWHERE = """Transformers' Qwen3-VL, vLLM and others load the folder too, but they feed a
+span the embedding of `<|latent|>` and so run without imagination."""
+VARIANT = "It is a variant (`variants/{}.py`): others do not load it, or not all of it."
+
+
+def card(about, config, variant=None):
+    """future_l1.json's content -> the text of README.md. variant: the name in the config."""
     base = config.base or about.get("base", "unknown")
     head = ["library_name: transformers", "pipeline_tag: video-text-to-text"]
     head += [f"base_model: {base}"] if "/" in base else []
@@ -77,6 +81,7 @@ def card(about, config):
     return CARD.format(
         head="".join(line + "\n" for line in head),
         name=config.name or os.path.basename(os.path.normpath(config.out)),
+        elsewhere=VARIANT.format(variant) if variant else ELSEWHERE,
         base=base,
         trainings=trainings if about.get("trainings") else "Trainings: not recorded.",
         scores=scores if about.get("scores") else "None recorded.",
@@ -103,7 +108,7 @@ def export(config):
 
     # the card
     with open(os.path.join(config.out, "README.md"), "w", encoding="utf-8") as f:
-        f.write(card(trained_with(config.out), config))
+        f.write(card(trained_with(config.out), config, getattr(model.config, "variant", None)))
     size = sum(os.path.getsize(os.path.join(config.out, n)) for n in os.listdir(config.out))
     print(f"{config.out}: {size / 1e6:,.1f} MB, made from {source}")
 

@@ -50,7 +50,7 @@ from common.flags import run_script
 from common.groups import Harvest, RolloutLog, load_prompts, log_line, prepare
 from common.report import draw_curves
 from common.runs import Machine, Run, rows_of
-from data import DataConfig, at_least, collate, model_inputs
+from data import DataConfig, at_least, collate, model_inputs, tokenize
 from latent_decode import LOGITS
 from model import log_continue
 from rewards import pick, score_group
@@ -119,6 +119,8 @@ class Config(DataConfig):
             raise ValueError(f"privilege is {self.privilege!r}, expected cue, answer or none")
         if self.average not in ("trajectory", "token"):
             raise ValueError(f"average is {self.average!r}, expected trajectory or token")
+        if self.share and self.cuda_graph:
+            raise ValueError("share or cuda_graph: a captured step has one size")
         if self.temperature <= 0 or (self.gate and self.group_size < 2):
             raise ValueError("expected a temperature above 0; and with gate, group_size 2 or more")
 
@@ -140,8 +142,7 @@ def hint(row, config):
 
 def hinted(sample, tokenizer, config):
     """An encoded prompt -> the teacher's: the hint's tokens at the end of the user's turn."""
-    options = dict(add_special_tokens=False, split_special_tokens=True)
-    words = tokenizer(hint(sample["row"], config), **options).input_ids
+    words = tokenize([hint(sample["row"], config)], tokenizer)
     ids, end = sample["ids"], tokenizer.convert_tokens_to_ids("<|im_end|>")
     turn = len(ids) - 1 - ids[::-1].index(end)
     return dict(sample, ids=[*ids[:turn], *words, *ids[turn:]])

@@ -53,6 +53,13 @@ def test_round_trip(world, run, tmp_path, capsys):
     assert trained_with(out)["trainings"][0]["commit"] in card
 
 
+def test_the_card_of_a_variant():
+    """Breaks if the card of a folder with other layers says that vLLM loads it."""
+    plain, other = (export.card({}, export.Config(out="x"), v) for v in (None, "m2la"))
+    assert "vLLM and others load the folder" in plain and "variants/m2la.py" not in plain
+    assert "vLLM" not in other and "variants/m2la.py" in other
+
+
 def test_what_cannot_be_exported(world, run, tmp_path):
     """Breaks if a folder that holds something is written over, or the first lines of an error are
     lost in a traceback.

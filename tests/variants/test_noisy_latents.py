@@ -41,6 +41,13 @@ def test_the_score_function_of_a_quadratic_reward(density):
     torch.testing.assert_close(gradient, truth if density == "sum" else truth / D)
 
 
+@pytest.mark.parametrize("name", ["share", "cuda_graph"])
+def test_steps_that_draw_are_neither_shared_nor_captured(name):
+    """Breaks if noise is drawn once and used at every step, or for all rows of a group."""
+    with pytest.raises(ValueError, match=name):
+        Config(**{name: True})
+
+
 def test_a_density_by_hand():
     """Breaks if sigma is not squared, or the half is lost."""
     z, mean = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]])
