@@ -568,17 +568,19 @@ def apart(a, b):
 LAUNCH = """
 import json, sys
 sys.path.insert(0, {root!r})
-import torch, la_dapo
+import torch
+import {module} as script
 torch.set_num_threads(1)
-la_dapo.train(la_dapo.Config(**json.loads(sys.argv[1])))
+script.train(script.Config(**json.loads(sys.argv[1])))
 from common.runs import leave
 leave()
 """
 
 
 def launch(tmp_path, processes, config, wait=True):
+    """The training of a config, la_dapo.py's or a variant's, in processes of its own."""
     script = tmp_path / "launch.py"
-    script.write_text(LAUNCH.format(root=ROOT))
+    script.write_text(LAUNCH.format(root=ROOT, module=type(config).__module__))
     command = (
         [sys.executable]
         if processes == 1

@@ -36,7 +36,7 @@ Where this differs from la_dapo.py:
  4. R has neither format nor latent rewards; all groups are kept: equally right rollouts still
     differ in their looks. A is not divided by the group's deviation: where all are right, that
     would make the smallest cost push as hard as an answer (`over_std` shows it).
- 5. kl = 0: the reference knows no transcripts. No --shard; eval_data is not measured.
+ 5. kl = 0: the reference knows no transcripts. No --shard, --cuda_graph; no eval_data.
  6. In the log `length` and `forced_stops` count the environment's tokens too; `looks` is new.
 
 Axis letters: B prompts, n rollouts a prompt, R rows (rollouts), T tokens after the prompt, L tokens
@@ -83,8 +83,9 @@ class Config(la_dapo.Config):
         super().__post_init__()
         at_least(self, 0, "cost", "max_looks")
         at_least(self, 1, "max_turns")
-        if self.kl or self.lambda_c or self.lambda_d or self.share or self.shard or self.eval_data:
-            raise ValueError("mcr: no kl, lambda_c, lambda_d, share, shard and eval_data")
+        without = "kl", "lambda_c", "lambda_d", "share", "shard", "cuda_graph", "eval_data"
+        if any(getattr(self, name) for name in without):
+            raise ValueError(f"mcr: no {', '.join(without)}")
 
     @property
     def label(self):

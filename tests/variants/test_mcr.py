@@ -4,11 +4,12 @@ import dataclasses
 import os
 import random
 import re
+import shutil
 from collections import Counter
 
 import pytest
 import torch
-from test_la_dapo import log_of
+from test_la_dapo import apart, launch, log_of, straight_run, weights
 from test_la_dapo import settings as rl_settings
 from test_sft import settings as sft_settings
 
@@ -370,11 +371,35 @@ def test_training_is_logged_and_bad_settings_are_refused(world, looper, tmp_path
         assert line["replay_rms"] < 1e-3
     assert log_of(tmp_path / "a")[0]["looks"] > 0
     assert os.path.basename(done) == "step_000002"
-    for wrong in (dict(kl=0.1), dict(share=True), dict(eval_data="x"), dict(lambda_c=0.1)):
+    for wrong in (dict(kl=0.1), dict(share=True), dict(cuda_graph=True), dict(eval_data="x")):
         with pytest.raises(ValueError, match="^mcr: "):
             settings(world, looper, tmp_path, **wrong)
     with pytest.raises(ValueError, match="looks between 0 and 1"):
         mcr_sft.Config(looks=1.5)
+
+
+def test_a_run_that_goes_on_is_one_that_was_not_cut(world, looper, tmp_path):
+    """Breaks if a step of loops depends on more than the checkpoint: what was seen, say."""
+    config = settings(world, looper, tmp_path / "a", steps=2, save_every=1, group_size=3)
+    straight = weights(mcr.train(config))
+    shutil.rmtree(tmp_path / "a" / "step_000002")
+    resumed = weights(mcr.train(dataclasses.replace(config, resume=True)))
+    assert apart(straight, weights(looper)) > 0
+    assert all(torch.equal(straight[k], resumed[k]) for k in straight)
+
+
+@pytest.mark.slow  # processes of their own
+def test_two_processes_give_the_update_of_one(world, looper, tmp_path):
+    """Breaks if the ranks play other loops, or wait for a rank that has no loop left."""
+    more = dict(steps=2, rollout_batch=1, group_size=3, lr=1e-5)
+    one = straight_run(tmp_path, settings(world, looper, tmp_path / "one", **more))
+    code, said = launch(tmp_path, 2, settings(world, looper, tmp_path / "two", **more))
+    assert code == 0, said[-3000:]
+    a, b = weights(one), weights(tmp_path / "two" / "step_000002")
+    assert apart(a, weights(looper)) > 1e-5 and apart(a, b) < 1e-6
+    for x, y in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two")):
+        for key in ("total", "accuracy", "looks", "entropy", "grad_norm", "rollouts", "length"):
+            assert x[key] == pytest.approx(y[key], rel=1e-4, abs=1e-6), key
 
 
 def test_the_scripted_agent_is_always_right(world):
