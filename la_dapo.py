@@ -63,7 +63,6 @@ Axis letters: G rollouts of a prompt, R rows (rollouts), T new tokens, N latents
 """
 
 import dataclasses
-import math
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -79,10 +78,12 @@ from common.groups import (
     Group,
     Harvest,
     RolloutLog,
+    check_readable,
     load_prompts,
     log_line,
     no_batch,
     prepare,
+    update_figures,
 )
 from common.heldout import HeldOut, held_out_rows
 from common.judge import judge_of, read_args
@@ -472,23 +473,6 @@ def update(policy, optimizer, groups, lr, config, machine):
     return update_figures(figures, norms, machine)
 
 
-def update_figures(figures, norms, machine):
-    """Sums of this rank, norms of the updates -> the step's figures; None = there was no update."""
-    n = len(norms)
-    names = ("loss", "ratio", "clip_fraction", "kl", "entropy", "replay_ms")
-    sums = machine.sum([figures[name] for name in names])
-    means = {name: total / n if n else None for name, total in zip(names, sums)}
-    mean_square = means.pop("replay_ms")
-    return dict(
-        means,
-        replay_rms=math.sqrt(mean_square) if n else None,
-        ratio_max=max(machine.gather([float(figures["ratio_max"])])),
-        grad_norm=norms[-1] if n else None,
-        updates=n,
-        updates_skipped=sum(not math.isfinite(norm) for norm in norms),
-    )
-
-
 # --------------------------------------------------------------------------------------------- loop
 
 
@@ -606,13 +590,6 @@ def count_steps(rows, config):
     if not rows or (prompts < 1 and not config.steps):
         raise SystemExit(f"nothing to train on: {len(rows)} rows, {config.epochs} epochs")
     return config.steps or max(1, prompts // config.groups)
-
-
-def check_readable(step, tally, skipped):
-    """Raises SystemExit if the first step rolled nothing out: a wrong media_root, most likely."""
-    if step == 0 and not tally["rollouts"]:
-        why = f", e.g. {skipped[0].why}" if skipped else ""
-        raise SystemExit(f"none of the first prompts could be used{why}")
 
 
 def describe(config, rows, model, steps, machine):

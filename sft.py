@@ -350,14 +350,14 @@ def train(config, rows=None, module=Step, samples=Samples):
     order, steps = plan_order(rows, config)
     torch.manual_seed(config.seed)
     model, tokenizer = run.load(latent_head=config.latent_head or None)
-    samples = samples(rows, tokenizer, config, train=True, spans=config.spans)
-    batches = load_steps(samples, order, run.first, steps, config, machine)
+    encoded = samples(rows, tokenizer, config, train=True, spans=config.spans)
+    batches = load_steps(encoded, order, run.first, steps, config, machine)
 
     # what is trained, and the state of a run that goes on
-    state = run.state or dict(latent_var=measure_variance(model, samples, order, config, machine))
+    state = run.state or dict(latent_var=measure_variance(model, encoded, order, config, machine))
     latent_var = state["latent_var"]
-    module = module(model, config, latent_var)
-    wrapped = machine.wrap(module, unused=not config.freeze_vision)
+    loss = module(model, config, latent_var)
+    wrapped = machine.wrap(loss, unused=not config.freeze_vision)
     optimizer, trained = make_optimizer(model, config)
     run.start(model, optimizer, describe(config, rows, model, steps, machine))
 
@@ -380,7 +380,7 @@ def train(config, rows=None, module=Step, samples=Samples):
 
         # a line in the log, and now and then a checkpoint
         line = dict(step=step, lr=lr, tokens=counts.n_tokens, latents=counts.n_latent, **means)
-        line.update(module.figures)
+        line.update(loss.figures)
         line.update(grad_norm=norm, update_skipped=norm is None or not math.isfinite(norm))
         line.update(skipped=[list(skip) for skip in skipped], seconds=round(time.time() - began, 4))
         if held_out.due(step + 1, steps):

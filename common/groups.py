@@ -12,6 +12,7 @@ Axis letters: G rollouts of a prompt, R rows (rollouts of several prompts), T ne
 
 import functools
 import json
+import math
 import os
 from dataclasses import dataclass, field
 
@@ -196,6 +197,30 @@ def log_line(tally, skipped, failures):
         judge_failures=dict(failures),
         **tally.seconds(),
     )
+
+
+def update_figures(figures, norms, machine):
+    """Sums of this rank, norms of the updates -> the step's figures; None = there was no update."""
+    n = len(norms)
+    names = ("loss", "ratio", "clip_fraction", "kl", "entropy", "replay_ms")
+    sums = machine.sum([figures[name] for name in names])
+    means = {name: total / n if n else None for name, total in zip(names, sums)}
+    mean_square = means.pop("replay_ms")
+    return dict(
+        means,
+        replay_rms=math.sqrt(mean_square) if n else None,
+        ratio_max=max(machine.gather([float(figures["ratio_max"])])),
+        grad_norm=norms[-1] if n else None,
+        updates=n,
+        updates_skipped=sum(not math.isfinite(norm) for norm in norms),
+    )
+
+
+def check_readable(step, tally, skipped):
+    """Raises SystemExit if the first step rolled nothing out: a wrong media_root, most likely."""
+    if step == 0 and not tally["rollouts"]:
+        why = f", e.g. {skipped[0].why}" if skipped else ""
+        raise SystemExit(f"none of the first prompts could be used{why}")
 
 
 class RolloutLog:

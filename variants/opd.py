@@ -47,7 +47,7 @@ from torch.utils.checkpoint import checkpoint
 import la_dapo
 from common.checkpoint import make_optimizer
 from common.flags import run_script
-from common.groups import Harvest, RolloutLog, load_prompts, log_line, prepare
+from common.groups import Harvest, RolloutLog, check_readable, load_prompts, log_line, prepare
 from common.report import draw_curves
 from common.runs import Machine, Run, rows_of
 from data import DataConfig, at_least, collate, model_inputs, tokenize
@@ -326,7 +326,7 @@ def train(config, rows=None):
         harvest, end = collect(pair, batches, place, config, machine)
         skipped, _ = run.log.skips(harvest.skipped)
         tally = harvest.tally.over(machine)
-        la_dapo.check_readable(step, tally, skipped)
+        check_readable(step, tally, skipped)
 
         # the teacher scores, and the student learns
         lr = la_dapo.schedule(step, steps, config)
