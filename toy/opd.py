@@ -71,8 +71,11 @@ class Config:
     rows: str = "la-dapo,answer,cue,cue+module,none"  # some of these, and cue-kl; "" = none
     # steps of captions of the base: few make a model whose eyes are weak; 0 = the demo's base
     pretrain_steps: int = 0
+    annotated: int = 0  # clips with chains that the teacher is trained on; 0 = the demo's
     sft_steps: int = 600  # of the teacher
-    steps: int = 60  # of each row
+    steps: int = 60  # of each distillation
+    rl_steps: int = 95  # of LA-DAPO, which take about as many seconds
+    freeze_vision: bool = True  # in the rows; the teacher's SFT never trains it
 
 
 def cued(make, seeds, bend):
@@ -98,14 +101,15 @@ def read_demo(out):
 def write_cues(config):
     """The world's rows once more, with cues -> {train, prompts, test: jsonl file}.
 
-    config: the demo's.
+    config: the demo's, with the teacher's number of annotated clips.
     """
     test = range(config.eval_seed, config.eval_seed + config.eval_clips)
     kinds = dict(train=(questions, range(config.annotated)), test=(questions, test))
     kinds.update(prompts=(prompts, range(config.clips)))
     paths = {}
     for name, (make, seeds) in kinds.items():
-        paths[name] = os.path.join(config.out, "data", f"cued_{name}.jsonl")
+        file = f"cued_{name}_{len(seeds)}.jsonl"
+        paths[name] = os.path.join(config.out, "data", file)
         if not os.path.exists(paths[name]):
             write_rows(paths[name], cued(make, seeds, config.bend))
     return paths
@@ -153,7 +157,7 @@ def make_expert(base, home, common, config):
 
 def run_seed(seed, base, paths, config):
     """-> {row: {group: scores}} of the teacher with each hint, and of the rows asked for."""
-    folder = f"opd_{config.pretrain_steps}" if config.pretrain_steps else "opd"
+    folder = f"opd_{config.pretrain_steps}_{config.annotated}"
     home, common = os.path.join(config.out, folder, f"seed_{seed}"), dict(seed=seed, workers=0)
     test = read_rows(paths["test"])
 
@@ -169,12 +173,16 @@ def run_seed(seed, base, paths, config):
 
     for name in names_of(config):
         title, script, changes = ROWS[name]
-        settings = dict(TINY_RL if script is la_dapo else TINY_OPD, steps=config.steps, **common)
-        settings.update(changes, model=teacher, data=paths["prompts"])
+        settings = dict(TINY_OPD, steps=config.steps)
+        if script is la_dapo:
+            settings = dict(TINY_RL, steps=config.rl_steps)
+        settings.update(common, **changes, model=teacher, data=paths["prompts"])
+        settings["freeze_vision"] = config.freeze_vision
         if name == "expert":
             settings["teacher"] = make_expert(base, home, common, config)
             out = os.path.join(home, "eval_the_expert")
             scores["the expert"] = score(settings["teacher"], "test", test, out)
+        name += "" if config.freeze_vision else "+eyes"
         model, seconds = timed(script, os.path.join(home, name), **settings)
         title = f"{title} ({seconds} s)"
         scores[title] = score(model, "test", test, os.path.join(home, f"eval_{name}"))
@@ -192,7 +200,8 @@ def main(config):
         raise SystemExit(f"--rows takes some of {', '.join(ROWS)}, not {', '.join(unknown)}")
     torch.set_num_threads(1)
     demo = read_demo(config.out)
-    paths = write_cues(dataclasses.replace(demo, out=config.out))
+    annotated = config.annotated or demo.annotated
+    paths = write_cues(dataclasses.replace(demo, out=config.out, annotated=annotated))
     base, tables = make_base(demo, config), []
     for seed in range(config.seeds):
         scores = run_seed(seed, base, paths, config)

@@ -48,7 +48,8 @@ def test_the_teacher_reads_what_it_was_trained_on(world, tmp_path):
 def test_the_whole_in_small(tmp_path, capsys):
     """Breaks if a row does not train, a second run trains again, or the demo is not asked for."""
     out = str(tmp_path / "toy")
-    config = toy_opd.Config(out=out, rows="cue,cue+module,la-dapo", sft_steps=2, steps=1)
+    steps = dict(sft_steps=2, steps=1, rl_steps=1)
+    config = toy_opd.Config(out=out, rows="cue,cue+module,la-dapo", **steps)
     with pytest.raises(SystemExit, match="comes first"):
         toy_opd.main(config)
 
