@@ -219,6 +219,17 @@ def draw_bars(results, names, groups, png):
     fig.savefig(png, dpi=120)
 
 
+def draw_looks(series, png):
+    """{name: [[(looks, accuracy), ...] a seed]} -> accuracy against looks, a line a seed. Ours."""
+    fig, ax = _axes(1, 5, 3.4)
+    for k, (name, curves) in enumerate(series.items()):
+        for i, points in enumerate(curves):
+            ax.plot(*zip(*points), "o-", ms=4, lw=0.8, color=f"C{k}", label="" if i else name)
+    ax.set(xlabel="looks a question", ylabel="accuracy")
+    ax.legend(fontsize=8, frameon=False)
+    fig.savefig(png, dpi=120)
+
+
 def draw_key_frames(clip, titles, png):
     """The eight key frames of a clip in a row, under titles {index: text}, else numbers. Ours."""
     frames, _, _ = read_clip(clip, key_frame_positions)

@@ -1,7 +1,7 @@
 """A loop of looks in the embedded world: the table of docs/variants.md.
 
     python -m toy                                        # makes the world and the base model
-    python -m toy.mcr --world runs/toy --out runs/mcr    # reads them
+    python -m toy.mcr --world runs/toy --out runs/mcr    # reads them; --seeds 0,1,2
 
 The demo's questions, but at first one frame is seen, key frame 4; the others can be looked at. The
 next wall is asked for, or the second, or the third: the picture of key frame 5, 6 or 7 shows it,
@@ -27,10 +27,12 @@ from tokenizers import AddedToken
 from common.clips import pixels_of
 from common.flags import run_script
 from common.formats import read_rows
+from common.report import draw_looks
 from common.runs import newest, write, write_json
 from model import load
 from rewards import accuracy_reward
 from toy import seed as stages
+from toy.__main__ import spread
 from toy.tiny import TINY, TINY_RL
 from toy.world import WALLS, questions, turns, write_rows
 from variants import mcr, mcr_sft
@@ -45,7 +47,7 @@ LOOP = dict(max_new_tokens=64, max_latents=2, max_turns=8, max_looks=4)
 class Config:
     world: str = "runs/toy"  # the demo's folder: its clips, and the base model of seed 0
     out: str = "runs/mcr"  # everything lands here
-    seed: int = 0  # of the trainings
+    seeds: str = "0"  # of the trainings, all from that base; with commas
     annotated: int = 200  # clips whose chains are learnt from
     sft_steps: int = 500  # x 64 loops
     rl_steps: int = 40  # x 32 prompts, 8 rollouts each
@@ -168,20 +170,33 @@ def row_of(name, results):
 # ---------------------------------------------------------------------------------------- the table
 
 
-def markdown(lines):
-    """Lines of `row_of` -> a table as text: accuracy, and looks in brackets."""
+def markdown(seeds):
+    """Lines of `row_of`, a list a seed -> a table as text: accuracy, and looks in brackets."""
     head = ["", "looks", *HOPS, "avg"]
     text = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for line in lines:
-        cells = [f"{line[hop]:.3f} ({line[f'looks {hop}']:.2f})" for hop in HOPS]
-        cells = [line["name"], f"{line['looks']:.2f}", *cells, f"{line['all']:.3f}"]
-        text.append("| " + " | ".join(cells) + " |")
+    for name in [line["name"] for line in seeds[0]]:
+        some = [line for lines in seeds for line in lines if line["name"] == name]
+        values = {key: [line[key] for line in some] for key in some[0] if key != "name"}
+        cells = [name, f"{np.mean(values['looks']):.2f}"]
+        for hop in HOPS:
+            cells.append(f"{spread(values[hop])} ({np.mean(values[f'looks {hop}']):.2f})")
+        text.append("| " + " | ".join([*cells, spread(values["all"])]) + " |")
     return "\n".join(text)
 
 
-def uniform(config, settings, rows):
+def draw(seeds, png):
+    """The same lines as a picture: accuracy against looks, a line a seed."""
+    series = {name: [] for name in ("uniform looks", "scripted loops", "LA-DAPO", "scripted agent")}
+    for lines in seeds:
+        for name, curves in series.items():
+            some = [line for line in lines if line["name"].startswith(name)]
+            curves.append([(line["looks"], line["all"]) for line in some])
+    draw_looks(series, png)
+
+
+def uniform(home, settings, rows):
     """Uniform looks: a text-only SFT, then a line for each n."""
-    folder, lines = os.path.join(config.out, "uniform"), []
+    folder, lines = os.path.join(home, "uniform"), []
     stages.train(stages.sft, folder, rows["uniform"], **settings, spans=False)
     for n in UNIFORM:
         results = played(folder, rows[f"test_{n}"], shown=n, max_turns=1)
@@ -189,51 +204,59 @@ def uniform(config, settings, rows):
     return lines
 
 
-def loops(config, settings, rows):
+def loops(home, settings, rows):
     """Scripted loops -> the folder of their training, the lines of what it has learnt."""
-    folder = os.path.join(config.out, "loops")
+    folder = os.path.join(home, "loops")
     stages.train(mcr_sft, folder, rows["loops"], **settings)
     greedy = played(folder, rows["test"])
-    how = dict(temperature=1.0, generator=torch.Generator().manual_seed(config.seed))
+    how = dict(temperature=1.0, generator=torch.Generator().manual_seed(settings["seed"]))
     drawn = played(folder, rows["test"], **how)
     blind = [result for result in drawn if not result[2]]
     lines = [row_of("scripted loops, greedy", greedy), row_of("scripted loops, drawn", drawn)]
     if {row.group for row, _, _ in blind} == set(HOPS):
-        lines.append(row_of(f"of these, the {len(blind)} without a look", blind))
+        lines.append(row_of("of these, without a look", blind))
     return folder, lines
 
 
-def rewarded(config, settings, rows):
+def rewarded(home, settings, rows, config):
     """LA-DAPO with each cost -> a line each."""
     settings, lines = dict(TINY_RL, **LOOP, **settings, steps=config.rl_steps), []
     settings.update(share=False, prompts=32, rollout_batch=32, group_size=8, filter=False)
     settings.update(lr=3e-4, warmup_steps=5)
     for cost in filter(None, config.costs.split(",")):
-        folder = os.path.join(config.out, f"cost_{cost}")
+        folder = os.path.join(home, f"cost_{cost}")
         stages.train(mcr, folder, rows["prompts"], **settings, cost=float(cost))
         lines.append(row_of(f"LA-DAPO, cost {cost}", played(folder, rows["test"])))
     return lines
 
 
-def main(config):
-    """The trainings that are not on disk yet, then all rows of the table."""
-    torch.set_num_threads(1)
-    os.makedirs(config.out, exist_ok=True)
-    rows = make_rows(config)
+def run_seed(seed, config, rows):
+    """One seed's trainings that are not on disk yet -> the lines of its table."""
+    home = os.path.join(config.out, f"seed_{seed}")
+    os.makedirs(home, exist_ok=True)
     base = newest(os.path.join(config.world, "seed_0", "base"))
-    base = add_words(base, os.path.join(config.out, "base"), config.seed)
-    common = dict(seed=config.seed, workers=0)
+    base = add_words(base, os.path.join(home, "base"), seed)
+    common = dict(seed=seed, workers=0)
     settings = dict(TINY, **common, model=base, steps=config.sft_steps, save_every=10**6)
 
     lines = [row_of("scripted agent", scripted(rows["test"]))]
-    lines += uniform(config, settings, rows)
-    folder, learnt = loops(config, settings, rows)
-    lines += learnt + rewarded(config, dict(common, model=newest(folder)), rows)
+    lines += uniform(home, settings, rows)
+    folder, learnt = loops(home, settings, rows)
+    return lines + learnt + rewarded(home, dict(common, model=newest(folder)), rows, config)
 
-    text = markdown(lines)
+
+def main(config):
+    """All seeds; the table, and its picture."""
+    torch.set_num_threads(1)
+    os.makedirs(config.out, exist_ok=True)
+    rows = make_rows(config)
+    seeds = [run_seed(int(seed), config, rows) for seed in config.seeds.split(",")]
+
+    text = markdown(seeds)
     write(os.path.join(config.out, "table.md"), text + "\n")
-    content = dict(settings=dataclasses.asdict(config), lines=lines)
+    content = dict(settings=dataclasses.asdict(config), seeds=seeds)
     write_json(os.path.join(config.out, "table.json"), content)
+    draw(seeds, os.path.join(config.out, "looks.png"))
     print(text)
 
 
