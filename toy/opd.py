@@ -60,7 +60,10 @@ ROWS = {
     "cue+module": ("OPD, cue + module", opd, dict(privilege="cue", recovery=True)),
     "none": ("OPD, no privilege", opd, dict(privilege="none")),
     "cue-kl": ("OPD, cue, full KL", opd, dict(privilege="cue", full_kl=True)),
-    "expert": ("OPD, the expert", opd, dict(privilege="none")),  # its teacher is another model
+    # the teacher is another model
+    "expert": ("OPD, the expert", opd, dict(privilege="none")),
+    "expert-kl": ("OPD, the expert, full KL", opd, dict(privilege="none", full_kl=True)),
+    "expert-hot": ("OPD, the expert, T = 2", opd, dict(privilege="none", temperature=2.0)),
 }
 
 
@@ -68,7 +71,7 @@ ROWS = {
 class Config:
     out: str = "runs/toy"  # the demo's folder: its clips and its base are used
     seeds: int = 1  # teachers, each with its rows
-    rows: str = "la-dapo,answer,cue,cue+module,none"  # some of these, and cue-kl; "" = none
+    rows: str = "la-dapo,answer,cue,cue+module,none"  # some of ROWS; "" = none
     # steps of captions of the base: few make a model whose eyes are weak; 0 = the demo's base
     pretrain_steps: int = 0
     annotated: int = 0  # clips with chains that the teacher is trained on; 0 = the demo's
@@ -178,7 +181,7 @@ def run_seed(seed, base, paths, config):
             settings = dict(TINY_RL, steps=config.rl_steps)
         settings.update(common, **changes, model=teacher, data=paths["prompts"])
         settings["freeze_vision"] = config.freeze_vision
-        if name == "expert":
+        if name.startswith("expert"):
             settings["teacher"] = make_expert(base, home, common, config)
             out = os.path.join(home, "eval_the_expert")
             scores["the expert"] = score(settings["teacher"], "test", test, out)
