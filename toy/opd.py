@@ -62,6 +62,7 @@ ROWS = {
     "cue-kl": ("OPD, cue, full KL", opd, dict(privilege="cue", full_kl=True)),
     # the teacher is another model
     "expert": ("OPD, the expert", opd, dict(privilege="none")),
+    "expert-latents": ("OPD, the expert, and its latents", opd, dict(privilege="none", lam=1.0)),
     "expert-kl": ("OPD, the expert, full KL", opd, dict(privilege="none", full_kl=True)),
     "expert-hot": ("OPD, the expert, T = 2", opd, dict(privilege="none", temperature=2.0)),
 }

@@ -19,9 +19,9 @@ from X, so that I(y_n; S | X, y_<n) = 0, Eq. (1): what it teaches can be learnt.
 -A_n is one sample of KL(p, p_T) at step n. The gradient is that of the sum of these KLs with the
 visited states held constant: how a word changes what comes after it is not seen (no return-to-go).
 --full_kl     the KL itself, over all words, or over stop and continue: no sampling. Ours.
---gate        StreamOPD's weights (arXiv 2608.16320): A <- w A, w = clip(1 + g~ / 2, 0, 2), where g
-              is the mean over a response of log p_T(. | X, S) - log p_T(. | X), and g~ is g in
-              deviations from the mean of its prompt's rollouts: there are two or more.
+--gate        StreamOPD's weights (arXiv 2608.16320): A <- w A, w = clip(1 + g~ / 2, 0, 2). g is a
+              response's mean of log p_T(. | X, S) - log p_T(. | X), g~ standardised over a group.
+--lam         adds lam sum ||z - z_T||^2 / sum ||z_T||^2, z_T what the teacher would imagine. Ours.
 --recovery    the student's first token looks at all visual tokens (variants/cue_recovery.py).
 
 Where this differs from the paper:
@@ -56,7 +56,8 @@ from model import log_continue
 from rewards import pick, score_group
 from variants.cue_recovery import add_recovery
 
-CURVES = (("accuracy",), ("gap",), ("entropy",), ("grad_norm",))
+CURVES = (("accuracy",), ("gap",), ("latent",), ("entropy",), ("grad_norm",))
+FIGURES = ("loss", "gap", "entropy", "latent")
 
 
 @dataclasses.dataclass
@@ -85,6 +86,7 @@ class Config(DataConfig):
     average: str = "trajectory"  # weights: trajectory, 1/|y| (paper) | token, all alike (official)
     eps: float = 0.2  # official
     full_kl: bool = False  # the KL itself, over the vocabulary  # ours
+    lam: float = 0.0  # weight of the distance to the teacher's latents  # ours
     gate: bool = False  # weigh a rollout by what the cue tells of it  # StreamOPD
     inner_epochs: int = 1  # updates from the same rollouts  # ours
     adjoint_terms: int = 0  # gradient through the latents, as in la_dapo.py: -1 exact  # ours
@@ -175,10 +177,8 @@ def reverse_kl(logp, logq, in_span, stop):
     def events(logp):
         return torch.stack([logp[:, stop], log_continue(logp[:, stop])], -1)  # (S, 2)
 
-    def kl(a, b):
-        return (a.exp() * (a - b)).sum(-1)
-
-    return torch.where(in_span, kl(events(logp), events(logq)), kl(logp, logq))
+    words, p, q = (logp.exp() * (logp - logq)).sum(-1), events(logp), events(logq)
+    return torch.where(in_span, (p.exp() * (p - q)).sum(-1), words)
 
 
 def gate(g):
@@ -212,8 +212,8 @@ def ask_teacher(pair, batch, config):
     return told, gate(g.view(-1, config.group_size)).view(-1, 1)
 
 
-def opd_loss(pair, batch, teacher, weight, config, figures):
-    """A batch's share of L, Eq. (7); adds to `figures`. teacher: its Replay. weight (R, T)."""
+def opd_loss(pair, batch, teacher, weight, size, config, figures):
+    """A batch's share of L, Eq. (7); weight (R, T), size: sum ||z_T||^2 of the step."""
     new = la_dapo.replayed(pair.model, batch, config)
     # with one update a step the policy has not moved: what differs is only the decoder's kernels
     old = new.logprobs.detach() if config.inner_epochs == 1 else batch.rollout.logprobs
@@ -223,9 +223,11 @@ def opd_loss(pair, batch, teacher, weight, config, figures):
         each = torch.zeros_like(A).masked_scatter(batch.rollout.sampled, kl)
     else:
         each, _ = la_dapo.clipped_surrogate(new.logprobs, old, A, config.eps, config.eps)
-    loss = (each * weight).sum()
+    error = (new.predicted - teacher.predicted).square().sum() / max(size, 1e-12)
+    loss = (each * weight).sum() + (config.lam * error if config.lam else 0)
     for name, value in dict(loss=each.detach(), gap=A, entropy=new.entropy).items():
         figures[name] += (value * weight).sum().item()
+    figures["latent"] += error.item()
     return loss + la_dapo.through_latents(loss, new, batch, config)
 
 
@@ -248,21 +250,21 @@ def update(pair, optimizer, groups, lr, config, machine):
     parts = [groups[i : i + config.micro_batch] for i in range(0, len(groups), config.micro_batch)]
     batches = [prepare(part, False, machine.device) for part in parts]
     sampled = [row for batch in batches for row in batch.rollout.sampled]
-    counts = machine.sum([len(sampled), sum(int(row.sum()) for row in sampled)])
     with machine.autocast():
         views = [ask_teacher(pair, batch, config) for batch in batches]
+    size = sum(teacher.predicted.square().sum() for teacher, _ in views)
+    *counts, size = machine.sum([len(sampled), sum(row.sum() for row in sampled), size])
 
     figures = Counter()
     for _ in range(config.inner_epochs):
         for batch, (teacher, w) in zip(batches, views):
             weight = w * token_weights(batch.rollout.sampled, config.average, *counts)
             with machine.autocast():
-                loss = opd_loss(pair, batch, teacher, weight, config, figures)
+                loss = opd_loss(pair, batch, teacher, weight, size, config, figures)
             loss.backward()
         norm = machine.step(optimizer, lr, config.clip)
-    names = "loss", "gap", "entropy"
-    sums = machine.sum([figures[name] / config.inner_epochs for name in names])
-    return dict(zip(names, sums), grad_norm=norm, updates_skipped=int(not math.isfinite(norm)))
+    sums = machine.sum([figures[name] / config.inner_epochs for name in FIGURES])
+    return dict(zip(FIGURES, sums), grad_norm=norm, updates_skipped=int(not math.isfinite(norm)))
 
 
 # --------------------------------------------------------------------------------------------- loop

@@ -61,7 +61,8 @@ def loss_of(pair, batch, config):
     sampled, figures = batch.rollout.sampled, Counter()
     told, w = opd.ask_teacher(pair, batch, config)
     weight = w * token_weights(sampled, config.average, len(sampled), int(sampled.sum()))
-    return opd.opd_loss(pair, batch, told, weight, config, figures), figures
+    size = told.predicted.square().sum().item()
+    return opd.opd_loss(pair, batch, told, weight, size, config, figures), figures
 
 
 # ---------------------------------------------------------------------------------------- equations
@@ -212,10 +213,10 @@ def test_the_teacher_scores_under_its_own_prompt(world, loud):
 
 def test_a_teacher_that_is_the_student_teaches_nothing(world, loud):
     """Breaks if A is not 0, bitwise, where teacher and student read the same."""
-    config = settings(world, loud, "unused", privilege="none", adjoint_terms=-1)
+    config = settings(world, loud, "unused", privilege="none", adjoint_terms=-1, lam=1.0)
     pair, batch = rolled_out(world, loud, config)
     loss, figures = loss_of(pair, batch, config)
-    assert loss == 0 and figures["gap"] == 0 and figures["entropy"] > 0.1
+    assert loss == 0 and figures["gap"] == 0 == figures["latent"] and figures["entropy"] > 0.1
     gradients = torch.autograd.grad(loss, list(pair.model.parameters()), allow_unused=True)
     assert sum(g is not None for g in gradients) > 20
     assert not any(g.any() for g in gradients if g is not None)
@@ -299,6 +300,35 @@ def test_the_gradient_through_the_latents(world, loud):
         assert torch.autograd.grad(loss, bias)[0].abs().max() > 1e-6
 
 
+def test_the_distance_of_the_latents_by_hand(world, loud):
+    """Breaks if `lam` pulls towards other latents than those that the teacher, hint and all, would
+    imagine after the student's words and latents; if it is no relative error; or without `lam`.
+    """
+    config = settings(world, loud, "unused", lam=0.7)
+    pair, batch = rolled_out(world, loud, config)
+    plain, _ = loss_of(pair, batch, dataclasses.replace(config, lam=0.0))
+    loss, figures = loss_of(pair, batch, config)
+    imagined = ([], [])
+    for r, (tokens, n) in enumerate(zip(batch.rollout.tokens, batch.rollout.lengths.tolist())):
+        row = batch.groups[int(batch.prompt_of[r])].sample["row"]
+        for z, who, privilege in zip(imagined, (pair.model, pair.teacher), ("none", "cue")):
+            sample = encode(with_hint(row, privilege), pair.tokenizer, config, train=False)
+            inputs = model_inputs(collate([sample], 0, "left"))
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens[None, :n]], 1)
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            with torch.no_grad():
+                out = who(**inputs, latents=batch.rollout.latents[r])
+                before = out.hidden_states[-1][0, -n - 1 : -1][tokens[:n] == who.config.latent_id]
+                z.append(who.to_latent(before).double().numpy())
+    z, z_teacher = map(np.concatenate, imagined)
+    assert len(z) > 10
+    error = ((z - z_teacher) ** 2).sum() / (z_teacher**2).sum()
+    assert error > 1e-3 and figures["latent"] == pytest.approx(error, rel=1e-3)
+    assert (loss - plain).item() == pytest.approx(0.7 * error, rel=1e-3)
+    (gradient,) = torch.autograd.grad(loss, pair.model.latent_head.bias)
+    assert gradient.abs().max() > 1e-5
+
+
 # --------------------------------------------------------------------------------------------- loop
 
 
@@ -316,12 +346,12 @@ def test_two_steps_by_the_command_line(world, loud, tmp_path):
     on is another than one that was not cut.
     """
     more = dict(data=cued_file(world, tmp_path), media_root=world["folder"] + "/data")
-    more.update(steps=2, save_every=1, recovery=True, gate=True, micro_batch=4)
+    more.update(steps=2, save_every=1, recovery=True, gate=True, lam=0.5, micro_batch=4)
     config = parse_config(Config, flags(settings(world, loud, tmp_path / "a", **more)))
     straight = weights(opd.train(config))
     opd.train(dataclasses.replace(config, micro_batch=1, out=str(tmp_path / "b")))
     lines = [log_of(tmp_path / x) for x in "ab"]
-    for name in ("grad_norm", "gap", "loss"):
+    for name in ("grad_norm", "gap", "latent", "loss"):
         assert lines[0][1][name] == pytest.approx(lines[1][1][name], rel=1e-3)
     assert abs(lines[0][0]["gap"]) > 0.01 and lines[0][0]["grad_norm"] > 1e-3
 
