@@ -52,6 +52,8 @@ TINY_OPD = dict(
     save_every=20,
 )
 
+EXPERT = dict(privilege="none", lr=3e-4)
+
 # row: its title, its script, what differs from TINY_RL or TINY_OPD
 ROWS = {
     "la-dapo": ("LA-DAPO", la_dapo, {}),
@@ -60,11 +62,9 @@ ROWS = {
     "cue+module": ("OPD, cue + module", opd, dict(privilege="cue", recovery=True)),
     "none": ("OPD, no privilege", opd, dict(privilege="none")),
     "cue-kl": ("OPD, cue, full KL", opd, dict(privilege="cue", full_kl=True)),
-    # the teacher is another model
-    "expert": ("OPD, the expert", opd, dict(privilege="none")),
-    "expert-latents": ("OPD, the expert, and its latents", opd, dict(privilege="none", lam=1.0)),
-    "expert-kl": ("OPD, the expert, full KL", opd, dict(privilege="none", full_kl=True)),
-    "expert-hot": ("OPD, the expert, T = 2", opd, dict(privilege="none", temperature=2.0)),
+    # the teacher is another model, which knows more: words alone, and latents
+    "expert": ("OPD, the expert", opd, EXPERT),
+    "expert-latents": ("OPD, the expert, lam = 10", opd, dict(EXPERT, lam=10.0)),
 }
 
 
