@@ -53,6 +53,7 @@ TINY_OPD = dict(
 )
 
 EXPERT = dict(privilege="none", lr=3e-4)
+CONSTANT = dict(adjoint_terms=0)  # the default of la_dapo.py and of opd.py
 
 # row: its title, its script, what differs from TINY_RL or TINY_OPD
 ROWS = {
@@ -65,6 +66,11 @@ ROWS = {
     # the teacher is another model, which knows more: words alone, and latents
     "expert": ("OPD, the expert", opd, EXPERT),
     "expert-latents": ("OPD, the expert, lam = 10", opd, dict(EXPERT, lam=10.0)),
+    # the same with the latents held constant: no gradient of the words goes into them
+    "expert-constant": ("OPD, the expert, constant", opd, dict(EXPERT, **CONSTANT)),
+    "expert-latents-constant": ("OPD, lam = 10, constant", opd, dict(EXPERT, lam=10.0, **CONSTANT)),
+    "cue-constant": ("OPD, cue, constant", opd, dict(CONSTANT, privilege="cue")),
+    "answer-constant": ("OPD, answer, constant", opd, dict(CONSTANT, privilege="answer")),
 }
 
 
