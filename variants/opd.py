@@ -26,7 +26,8 @@ visited states held constant: how a word changes what comes after it is not seen
 
 Where this differs from the paper:
  1. Responses have latents. The teacher is fed the student's, as recorded. In a span the event is
-    stop or continue. `adjoint_terms` follows L through the latents, as in la_dapo.py.
+    stop or continue. `adjoint_terms` follows L through the latents, but log p_T is a constant:
+    on the toy that does harm (docs/variants.md).
  2. A span's forced stop has no A, and does not count in |y|.
 Where this differs from the official code:
  3. The weight is 1/|y|, as the paper writes it; official has `--average token`.
