@@ -44,6 +44,20 @@ def test_the_teacher_reads_what_it_was_trained_on(world, tmp_path):
             assert len(told.split()) > len(plain.split()) + 5
 
 
+def test_an_adjoint_row_is_its_namesake_but_for_the_gradient():
+    """Breaks if a row has a setting that its script lacks, or differs from its pair in two."""
+    terms = {}
+    for name, (_, script, changes) in toy_opd.ROWS.items():
+        if script is opd:
+            made = opd.Config(**{**toy_opd.TINY_OPD, **changes})
+            terms[name] = made.adjoint_terms
+            made.adjoint_terms, pair = 0, toy_opd.ROWS[name.removesuffix("-adjoint")][2]
+            assert made == opd.Config(**{**toy_opd.TINY_OPD, **pair})
+    with_gradient = {name for name, n in terms.items() if n}
+    assert with_gradient == {name for name in terms if name.endswith("-adjoint")}
+    assert len(with_gradient) == 3 and {terms[name] for name in with_gradient} == {-1}
+
+
 @pytest.mark.slow  # whole trainings
 def test_the_whole_in_small(tmp_path, capsys):
     """Breaks if a row does not train, a second run trains again, or the demo is not asked for."""
