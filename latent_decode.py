@@ -47,6 +47,7 @@ from torch.utils.checkpoint import checkpoint
 from common.rollouts import OneRow, Rollout, Transcript, join, take  # noqa: F401  importable too
 from common.sampling import choose_word
 from common.shared_prefix import DecodingCache, SharedCache
+from data import collate, model_inputs, to_device
 from model import log_continue
 
 CHUNK = 16  # steps between two looks at which rows are done
@@ -321,6 +322,18 @@ def _decode(run, cache, state, book, generator, stream, graph):
             state, captured = state.at(live), None
             cache.keep(live)
     return book.rollout()
+
+
+def ask(model, tokenizer, samples, **how):
+    """Encoded prompts -> their Rollout, the tokens of each row (lists), the text of each row.
+
+    samples: B results of `data.encode`, all readable. how: keyword arguments of `generate`. With
+    n rollouts a prompt, row i * n + k is rollout k of prompt i.
+    """
+    batch = collate(samples, tokenizer.pad_token_id or 0, side="left")
+    rollout = generate(model, model_inputs(to_device(batch, model.device)), **how)
+    tokens = [row[:n].tolist() for row, n in zip(rollout.tokens.cpu(), rollout.lengths)]
+    return rollout, tokens, tokenizer.batch_decode(tokens)
 
 
 # ------------------------------------------------------------------------------------------- replay

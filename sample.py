@@ -19,8 +19,8 @@ from common.pictures import coming, write_strip
 from common.runs import Machine
 from common.stream import streamer
 from common.taste import list_questions, shipped
-from data import DataConfig, at_least, collate, encode, model_inputs, to_device
-from latent_decode import generate
+from data import DataConfig, at_least, encode
+from latent_decode import ask
 from rewards import span_lengths
 
 
@@ -73,18 +73,16 @@ def main(config, write=lambda text: print(text, end="", flush=True)):
     machine = Machine()
     model, tokenizer = machine.load(config.model)
     sample = encode(row, tokenizer, config, train=False)
-    batch = collate([sample], tokenizer.pad_token_id or 0, side="left")
-    inputs = model_inputs(to_device(batch, machine.device))
 
     limits = dict(max_new_tokens=config.max_new_tokens, max_latents=config.max_latents)
     draws = dict(temperature=config.temperature, top_p=config.top_p)
     draws.update(generator=torch.Generator().manual_seed(config.seed))
     write(f"{row.question}\n\n")
     stream = streamer(tokenizer, model.config, write)
-    rollout = generate(model, inputs, **limits, **draws, stream=stream)
+    how = dict(**limits, **draws, stream=stream)
+    rollout, [tokens], [text] = ask(model, tokenizer, [sample], **how)
 
-    tokens = rollout.tokens[0, : rollout.lengths[0]].tolist()
-    answer = answer_of(tokenizer.decode(tokens))
+    answer = answer_of(text)
     missing = f"no answer: the response ended by {rollout.finish[0]} without a closed <answer>"
     write(f"\n\n{missing if answer is None else f'answer: {answer}'}\n")
     write(f"what came: {row.answer}\n" if row.answer else "")

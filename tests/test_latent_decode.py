@@ -668,3 +668,16 @@ def test_the_model_is_left_as_it_was(model, tokenizer, attention, training, fail
     assert set(modes) == {(False, shared_prefix.NAME)}
     assert all(m.training == training for m in model.modules())
     assert model.config.vision_config._attn_implementation == attention
+
+
+def test_ask_is_encode_collate_generate_decode(model, tokenizer):
+    """Breaks if rows change places, tokens run past a row's end, or the padding is on the right."""
+    short = dict(ids=tokenizer("watch the ball").input_ids, images=[], videos=[], futures=[])
+    long = dict(short, ids=tokenizer("which wall does the ball hit next ?").input_ids)
+    samples = [dict(s, labels=[-100] * len(s["ids"]), row=None) for s in (short, long)]
+    rollout, tokens, texts = latent_decode.ask(model, tokenizer, samples, max_new_tokens=6)
+    for k, sample in enumerate(samples):
+        prompt = dict(input_ids=torch.tensor([sample["ids"]]))
+        slowly, _ = decode_slowly(model, prompt, 6, eos=(model.generation_config.eos_token_id,))
+        assert tokens[k] == slowly == rollout.tokens[k, : len(slowly)].tolist()
+        assert texts[k] == tokenizer.decode(slowly)
