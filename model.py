@@ -25,13 +25,12 @@ Where this differs from the official code:
 Axis letters: B rows, T tokens, N latents (all rows together), D hidden, V vocabulary.
 """
 
-import importlib
 import json
 import os
 
 import torch
 import torch.nn as nn
-from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGeneration
+from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from common import shared_prefix
@@ -278,19 +277,6 @@ def add_latent_tokens(tokenizer):
     return {key: tokenizer.convert_tokens_to_ids(token) for key, token in LATENT_IDS.items()}
 
 
-def class_of(folder):
-    """FutureL1, or what the config of a folder or hub id names: `variant: "x"` is Model in
-    variants/x.py, a subclass with other layers. Raises ValueError if there is none. Ours.
-    """
-    variant = getattr(AutoConfig.from_pretrained(folder), "variant", None)
-    if not variant:
-        return FutureL1
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "variants", f"{variant}.py")
-    if not os.path.isfile(path):
-        raise ValueError(f"{folder}: its config.json names the variant {variant!r}; no {path}")
-    return importlib.import_module(f"variants.{variant}").Model
-
-
 def load(folder, latent_head=None, **kwargs):
     """A model folder or hub id, stock or ours -> (FutureL1, tokenizer). Source: ours.
 
@@ -300,7 +286,7 @@ def load(folder, latent_head=None, **kwargs):
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = add_latent_tokens(tokenizer)
-    model, info = class_of(folder).from_pretrained(folder, output_loading_info=True, **kwargs)
+    model, info = FutureL1.from_pretrained(folder, output_loading_info=True, **kwargs)
     for keys, fault in (
         (info["missing_keys"], "are missing from"),
         (info["unexpected_keys"], "have no place in the model, but are in"),

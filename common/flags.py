@@ -19,7 +19,7 @@ import sys
 import traceback
 
 from common.folder import SHARED, trained_with
-from common.runs import leave
+from common.machine import leave
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
