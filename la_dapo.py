@@ -292,15 +292,14 @@ def roll_out(model, tokenizer, samples, k, config):
 
     deviation 8: the seed and k decide what is sampled, whatever the number of ranks.
     """
-    readable = [(i, s) for i, s in enumerate(samples) if not isinstance(s, Skipped)]
+    readable = [sample for sample in samples if not isinstance(sample, Skipped)]
     if not readable:
         return []
-    G = config.group_size
-    rollout, tokens, texts = ask(
+    answers = ask(
         model,
         tokenizer,
-        [sample for _, sample in readable],
-        n=G,
+        readable,
+        n=config.group_size,
         temperature=config.temperature,
         top_p=config.top_p,
         max_new_tokens=config.max_new_tokens,
@@ -309,14 +308,24 @@ def roll_out(model, tokenizer, samples, k, config):
         cuda_graph=config.cuda_graph,
         generator=torch.Generator().manual_seed(config.seed * 1_000_003 + k),
     )
-    c = model.config
-    spans = [span_lengths(row, c.latent_start_id, c.latent_id) for row in tokens]
-    groups = []
-    for j, (i, sample) in enumerate(readable):
-        own = range(j * G, (j + 1) * G)
+    return groups_of(samples, answers, k, model.config, config)
+
+
+def groups_of(samples, answers, k, c, config):
+    """Batch k of the prompts, encoded or Skipped, and what `ask` gave for it -> its Groups.
+
+    c: the model's config.
+    """
+    (rollout, tokens, texts), groups = answers, []
+    for i, sample in enumerate(samples):
+        if isinstance(sample, Skipped):
+            continue
+        first = len(groups) * config.group_size
+        own = range(first, first + config.group_size)
+        spans = [span_lengths(tokens[r], c.latent_start_id, c.latent_id) for r in own]
         place = k * config.rollout_batch + i
         rows = take(rollout, own)
-        groups.append(Group(place, sample, rows, [texts[r] for r in own], [spans[r] for r in own]))
+        groups.append(Group(place, sample, rows, [texts[r] for r in own], spans))
     return groups
 
 
@@ -413,11 +422,11 @@ def no_batch(hidden, device):
     return Batch(prompts, rollout, zero[0], zero.float(), zero, members=[[]])
 
 
-def batches_of(groups, hidden, config, machine):
+def batches_of(groups, hidden, config, machine, distinct=distinct):
     """This rank's groups of an update -> its batches, and the Counts of all ranks."""
     size = config.micro_batch
     parts = [groups[i : i + size] for i in range(0, len(groups), size)]
-    batches = [batch_of(part, machine.device) for part in parts]
+    batches = [batch_of(part, machine.device, distinct) for part in parts]
     own = [batch.weight.sum() for batch in batches], [batch.times.sum() for batch in batches]
     counts = machine.sum([sum(own[0]), sum(own[1]), len(groups)])
     # deviation 7: DDP and FSDP need every rank in every forward

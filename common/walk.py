@@ -100,7 +100,7 @@ class Book:
         """Neighbours, `size` together, of which a line is missing: this rank's share of them."""
         ids = list(self.rows)
         blocks = [ids[i : i + size] for i in range(0, len(ids), size)]
-        return self.machine.share([block for block in blocks if self.missing(block)])
+        return self.machine.my_part([block for block in blocks if self.missing(block)])
 
     def add(self, results):
         """Append {id: what to say of it}; what has its result already is left as it is."""

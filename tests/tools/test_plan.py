@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-
 from common.checkpoint import make_optimizer
-from common.lora import add_adapters
 from common.shard import Whole, shard
+
+from common.lora import add_adapters
 from latent_decode import replay
 from sft import Config as SFTConfig
 from sft import Step

@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
+from common.groups import prepare
 from test_la_dapo import apart, launch, log_of, straight_run, weights
 from test_la_dapo import settings as rl_settings
 from test_sft import settings as sft_settings
@@ -16,7 +17,6 @@ from test_sft import settings as sft_settings
 import la_dapo
 import sft
 from common.formats import Frame, Row, read_rows
-from common.groups import prepare
 from common.runs import Machine
 from data import Samples, collate, model_inputs
 from latent_decode import generate

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from test_la_dapo import FakeJudge, launch, log_of, loud  # noqa: F401  loud is a fixture
+from test_la_dapo import FakeJudge, changed_rows, launch, log_of, loud  # noqa: F401  a fixture
 from test_la_dapo import settings as rl_settings
 from test_sft import descend, settings, weights
 
@@ -14,8 +14,8 @@ import evaluate
 import la_dapo
 import sft
 from common.formats import read_rows
-from common.heldout import HeldOut
-from common.runs import Log, Machine
+from common.machine import Machine
+from common.run import Run, aside
 from data import Samples, collate, model_inputs
 from model import load
 
@@ -59,7 +59,7 @@ def test_the_held_out_loss_is_that_of_one_big_batch(world, broken, tmp_path, cap
     """Breaks if a batch weighs as much as another of more tokens, the labels, the spans or the
     variance are not the training's, or a row that cannot be read is lost without a name.
     """
-    more = dict(eval_data=broken, eval_every=2, spans=spans, lam=0.3, micro_batch=3, steps=3)
+    more = dict(eval_data=broken, spans=spans, lam=0.3, micro_batch=3, steps=3)
     config = settings(world, tmp_path, max_bad=0.2, save_every=2, **more)
     done = sft.train(config)
     lines = log_of(tmp_path)
@@ -100,32 +100,30 @@ def test_training_takes_no_notice(world, loud, broken, tmp_path):  # noqa: F811
     """Breaks if a random number is drawn, a mode or a gradient left behind, or a judge's failure
     counted for the training.
     """
-    held_out = dict(eval_data=broken, eval_every=1)
-    config = settings(world, tmp_path / "sft", max_bad=0.2, steps=3)
+    held_out = dict(eval_data=broken)
+    config = settings(world, tmp_path / "sft", max_bad=0.2, steps=3, save_every=1)
     assert_the_same_training(sft.train, config, **held_out)
-    config = rl_settings(world, loud, tmp_path / "rl", steps=2, max_bad=0.2)
+    config = rl_settings(world, loud, tmp_path / "rl", steps=2, max_bad=0.2, save_every=1)
     assert_the_same_training(la_dapo.train, config, **held_out)
 
 
 def test_aside_puts_everything_back(model):
     """Breaks if what happens inside reaches the training: its mode, gradients, random numbers."""
-    held_out = HeldOut([], sft.Config(), Machine())
     model.train()
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    with held_out.aside(model):
+    with aside(model):
         assert not model.training and not torch.is_grad_enabled()
         torch.rand(5)
     assert model.training and torch.is_grad_enabled() and torch.equal(torch.rand(2), expected)
-    assert not held_out.due(1, 1)  # nothing was held out
 
 
 def test_the_accuracy_is_that_of_an_evaluation(world, taught, tmp_path):
     """Breaks if held-out prompts are not answered greedily, with the training's lengths, or are
     read otherwise than evaluate.py reads them.
     """
-    more = dict(steps=2, lr=1e-4, eval_data=world["data"], eval_every=2, max_new_tokens=40)
+    more = dict(steps=2, lr=1e-4, eval_data=world["data"], max_new_tokens=40)
     config = rl_settings(world, taught, tmp_path / "rl", **more)
     done = la_dapo.train(config)
     first, last = log_of(tmp_path / "rl")
@@ -135,12 +133,6 @@ def test_the_accuracy_is_that_of_an_evaluation(world, taught, tmp_path):
     scores = evaluate.evaluate(evaluate.Config(out=str(tmp_path / "eval"), **own))
     assert 0 < scores["all"]["right"] < 24
     assert last["eval_accuracy"] == scores["all"]["right"] / 24
-    rows = dataclasses.replace(config, out=str(tmp_path / "few"), eval_rows=5)
-    la_dapo.train(rows)
-    lines = map(json.loads, open(tmp_path / "eval" / "samples.jsonl"))
-    right = {line["id"]: line["right"] for line in lines}
-    first = [right[row.id] for row in read_rows(world["data"])[:5]]
-    assert log_of(tmp_path / "few")[-1]["eval_accuracy"] == sum(first) / 5
 
 
 def test_open_answers_are_judged(world, tmp_path, monkeypatch):
@@ -149,20 +141,19 @@ def test_open_answers_are_judged(world, tmp_path, monkeypatch):
     """
     answers = iter([f"<answer>a{i}</answer>" for i in range(100)])
 
-    def decode(policy, batch, machine, **how):
+    def ask(model, tokenizer, samples, **how):
         assert how == dict(max_new_tokens=12, max_latents=2)
-        return None, [], [next(answers) for _ in batch["rows"]]
+        return None, [], [next(answers) for _ in samples]
 
     rows = read_rows(world["test"])
     for row in rows:
         row.options = None
     verdicts = dict(a0=True, a1=None, a2=False, a3=True)
     judge = FakeJudge(lambda answer: verdicts.get(answer, False))
-    monkeypatch.setattr(la_dapo, "decode", decode)
-    config, machine = rl_settings(world, world["model"], tmp_path), Machine()
-    policy = la_dapo.Policy(*load(world["model"]), *[None] * 6)
-    held_out, log = HeldOut(rows, config, machine), Log(config, 0, machine)
-    line = la_dapo.held_out_accuracy(policy, held_out, judge, log, config, machine)
+    monkeypatch.setattr(la_dapo, "ask", ask)
+    config = rl_settings(world, world["model"], tmp_path)
+    run = Run(config, rows, Machine(), "LA-DAPO")
+    line = la_dapo.held_out_accuracy(*load(world["model"]), rows, judge, run)
     assert line["eval_accuracy"] == 2 / 7 and line["eval_skipped"] == []
     assert line["eval_judge_failures"] == {"down": 2} and not judge.failures  # two batches
 
@@ -174,13 +165,11 @@ def test_other_rows_may_be_held_out_after_a_restart(world, loud, broken, tmp_pat
     config = settings(world, tmp_path / "a", steps=2, save_every=1)
     sft.train(dataclasses.replace(config, eval_data=broken, max_bad=0.2))
     os.rename(tmp_path / "a" / "step_000002", tmp_path / "gone")
-    more = dict(eval_data=world["test"], eval_every=7, eval_rows=2, resume=True)
+    more = dict(eval_data=world["test"], resume=True)
     sft.train(dataclasses.replace(config, **more))
     assert log_of(tmp_path / "a")[1]["eval_skipped"] == []
     with pytest.raises(FileNotFoundError):
         sft.train(settings(world, tmp_path / "b", eval_data="nowhere.jsonl"))
-    with pytest.raises(ValueError, match="eval_every is 0, expected at least 1"):
-        rl_settings(world, loud, tmp_path / "b", eval_every=0)
     with open(broken) as f:
         records = [json.loads(line) for line in f]
     records[2]["answer"] = "purple"
@@ -206,11 +195,12 @@ def test_two_ranks_measure_what_one_does(world, taught, broken, tmp_path):
         assert lines[0][f"eval_{name}"] == pytest.approx(lines[1][f"eval_{name}"], rel=1e-6)
     assert lines[0]["eval_skipped"] == lines[1]["eval_skipped"] != []
 
+    twenty = changed_rows(world, "twenty.jsonl", lambda i, row: None, 20)
     accuracies = []
     for processes in (1, 2):
         out = tmp_path / f"rl_{processes}"
         sizes = dict(steps=1, rollout_batch=1, lr=0.0, max_new_tokens=40)
-        held_out = dict(eval_data=world["data"], eval_rows=20)  # seven batches: one is empty
+        held_out = dict(eval_data=twenty)  # seven batches: one is empty
         config = rl_settings(world, taught, out, **sizes, **held_out)
         code, said = launch(tmp_path, processes, config)
         assert code == 0, said[-3000:]

@@ -9,16 +9,16 @@ import sys
 import numpy as np
 import pytest
 import torch
+from test_la_dapo import changed_rows
 from test_sft import settings
 
 import evaluate
 import sft
 from common import judge
-from common.checkpoint import random_state, set_random_state
 from common.flags import parse_config
 from common.folder import checkpoints, model_fingerprint
-from common.formats import Clip, Frame, Row, read_rows
-from common.runs import fingerprint
+from common.formats import Clip, Frame, Row
+from common.run import fingerprint, random_state, set_random_state
 from variants import pause_tokens, self_forcing
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -26,7 +26,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 LEAVES = """
 import atexit, os, sys
 sys.path.insert(0, {root!r})
-from common.runs import leave, set_up_ranks
+from common.machine import leave, set_up_ranks
 rank, _, _ = set_up_ranks()
 atexit.register(os.abort)  # what gloo's threads do when the interpreter is taken down
 print(f"done {{rank}} ", end="")  # one piece: two ranks share the screen
@@ -82,11 +82,10 @@ def test_a_run_goes_on_with_the_same_rows_and_the_same_script_only(world, tmp_pa
     """Breaks if other rows under the same ids, or another script's run, are continued silently."""
     config = settings(world, tmp_path / "a", steps=1)
     sft.train(config)
-    rows = read_rows(world["data"])
-    rows[5] = dataclasses.replace(rows[5], answer="other")
     again = dataclasses.replace(config, resume=True)
+    data = changed_rows(world, "other.jsonl", lambda i, r: i == 5 and r.update(answer="other"))
     with pytest.raises(SystemExit, match="was trained on other rows"):
-        sft.train(again, rows)
+        sft.train(dataclasses.replace(again, data=data))
     forced = settings(world, tmp_path / "a", self_forcing.Config, steps=1, resume=True)
     with pytest.raises(SystemExit, match="other values of self_forcing, self_forcing_from, "):
         self_forcing.train(forced)
@@ -99,6 +98,67 @@ def test_a_run_goes_on_with_the_same_rows_and_the_same_script_only(world, tmp_pa
     pause = settings(world, tmp_path / "c", pause_tokens.Config, lam=0.0, steps=1, resume=True)
     with pytest.raises(SystemExit, match="trained 'latent', not 'pause'"):
         pause_tokens.train(pause)
+
+
+LOCKED = """
+import sys, time
+sys.path.insert(0, {root!r})
+from common.run import lock
+kept = lock({folder!r})
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_belongs_to_one_process(world, tmp_path):
+    """Breaks if two processes can write into one run's folder, or a killed one keeps it."""
+    folder = str(tmp_path / "a")
+    program = LOCKED.format(root=ROOT, folder=folder)
+    other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "locked\n"
+    config = settings(world, folder, steps=1)
+    with pytest.raises(SystemExit, match="another process is running in this folder"):
+        sft.train(config)
+    other.kill()
+    other.wait()
+    sft.train(config)
+
+
+def test_more_steps_than_a_run_had(world, tmp_path):
+    """Breaks if the refusal does not say how to train a finished run further."""
+    config = settings(world, tmp_path, steps=1)
+    sft.train(config)
+    with pytest.raises(SystemExit, match="other values of steps; to train it further, start anot"):
+        sft.train(dataclasses.replace(config, steps=2, resume=True))
+
+
+class FakeTracker:
+    """wandb's or trackio's three functions, and what they were given."""
+
+    def __init__(self):
+        self.started, self.lines, self.finished = None, [], 0
+
+    def init(self, **how):
+        self.started = how
+
+    def log(self, line, step):
+        self.lines.append((step, line["step"]))
+
+    def finish(self):
+        self.finished += 1
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_gets_the_run(world, tmp_path, monkeypatch, name):
+    """Breaks if the run's name, the project or the step is lost, or a resume opens another run."""
+    tracker = FakeTracker()
+    monkeypatch.setitem(sys.modules, name, tracker)
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    sft.train(settings(world, tmp_path / "the_run", steps=2, track=name))
+    how = tracker.started
+    assert (how["project"], how["name"], how["resume"]) == ("mine", "the_run", "allow")
+    assert how["config"]["steps"] == 2 and how.get("id", "the_run") == "the_run"
+    assert tracker.lines == [(0, 0), (1, 1)] and tracker.finished == 1
 
 
 def test_ranks_leave_together_and_before_the_interpreter_is_taken_down(tmp_path):
