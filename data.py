@@ -9,8 +9,10 @@ The record formats (told apart by their keys, `read_rows`):
     twiff        video, question, answer, question_images_index, ...; TwiFF-2.7M, Future-L1-50K
     twiff-bench  the same plus question_images, reasoning_images
     futurebench  id, question_type, video_path, qa {Question, Options, Answer}
-    rl           problem, answer, images | videos; generic RL rows
+    rl           problem, answer, images | videos; generic RL rows, with options or without
     mcq          question, options, answer, video; generic multiple choice
+futurebench, rl and mcq show a row's `options` to the model, the other formats do not (there they
+only say what counts as an answer); `--show_options always` or `never` changes that.
 
 The chat layout (ours; special tokens in angle bars):
     <|im_start|>system SYSTEM<|im_end|> <|im_start|>user ... <|im_end|> <|im_start|>assistant
@@ -31,6 +33,8 @@ Where this differs from the paper and the official code:
  5. Pixel budgets of observed images and of whole videos are ours (`DataConfig`): the paper gives
     none. A picture may be as small as one token; Hugging Face's released settings would enlarge it
     to 64.
+ 6. A multiple-choice question of RL ends with a sentence that asks for the letter, as official's
+    do; the words are ours. It is left out where the question asks for an "option letter" itself.
 
 Axis letters: T frames, H and W pixels, P patches (before the 2x2 merge), B rows, L tokens.
 """
@@ -56,7 +60,7 @@ from common.clips import (  # noqa: F401  importable from here too
     resize_and_patchify,
     stack,
 )
-from common.formats import Blank, Frame, RecordError, Skipped
+from common.formats import ASK_LETTER, Blank, Frame, RecordError, Skipped, option_lines, shows
 from model import LATENT, LATENT_END, LATENT_START
 
 SYSTEM = (
@@ -88,11 +92,18 @@ class DataConfig:
     max_length: int = 16384
     workers: int = 2  # background processes that decode ahead, each rank; 0 = none  # ours
     system: str = SYSTEM  # the system message  # ours
+    # whether a prompt shows the row's options, auto | always | never; auto: mcq, futurebench and rl
+    # rows do, the others do not  # ours
+    show_options: str = "auto"
     max_bad: float = 0.05  # share of unusable records above which a run ends at its start  # ours
 
     def __post_init__(self):
         at_least(self, 1, "num_frames", "l_max", "image_max_tokens", "video_max_tokens")
         at_least(self, 1, "max_length")
+        if self.show_options not in ("auto", "always", "never"):
+            raise ValueError(
+                f"show_options is {self.show_options!r}, expected auto, always or never"
+            )
 
     @property
     def budgets(self):
@@ -136,14 +147,30 @@ def encode(row, tokenizer, config, train=True, spans=True):
     return dict(ids=ids, labels=labels, images=images, videos=videos, futures=futures, row=row)
 
 
+def shown_prompt(row, show_options):
+    """A row's prompt, its options shown as DataConfig.show_options says. Source: ours.
+
+    never: what the reader of the format appended is taken away, the letter instruction too; options
+    that are part of the question's own text stay.
+    """
+    lines = option_lines(row.options or [])
+    if show_options == "always" and not shows(row.question, row.options or []):
+        return [*row.prompt, lines]
+    if show_options == "never" and lines:
+        own = [part for part in row.prompt if part != ASK_LETTER]
+        return [part.removesuffix(lines) if isinstance(part, str) else part for part in own]
+    return row.prompt
+
+
 def _prompt(row, config):
     """Row -> the pieces of its prompt, its images and its videos, (patches, grid) each."""
+    prompt = shown_prompt(row, config.show_options)
     image_budget, _, _ = config.budgets
-    images = load_frames([part for part in row.prompt if isinstance(part, Frame)], image_budget)
+    images = load_frames([part for part in prompt if isinstance(part, Frame)], image_budget)
     videos, shown = [], iter(images)
     pieces = [Special("<|im_start|>"), "system\n" + config.system, Special("<|im_end|>"), "\n"]
     pieces += [Special("<|im_start|>"), "user\n"]
-    for part in row.prompt:
+    for part in prompt:
         if isinstance(part, str):
             pieces.append(part)
         elif isinstance(part, Frame):

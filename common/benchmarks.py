@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
-from common.formats import Clip, Frame, RecordError, Skipped, read_record, read_records
+from common.formats import ASK_LETTER, Clip, Frame, RecordError, Skipped, read_record, read_records
 
 BENCHMARKS = ("", "futurebench", "twiffbench", "mcq")
 
@@ -24,12 +24,6 @@ HOPS = {"hop1": "1-hop", "hop2": "2-hop", "hop3": "3-hop", "hop5": "interp"}
 
 CLIPS = "first_part_video"  # FutureBench: the clips, cut before what is asked about
 WHOLE = "video_dataset"  # the whole videos, in which the answer is seen
-
-# ours; official appends a sentence to the same effect
-ASK_LETTER = (
-    "\nReply with the letter of the right option only, and put it between <answer> and </answer>."
-)
-
 
 # Published by the paper (Qwen3-VL-8B), never run here: {benchmark: (columns, {row: values})}
 PAPER = {
@@ -202,7 +196,7 @@ def take_cut_clip(record, root):
 
 
 def options_of(record, reader):
-    """The texts of a record's options, without their letters. Raises KeyError.
+    """The texts of a record's options. Raises KeyError.
 
     MLVU_dev without candidates: the lines of the question that begin with (A), (B), ...
     """
@@ -212,9 +206,6 @@ def options_of(record, reader):
         options = re.findall(r"^\s*(\(?[A-H][).:]\s*\S.*?)\s*$", record["question"], re.M)
     else:
         options = record[reader.options]
-    options = [str(o) for o in options]
-    if all(re.match(rf"\(?{chr(65 + i)}[).:]\s*\S", o) for i, o in enumerate(options)):
-        options = [re.sub(r"^\(?[A-Z][).:]\s*", "", o) for o in options]
     return options
 
 

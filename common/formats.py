@@ -8,6 +8,11 @@ import os
 import re
 from typing import NamedTuple
 
+# ours; the official code appends a sentence to the same effect
+ASK_LETTER = (
+    "\nReply with the letter of the right option only, and put it between <answer> and </answer>."
+)
+
 
 class RecordError(ValueError):
     """A record that cannot be used: the message names its file, its index and what was expected."""
@@ -46,8 +51,8 @@ class Row:
     prompt: list  # str | Frame | Clip, in the order of the user turn
     response: list  # str (a reasoning step) | Frame (a future to imagine) | Blank; may be empty
     answer: str
-    question: str = ""
-    options: list | None = None  # texts of A, B, C ...
+    question: str = ""  # the prompt's text, options included, without ASK_LETTER
+    options: list | None = None  # texts of A, B, C ..., without their letters
     group: str = "all"  # what scores are split by
     cue: str = ""  # evidence in words, for a teacher's eyes alone (variants/opd.py)
 
@@ -203,7 +208,7 @@ def read_record(record, where, media_root="."):
     row.group, row.cue = str(record.get("group", "all")), record.get("cue") or ""
     if not isinstance(row.cue, str):
         raise RecordError(f"{where}: 'cue' should be text, found {row.cue!r:.60}")
-    if record.get("options") is not None:
+    if record.get("options"):
         row.options = _options(record["options"], where)
     if read is None:
         raise RecordError(
@@ -215,9 +220,10 @@ def read_record(record, where, media_root="."):
 
     # what holds for all formats
     row.answer = str(row.answer).strip()
-    wrapped = re.fullmatch(r"<answer>(.*?)</answer>", row.answer, re.S)
-    row.answer = wrapped.group(1).strip() if wrapped else row.answer
-    row.question = "".join(p for p in row.prompt if isinstance(p, str)).strip()
+    in_tags = answer_of(row.answer)
+    row.answer = row.answer if in_tags is None else in_tags
+    texts = [part for part in row.prompt if isinstance(part, str) and part != ASK_LETTER]
+    row.question = "".join(texts).strip()
     for name in ("question", "answer"):
         if not getattr(row, name):
             raise RecordError(f"{where}: the {name} is empty")
@@ -323,12 +329,18 @@ def _rl(record, row):
     images = record.pictures("images") if images else []
     text = record.need("problem", str).replace("<video>", "")
     text = "<image>" * len(images) + text if "<image>" not in text else text
+    text = _with_options(text, row.options or [])
     row.prompt = [Clip(record.media(x)) for x in videos]
     row.prompt += _interleave(text, "<image>", images, row.where, "images")
 
+    # as the official code: multiple choice is asked for a letter, unless the problem does already
+    kind = str(record.content.get("problem_type", "")).strip().lower()
+    if (row.options or kind == "multiple choice") and "option letter" not in text.lower():
+        row.prompt.append(ASK_LETTER)
+
 
 def _mcq(record, row):
-    record.need("options", (list, dict))
+    row.options = _options(record.need("options", (list, dict)), row.where)
     row.answer = record.need("answer", (str, int))
     clip = Clip(record.media(record.need("video", str)))
     row.prompt = [clip, _with_options(record.need("question", str), row.options)]
@@ -373,20 +385,34 @@ def _split_answer(text, tag):
 
 
 def _options(options, where):
-    if isinstance(options, dict):  # by A, B, ... or 1, 2, ... 10
+    """The texts of A, B, C ...: a list, or an object by A, B, ... or 1, 2, ... 10.
+
+    Letters of their own ("A. red", "(B) blue") are taken off if each text has its own.
+    """
+    if isinstance(options, dict):
         options = [options[k] for k in sorted(options, key=lambda k: (len(str(k)), str(k)))]
-    if options is not None and (not isinstance(options, list) or not 2 <= len(options) <= 26):
+    if not isinstance(options, list) or not 2 <= len(options) <= 26:
         raise RecordError(f"{where}: options should be 2 to 26 texts, found {options!r:.60}")
-    return options and [str(o) for o in options]
+    texts = [str(option) for option in options]
+    lettered = [re.match(rf"\(?{chr(65 + i)}[).:]\s*(?=\S)", text) for i, text in enumerate(texts)]
+    if all(lettered):
+        texts = [text[letter.end() :] for text, letter in zip(texts, lettered)]
+    return texts
+
+
+def option_lines(options):
+    """Options -> the text that shows them, "\\nA) red\\nB) blue"."""
+    return "".join(f"\n{chr(65 + i)}) {option}" for i, option in enumerate(options))
+
+
+def shows(text, options):
+    """Whether a text holds each option behind its letter, as some FutureBench questions do."""
+    lettered = [rf"\b{chr(65 + i)}\s*[).:]\s*{re.escape(o)}" for i, o in enumerate(options)]
+    return all(re.search(pattern, text) for pattern in lettered)
 
 
 def _with_options(question, options):
-    """Append "A) ..." lines unless the question has them (some FutureBench questions do)."""
-    lettered = [(chr(65 + i), option) for i, option in enumerate(options)]
-    shown = [re.search(rf"\b{a}\s*[).:]\s*{re.escape(option)}", question) for a, option in lettered]
-    if all(shown):
-        return question
-    return "\n".join([question, *(f"{a}) {option}" for a, option in lettered)])
+    return question if shows(question, options) else question + option_lines(options)
 
 
 def _image_source(x, where, key, media):

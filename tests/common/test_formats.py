@@ -138,6 +138,62 @@ def test_a_wrapped_answer_is_unwrapped(name):
     assert formats.read_record(record, "f:0", "/m") == Row("f:0", *RECORDS[name][1])
 
 
+@pytest.mark.parametrize(
+    "answer, gold",
+    [
+        ("so <answer> B </answer>.", "B"),
+        ("<answer>B</answer><answer>C</answer>", "B"),
+        ("<answer>B", "<answer>B"),
+    ],
+)
+def test_a_gold_answer_in_tags_is_found_anywhere(answer, gold):
+    """Breaks if tags count only around the whole answer: such a row could never be answered right.
+
+    The official code searches, too.
+    """
+    row = formats.read_record(RECORDS["rl"][0] | dict(answer=answer), "f:0")
+    assert row.answer == gold
+
+
+PROBLEM = dict(problem="Which wall?", videos=["v.mp4"], answer="B")
+SHOWN, LETTER = "\nA) red wall\nB) blue wall", formats.ASK_LETTER
+
+
+@pytest.mark.parametrize(
+    "more, text, letter",
+    [
+        (dict(options=["A. red wall", "B. blue wall"]), SHOWN, True),
+        (dict(options=["(A) red wall", "(B) blue wall"]), SHOWN, True),
+        (dict(options={"B": "blue wall", "A": "red wall"}), SHOWN, True),
+        (dict(problem_type="Multiple choice "), "", True),
+        (dict(problem_type="free-form", options=[]), "", False),
+        (dict(), "", False),
+    ],
+)
+def test_rl_rows_show_their_options(more, text, letter):
+    """Breaks if RL asks for one of texts that the model has not seen, or shows their letters twice,
+    or if multiple choice is not asked for a letter (the official code asks by problem_type).
+    """
+    row = formats.read_record(PROBLEM | more, "f:0", "/m")
+    wanted = [Clip(V), "Which wall?" + text]
+    assert row.prompt == wanted + [LETTER] * letter and row.question == "Which wall?" + text
+    assert row.options == (["red wall", "blue wall"] if text else None)
+
+
+def test_a_problem_that_shows_and_asks_already():
+    """Breaks if a problem that holds its options, or asks for the letter, has them twice."""
+    asked = "Which wall?\nA. red wall\nB. blue wall\nGive only the single option letter."
+    record = PROBLEM | dict(problem=asked, options=["A. red wall", "B. blue wall"])
+    assert formats.read_record(record, "f:0", "/m").prompt == [Clip(V), asked]
+
+
+def test_letters_are_taken_off_if_each_option_has_its_own():
+    """Breaks if "A. B" among texts without letters loses its A, or "C. x" in another's place."""
+    for options in (["A. B", "Green"], ["A. red", "C. blue"], ["A.", "B."]):
+        record = PROBLEM | dict(options=options)
+        assert formats.read_record(record, "f:0").options == options
+
+
 def test_conversations_by_column():
     """Breaks if {from: [...], value: [...]} is refused, read in another order, or cut to the
     shorter.
@@ -254,6 +310,7 @@ def test_parquet(tmp_path, monkeypatch):
         ("mcq", "question", ..., "'question' is missing"),
         ("mcq", "options", {"A": "one"}, "2 to 26"),
         ("mcq", "options", None, "'options' should be list or dict"),
+        ("mcq", "options", [], "2 to 26"),
         ("mcq", "options", ..., "unknown format .keys answer, id, question, video"),
     ],
     ids=lambda x: str(x)[:20],
