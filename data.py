@@ -47,19 +47,19 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from common.clips import (  # noqa: F401  importable from here too
+from common.clips import (
     CELL,
     MERGE,
     TEMPORAL,
     ClipError,
     cut_to,
-    key_frame_positions,
     load_frames,
     normalise,
     read_uniform,
-    resize_and_patchify,
     stack,
 )
+from common.clips import key_frame_positions as key_frame_positions  # part of this file's surface
+from common.clips import resize_and_patchify as resize_and_patchify
 from common.formats import ASK_LETTER, Blank, Frame, RecordError, Skipped, option_lines, shows
 from model import LATENT, LATENT_END, LATENT_START
 
@@ -187,12 +187,12 @@ def _prompt(row, config):
 def _video(clip, config):
     """A Clip -> patches, grid, and pieces in which each two frames are announced by their time."""
     _, _, video_budget = config.budgets
-    frames, numbers, fps = read_uniform(clip, config.num_frames)
+    frames, _, seconds = read_uniform(clip, config.num_frames)
     patches, grid = cut_to(video_budget, frames, clip.path)
-    times = [number / fps for number in (*numbers, numbers[-1])]  # an odd last frame is doubled
     t, h, w = grid.tolist()
+    pairs = np.append(seconds, seconds[-1])[: 2 * t].reshape(t, 2)  # an odd last frame is doubled
     pieces = []
-    for first, second in zip(times[: 2 * t : 2], times[1::2]):
+    for first, second in pairs:
         pieces.append(f"<{(first + second) / 2:.1f} seconds>")
         pieces += visual("<|video_pad|>", np.array([1, h, w]))
     return patches, grid, pieces

@@ -18,22 +18,30 @@ class RecordError(ValueError):
     """A record that cannot be used: the message names its file, its index and what was expected."""
 
 
-class Frame(NamedTuple):
-    """One image of a prompt or a future.
-
-    Key frame `index` (1..8) of a clip, or a whole image file (index 0).
-    """
-
-    source: str | bytes  # path, or the image file's bytes
-    index: int = 0
-
-
 class Clip(NamedTuple):
     """A clip that enters as a video: frames spread over all or part of it, with time stamps."""
 
     path: str
     start: float = 0.0  # seconds
     end: float = math.inf
+
+
+class Frame(NamedTuple):
+    """One image of a prompt or a future.
+
+    Key frame `index` (1..8) of a clip, or of its part from start to end; or a whole image file
+    (index 0).
+    """
+
+    source: str | bytes  # path, or the image file's bytes
+    index: int = 0
+    start: float = 0.0  # seconds
+    end: float = math.inf
+
+    @property
+    def clip(self):
+        """The Clip of which this is a key frame."""
+        return Clip(self.source, self.start, self.end)
 
 
 class Blank(NamedTuple):
