@@ -47,11 +47,10 @@ from torch.utils.checkpoint import checkpoint
 from common.rollouts import OneRow, Rollout, Transcript, join, take  # noqa: F401  importable too
 from common.sampling import choose_word
 from common.shared_prefix import DecodingCache, SharedCache
-from data import collate, model_inputs, to_device
+from data import MEDIA, collate, model_inputs, to_device
 from model import log_continue
 
 CHUNK = 16  # steps between two looks at which rows are done
-MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 LOGITS = 1024  # tokens of a replay whose logits are in memory at a time
 
 
