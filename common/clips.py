@@ -13,6 +13,12 @@ takes what decord refuses. This file is also the script of that process.
 The clock says when each frame is shown, counted in frames of the mean rate: 0, 1, 2, ... in a clip
 of constant rate. Phones make clips of variable rate, and there a frame's number says little about
 its time.
+
+Where this differs from the official code and from Qwen3-VL's processor:
+ 1. A clip that decord refuses is read by PyAV: many clips cut by stream copy are sound, and decord
+    still refuses them or mixes their frames up.
+ 2. In a clip of variable rate a frame's time is the one that the file gives. Theirs is its number
+    over the mean rate, which can be seconds off. Which numbers are chosen is the same.
 """
 
 import io
@@ -164,7 +170,7 @@ def read_part(clip, choose):
         try:
             return decoder.read(name, clip.path, choose_in_file)
         except DecoderError as e:
-            faults.append(str(e))
+            faults.append(str(e))  # deviation 1: the next decoder tries
     raise ClipError(f"{clip.path}: cannot be read as a video ({'; '.join(faults)})")
 
 
@@ -439,7 +445,7 @@ def clock_of(times, fps):
     even = np.linspace(0, times[-1], count)
     if np.abs(times - even).max() <= even[1] / 2:
         return np.arange(count, dtype=float)
-    return times * fps
+    return times * fps  # deviation 2
 
 
 DECODERS = dict(decord=decord, PyAV=pyav)

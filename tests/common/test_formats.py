@@ -194,6 +194,40 @@ def test_letters_are_taken_off_if_each_option_has_its_own():
         assert formats.read_record(record, "f:0").options == options
 
 
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_part_of_a_clip_in_every_format(name):
+    """Breaks if `start` and `end` of a record are ignored: the model then sees the answer."""
+    plain = formats.read_record(RECORDS[name][0], "f:0", "/m")
+    row = formats.read_record(RECORDS[name][0] | dict(start=1, end=2.5), "f:0", "/m")
+    parts = list(zip(row.prompt + row.response, plain.prompt + plain.response))
+    of_clips = [(a, b) for a, b in parts if isinstance(b, Clip) or isinstance(b, Frame) and b.index]
+    assert len(of_clips) == {"future-l1": 3, "twiff": 3, "twiff-bench": 0}.get(name, 1)
+    for part, whole in parts:
+        in_clip = (part, whole) in of_clips
+        assert part == (whole._replace(start=1.0, end=2.5) if in_clip else whole)
+
+
+@pytest.mark.parametrize("part", [dict(start="x"), dict(start=3, end=2), dict(start=-1)])
+def test_a_part_that_is_none(part):
+    """Breaks if a part that cannot be is read as the whole clip."""
+    with pytest.raises(RecordError, match="^f:0: 'start'.*'end'"):
+        formats.read_record(RECORDS["mcq"][0] | part, "f:0")
+
+
+def test_keys_that_nothing_reads_are_named_once(tmp_path, capsys):
+    """Breaks if a misspelt key passes in silence, a key of another format (`video` of an RL row,
+    which would have no clip) is not told from one's own, or each record says so again.
+    """
+    path = tmp_path / "f.json"
+    records = [RECORDS["mcq"][0] | dict(answr="B"), PROBLEM | dict(video="v.mp4"), PROBLEM]
+    path.write_text(json.dumps(records))
+    formats.read_rows(str(path))
+    assert capsys.readouterr().out.startswith(f"{path}: these keys are not read: answr, video (")
+    path.write_text(json.dumps([record for record, _ in RECORDS.values()]))
+    formats.read_rows(str(path))
+    assert capsys.readouterr().out == ""
+
+
 def test_conversations_by_column():
     """Breaks if {from: [...], value: [...]} is refused, read in another order, or cut to the
     shorter.
