@@ -48,13 +48,12 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from common.shared_prefix import DecodingCache, Layout, SharedCache
-from data import collate, model_inputs, to_device
+from data import MEDIA, collate, model_inputs, to_device
 from model import LATENT, log_continue
 
 CHUNK = 16  # steps between two looks at which rows are done
 LIKELIEST = 1024  # words among which the nucleus of a low-entropy policy is looked for
 LOGITS = 1024  # tokens of a replay whose logits are in memory at a time
-MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
 
 # ----------------------------------------------------------------------------------- the definition

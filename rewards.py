@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from common.formats import answer_of
+from common.formats import answer_of, pick, plain
 from model import LATENT, LATENT_END, LATENT_START
 
 _START, _LATENT, _END = (re.escape(marker) for marker in (LATENT_START, LATENT, LATENT_END))
@@ -79,28 +79,6 @@ def repetition_score(text):
     return score
 
 
-def pick(answer, options):
-    """An answer's text -> index of the option it means, or None. Source: ours.
-
-    The option's text (any case, outer punctuation ignored), else its letter: "B", "(b)", "B) red".
-    A letter counts only if nothing contradicts it: what follows is empty or that option's text.
-    """
-    if answer is None:
-        return None
-    texts = [_plain(option) for option in options]
-    if _plain(answer) in texts:
-        return texts.index(_plain(answer))
-    letter = re.match(r"\(?([A-Za-z])(?:[).:]|\s*$)", answer)
-    index = ord(letter.group(1).upper()) - 65 if letter else -1
-    if not 0 <= index < len(options):
-        return None
-    return index if _plain(answer[letter.end() :]) in ("", texts[index]) else None
-
-
-def _plain(text):
-    return " ".join(text.lower().split()).strip(" .,:;!?\"'()")
-
-
 def accuracy_reward(response, gold, options=None):
     """R_acc's rule in {0, 1}: the first <answer> is the gold answer. Source: sec. 3.3.
 
@@ -109,7 +87,7 @@ def accuracy_reward(response, gold, options=None):
     """
     answer = answer_of(response)
     if not options:
-        return float(answer is not None and _plain(answer) == _plain(gold))
+        return float(answer is not None and plain(answer) == plain(gold))
     wanted = pick(gold, options)
     if wanted is None:
         raise ValueError(f"the answer {gold!r} is none of the options {options}")

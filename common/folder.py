@@ -18,7 +18,15 @@ from transformers.utils import cached_file
 
 SETTINGS = "future_l1.json"
 # what the model sees and may do: trained with it, it is asked with it
-SHARED = ("system", "num_frames", "image_max_tokens", "video_max_tokens", "l_max", "max_latents")
+SHARED = (
+    "system",
+    "num_frames",
+    "image_max_tokens",
+    "video_max_tokens",
+    "l_max",
+    "max_latents",
+    "show_options",
+)
 PROCESSORS = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",

@@ -125,7 +125,7 @@ def stand_in_decord(tmp_path, monkeypatch):
         folder.mkdir()
         (folder / "decord.py").write_text(text)
         monkeypatch.setenv("PYTHONPATH", str(folder))
-        monkeypatch.setattr(clips, "_readers", {})  # a process begun here, not one that is there
+        monkeypatch.setattr(clips, "_decoders", {})  # a process begun here, not one that is there
 
     return make
 

@@ -11,7 +11,7 @@ import torch
 import data
 import sft
 from common import runs
-from common.formats import Blank, Clip, Frame, RecordError, Row, Skipped
+from common.formats import ASK_LETTER, Blank, Clip, Frame, RecordError, Row, Skipped, read_record
 from data import Samples
 from tests.conftest import WORDS, shown
 from toy import tiny
@@ -163,6 +163,33 @@ def test_video_prompt(count, n, fps, numbers, stamps, film, words, data_config):
     assert shown(frames.float().movedim(3, 1).flatten(0, 1)) == numbers
 
 
+SHOWN = "\nA) red\nB) blue"
+
+
+@pytest.mark.parametrize(
+    "rule, conversations, rl", [("auto", "", SHOWN), ("always", SHOWN, SHOWN), ("never", "", "")]
+)
+def test_show_options(rule, conversations, rl, words, data_config):
+    """Breaks if a setting shows the options of a format that it should hide, hides the question's
+    own, or asks for the letter of options that are hidden.
+    """
+    question, options = "which wall ?", ["red", "blue"]
+    talk = [{"from": "human", "value": question}, {"from": "gpt", "value": ""}]
+    records = [
+        dict(video="v.mp4", conversations=talk, options=options, answer="red"),
+        dict(problem=question, options=options, answer="B"),
+        dict(problem=question + " A) red B) blue", options=options, answer="B"),
+    ]
+    letter = "" if rule == "never" else ASK_LETTER
+    wanted = [conversations, rl + letter, " A) red B) blue" + letter]
+    for record, text in zip(records, wanted):
+        row = read_record(record, "f:0")
+        config = dataclasses.replace(data_config, show_options=rule)
+        ids = data.encode(row, words, config, train=False)["ids"]
+        plain = Row("f:0", "0", [question + text], [], "red")
+        assert ids == data.encode(plain, words, data_config, train=False)["ids"]
+
+
 def test_too_long_and_broken_samples_are_skipped(film, words, data_config):
     """One bad row in a million must cost that row, named, and not the run."""
     good, gone = row(film()), row("gone.mp4", "f:1")
@@ -294,6 +321,8 @@ def test_numbers_below_their_least_are_refused():
     for name in ("num_frames", "l_max", "image_max_tokens", "video_max_tokens", "max_length"):
         with pytest.raises(ValueError, match=f"^{name} is 0, expected at least 1$"):
             data.DataConfig(**{name: 0})
+    with pytest.raises(ValueError, match="show_options is 'yes', expected auto, always or never"):
+        data.DataConfig(show_options="yes")
     for name in ("global_batch", "micro_batch", "save_every"):
         with pytest.raises(ValueError, match=f"^{name} is -1, expected at least 1$"):
             sft.Config(**{name: -1})

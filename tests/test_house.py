@@ -8,7 +8,7 @@ import os
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # what the ground stands on
-CELLAR = ("common.clips", "common.formats", "common.reader", "common.shared_prefix")
+CELLAR = ("common.clips", "common.formats", "common.shared_prefix")
 GROUND = {"model", "data"}
 SCRIPTS = {"latent_decode", "rewards", "sft", "la_dapo", "curate", "evaluate", "sample"}
 LOOPS = {"sft", "la_dapo", "curate", "evaluate", "sample"}  # no script imports one of these

@@ -2,6 +2,8 @@
 
 import io
 import re
+import struct
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -11,9 +13,16 @@ import transformers
 from PIL import Image
 
 from common import clips
-from common.clips import ClipError, fit, read_clip, resize_and_cut, resize_and_patchify
-from common.formats import Frame
-from common.reader import READERS
+from common.clips import (
+    ClipError,
+    fit,
+    read_clip,
+    read_part,
+    read_uniform,
+    resize_and_cut,
+    resize_and_patchify,
+)
+from common.formats import Clip, Frame
 from tests.conftest import flat, shown
 
 CELL = 32 * 32
@@ -225,10 +234,14 @@ def test_frame_k_is_frame_k(reader, film):
         [0, 1, 7, 7, 149, 150, 249, 250, 251, 298, 299],
         [],
     )  # 300 frames: more than a group of pictures
-    read = READERS.get(reader, clips.read_clip)
-    pictures, numbers, fps = read(
-        film("x.mp4", range(300), fps=25), lambda n, *fps: counts.append(n) or wanted
-    )
+    path = film("x.mp4", range(300), fps=25)
+    if reader == "read_clip":
+        pictures, numbers, fps = read_clip(path, lambda n: counts.append(n) or wanted)
+    else:
+        read = clips.DECODERS[reader]
+        choose = lambda clock, fps: counts.append(len(clock)) or wanted  # noqa: E731
+        pictures, numbers, seconds, fps = read(path, choose)
+        assert seconds.tolist() == [k / fps for k in wanted]
     assert counts == [300] and numbers == wanted and abs(fps - 25) < 1e-3
     assert pictures.dtype == np.uint8 and pictures.shape == (11, 64, 64, 3)
     assert shown(pictures) == [k % 40 for k in wanted]
@@ -333,6 +346,106 @@ def test_broken_clips_are_named(kind, film, tmp_path):
         clips.read_clip(str(path), clips.key_frame_positions)
 
 
+# clips as phones make them: turned pictures, frames at uneven times
+
+
+def write_clip(path, pictures, milliseconds):
+    """An mp4 whose frames are shown at these times."""
+    with av.open(path, "w") as container:
+        stream = container.add_stream("libx264", rate=30, options=dict(crf="10", bf="2"))
+        stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for picture, time in zip(pictures, milliseconds):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("angle", [0, 90, 180, 270])
+@pytest.mark.parametrize("decoder", ["decord", "PyAV"])
+def test_turned_clips(decoder, angle, tmp_path):
+    """Breaks if a clip that a phone wrote lying down stays so: then what the model sees depends on
+    which decoder takes the file. The frame is red at its upper left, turned with the clock.
+    """
+    picture = np.full((5, 64, 96, 3), 90, np.uint8)
+    picture[:, :32, :48] = 250, 0, 0
+    path = write_clip(str(tmp_path / "turned.mp4"), picture, range(0, 200, 40))
+    a, b = {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}[angle]
+    with open(path, "r+b") as f:
+        content = f.read()
+        f.seek(content.index(b"tkhd") + 44)  # the display matrix of ISO 14496-12, 16.16 fixed point
+        one = 1 << 16
+        f.write(struct.pack(">9i", a * one, b * one, 0, -b * one, a * one, 0, 0, 0, 1 << 30))
+    pictures, *_ = clips.DECODERS[decoder](path, lambda clock, fps: [0, 3])
+    expected = np.rot90(picture[[0, 3]], -angle // 90, axes=(1, 2)).astype(int)
+    assert pictures.shape == expected.shape
+    assert np.abs(pictures - expected).mean() < 8
+
+
+SECONDS = [k / 24 for k in range(24)] + [1 + k / 2 for k in range(24)]  # 12.5 in all
+
+
+@pytest.fixture
+def uneven(tmp_path):
+    """48 frames, the first 24 within a second, then two a second."""
+    times = [round(1000 * t) for t in SECONDS]
+    return write_clip(str(tmp_path / "uneven.mp4"), flat(range(48)), times)
+
+
+@pytest.mark.parametrize("start", [0, 250])
+def test_both_decoders_know_when_a_frame_is_shown(start, tmp_path):
+    """Breaks if a frame's time is its number by the mean rate (frame 20: 4.8 s instead of 0.83), or
+    the decoders differ in frames or times; a file whose clock starts late begins at 0.
+    """
+    times = [start + round(1000 * t) for t in SECONDS]
+    path, found = write_clip(str(tmp_path / "v.mp4"), flat(range(48)), times), []
+    for decode in clips.DECODERS.values():
+        found.append(decode(path, lambda clock, fps: list(range(len(clock)))))
+        np.testing.assert_allclose(found[-1][2], SECONDS, atol=6e-4)
+        assert shown(found[-1][0]) == [k % 40 for k in range(48)]
+    assert (found[0][0] == found[1][0]).all() and (found[0][2] == found[1][2]).all()
+
+
+@pytest.mark.parametrize(
+    "start, end, numbers",
+    [(0.5, 1.0, [12, 18, 24]), (1.0, 3.2, [24, 26, 28]), (2.9, 99, [27, 37, 47]), (99, 100, [47])],
+)
+def test_a_part_lies_where_its_seconds_are(start, end, numbers, uneven):
+    """Breaks if start and end count by the mean rate: seconds 0.5 to 1 would be frames 1 to 3."""
+    frames, found, seconds = read_uniform(Clip(uneven, start, end), 3)
+    assert found == numbers and shown(frames) == [k % 40 for k in numbers]
+    np.testing.assert_allclose(seconds, [SECONDS[k] for k in numbers], atol=6e-4)
+
+
+def test_clips_of_constant_rate_stay_as_they_are(film):
+    """Breaks if the time of a frame in an ordinary clip is anything but its number over the rate,
+    to the last bit, or a part of it begins elsewhere: prompts would change.
+    """
+    rng = np.random.default_rng(0)
+    for fps in (12, Fraction(30000, 1001), 50):
+        path = film(f"{float(fps):.0f}.mp4", range(40), fps=fps)
+        rate = read_clip(path, lambda n: [0])[2]
+        for start, end in np.sort(rng.uniform(0, 40 / float(fps), (4, 2))).round(2):
+            first, last = int(start * rate), min(int(end * rate), 39)
+            _, numbers, seconds = read_uniform(Clip(path, start, end), 99)
+            assert numbers == list(range(first, last + 1))
+            assert seconds.tolist() == [k / rate for k in numbers]
+
+
+def test_key_frames_of_a_part(film, empty_cache):
+    """Breaks if key frames of seconds 1 to 2 are taken from the whole clip, where the answer may
+    be, or the cache takes one part for another.
+    """
+    path = film()  # 12 frames a second: numbers 12 to 24, a pool of 13 frames
+    part, whole = Frame(path, 8, 1.0, 2.0), Frame(path, 8)
+    for _ in range(2):
+        loaded = clips.load_frames([part, whole], (CELL, CELL))
+        assert shown(torch.from_numpy(p).float() for p, _ in loaded) == [12 + 11, 38]
+    assert shown([clips.pixels_of([part])[part]]) == [23]
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
 def test_read_image(mode, tmp_path, monkeypatch):
     """Grey or transparent pictures must become RGB; a broken one, or one Pillow finds too large, is
@@ -395,7 +508,9 @@ def test_cache_is_bounded(frames, cached, film, monkeypatch, empty_cache):
     monkeypatch.setattr(clips, "CACHE_BYTES", frames * size)
     paths, asked = [film("a.mp4"), film("b.mp4", range(15, 35))], []
     monkeypatch.setattr(
-        clips, "read_clip", lambda path, choose: (asked.append(path), read_clip(path, choose))[1]
+        clips,
+        "read_part",
+        lambda clip, choose: (asked.append(clip.path), read_part(clip, choose))[1],
     )
     for path in paths * 2:
         (patches, _), *_ = clips.load_frames([Frame(path, 1)], (CELL, CELL))
@@ -411,12 +526,12 @@ def test_eight_key_frames_while_the_cache_is_open(film, monkeypatch, empty_cache
     """Breaks if each key frame of a clip opens it again, or a full cache still cuts all eight."""
     numbers = []
 
-    def read(path, choose):
-        pictures = read_clip(path, choose)
+    def read(clip, choose):
+        pictures = read_part(clip, choose)
         numbers.append(pictures[1])
         return pictures
 
-    monkeypatch.setattr(clips, "read_clip", read)
+    monkeypatch.setattr(clips, "read_part", read)
     path = film()
     for room, wanted in ((10**9, [1, 4, 10, 16, 22, 28, 34, 38]), (0, [4])):
         monkeypatch.setattr(clips, "_cache", {})

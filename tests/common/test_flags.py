@@ -145,7 +145,7 @@ def test_every_script_is_among_them():
             if main:
                 name = os.path.relpath(path, ROOT)[:-3].replace(os.sep, ".")
                 found[name.removesuffix(".__main__")] = end
-    del found["common.reader"]  # a process that scripts talk to
+    del found["common.clips"]  # a process that scripts talk to
     assert set(SCRIPTS) == set(found)
     assert all("run_script(" in end or "errors_in_one_line(" in end for end in found.values())
 

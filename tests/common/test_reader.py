@@ -15,10 +15,9 @@ import curate
 import evaluate
 import la_dapo
 import sft
-from common import clips, reader
-from common.clips import ClipError, key_frame_positions, read_clip
+from common import clips
+from common.clips import ClipError, Decoder, DecoderError, key_frame_positions, read_clip
 from common.formats import Clip
-from common.reader import Reader, ReaderError
 from tests.conftest import shown
 from toy.tiny import TINY_DATA
 
@@ -119,18 +118,18 @@ def test_a_reader_that_hangs(film, stand_in_decord, monkeypatch):
     """Breaks if a decoder that never comes back stops the run."""
     stand_in_decord("import time; time.sleep(60)")
     path = film()
-    monkeypatch.setattr(reader, "PATIENCE", 0.5)
-    with pytest.raises(ReaderError, match="decord: no answer in 0 s"):
-        Reader().read("decord", path, lambda total, fps: [0])
+    monkeypatch.setattr(clips, "PATIENCE", 0.5)
+    with pytest.raises(DecoderError, match="decord: no answer in 0 s"):
+        Decoder().read("decord", path, lambda total, fps: [0])
     monkeypatch.undo()
 
 
 def test_a_fault_of_the_caller_is_its_own(film):
     """Breaks if an error between question and answer leaves the process half way."""
-    own = Reader()
+    own = Decoder()
     with pytest.raises(ZeroDivisionError):
         own.read("PyAV", film(), lambda total, fps: 1 / 0)
-    assert len(own.read("PyAV", film(), lambda total, fps: [0, total - 1])[0]) == 2
+    assert len(own.read("PyAV", film(), lambda clock, fps: [0, len(clock) - 1])[0]) == 2
     own.end()
     own.end()
 
@@ -153,29 +152,29 @@ def test_threads_take_turns(film):
 
 def test_pyav_decodes_a_clip_once(film, monkeypatch):
     """Breaks if a long clip is decoded twice, or a count that is wrong is believed."""
-    decode, passes = reader._decode, []
+    decode, passes = clips._decode, []
 
     def counted(path, wanted):
         passes.append(path)
         return decode(path, wanted)
 
-    monkeypatch.setattr(reader, "_decode", counted)
-    pictures, numbers, fps = reader.pyav(film(), lambda total, fps: [0, total - 1])
+    monkeypatch.setattr(clips, "_decode", counted)
+    pictures, numbers, seconds, fps = clips.pyav(film(), lambda clock, fps: [0, len(clock) - 1])
     assert shown(pictures) == [0, 39] and numbers == [0, 39] and fps == 12 and len(passes) == 1
-    monkeypatch.setattr(reader, "_is_shown", lambda packet: packet.size > 0 and packet.pts % 2)
-    pictures, numbers, _ = reader.pyav(film(), lambda total, fps: [0, total - 1])
+    monkeypatch.setattr(clips, "_is_shown", lambda packet: packet.size > 0 and packet.pts % 2)
+    pictures, numbers, _, _ = clips.pyav(film(), lambda clock, fps: [0, len(clock) - 1])
     assert shown(pictures) == [0, 39] and len(passes) == 3
 
 
 def test_a_part_of_a_clip_is_opened_once(film, monkeypatch):
     """Breaks if the frame rate, which decides where a part lies, costs another look at the clip."""
-    asked, read = [], Reader.read
+    asked, read = [], Decoder.read
 
     def counted(self, name, path, choose):
         asked.append(name)
         return read(self, name, path, choose)
 
-    monkeypatch.setattr(Reader, "read", counted)
-    frames, numbers, fps = clips.read_uniform(Clip(film(), 1.0, 2.0), 3)
+    monkeypatch.setattr(Decoder, "read", counted)
+    frames, numbers, seconds = clips.read_uniform(Clip(film(), 1.0, 2.0), 3)
     assert numbers == [12, 18, 24] and shown(frames) == numbers and asked == ["decord"]
-    assert isinstance(frames, np.ndarray) and fps == 12
+    assert isinstance(frames, np.ndarray) and seconds.tolist() == [1.0, 1.5, 2.0]
