@@ -86,7 +86,7 @@ from common.groups import (
     update_figures,
 )
 from common.heldout import HeldOut, held_out_rows
-from common.judge import judge_of, read_args
+from common.judge import judge_of
 from common.lora import frozen_alone
 from common.report import draw_curves
 from common.rollouts import take
@@ -126,7 +126,6 @@ class Config(DataConfig):
     tau: float = 0.5  # temperature of Eq. (5)  # paper Table 9
     judge_url: str = ""  # OpenAI-compatible, for open answers; key: JUDGE_API_KEY  # sec. 3.3
     judge_model: str = ""  # its model's name; "" = no judge
-    judge_args: str = "{}"  # JSON merged into each request, such as {"temperature": null}  # ours
     exact_match: bool = False  # no row has options, there is no judge, and that is meant  # ours
     # objective
     filter: bool = True  # only groups whose mean accuracy lies between low and high  # paper
@@ -179,7 +178,6 @@ class Config(DataConfig):
             raise ValueError("adjoint_terms needs whole weights: 0 with shard")
         if self.judge_url and not self.judge_model:
             raise ValueError("judge_url needs judge_model, the name of a model there")
-        read_args(self.judge_args)
 
     @property
     def label(self):

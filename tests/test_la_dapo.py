@@ -742,24 +742,6 @@ def test_answers_that_nobody_can_judge(world, loud, tmp_path, capsys):
     assert len(log_of(tmp_path / "b")) == 1
 
 
-def test_the_judge_gets_its_arguments(world, loud, tmp_path, monkeypatch, capsys):
-    """Breaks if url, model or --judge_args do not reach the judge, or bad JSON does."""
-    asked = []
-
-    def judge(*args, **more):
-        asked.append((args, more))
-        return FakeJudge(lambda answer: True)
-
-    monkeypatch.setattr("common.judge.Judge", judge)
-    more = dict(judge_url="http://x/v1", judge_model="m", judge_args='{"temperature": null}')
-    la_dapo.train(settings(world, loud, tmp_path / "a", steps=1, groups=2, **more))
-    assert asked == [(("http://x/v1", "m"), dict(args={"temperature": None}))]
-    assert "0 open answers judged by m" in capsys.readouterr().out
-    for text in ("[1]", "{", "null"):
-        with pytest.raises(ValueError, match="expected a JSON object"):
-            settings(world, loud, tmp_path / "b", judge_model="m", judge_args=text)
-
-
 def test_a_new_reward_reaches_the_log_by_itself(world, loud, tmp_path, monkeypatch):
     """Breaks if a reward that `score_group` gains needs an edit in the loop to be logged, or a
     verdict is logged as one.
