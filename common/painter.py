@@ -41,8 +41,8 @@ from common.clips import (
     stack,
 )
 from common.flags import run_script
-from common.formats import Frame, read_rows
-from common.runs import Machine, newest
+from common.formats import Frame
+from common.runs import Machine, newest, rows_of
 from data import DataConfig, at_least
 
 
@@ -196,23 +196,27 @@ def teach(pairs, config):
 
 
 def main(config):
-    """Teach a painter and save it with the model -> its error on frames of held-out clips."""
-    if not config.data:
-        raise SystemExit("--data is missing: rows with the clips that the painter learns from")
-    folder = newest(config.model)
-    model, _ = Machine().load(folder)
+    """Teach a painter and save it with the model -> its error on frames of held-out clips.
 
+    Raises SystemExit if the rows have frames of fewer than two clips.
+    """
     # each frame once, clip by clip; the last tenth of the clips is held out
     frames = {}
-    for row in read_rows(config.data, config.media_root or None, []):
+    for row in rows_of(config):
         frames |= {part: None for part in (*row.prompt, *row.response) if isinstance(part, Frame)}
     frames = sorted(frames, key=lambda frame: str(frame.source)[:200])[: config.frames]
     clips = list(dict.fromkeys(frame.source for frame in frames))
-    held_out = set(clips[len(clips) - max(1, len(clips) // 10) :])
+    if len(clips) < 2:
+        raise SystemExit(f"{config.data}: key frames of {len(clips)} clips, expected two or more")
+    held_out = set(clips[-max(1, len(clips) // 10) :])
+    parts = [], []  # learnt from, held out
+    for frame in frames:
+        parts[frame.source in held_out].append(frame)
 
-    budget = config.budgets[1]
-    painter = teach(look(model, [f for f in frames if f.source not in held_out], budget), config)
-    others = look(model, [f for f in frames if f.source in held_out], budget)
+    folder = newest(config.model)
+    model, _ = Machine().load(folder)
+    pairs, others = (look(model, part, config.budgets[1]) for part in parts)
+    painter = teach(pairs, config)
     error = painting_error(painter, *others)
     painter.save(folder)
     print(f"{error:.3f}  true frames, held out")
@@ -285,7 +289,7 @@ def write_strip(path, model, row, spans, answer, budget):
     painter = Painter.beside(model.name_or_path)
     if painter is None:
         return f"no strip: {model.name_or_path} has no painter (python -m common.painter)"
-    painted = paint(painter.to(model.device), row, spans, budget)
+    painted = paint(painter, row, spans, budget)
     answer = (answer or "no answer").strip()
     right = answer == row.answer if row.answer else None
     strip = strip_of(row, painted, row.question, answer, right)

@@ -221,15 +221,16 @@ def sample_of(row, line):
 
 
 def verdict_of(line):
-    """A result line -> whether it is shown as right, and its verdict as text."""
+    """A result line -> whether it is right (True, False, None = not judged), and that as text.
+
+    The page calls an average of 3 or more from TwiFF-Bench's judge right.
+    """
     if "right" in line:
         wrong = "unparsed" if line["picked"] is None else "wrong"
         return line["right"], "right" if line["right"] else wrong
-    judged, verdict = line.get("judged"), "not judged"
-    if judged:
-        verdict = f"chain {judged['chain']:g}, answer {judged['answer']:g}"
-    verdict += f" ({line['why']})" if line.get("why") else ""
-    return bool(judged) and judged["average"] >= 3, verdict
+    if judged := line.get("judged"):
+        return judged["average"] >= 3, f"chain {judged['chain']:g}, answer {judged['answer']:g}"
+    return None, f"not judged ({line['why']})" if line.get("why") else "not judged"
 
 
 # ---------------------------------------------------------------------------- several evaluations

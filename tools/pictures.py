@@ -20,9 +20,9 @@ import torch
 
 from common.clips import load_frames, stack
 from common.flags import run_script
-from common.formats import Frame, Row, answer_of, read_rows
+from common.formats import Frame, Row, answer_of
 from common.painter import Painter, animate, draw_strips, paint, painting_error, strip_of, to_cells
-from common.runs import Machine, need_data, newest, write_json
+from common.runs import Machine, newest, rows_of, write_json
 from data import DataConfig, at_least, encode
 from latent_decode import ask
 from model import LATENT_END, LATENT_START
@@ -117,17 +117,15 @@ def texts_of(response):
 
 def main(config):
     """Answer, draw -> the errors {name: error}. Raises SystemExit without a painter."""
-    need_data(config)
-    folder = newest(config.model)
+    rows, folder, budget = rows_of(config), newest(config.model), config.budgets[1]
+    most = max(len(futures(row)) for row in rows)
+    rows = [row for row in rows if len(futures(row)) == most][: config.rows]
     model, tokenizer = Machine().load(folder)
     painter = Painter.beside(folder)
     if painter is None:
         raise SystemExit(f"{folder} has no painter: python -m common.painter teaches one")
-    rows = read_rows(config.data, config.media_root or None, [])
-    most = max(len(futures(row)) for row in rows)
-    rows = [row for row in rows if len(futures(row)) == most][: config.rows]
 
-    painter, budget = painter.to(model.device), config.budgets[1]
+    painter.to(model.device)
     answers = answer(model, tokenizer, rows, config)
     errors = errors_of(painter, answers, budget)
     draw(painter, answers, budget, config.out)

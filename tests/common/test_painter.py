@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import shutil
 
 import numpy as np
@@ -137,6 +138,11 @@ def test_the_command_holds_clips_out(world, tmp_path, monkeypatch, capsys):
     assert f"{error:.3f}  true frames, held out" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="--data is missing"):
         painting.main(Config(**settings))
+    one = str(tmp_path / "one.jsonl")
+    with open(world["data"]) as f, open(one, "w") as g:
+        g.write(f.readline())
+    with pytest.raises(SystemExit, match="one.jsonl: key frames of 1 clips, expected two or more"):
+        painting.main(Config(**settings, data=one, media_root=os.path.dirname(world["data"])))
 
 
 def test_coming_frames_by_hand():

@@ -106,7 +106,8 @@ def test_verdicts():
     judged = dict(chain=2, answer=4, average=3.0)
     assert report.verdict_of(dict(judged=judged)) == (True, "chain 2, answer 4")
     assert report.verdict_of(dict(judged=dict(judged, average=2.5)))[0] is False
-    assert report.verdict_of(dict(why="timeout")) == (False, "not judged (timeout)")
+    assert report.verdict_of(dict(why="timeout")) == (None, "not judged (timeout)")
+    assert report.verdict_of({}) == (None, "not judged")
 
 
 # ------------------------------------------------------------------------------------ several runs
