@@ -9,7 +9,6 @@ from scripted import SPAN, png
 import sample
 from common.painter import Painter
 from model import LATENT_END, LATENT_START
-from toy.tiny import TINY_DATA
 
 
 def test_stream(tokenizer, model):
@@ -27,10 +26,11 @@ def run(world, clip, tmp_path):
     """run(**settings) -> what sample.py writes about a clip, or about the picture given."""
 
     def run(**more):
-        out, asked = [], dict(TINY_DATA, model=world["model"], question="which wall ?")
+        out, asked = [], dict(image_max_tokens=1, l_max=1, system="watch the ball")
+        asked.update(model=world["model"], question="which wall ?", max_new_tokens=20)
         if "image" not in more:
             asked.update(video=clip(), key_frames="3,4")
-        asked.update(max_new_tokens=20, strip=str(tmp_path / "strip"))
+        asked.update(strip=str(tmp_path / "strip"))
         sample.main(sample.Config(**{**asked, **more}), out.append)
         return "".join(out)
 

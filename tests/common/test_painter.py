@@ -17,7 +17,6 @@ from common.formats import Frame, Row
 from common.painter import Config, Painter, Pairs, look, painting_error, teach, to_cells, to_pixels
 from model import load
 from tests.conftest import frames
-from toy.tiny import TINY_DATA
 
 
 def test_cells_stand_where_their_pixels_are():
@@ -130,7 +129,7 @@ def test_the_command_holds_clips_out(world, tmp_path, monkeypatch, capsys):
     looked, model = [], shutil.copytree(world["model"], tmp_path / "model")
     inner = painting.look
     monkeypatch.setattr(painting, "look", lambda m, f, b: looked.append(f) or inner(m, f, b))
-    settings = dict(TINY_DATA, model=str(model), steps=3, frames=20)
+    settings = dict(l_max=1, model=str(model), steps=3, frames=20)
     error = painting.main(Config(**settings, data=world["data"]))
     learnt, held_out = ({frame.source for frame in some} for some in looked)
     assert learnt and held_out and not learnt & held_out

@@ -10,13 +10,13 @@ from common.painter import Config as PainterConfig
 from common.painter import Painter, look, teach
 from model import LATENT, LATENT_END, LATENT_START
 from tools import pictures
-from toy.tiny import TINY_DATA
 
 
 def test_the_command(world, tmp_path, capsys):
     """Breaks if nothing is drawn, an error is not told, or a missing painter is not named."""
     model, out = str(shutil.copytree(world["model"], tmp_path / "model")), tmp_path / "out"
-    settings = dict(TINY_DATA, model=model, data=world["test"], max_new_tokens=20, out=str(out))
+    settings = dict(model=model, data=world["test"], out=str(out), max_new_tokens=20)
+    settings.update(image_max_tokens=1, l_max=1, system="watch the ball")
     with pytest.raises(SystemExit, match="python -m common.painter teaches one"):
         pictures.main(pictures.Config(**settings))
     Painter(96).save(model)
