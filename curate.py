@@ -55,7 +55,7 @@ from common.formats import (
     read_records,
     report_bad,
 )
-from common.judge import Judge
+from common.judge import judge_of
 from common.report import draw_selection, selection_text, tabulate_selection
 from common.rollouts import one_mark_a_span
 from common.runs import Machine, need_data, write, write_json
@@ -88,7 +88,6 @@ class Config(DataConfig):
     # OpenAI-compatible server for open answers; "" = exact match alone; needs judge_model
     judge_url: str = ""
     judge_model: str = ""  # its model
-    judge_args: str = ""  # JSON merged into each request to it, e.g. {"temperature": 1}  # ours
     bf16: bool = True  # weights on CUDA  # paper Table 8
     cuda_graph: bool = False  # replay a captured decoding step  # ours
     # select
@@ -106,7 +105,7 @@ class Config(DataConfig):
 
 # may differ between two runs on one probe file
 FREE = {"part", "data", "media_root", "out", "workers", "max_bad", "cuda_graph", "judge_url"}
-FREE |= {"judge_args", "k", "max_p_t", "min_gain"}
+FREE |= {"k", "max_p_t", "min_gain"}
 
 
 # -------------------------------------------------------------------------------------- visual gain
@@ -288,15 +287,6 @@ def candidate(record, where, media_root):
     return row
 
 
-def make_judge(config):
-    """The judge of the settings or None; both flags or none, so that no file mixes two rules."""
-    if bool(config.judge_url) != bool(config.judge_model):
-        raise SystemExit("--judge_url and --judge_model go together")
-    if not config.judge_url:
-        return None
-    return Judge(config.judge_url, config.judge_model, args=json.loads(config.judge_args or "{}"))
-
-
 def roll_out(model, tokenizer, block, config):
     """The prompts of a Block -> n responses each: a list of lists of texts.
 
@@ -329,7 +319,7 @@ def probe(config, judge=None):
     _, rows = read_pool(config)
     bad = [row for row in rows.values() if isinstance(row, Skipped)]
     report_bad(bad, len(rows), config.max_bad)
-    judge = judge or make_judge(config)
+    judge = judge or judge_of(config)
     settings = settings_of(config, FREE)
     book = Book(config.out, "probe", rows, settings, machine)
     if machine.master:

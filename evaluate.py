@@ -51,10 +51,10 @@ from common.folder import add_scores
 from common.formats import Skipped, answer_of, report_bad
 from common.intervals import bootstrap, wilson
 from common.judge import add_verdicts
-from common.pictures import imagined
+from common.painter import imagined
+from common.report import about, show, shown_in_report
 from common.rollouts import one_mark_a_span
 from common.runs import Machine, need_data, write_json
-from common.summary import about, show, shown_in_report
 from common.walk import Book, settings_of, walk
 from data import DataConfig, at_least, model_inputs, to_device
 from latent_decode import generate, own_latent
@@ -472,7 +472,7 @@ def result_line(config, model, row, text, tokens, latents):
 
 
 def look_at(model, row, line, tokens, latents, config):
-    """What a row's spans are near to, for the report -> a dict: `imagined` and the rewards."""
+    """What the report shows of a row's spans -> a dict: `imagined` and the rewards."""
     lengths = span_lengths(tokens, model.config.latent_start_id, model.config.latent_id)
     return dict(
         imagined(model, row, latents, lengths, config.budgets[1]),

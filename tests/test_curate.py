@@ -426,9 +426,7 @@ def test_a_judge_outage_is_caught_up_without_generating(world, tmp_path, monkeyp
         summary["named"]
     ) == set(waiting)
     monkeypatch.setattr(curate, "generate", None)
-    with pytest.raises(
-        SystemExit, match="go together"
-    ):  # not by the rule alone under the judge's name
+    with pytest.raises(ValueError, match="go together"):  # not by the rule under the judge's name
         curate.probe(c["b"])
     curate.probe(c["b"], judge=Answers(None))
     assert [id for id, line in read(tmp_path / "b").items() if "unjudged" in line] == waiting

@@ -2,22 +2,17 @@
 
 import dataclasses
 import json
-import math
 import os
 
-import numpy as np
 import pytest
 import torch
 from scripted import FB, futurebench, line, play, settings
 
 import evaluate
 import latent_decode
-from common import clips
 from common.benchmarks import read_benchmark
-from common.formats import Clip, Frame, Row
-from common.pictures import imagined
-from common.report import as_text, score_rows
-from common.summary import about
+from common.formats import Clip, Row
+from common.report import about, as_text, score_rows
 from evaluate import summarise
 
 LINES = [
@@ -166,28 +161,3 @@ def test_banned_tokens(model, tokenizer):
     word = next(token for token in first.tokens[0].tolist() if token not in inside)
     second = latent_decode.generate(model, batch, max_new_tokens=12, eos_token_id=[], banned=[word])
     assert word in first.tokens and word not in second.tokens
-
-
-def test_imagined_by_hand(model, clip, data_config):
-    """Breaks if a cosine is not that of a latent and a frame: a latent that *is* frame 5's
-    embedding is nearest to it.
-    """
-    path = clip(count=600, height=32, width=32)
-    row = Row("f", "1", [Frame(path, 3), "?"], [Frame(path, 5)], "x")
-    pictures = clips.pixels_of([Frame(path, 5)])
-    patches, grid = clips.resize_and_cut(pictures[Frame(path, 5)][None], *data_config.budgets[1])
-    e = model.encode_frames(clips.normalise(patches), grid[None])  # one token
-    latents = torch.cat([3 * e, -e, e])
-    got = imagined(model, row, latents, [1, 0, 2], data_config.budgets[1])
-    assert got["frames"] == list("12345678") and got["spans"] == [1, 0, 2]
-    assert [line[4] for line in got["cosine"]] == [1, -1, 1] and np.argmax(got["cosine"][0]) == 4
-    patches, grid = clips.resize_and_cut(pictures[Frame(path, 8)][None], *data_config.budgets[1])
-    other = model.encode_frames(clips.normalise(patches), grid[None])
-    dot = float(e[0] @ other[0]) / math.sqrt(float(e[0] @ e[0]) * float(other[0] @ other[0]))
-    assert got["cosine"][0][7] == pytest.approx(dot, abs=1e-3)
-    got = imagined(model, row, torch.cat([3 * e, other, e]), [1, 0, 2], data_config.budgets[1])
-    a, b = e[0].numpy(), (other + e)[0].numpy() / 2  # the means of the two spans
-    assert got["similarity"][0][0] == got["similarity"][1][1] == 1
-    assert got["similarity"][0][1] == pytest.approx(
-        a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-3
-    )

@@ -37,8 +37,9 @@ import time
 import numpy as np
 import torch
 
+from common.clips import key_frame_positions, read_clip
 from common.flags import run_script
-from common.report import draw_bars, draw_key_frames, draw_rl
+from common.report import axes, draw_bars, draw_rl
 from common.runs import write, write_json
 from toy.plan import CURATED, FREE, GROUPS, Config, trainings
 from toy.seed import run_seed
@@ -156,6 +157,16 @@ def claim_folder(config):
                 "pass --fresh to start over, or another --out"
             )
     write_json(path, settings)
+
+
+def draw_key_frames(clip, titles, png):
+    """The eight key frames of a clip in a row, under titles {index: text}, else numbers. Ours."""
+    frames, _, _ = read_clip(clip, key_frame_positions)
+    fig, places = axes(8, 11, 1.7)
+    for i, (ax, frame) in enumerate(zip(places, frames), 1):
+        ax.imshow(frame)
+        ax.set(xticks=[], yticks=[], title=titles.get(i, f"{i}"))
+    fig.savefig(png, dpi=120)
 
 
 def prepare(config):

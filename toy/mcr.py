@@ -27,7 +27,7 @@ from tokenizers import AddedToken
 from common.clips import pixels_of
 from common.flags import run_script
 from common.formats import read_rows
-from common.report import draw_looks
+from common.report import axes
 from common.runs import newest, write, write_json
 from model import load
 from rewards import accuracy_reward
@@ -182,6 +182,17 @@ def markdown(seeds):
             cells.append(f"{spread(values[hop])} ({np.mean(values[f'looks {hop}']):.2f})")
         text.append("| " + " | ".join([*cells, spread(values["all"])]) + " |")
     return "\n".join(text)
+
+
+def draw_looks(series, png):
+    """{name: [[(looks, accuracy), ...] a seed]} -> accuracy against looks, a line a seed. Ours."""
+    fig, (ax,) = axes(1, 5, 3.4)
+    for k, (name, curves) in enumerate(series.items()):
+        for i, points in enumerate(curves):
+            ax.plot(*zip(*points), "o-", ms=4, lw=0.8, color=f"C{k}", label="" if i else name)
+    ax.set(xlabel="looks a question", ylabel="accuracy")
+    ax.legend(fontsize=8, frameon=False)
+    fig.savefig(png, dpi=120)
 
 
 def draw(seeds, png):

@@ -11,11 +11,21 @@ import curate
 import evaluate
 import sft
 from common.formats import read_rows
-from common.pictures import Painter
+from common.painter import Config as PainterConfig
+from common.painter import Painter
+from common.painter import main as teach_painter
 from common.runs import checkpoints, newest, write_json
 from tools import pictures
 from toy.plan import ABLATIONS, GROUPS, Config, Results, trainings
-from toy.tiny import TINY, TINY_CURATION, TINY_EVAL, TINY_PICTURES, make_model, make_tokenizer
+from toy.tiny import (
+    TINY,
+    TINY_CURATION,
+    TINY_DATA,
+    TINY_EVAL,
+    TINY_PICTURES,
+    make_model,
+    make_tokenizer,
+)
 from toy.world import candidates, paths_of, write_rows
 
 
@@ -47,12 +57,9 @@ class Seed:
         """
         folder, path = newest(self.path("base")), self.path("painter.json")
         if not os.path.exists(path):
-            machine = pictures.Machine()
-            settings = dict(TINY_PICTURES, steps=self.config.painter_steps)
+            settings = dict(TINY_DATA, model=folder, steps=self.config.painter_steps)
             settings.update(data=self.world["captions"], seed=self.common["seed"])
-            model, _ = machine.load(folder)
-            _, error = pictures.make_painter(model, folder, pictures.Config(**settings))
-            write_json(path, error)
+            write_json(path, teach_painter(PainterConfig(**settings)))
         with open(path) as f:
             return folder, json.load(f)
 
@@ -82,7 +89,7 @@ class Seed:
         """Draw what a training's model imagines -> how far it is from what came, {what: error}."""
         self.score(name)  # so that there is a painter beside it
         settings = dict(TINY_PICTURES, model=newest(self.path(name)), out=self.path("pictures"))
-        errors = pictures.main(pictures.Config(**settings, show=self.world["test"]))
+        errors = pictures.main(pictures.Config(**settings, data=self.world["test"]))
         return {"true frames, held out": self.paint()[1], **errors}
 
 

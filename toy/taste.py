@@ -11,7 +11,7 @@ import shutil
 from dataclasses import dataclass
 
 from common.flags import run_script
-from common.pictures import Painter
+from common.painter import Painter
 from common.runs import newest, read_lines, write, write_json
 from toy.tiny import TINY_PICTURES
 from toy.world import write_rows
@@ -23,7 +23,7 @@ questions about the embedded world (toy/world.py), and about nothing else.
 
 - `model/`: LA-DAPO on the embedded world, one seed, as `python -m toy` leaves it (code at commit
   {commit}, seed {seed}). `model/painter/` turns its visual tokens and latents back into pixels
-  (`python -m tools.pictures`, {frames} frames of training clips, error on held-out frames in
+  (`python -m common.painter`, {frames} frames of training clips, error on held-out frames in
   docs/results.md). `model/future_l1.json`: what it is to be asked with.
 - `clips/`, `questions.jsonl`: the first {clips} of the held-out clips, with their four questions,
   answers and coming key frames. The model has never seen them.

@@ -48,7 +48,7 @@ def test_help_shows_the_comments(capsys):
 
 SCRIPTS = ["sft", "la_dapo", "curate", "evaluate", "sample", "toy", "toy.tables", "tools.bench"]
 SCRIPTS += ["common.judge", "common.report", "variants.logprob_gain", "variants.noisy_latents"]
-SCRIPTS += ["tools.export", "tools.clips", "tools.pictures", "variants.own_path", "common.page"]
+SCRIPTS += ["tools.export", "tools.clips", "tools.pictures", "variants.own_path", "common.painter"]
 SCRIPTS += ["variants.pause_tokens", "variants.self_forcing", "toy.taste", "tools.plan"]
 SCRIPTS += ["variants.m2la", "toy.m2la"]
 SCRIPTS += ["variants.video_latent", "toy.video_latent"]
@@ -100,7 +100,7 @@ def test_an_error_is_one_line_and_code_2(script, world, tmp_path, monkeypatch, c
         "tools.export": ([nowhere, "--out", "x"], f"{nowhere}: no such folder"),
         "common.judge": ([nowhere, "--model", "m"], f"{nowhere}/settings.json: no such file"),
         "common.report": ([nowhere], f"{nowhere}"),
-        "common.page": ([nowhere, "x.html"], f"{nowhere}"),
+        "common.painter": (["--model", nowhere, "--data", nowhere], f"{nowhere}"),
         "tools.pictures": (["--model", nowhere, "--data", nowhere], f"{nowhere}"),
         "toy.taste": (["--out", nowhere], f"{nowhere}"),
         "toy.m2la": (["--out", nowhere], f"{nowhere}"),
@@ -110,7 +110,7 @@ def test_an_error_is_one_line_and_code_2(script, world, tmp_path, monkeypatch, c
     }
     argv, message = wrong.get(script, (["--data", nowhere], f"{nowhere}: No such file"))
     faults = [(argv, message)]
-    if script not in ("common.report", "common.page"):
+    if script != "common.report":
         argv = [nowhere] if script in ("common.judge", "tools.export") else []
         faults.append(([*argv, "--debut"], "arguments: --debut: is --debug meant?"))
     if script not in wrong:

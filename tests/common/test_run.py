@@ -180,8 +180,8 @@ def test_flags_with_hyphens():
     config = parse_config(evaluate.Config, flags)
     assert config.max_new_tokens == 9 and not config.cuda_graph
     assert (config.data, config.out) == ("a-b/c-d", "x-y")
-    args = '{"a-b": "--no-x"}'
-    assert parse_config(judge.Config, ["--no-images", "--args", args]).args == args
+    url = "--no-a-b"
+    assert parse_config(judge.Config, ["--no-images", f"--url={url}"]).url == url
 
 
 def test_what_a_model_folder_holds(tmp_path):
