@@ -9,27 +9,10 @@
 #     for seed in 1 2; do bash toy/demo.sh runs/toy $seed; done
 #     python -m toy.table runs/toy/seed_*
 #
-# The sizes can be set from outside, for a trial: CLIPS=24 SFT_STEPS=9 bash toy/demo.sh runs/trial
+# For a trial, set sizes (toy/stage.sh): CLIPS=24 SFT_STEPS=9 bash toy/demo.sh runs/trial
 
 OUT=${1:-runs/toy} SEED=${2:-0}
 source toy/stage.sh
-
-: "${CLIPS:=3000}"           # training clips
-: "${ANNOTATED:=200}"        # of these, clips that have chains of future frames
-: "${EVAL_CLIPS:=1000}"      # held-out clips, four questions each
-: "${EVAL_SEED:=4000000}"    # the first of them
-: "${PRETRAIN_STEPS:=1500}"  # x 64 captions
-: "${SFT_STEPS:=600}"        # x 64 rows
-: "${RL_STEPS:=80}"          # x 256 prompts, 16 rollouts each
-: "${PAINTER_STEPS:=400}"    # of what turns latents back into pixels
-
-# one folder holds the results of one set of sizes
-sizes="$PRETRAIN_STEPS $SFT_STEPS $RL_STEPS $PAINTER_STEPS"
-[ -e "$home/sizes.txt" ] || echo "$sizes" > "$home/sizes.txt"
-if [ "$(< "$home/sizes.txt")" != "$sizes" ]; then
-  echo "$home was made with other numbers of steps ($(< "$home/sizes.txt")): choose another OUT" >&2
-  exit 2
-fi
 
 begin() {
   python -m toy.world --out "$data" --clips "$CLIPS" --annotated "$ANNOTATED" \

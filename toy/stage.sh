@@ -1,14 +1,32 @@
-# What the shell scripts of the embedded world share. Read by them with `source`, after OUT, the
-# folder of the world, and SEED are set.
+# What the shell scripts of the embedded world share: sizes, folders, and stages that are done once.
+# They set OUT, the folder of everything, and SEED, then read this file with `source`.
 
 set -euo pipefail
 set -m  # each background job becomes a process group, which can be ended as a whole
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1  # so small a model gains nothing from a second thread
 
+# sizes, which can be set from outside
+: "${CLIPS:=3000}"           # training clips
+: "${ANNOTATED:=200}"        # of these, clips that have chains of future frames
+: "${EVAL_CLIPS:=1000}"      # held-out clips, four questions each
+: "${EVAL_SEED:=4000000}"    # the first of them
+: "${PRETRAIN_STEPS:=1500}"  # x 64 captions
+: "${SFT_STEPS:=600}"        # x 64 rows
+: "${RL_STEPS:=80}"          # x 256 prompts, 16 rollouts each
+: "${PAINTER_STEPS:=400}"    # of what turns latents back into pixels
+
 data=$OUT/data            # clips and records, the same for all seeds
 home=$OUT/seed_$SEED      # what is trained and measured with this seed
 logs=$home/logs
 mkdir -p "$logs"
+
+# one folder holds the results of one set of sizes
+sizes="$PRETRAIN_STEPS $SFT_STEPS $RL_STEPS $PAINTER_STEPS"
+[ -e "$home/sizes.txt" ] || echo "$sizes" > "$home/sizes.txt"
+if [ "$(< "$home/sizes.txt")" != "$sizes" ]; then
+  echo "$home was made with other numbers of steps ($(< "$home/sizes.txt")): choose another OUT" >&2
+  exit 2
+fi
 
 end() { for job in $(jobs -p); do kill -- "-$job" 2> /dev/null || true; done; }
 trap end EXIT

@@ -28,10 +28,27 @@ GROUPS = ("1-hop", "2-hop", "3-hop", "interp")
 ROWS = {
     "base": "base (captions only)",
     "text": "text-only SFT",
-    "pause": "pause tokens",
+    "pause": "pause tokens (control)",
     "latent": "latent SFT",
+    "latent+self": "latent SFT, self-forcing",
+    "latent-stop": "latent SFT, no stop term",
+    "latent-long": "latent SFT, longer",
+    "latent-long-all": "latent SFT, longer, all clips annotated",
     "la-dapo": "RL: LA-DAPO with our gradient through the latents",
     "constants": "RL: LA-DAPO as published (latents held constant)",
+    "dapo": "RL: our gradient, neither R_ctr nor R_div",
+    "dapo+ctr": "RL: our gradient, R_ctr alone",
+    "dapo+div": "RL: our gradient, R_div alone",
+    "noise": "RL: noisy latents, mean over D",
+    "noise-sum": "RL: noisy latents, sum over D",
+    "own-path": "RL: our gradient, and the rewards' own path",
+    "text-rl": "RL from text-only SFT",
+    "answers-half": "SFT on the answers that RL sees, half the steps",
+    "answers": "SFT on the answers that RL sees",
+    "answers-twice": "SFT on the answers that RL sees, twice the steps",
+    "answers-pause": "SFT on the answers that RL sees, a span of pause tokens",
+    "latent-answers": "latent SFT, then SFT on the answers, half the steps, no spans",
+    "latent-answers-spans": "latent SFT, then SFT on the answers, half the steps, own latents",
 }
 FED = {
     "latent": "generated",
@@ -83,7 +100,8 @@ def tabulate(folders, rows, groups=GROUPS, seconds=False):
             title += f" ({len(found)} of {len(folders)} seeds)"
         cells = [title]
         for group in (*groups, "all"):
-            cells.append(spread([scores[group]["accuracy"] for scores in found]))
+            values = [scores[group]["accuracy"] for scores in found if group in scores]
+            cells.append(spread(values) if values else "")
         if seconds:
             spent = [cpu_seconds(folder, name) for folder in folders]
             spent = [s for s in spent if s is not None]
@@ -159,10 +177,16 @@ def report(folders):
     return "\n\n".join(parts)
 
 
+def is_whole(folders, name):
+    """Whether all seeds have an evaluation, of all groups."""
+    scores = [scores_of(folder, name) for folder in folders]
+    return all(some and {*GROUPS} <= {*some} for some in scores)
+
+
 def draw(folders, out):
     """accuracy.png and rl.png in `out`, of the rows that all folders have."""
     rows = main_rows(folders)
-    rows = {n: title for n, title in rows.items() if all(scores_of(f, n) for f in folders)}
+    rows = {name: title for name, title in rows.items() if is_whole(folders, name)}
     results = [{name: scores_of(folder, name) for name in rows} for folder in folders]
     draw_bars(results, rows, GROUPS, os.path.join(out, "accuracy.png"))
 
@@ -188,5 +212,5 @@ if __name__ == "__main__":
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     with errors_in_one_line("--debug" in sys.argv):
         if not arguments or arguments[0].startswith("-"):
-            raise SystemExit("usage: python -m toy.table FOLDER [FOLDER ...]: of seeds, runs/toy/seed_0")
+            raise SystemExit("usage: python -m toy.table FOLDER [FOLDER ...]: runs/toy/seed_*")
         main(arguments)

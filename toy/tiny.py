@@ -21,6 +21,7 @@ the paper's settings, because the model is 10,000 times smaller and learns from 
 Source: ours.
 """
 
+import json
 import os
 from dataclasses import dataclass
 
@@ -32,8 +33,15 @@ from common.flags import run_script
 from common.formats import read_records
 from model import FutureL1, add_latent_tokens
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 MARKUP = ("<reason>", "</reason>", "<answer>", "</answer>")
 CONTROL = ("im_start", "vision_start", "vision_end", "image_pad", "video_pad")
+
+
+def settings(name):
+    """The settings NAME.json beside this file, a script's `--config` -> {flag: value}."""
+    with open(os.path.join(HERE, f"{name}.json")) as f:
+        return json.load(f)
 
 
 def make_tokenizer(texts):
