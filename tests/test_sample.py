@@ -28,7 +28,7 @@ def test_command_line(world, tmp_path, clip):
     """
     shared = {
         k: v
-        for k, v in tiny.TINY.items()
+        for k, v in tiny.settings("sft").items()
         if k in ("image_max_tokens", "l_max", "max_length", "system")
     }
 

@@ -14,7 +14,7 @@ from common import page, runs
 from common.formats import Frame, Row
 from common.pictures import Painter
 from model import LATENT, LATENT_END, LATENT_START
-from toy.tiny import TINY_EVAL
+from toy import tiny
 
 
 def test_report_escapes_and_shows(scripted, tmp_path, monkeypatch):
@@ -104,7 +104,10 @@ def two_runs(world, tmp_path, monkeypatch):
             Painter(96).save(world["model"])
         out = str(tmp_path / name)
         config = evaluate.Config(
-            **dict(TINY_EVAL, max_new_tokens=20), model=world["model"], data=world["test"], out=out
+            **dict(tiny.settings("eval"), max_new_tokens=20),
+            model=world["model"],
+            data=world["test"],
+            out=out,
         )
         evaluate.evaluate(config)
         folders.append(out)

@@ -19,8 +19,7 @@ from common import clips, reader
 from common.clips import ClipError, key_frame_positions, read_clip
 from common.formats import Clip
 from common.reader import Reader, ReaderError
-from tests.conftest import shown
-from toy.tiny import TINY_DATA
+from tests.conftest import TINY_DATA, shown
 
 # decord that ends its process on a file that says so, and leaves all others to PyAV
 ABORTS = """

@@ -10,8 +10,8 @@ import torch
 from common.formats import Frame, read_rows
 from common.pictures import Painter
 from model import LATENT, LATENT_END, LATENT_START
+from tests.conftest import TINY_DATA
 from tools import pictures
-from toy.tiny import TINY_DATA
 
 
 def settings(world, tmp_path, **more):
