@@ -9,11 +9,11 @@
 OUT=${1:-runs/toy} SEED=${2:-0} ROWS=("${@:3}")
 source toy/stage.sh
 
-# row NAME COMMAND...: a training that is asked for, and its score. FED: what its spans are fed
+# row NAME COMMAND...: a training, if it is wanted, and its score with its spans fed FED
 row() {
   local name=$1
   shift
-  if [ ${#ROWS[@]} -gt 0 ] && [[ " ${ROWS[*]} " != *" $name "* ]]; then return; fi
+  if ! wanted "$name"; then return; fi
   stage "$name" python "$@" --seed "$SEED" --out "$home/$name" --resume
   score "$name" --latents "${FED:-generated}" --max_latents "${LONGEST:-2}"
 }
@@ -62,4 +62,5 @@ rl_rows() {
 }
 
 at_once sft_rows rl_rows
+check_rows ""
 python -m toy.table "$home"

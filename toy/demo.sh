@@ -2,9 +2,10 @@
 #
 #     bash toy/demo.sh [OUT] [SEED]      # runs/toy 0
 #
-# Clips, pretraining on captions, SFT, LA-DAPO, curation, evaluation, pictures, and the table. Each
-# command can be given by hand, too. A stage that is done is skipped, one that was interrupted goes
-# on; to do one again, delete its folder and its log in OUT/seed_SEED/logs. The seeds share OUT/data:
+# It makes the clips, pretrains a tiny model on captions, fine-tunes it, reinforces it, curates rows,
+# evaluates, draws what is imagined, and prints the table. You can also give each command by hand.
+# A stage that is done is skipped, and one that was interrupted goes on. To do a stage again, delete
+# its folder and its log in OUT/seed_SEED/logs. Other seeds share the clips in OUT/data:
 #
 #     for seed in 1 2; do bash toy/demo.sh runs/toy $seed; done
 #     python -m toy.table runs/toy/seed_*
@@ -53,9 +54,10 @@ curate() {
     --data "$data/curation_pool.jsonl" --k $(($(wc -l < "$data/curation_pool.jsonl") / 6)) \
     --out "$home/curation"
   # the selected rows against as many random ones
-  python -c "from toy.world import same_number
-same_number('$data/curation_pool.jsonl', '$home/curation/selected.jsonl', $SEED, '$home/curation')"
+  stage sets python -c "import sys; from toy.world import same_number; same_number(*sys.argv[1:])" \
+    "$data/curation_pool.jsonl" "$home/curation/selected.jsonl" "$SEED" "$home/curation"
   for rows in chosen random; do
+    [ -s "$home/curation/$rows.jsonl" ] || continue  # in a trial, perhaps nothing is chosen
     stage "$rows" python sft.py --config toy/sft.json --steps $((SFT_STEPS / 3)) --seed "$SEED" \
       --model "$home/able" --data "$home/curation/$rows.jsonl" --media_root "$data" \
       --out "$home/$rows" --resume
@@ -67,8 +69,7 @@ painter_and_curation() { painter; curate; }
 ablate() {  # does the answer depend on what is imagined?
   score latent
   for fed in zero pause noise shuffled true; do
-    stage "eval_latent_$fed" python evaluate.py --config toy/eval.json --latents "$fed" \
-      --model "$home/latent" --data "$data/test.jsonl" --out "$home/eval_latent_$fed"
+    ask "latent_$fed" "$home/latent" --latents "$fed"
   done
 }
 
@@ -79,11 +80,12 @@ score_all() {
   score base
   score text
   for name in able chosen random; do
-    stage "eval_$name" python evaluate.py --config toy/eval.json --model "$home/$name" \
-      --data "$data/curation_test.jsonl" --out "$home/eval_$name"
+    [ -e "$home/$name" ] || continue
+    ask "$name" "$home/$name" --data "$data/curation_test.jsonl"
   done
 }
 
+echo "Each stage names itself and its seconds when it is done; what it says is in $logs."
 at_once begin
 at_once latent text
 at_once reinforce painter_and_curation

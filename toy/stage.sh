@@ -1,11 +1,11 @@
-# What the shell scripts of the embedded world share: sizes, folders, and stages that are done once.
-# They set OUT, the folder of everything, and SEED, then read this file with `source`.
+# What the shell scripts of the embedded world share: sizes, folders, and stages that run only once.
+# A script sets OUT, the folder of all seeds, and SEED, and then reads this file with `source`.
 
 set -euo pipefail
 set -m  # each background job becomes a process group, which can be ended as a whole
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1  # so small a model gains nothing from a second thread
 
-# sizes, which can be set from outside
+# sizes; to change one, set it in the environment
 : "${CLIPS:=3000}"           # training clips
 : "${ANNOTATED:=200}"        # of these, clips that have chains of future frames
 : "${EVAL_CLIPS:=1000}"      # held-out clips, four questions each
@@ -42,9 +42,9 @@ at_once() {
   for job in "${jobs[@]}"; do wait "$job"; done
 }
 
-# stage NAME COMMAND...: run a command, unless it is done. Its words go to logs/NAME.txt.part, which
-# loses the .part when the command has ended well. One that was interrupted is given again, and goes
-# on where it was. The first command that fails ends the whole script.
+# stage NAME COMMAND...: run a command unless logs/NAME.txt says that it has succeeded before.
+# Its output goes to logs/NAME.txt.part, which is renamed when the command succeeds. An interrupted
+# command runs again, and continues from its last checkpoint. The first failure ends the script.
 stage() {
   local name=$1 log=$logs/$1.txt began=$SECONDS TIMEFORMAT='CPU s: %U + %S'
   shift
@@ -59,16 +59,37 @@ stage() {
   echo "$name: $((SECONDS - began)) s"
 }
 
+# wanted NAME: whether a row is among those that were asked for (ROWS, an array; empty = all)
+wanted() { [ ${#ROWS[@]} -eq 0 ] || [[ " ${ROWS[*]} " == *" $1 "* ]]; }
+
+# check_rows PREFIX: at the end, complain about rows that were asked for and do not exist
+check_rows() {
+  for name in "${ROWS[@]}"; do
+    if [ ! -e "$home/$1$name" ]; then
+      echo "$name is not a row of this script" >&2
+      exit 2
+    fi
+  done
+}
+
 # newest RUN: the last checkpoint of a training
 newest() { ls -d "$1"/step_* | tail -n 1; }
 
-# score NAME [FLAG...]: answer the held-out questions with the model of training NAME
+# ask NAME MODEL [FLAG...]: a model's answers to the held-out questions, in OUT/seed_SEED/eval_NAME
+ask() {
+  stage "eval_$1" python evaluate.py --config toy/eval.json --data "$data/test.jsonl" \
+    --model "$2" --out "$home/eval_$1" "${@:3}"
+}
+
+# score NAME [FLAG...]: the same of training NAME, and its report shows what the model imagines
 score() {
-  local name=$1
-  shift
-  if [ ! -e "$(newest "$home/$name")/painter" ]; then  # what draws its latents in the report
-    cp -r "$(newest "$home/base")/painter" "$(newest "$home/$name")"
+  local painter model
+  painter=$(newest "$home/base")/painter  # it draws the latents of every model of this seed
+  model=$(newest "$home/$1")
+  if [ ! -e "$model/painter" ]; then
+    rm -rf "$model/painter.part"
+    cp -r "$painter" "$model/painter.part"
+    mv "$model/painter.part" "$model/painter"
   fi
-  stage "eval_$name" python evaluate.py --config toy/eval.json --data "$data/test.jsonl" \
-    --model "$home/$name" --out "$home/eval_$name" "$@"
+  ask "$1" "$home/$1" "${@:2}"
 }

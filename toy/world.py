@@ -372,7 +372,7 @@ def same_number(pool, selected, seed, folder):
     """
     records, ids = read_jsonl(pool), {record["id"] for record in read_jsonl(selected)}
     chosen = [record for record in records if record["id"] in ids]
-    order = np.random.default_rng(seed).permutation(len(records))
+    order = np.random.default_rng(int(seed)).permutation(len(records))
     write_rows(os.path.join(folder, "chosen.jsonl"), chosen)
     write_rows(os.path.join(folder, "random.jsonl"), [records[i] for i in order[: len(chosen)]])
 

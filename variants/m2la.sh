@@ -13,24 +13,18 @@ source toy/stage.sh
 heal=(--config toy/sft.json --steps "$HEAL_STEPS" --lr 1e-3 --seed "$SEED")
 heal+=(--model "$home/latent" --data "$data/train.jsonl")
 
-# ask MODEL NAME: its answers to the held-out questions
-ask() {
-  stage "eval_$2" python evaluate.py --config toy/eval.json --data "$data/test.jsonl" \
-    --model "$1" --out "$home/eval_$2"
-}
-
 # row NORM RANK: a conversion, its healing, and the answers before and after
 row() {
   local name=m2la-$1-$2
   stage "$name" python -m variants.m2la "${heal[@]}" --norm "$1" --rank "$2" \
     --out "$home/$name" --resume
-  ask "$home/$name/converted" "$name-before"
-  ask "$home/$name" "$name"
+  ask "$name-before" "$home/$name/converted"
+  ask "$name" "$home/$name"
 }
 
 controls() {
   stage m2la-none python sft.py "${heal[@]}" --out "$home/m2la-none" --resume
-  ask "$home/m2la-none" m2la-none
+  ask m2la-none "$home/m2la-none"
 
   local name=m2la-random-24
   stage "$name-converted" python -m variants.m2la "${heal[@]}" --rank 24 --no-heal \
@@ -45,8 +39,8 @@ for layer in model.model.language_model.layers:
         torch.nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
 model.save_pretrained(sys.argv[1])" "$home/$name/converted"
   stage "$name" python -m variants.m2la "${heal[@]}" --rank 24 --out "$home/$name" --resume
-  ask "$home/$name/converted" "$name-before"
-  ask "$home/$name" "$name"
+  ask "$name-before" "$home/$name/converted"
+  ask "$name" "$home/$name"
 }
 
 exact() { for rank in ${RANKS:-72 48 36 24 12}; do row exact "$rank"; done; }

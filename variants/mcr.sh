@@ -110,27 +110,25 @@ uniform() {
     --model "$home/mcr-words" --data "$data/mcr_uniform.jsonl" --out "$home/mcr-uniform" \
     "${common[@]}"
   for n in 0 1 2 3; do
-    stage "eval_mcr-uniform-$n" python evaluate.py --config toy/eval.json --max_new_tokens 64 \
-      --model "$home/mcr-uniform" --data "$data/mcr_test_$n.jsonl" --out "$home/eval_mcr-uniform-$n"
+    ask "mcr-uniform-$n" "$home/mcr-uniform" --data "$data/mcr_test_$n.jsonl" --max_new_tokens 64
   done
 }
 
 loops() {
   stage mcr-loops python -m variants.mcr_sft --config toy/sft.json --steps "$LOOP_STEPS" \
     --model "$home/mcr-words" --data "$data/mcr_loops.jsonl" --out "$home/mcr-loops" "${common[@]}"
-  ask mcr-loops 0
-  ask mcr-loops 1
+  loop_through mcr-loops 0
+  loop_through mcr-loops 1
   for cost in $COSTS; do
     stage "mcr-cost-$cost" python -m variants.mcr --config toy/rl.json "${loop[@]}" --cost "$cost" \
       --steps "$REWARD_STEPS" --prompts 32 --rollout_batch 32 --group_size 8 --no-share \
       --no-filter --lr 3e-4 --warmup_steps 5 --model "$home/mcr-loops" \
       --data "$data/mcr_prompts.jsonl" --out "$home/mcr-cost-$cost" "${common[@]}"
-    ask "mcr-cost-$cost" 0
+    loop_through "mcr-cost-$cost" 0
   done
 }
 
-# ask NAME T: its loops
-ask() { stage "eval_$1-T$2" play "$home/$1" "$home/eval_$1-T$2" "$2"; }
+loop_through() { stage "eval_$1-T$2" play "$home/$1" "$home/eval_$1-T$2" "$2"; }
 
 at_once uniform loops
 python -m toy.table "$home"

@@ -20,12 +20,6 @@ source toy/stage.sh
 at=opd-$CAPTION_STEPS-$CHAINS-
 common=(--seed "$SEED" --resume)
 
-# ask NAME FILE: answers of the model in OUT/seed_SEED/NAME to the questions of a file
-ask() {
-  stage "eval_$1$3" python evaluate.py --config toy/eval.json --model "$home/$1" \
-    --data "$data/$2.jsonl" --out "$home/eval_$1$3"
-}
-
 # the rows with their cues, and those whose questions end in a hint
 [ -e "$data/hinted_test_answer.jsonl" ] || python - "$data" <<'PYTHON'
 import json, sys
@@ -64,9 +58,10 @@ if [ "$CAPTION_STEPS" != 0 ]; then
 fi
 stage "${at}teacher" python sft.py --config toy/sft.json --steps "$SFT_STEPS" --model "$base" \
   --data "$data/hinted_$CHAINS.jsonl" --out "$home/${at}teacher" "${common[@]}"
-ask "${at}teacher" test ""
-ask "${at}teacher" hinted_test_cue -told-cue
-ask "${at}teacher" hinted_test_answer -told-answer
+ask "${at}teacher" "$home/${at}teacher"
+for hint in cue answer; do
+  ask "${at}teacher-told-$hint" "$home/${at}teacher" --data "$data/hinted_test_$hint.jsonl"
+done
 
 opd=(-m variants.opd --config variants/opd.json --steps "$OPD_STEPS")
 expert=(--privilege none --lr 3e-4 --teacher "$home/${at}the-expert")
@@ -75,7 +70,7 @@ for row in $ROWS; do
     expert*)    # the teacher is another model, which knows more: a latent SFT on all clips
       stage "${at}the-expert" python sft.py --config toy/sft.json --steps "$SFT_STEPS" \
         --model "$base" --data "$data/all.jsonl" --out "$home/${at}the-expert" "${common[@]}"
-      ask "${at}the-expert" test "" ;;
+      ask "${at}the-expert" "$home/${at}the-expert" ;;
   esac
   case $row in
     la-dapo)                command=(la_dapo.py --config toy/rl.json --steps "$OPD_STEPS") ;;
@@ -93,6 +88,6 @@ for row in $ROWS; do
   esac
   stage "$at$row" python "${command[@]}" "$EYES" --model "$home/${at}teacher" \
     --data "$data/cued_prompts.jsonl" --out "$home/$at$row" "${common[@]}"
-  ask "$at$row" test ""
+  ask "$at$row" "$home/$at$row"
 done
 python -m toy.table "$home"

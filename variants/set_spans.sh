@@ -78,8 +78,8 @@ for arm in $ARMS; do
   case $arm in
     plain)
       stage sets-plain python sft.py "${tune[@]}"
-      stage eval_sets-plain python evaluate.py --config toy/eval.json "${four[@]}" --max_latents 4 \
-        --model "$home/sets-plain" --data "$data/joined_test.jsonl" --out "$home/eval_sets-plain" ;;
+      ask sets-plain "$home/sets-plain" "${four[@]}" --max_latents 4 \
+        --data "$data/joined_test.jsonl" ;;
     ar | frame | one | random)
       stage "sets-$arm" python -m variants.set_spans "${tune[@]}" --schedule "$arm" --slots 12 \
         --no-stop_term

@@ -14,19 +14,13 @@ source toy/stage.sh
 start=(--steps "$ANSWER_STEPS" --seed "$SEED" --model "$OUT/seed_0/base")
 start+=(--data "$data/prompts.jsonl")
 
-# ask NAME FED: its answers to the held-out questions, spans fed its own latents, zeros, ...
-ask() {
-  stage "eval_$1-$2" python evaluate.py --config toy/eval.json --data "$data/test.jsonl" \
-    --model "$home/$1" --latents "$2" --max_latents 3 --out "$home/eval_$1-$2"
-}
-
-# row NAME FED COMMAND...: a training that is asked for, and its answers
+# row NAME FED COMMAND...: a training, if it is wanted, and its answers with its spans fed FED
 row() {
   local name=$1 fed=$2
   shift 2
-  if [ ${#ROWS[@]} -gt 0 ] && [[ " ${ROWS[*]} " != *" ${name#video_} "* ]]; then return; fi
+  if ! wanted "${name#video_}"; then return; fi
   stage "$name" python "$@" "${start[@]}" --out "$home/$name" --resume
-  for how in $fed; do ask "$name" "$how"; done
+  for how in $fed; do ask "$name-$how" "$home/$name" --latents "$how" --max_latents 3; done
 }
 
 both="generated zero"
@@ -47,5 +41,6 @@ aligned() {
 }
 
 at_once controls aligned
+check_rows video_
 python -m toy.table "$home"
 python -m common.report "$home/eval_video_pause-pause" "$home"/eval_video_*-generated
