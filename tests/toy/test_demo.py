@@ -109,7 +109,7 @@ def test_a_stage_that_fails_ends_the_script(demo, tmp_path):
 @pytest.mark.parametrize(
     "script, sizes, rows",
     [
-        ("toy/controls.sh", {}, ["answers-twice", "RL: LA-DAPO as published", "own latents"]),
+        ("toy/controls.sh", {}, ["twice the steps", "RL: LA-DAPO as published", "own latents"]),
         ("variants/m2la.sh", dict(HEAL_STEPS="1", RANKS="24"), ["exact-24", "random-24-before"]),
         ("variants/video_latent.sh", dict(ANSWER_STEPS="1"), ["video_C+div-zero", "video_pause"]),
         ("variants/opd.sh", dict(OPD_STEPS="1"), ["teacher-told-cue", "opd-0-train-cue+module"]),
