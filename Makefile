@@ -9,7 +9,7 @@ taste: .venv/ready
 	.venv/bin/python sample.py
 
 demo: .venv/ready
-	.venv/bin/python -m toy
+	PATH="$$PWD/.venv/bin:$$PATH" bash toy/demo.sh
 
 test: .venv/ready
 	.venv/bin/python -m pytest -q -n 2 -m "not slow"

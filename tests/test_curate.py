@@ -30,7 +30,7 @@ SCRIPT = os.path.join(os.path.dirname(curate.__file__), "curate.py")
 def config(world, out, **more):
     shared = {
         k: v
-        for k, v in tiny.TINY.items()
+        for k, v in tiny.settings("sft").items()
         if k in ("image_max_tokens", "l_max", "max_length", "system")
     }
     return curate.Config(

@@ -86,7 +86,7 @@ def test_summary_is_micro_averaged_by_hand():
 def config(world, out, **more):
     shared = {
         k: v
-        for k, v in tiny.TINY.items()
+        for k, v in tiny.settings("sft").items()
         if k in ("image_max_tokens", "l_max", "max_length", "system")
     }
     return evaluate.Config(

@@ -62,7 +62,7 @@ def test_arrows_run_down():
     above.
     """
     imports = modules()
-    assert {"model", "sft", "common.runs", "toy.__main__", "tools.bench"} <= set(imports)
+    assert {"model", "sft", "common.runs", "toy.table", "tools.bench"} <= set(imports)
     assert sum(map(len, imports.values())) > 30
     assert wrong(imports) == set()
 

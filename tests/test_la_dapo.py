@@ -528,7 +528,7 @@ def loud(world, tmp_path_factory):
 def settings(world, loud, out, **more):
     data = {
         k: v
-        for k, v in tiny.TINY.items()
+        for k, v in tiny.settings("sft").items()
         if k in ("image_max_tokens", "l_max", "max_length", "system")
     }
     return la_dapo.Config(

@@ -22,7 +22,7 @@ from model import load
 from toy import tiny
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SMALL = dict(tiny.TINY, global_batch=8, micro_batch=4, workers=0)
+SMALL = dict(tiny.settings("sft"), global_batch=8, micro_batch=4, workers=0)
 
 
 def settings(world, out, cls=sft.Config, **more):

@@ -53,7 +53,7 @@ def test_what_is_shipped_is_small_and_whole():
     assert sum(sizes.values()) < 3_200_000
     assert not [path for path in sizes if path.suffix == ".pt"]
     card = (ROOT / "taste" / "README.md").read_text()
-    assert "commit ?" not in card and "python -m toy.taste" in card
+    assert "commit ?" not in card and "bash toy/taste.sh" in card
 
 
 def test_it_answers_and_imagines(shipped):

@@ -46,15 +46,12 @@ def test_help_shows_the_comments(capsys):
     assert "#" not in said
 
 
-SCRIPTS = ["sft", "la_dapo", "curate", "evaluate", "sample", "toy", "toy.tables", "tools.bench"]
+SCRIPTS = ["sft", "la_dapo", "curate", "evaluate", "sample", "tools.bench"]
 SCRIPTS += ["common.judge", "common.report", "variants.logprob_gain", "variants.noisy_latents"]
 SCRIPTS += ["tools.export", "tools.clips", "tools.pictures", "variants.own_path", "common.painter"]
-SCRIPTS += ["variants.pause_tokens", "variants.self_forcing", "toy.taste", "tools.plan"]
-SCRIPTS += ["variants.m2la", "toy.m2la"]
-SCRIPTS += ["variants.video_latent", "toy.video_latent"]
-SCRIPTS += ["variants.opd", "toy.opd"]
-SCRIPTS += ["variants.set_spans", "toy.set_spans"]
-SCRIPTS += ["variants.mcr", "variants.mcr_sft", "toy.mcr"]
+SCRIPTS += ["variants.pause_tokens", "variants.self_forcing", "tools.plan"]
+SCRIPTS += ["variants.m2la", "variants.video_latent", "variants.opd", "variants.set_spans"]
+SCRIPTS += ["variants.mcr", "variants.mcr_sft", "toy.world", "toy.tiny", "toy.table"]
 SCRIPTS += ["tools.shapes"]
 
 
@@ -86,9 +83,9 @@ def test_an_error_is_one_line_and_code_2(script, world, tmp_path, monkeypatch, c
     """
     nowhere = str(tmp_path / "nowhere")
     wrong = {
-        "toy": (["--clips", "x"], "argument --clips: invalid int value: 'x'"),
-        "toy.tables": (["--config", nowhere], f"{nowhere}: No such file"),
-        "toy.video_latent": (["--demo", nowhere], f"{nowhere}/seed_0/base: no such folder"),
+        "toy.world": (["--clips", "x"], "argument --clips: invalid int value: 'x'"),
+        "toy.tiny": (["--data", nowhere], f"{nowhere}: No such file"),
+        "toy.table": ([nowhere], f"{nowhere}: no evaluation"),
         "tools.plan": (["--shape", "9b"], "9b"),
         "tools.bench": (["--cpu", "--n", "x"], "argument --n: invalid int value: 'x'"),
         "tools.shapes": (["--shape", "9b"], "9b"),
@@ -102,15 +99,10 @@ def test_an_error_is_one_line_and_code_2(script, world, tmp_path, monkeypatch, c
         "common.report": ([nowhere], f"{nowhere}"),
         "common.painter": (["--model", nowhere, "--data", nowhere], f"{nowhere}"),
         "tools.pictures": (["--model", nowhere, "--data", nowhere], f"{nowhere}"),
-        "toy.taste": (["--out", nowhere], f"{nowhere}"),
-        "toy.m2la": (["--out", nowhere], f"{nowhere}"),
-        "toy.opd": (["--rows", "x"], "--rows takes some of la-dapo, answer, cue"),
-        "toy.set_spans": (["--arms", "two"], "arms: two, expected plain, ar"),
-        "toy.mcr": (["--world", nowhere, "--out", nowhere], f"{nowhere}/toy.json: No such"),
     }
     argv, message = wrong.get(script, (["--data", nowhere], f"{nowhere}: No such file"))
     faults = [(argv, message)]
-    if script != "common.report":
+    if script not in ("common.report", "toy.table"):
         argv = [nowhere] if script in ("common.judge", "tools.export") else []
         faults.append(([*argv, "--debut"], "arguments: --debut: is --debug meant?"))
     if script not in wrong:

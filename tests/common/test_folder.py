@@ -23,7 +23,7 @@ from common.formats import read_rows
 from common.runs import leave, read_log
 from data import encode
 from model import load
-from toy.tiny import TINY_DATA
+from tests.conftest import TINY_DATA
 
 TORCHVISION = importlib.util.find_spec("torchvision") is not None
 IMAGES = dict(

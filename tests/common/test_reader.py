@@ -18,8 +18,7 @@ import sft
 from common import clips
 from common.clips import ClipError, Decoder, DecoderError, key_frame_positions, read_clip
 from common.formats import Clip
-from tests.conftest import shown
-from toy.tiny import TINY_DATA
+from tests.conftest import TINY_DATA, shown
 
 # decord that ends its process on a file that says so, and leaves all others to PyAV
 ABORTS = """
