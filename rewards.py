@@ -87,17 +87,18 @@ def pick(answer, options):
     """
     if answer is None:
         return None
-    texts = [_plain(option) for option in options]
-    if _plain(answer) in texts:
-        return texts.index(_plain(answer))
+    texts = [plain(option) for option in options]
+    if plain(answer) in texts:
+        return texts.index(plain(answer))
     letter = re.match(r"\(?([A-Za-z])(?:[).:]|\s*$)", answer)
     index = ord(letter.group(1).upper()) - 65 if letter else -1
     if not 0 <= index < len(options):
         return None
-    return index if _plain(answer[letter.end() :]) in ("", texts[index]) else None
+    return index if plain(answer[letter.end() :]) in ("", texts[index]) else None
 
 
-def _plain(text):
+def plain(text):
+    """Lower case, single spaces, no punctuation around it."""
     return " ".join(text.lower().split()).strip(" .,:;!?\"'()")
 
 
@@ -109,7 +110,7 @@ def accuracy_reward(response, gold, options=None):
     """
     answer = answer_of(response)
     if not options:
-        return float(answer is not None and _plain(answer) == _plain(gold))
+        return float(answer is not None and plain(answer) == plain(gold))
     wanted = pick(gold, options)
     if wanted is None:
         raise ValueError(f"the answer {gold!r} is none of the options {options}")

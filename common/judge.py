@@ -71,7 +71,8 @@ def judge_of(config):
     """
     if not config.judge_model:
         return None
-    return Judge(config.judge_url, config.judge_model, args=read_args(config.judge_args))
+    args = read_args(getattr(config, "judge_args", ""))
+    return Judge(config.judge_url, config.judge_model, args=args)
 
 
 class Judge:

@@ -16,10 +16,9 @@ from common.benchmarks import PAPER
 from common.clips import key_frame_positions, read_clip
 from common.flags import errors_in_one_line
 from common.formats import Frame, Row
-from common.intervals import paired_bootstrap
 from common.judge import add_verdicts
+from common.results import paired_bootstrap, read_book
 from common.runs import read_log
-from common.walk import read_book
 
 
 def paper_rows(summary):
@@ -112,7 +111,7 @@ def compare(folders):
 
 def _score(scores):
     """A group's score with its interval, as text."""
-    low, high = scores["bootstrap"]
+    low, high = scores["interval"]
     value = scores["accuracy"] if "accuracy" in scores else scores["average"]
     return f"{value:.3f} ({low:.3f} - {high:.3f})"
 
@@ -190,7 +189,7 @@ def score_rows(scores):
     rows = []
     for group, s in scores.items():
         row = [group, s["n"], *(f"{s[k]:.3f}" if s["n"] else "-" for k in main)]
-        row.append("{:.3f} - {:.3f}".format(*s["bootstrap"]) if s["n"] else "-")
+        row.append("{:.3f} - {:.3f}".format(*s["interval"]) if s["n"] else "-")
         row += [f"{s[k]:.3f}" if k in s else "" for k in readings]
         row += [s.get(k, "") for k in counts]
         rows.append([*row, f"{s['spans']:.2f}", f"{s['latents']:.2f}", f"{s['tokens']:.1f}"])

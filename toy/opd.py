@@ -132,7 +132,7 @@ def with_hint(row, privilege):
 def score(model, name, rows, out):
     """Held-out questions -> {group: scores}. name: of the rows."""
     settings = dict(TINY_EVAL, model=newest(model), data=name, workers=0)
-    return evaluate.evaluate(evaluate.Config(**settings, out=out), rows)
+    return evaluate.evaluate(evaluate.Config(**settings, out=out), rows=rows)
 
 
 def timed(script, out, rows=None, **settings):

@@ -17,7 +17,7 @@ import numpy as np
 import la_dapo
 import sft
 from common.flags import run_script
-from common.walk import read_book
+from common.results import read_book
 from curate import visual_gain
 from toy import __main__ as demo
 from toy.plan import GROUPS, Training
