@@ -13,6 +13,7 @@ that says why, and the next run tries it again.
 """
 
 import dataclasses
+import functools
 import glob
 import hashlib
 import json
@@ -20,7 +21,7 @@ import math
 import os
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common.clips import ClipError
@@ -181,25 +182,15 @@ class Book:
 # ---------------------------------------------------------------------------------- the walk
 
 
-class _Blocks(Dataset):
-    """Blocks of rows, encoded. A row that cannot be read becomes a Skipped."""
-
-    def __init__(self, blocks, encode_row):
-        self.blocks, self.encode_row = blocks, encode_row
-
-    def __len__(self):
-        return len(self.blocks)
-
-    def __getitem__(self, i):
-        return [self.encoded(row) for row in self.blocks[i]]
-
-    def encoded(self, row):
-        if isinstance(row, Skipped):
-            return row
+def encode_block(rows, encode_row):
+    """Rows -> what encode_row makes of each; a Skipped for a row that cannot be read."""
+    encoded = []
+    for row in rows:
         try:
-            return self.encode_row(row)
+            encoded.append(row if isinstance(row, Skipped) else encode_row(row))
         except (ClipError, RecordError) as e:
-            return Skipped(row.where, str(e))
+            encoded.append(Skipped(row.where, str(e)))
+    return encoded
 
 
 def walk(book, blocks, encode_row, workers):
@@ -209,23 +200,25 @@ def walk(book, blocks, encode_row, workers):
     out; a block is left out if every row of it that can be read has its line.
     """
     mine = book.machine.share(blocks)
-    rows = [[book.rows[id] for id in block] for block in mine]
     ahead = DataLoader(
-        _Blocks(rows, encode_row),
-        batch_size=None,
-        collate_fn=list,  # as it is: the default would make tensors of arrays
+        [[book.rows[id] for id in block] for block in mine],
+        batch_size=None,  # a block is a batch
+        collate_fn=functools.partial(encode_block, encode_row=encode_row),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
     )
     total = sum(map(len, mine))
     with tqdm(total=total, desc=book.name, disable=not book.machine.master, mininterval=2) as bar:
         for block, encoded in zip(mine, ahead):
-            results = dict(zip(block, encoded))
-            unreadable = {id for id in block if isinstance(results[id], Skipped)}
-            book.add({id: dict(skipped=results[id].why) for id in block if id in unreadable})
-            readable = [id for id in block if id not in unreadable]
+            readable, skipped = {}, {}
+            for id, result in zip(block, encoded):
+                if isinstance(result, Skipped):
+                    skipped[id] = dict(skipped=result.why)
+                else:
+                    readable[id] = result
+            book.add(skipped)
             if book.missing(readable):
-                yield [book.rows[id] for id in readable], [results[id] for id in readable]
+                yield [book.rows[id] for id in readable], list(readable.values())
             bar.update(len(block))
 
 
