@@ -281,16 +281,18 @@ def donors(rows):
     """
     out = {}
     for i, row in enumerate(rows):
-        others = [r for r in [*rows[i + 1 :], *rows[:i]] if clip_of(r) != clip_of(row)]
-        out[row.id] = next((r for r in others if r.group == row.group), others[0])
+        after, clip = [*rows[i + 1 :], *rows[:i]], clip_of(row)
+        alike = (r for r in after if r.group == row.group and clip_of(r) != clip)
+        other = (r for r in after if clip_of(r) != clip)
+        out[row.id] = next(alike, None) or next(other)
     return out
 
 
 def measure_noise(folder, model, rows, budget, machine):
     """Mean and standard deviation (2, D) of the true embeddings, from the first MEASURED rows.
 
-    The first rank measures them and writes noise.json, which all ranks, and later runs, read: so
-    there is one scale for a folder. Raises ValueError if no future can be read.
+    The first rank measures them once for a folder, keeps them in noise.json and tells the other
+    ranks. Raises ValueError if no future can be read.
     """
     path = os.path.join(folder, "noise.json")
     if machine.master and not os.path.exists(path):
@@ -307,9 +309,12 @@ def measure_noise(folder, model, rows, budget, machine):
             raise ValueError("--latents noise: no true future can be read, so it has no scale")
         e = torch.cat(vectors).float()  # (N, D)
         write_json(path, torch.stack([e.mean(0), e.std(0, unbiased=False)]).tolist())
-    machine.wait()
-    with open(path) as f:
-        return torch.tensor(json.load(f))
+    measured = []
+    if machine.master:
+        with open(path) as f:
+            measured = [json.load(f)]
+    [scale] = machine.gather(measured)  # the first rank's
+    return torch.tensor(scale)
 
 
 # ------------------------------------------------------------------------------------------ the run
@@ -374,7 +379,7 @@ def evaluate(config, model=None, tokenizer=None, rows=None):
                 lines[row.id] = dict(skipped=lost[row.id])
                 continue
             lengths = span_lengths(tokens[i], *ids)
-            lines[row.id] = line = dict(
+            line = dict(
                 clip=clip_of(row),
                 **read_answer(row, texts[i], config.benchmark == "futurebench"),
                 answer=row.answer,
@@ -393,6 +398,7 @@ def evaluate(config, model=None, tokenizer=None, rows=None):
                     format=format_reward(line["response"]),
                     repetition=repetition_score(line["response"]),
                 )
+            lines[row.id] = line
         book.add(lines)
 
     # the scores, over the lines of all ranks in the rows' order

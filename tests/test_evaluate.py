@@ -135,10 +135,13 @@ def test_what_a_question_is_about():
 
 
 class OneRank:
-    """A rank of several; the others do their part while it waits."""
+    """A rank of several. others: what the other ranks bring to `gather`."""
 
-    def __init__(self, master, others=lambda: None):
-        self.master, self.wait = master, others
+    def __init__(self, master, others=()):
+        self.master, self.others = master, list(others)
+
+    def gather(self, items):
+        return items + self.others
 
 
 def test_each_latents_feeds_what_it_says(world, tmp_path):
@@ -195,23 +198,18 @@ def test_shuffled_takes_a_row_of_the_same_group():
 
 
 def test_one_rank_measures_the_noise(world, tmp_path, monkeypatch):
-    """Breaks if several ranks write noise.json at the same time, or a rank reads it before it is
-    there.
+    """Breaks if several ranks write noise.json at the same time, or have another scale; or if it is
+    measured again.
     """
-    rows, path = read_rows(world["test"]), tmp_path / "noise.json"
+    rows, scale = read_rows(world["test"]), [[2, 4], [1, 2]]
     e = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
     monkeypatch.setattr(evaluate, "true_vectors", lambda *a: [e])
-    first = OneRank(True, lambda: waited.append(path.exists()))
-    waited = []
-    scale = evaluate.measure_noise(tmp_path, None, rows, None, first)
-    assert scale.tolist() == [[2, 4], [1, 2]] and waited == [True]
-
-    text = path.read_text()
-    path.unlink()
-    monkeypatch.setattr(evaluate, "true_vectors", None)  # others measure nothing
-    other = OneRank(False, lambda: path.write_text(text))
-    assert torch.equal(evaluate.measure_noise(tmp_path, None, rows, None, other), scale)
-    assert torch.equal(evaluate.measure_noise(tmp_path, None, rows, None, first), scale)  # kept
+    first, other = OneRank(True), OneRank(False, [scale])
+    assert evaluate.measure_noise(tmp_path, None, rows, None, first).tolist() == scale
+    monkeypatch.setattr(evaluate, "true_vectors", None)
+    assert evaluate.measure_noise(tmp_path, None, rows, None, first).tolist() == scale
+    assert evaluate.measure_noise(tmp_path / "x", None, rows, None, other).tolist() == scale
+    assert os.listdir(tmp_path) == ["noise.json"]
 
 
 def test_vectors_are_addressed_by_span_and_place():
