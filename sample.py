@@ -172,7 +172,7 @@ def main(config, write=lambda text: print(text, end="", flush=True)):
         path = config.strip if os.path.splitext(config.strip)[1] else config.strip + ".png"
         lengths = span_lengths(tokens, model.config.latent_start_id, model.config.latent_id)
         spans = rollout.latents[0].split(lengths)
-        write(write_strip(path, model, row, spans, answer, config.budgets[1]) + "\n")
+        write(write_strip(path, model, row, spans, answer, config.budgets.future) + "\n")
     return answer
 
 

@@ -215,7 +215,7 @@ def main(config):
 
     folder = newest(config.model)
     model, _ = Machine().load(folder)
-    pairs, others = (look(model, part, config.budgets[1]) for part in parts)
+    pairs, others = (look(model, part, config.budgets.future) for part in parts)
     painter = teach(pairs, config)
     error = painting_error(painter, *others)
     painter.save(folder)

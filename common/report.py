@@ -22,10 +22,9 @@ from common.benchmarks import PAPER
 from common.clips import ClipError, film, jpeg
 from common.flags import errors_in_one_line
 from common.formats import Frame, Row
-from common.intervals import paired_bootstrap
 from common.judge import add_verdicts
 from common.runs import commit, read_log, write, write_json
-from common.walk import read_book
+from common.results import read_book
 from model import LATENT_END, LATENT_START
 
 # -------------------------------------------------------------------------------- one evaluation
@@ -109,7 +108,7 @@ def score_rows(scores):
     rows = []
     for group, s in scores.items():
         row = [group, s["n"], *(f"{s[k]:.3f}" if s["n"] else "-" for k in main)]
-        row.append("{:.3f} - {:.3f}".format(*s["bootstrap"]) if s["n"] else "-")
+        row.append("{:.3f} - {:.3f}".format(*s["interval"]) if s["n"] else "-")
         row += [f"{s[k]:.3f}" if k in s else "" for k in readings]
         row += [s.get(k, "") for k in counts]
         rows.append([*row, f"{s['spans']:.2f}", f"{s['latents']:.2f}", f"{s['tokens']:.1f}"])
@@ -249,7 +248,7 @@ def compare(folders):
             scores = summary["scores"].get(group, {})
             value = scores.get("accuracy", scores.get("average"))
             cells.append(
-                "{:.3f} ({:.3f} - {:.3f})".format(value, *scores["bootstrap"]) if scores else ""
+                "{:.3f} ({:.3f} - {:.3f})".format(value, *scores["interval"]) if scores else ""
             )
         rows.append([folder, summary["latents"], *cells, f"{summary['found']}/{summary['total']}"])
     text = markdown(["", "latents", *groups, "found"], rows)

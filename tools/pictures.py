@@ -117,7 +117,7 @@ def texts_of(response):
 
 def main(config):
     """Answer, draw -> the errors {name: error}. Raises SystemExit without a painter."""
-    rows, folder, budget = rows_of(config), newest(config.model), config.budgets[1]
+    rows, folder, budget = rows_of(config), newest(config.model), config.budgets.future
     most = max(len(futures(row)) for row in rows)
     rows = [row for row in rows if len(futures(row)) == most][: config.rows]
     model, tokenizer = Machine().load(folder)

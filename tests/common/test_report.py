@@ -131,7 +131,7 @@ def write_run(folder, lines, groups=("a", "b"), average="micro"):
     """A folder as evaluate.py leaves it, of result lines alone -> its path."""
     folder.mkdir()
     (folder / "samples_0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    scores = dict(accuracy=0.5, bootstrap=(0.4, 0.6))
+    scores = dict(accuracy=0.5, interval=(0.4, 0.6))
     summary = dict(scores={group: scores for group in (*groups, "all")}, latents="generated")
     summary.update(found=len(lines), total=len(lines), average=average)
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -170,7 +170,7 @@ def test_runs_are_compared_question_by_question(tmp_path):
     assert "Minus" not in report.compare([first])
 
     # a macro average weighs the groups alike: (1 + 0) / 2
-    last = answers([1], "b", 8)
+    last = answers([1] * 8, "b", 8)
     macro = write_run(tmp_path / "m", answers([0] * 8) + last, average="macro")
     other = write_run(tmp_path / "n", answers([1] * 8) + last, average="macro")
     assert row_of(report.compare([macro, other]), other)[2] == "+0.500 (+0.500 to +0.500) *"
