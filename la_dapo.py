@@ -71,7 +71,7 @@ from typing import NamedTuple
 import torch
 
 from common.checkpoint import make_optimizer
-from common.flags import run_script
+from common.cli import run_script
 from common.formats import Skipped, report_bad
 from common.groups import (
     CURVES,

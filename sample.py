@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from common.cli import run_script
 from common.clips import ClipError, key_frame_positions, read_clip
-from common.flags import run_script
 from common.formats import Clip, Frame, Row, answer_of
 from common.pictures import coming, write_strip
 from common.runs import Machine

@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from common.checkpoint import make_optimizer
-from common.flags import run_script
+from common.cli import run_script
 from common.heldout import HeldOut, held_out_rows
 from common.report import draw_curves
 from common.runs import Machine, Run, check_ranks, rows_of, step_or_skip

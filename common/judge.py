@@ -27,8 +27,8 @@ from concurrent.futures import ThreadPoolExecutor
 from tqdm import tqdm
 
 from common.benchmarks import read_benchmark
+from common.cli import run_script
 from common.clips import ClipError, jpeg, pixels_of
-from common.flags import run_script
 from common.formats import Frame, answer_of
 from common.runs import read_lines, write
 

@@ -24,8 +24,8 @@ from typing import NamedTuple
 import torch
 
 from common.benchmarks import read_benchmark
+from common.cli import errors_in_one_line
 from common.clips import ClipError, film, jpeg
-from common.flags import errors_in_one_line
 from common.report import differences, paper_rows, read_summary, score_rows, scored_lines, used
 from common.runs import write
 from model import LATENT_END, LATENT_START

@@ -13,8 +13,8 @@ from collections import Counter
 import numpy as np
 
 from common.benchmarks import PAPER
+from common.cli import errors_in_one_line
 from common.clips import key_frame_positions, read_clip
-from common.flags import errors_in_one_line
 from common.formats import Frame, Row
 from common.intervals import paired_bootstrap
 from common.judge import add_verdicts

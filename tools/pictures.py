@@ -24,8 +24,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from common.cli import run_script
 from common.clips import ClipError, film, load_frames, normalise, stack
-from common.flags import run_script
 from common.formats import Frame, answer_of, read_rows
 from common.pictures import (
     Painter,

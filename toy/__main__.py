@@ -37,7 +37,7 @@ import time
 import numpy as np
 import torch
 
-from common.flags import run_script
+from common.cli import run_script
 from common.report import draw_bars, draw_key_frames, draw_rl
 from common.runs import write, write_json
 from toy.plan import CURATED, FREE, GROUPS, Config, trainings

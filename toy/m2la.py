@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 import sft
-from common.flags import run_script
+from common.cli import run_script
 from common.runs import Machine, newest, rows_of, write
 from toy.__main__ import markdown
 from toy.seed import score, train

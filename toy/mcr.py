@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from tokenizers import AddedToken
 
+from common.cli import run_script
 from common.clips import pixels_of
-from common.flags import run_script
 from common.formats import read_rows
 from common.report import draw_looks
 from common.runs import newest, write, write_json

@@ -24,7 +24,7 @@ import torch
 import evaluate
 import la_dapo
 import sft
-from common.flags import run_script
+from common.cli import run_script
 from common.formats import read_rows
 from common.runs import newest, write_json
 from toy import plan

@@ -19,7 +19,7 @@ import torch
 
 import latent_decode
 import sft
-from common.flags import run_script
+from common.cli import run_script
 from common.formats import answer_of, read_rows
 from common.runs import newest, write, write_json
 from data import Samples, collate, model_inputs

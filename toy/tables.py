@@ -16,7 +16,7 @@ import numpy as np
 
 import la_dapo
 import sft
-from common.flags import run_script
+from common.cli import run_script
 from common.walk import read_book
 from curate import visual_gain
 from toy import __main__ as demo

@@ -10,7 +10,7 @@ import os
 import shutil
 from dataclasses import dataclass
 
-from common.flags import run_script
+from common.cli import run_script
 from common.pictures import Painter
 from common.runs import newest, read_lines, write, write_json
 from toy.tiny import TINY_PICTURES

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import sft
-from common.flags import run_script
+from common.cli import run_script
 from common.formats import read_rows
 from common.runs import Machine, newest, read_log, write, write_json
 from data import DataConfig, collate, encode, model_inputs

@@ -22,7 +22,7 @@ import os
 import torch
 
 import curate
-from common.flags import run_script
+from common.cli import run_script
 from common.formats import Skipped, report_bad
 from common.runs import Machine
 from common.walk import Book, read_book, settings_of, walk

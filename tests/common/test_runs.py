@@ -15,7 +15,7 @@ import evaluate
 import sft
 from common import judge
 from common.checkpoint import random_state, set_random_state
-from common.flags import parse_config
+from common.cli import parse_config
 from common.folder import checkpoints, model_fingerprint
 from common.formats import Clip, Frame, Row, read_rows
 from common.runs import fingerprint

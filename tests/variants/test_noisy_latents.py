@@ -12,7 +12,7 @@ from test_latent_decode import EOS, ROWS, shuffle
 from test_model import make_batch
 
 import la_dapo
-from common.flags import parse_config
+from common.cli import parse_config
 from common.groups import Batch
 from latent_decode import generate
 from variants import noisy_latents

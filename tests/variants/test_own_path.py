@@ -21,7 +21,7 @@ from test_latent_decode import spans
 from test_rewards import slow_contrastive, slow_likeness
 
 import la_dapo
-from common.flags import parse_config
+from common.cli import parse_config
 from common.groups import Batch, Group
 from common.rollouts import take
 from variants import own_path
