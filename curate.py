@@ -43,7 +43,7 @@ from collections import Counter
 
 import torch
 
-from common.flags import run_script
+from common.cli import run_script
 from common.formats import (
     Frame,
     RecordError,

@@ -48,8 +48,8 @@ import time
 import torch
 
 from common.benchmarks import read_benchmark
+from common.cli import run_script
 from common.clips import ClipError, load_frames, normalise, stack
-from common.flags import run_script
 from common.folder import add_scores
 from common.formats import Skipped, answer_of, report_bad
 from common.judge import add_verdicts

@@ -74,7 +74,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common.flags import run_script
+from common.cli import run_script
 from common.formats import Skipped, report_bad
 from common.judge import judge_of
 from common.lora import frozen_alone

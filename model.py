@@ -18,7 +18,8 @@ Where this differs from the paper:
     visual embeddings live on different scales; the paper's model does not.
 Where this differs from the official code:
  2. A subclass, not a patched copy: weights of either project load in the other and in stock
-    Qwen3-VL. Stock `generate` then runs without imagination: it feeds `<|latent|>`, the token.
+    Qwen3-VL. Stock `generate` feeds a span the embedding of `<|latent|>` and so does not imagine,
+    unless it is given the folder's custom_generate/ (common/custom_generate.py).
  3. The number of latents is checked against the number of `<|latent|>` tokens before anything runs.
  4. What is learnt from or sampled from are logits in fp32 (`FutureL1.logits`), not rounded to bf16.
 
@@ -230,10 +231,11 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         return CausalLMOutputWithPast(logits=logits, hidden_states=(h,))
 
     def generate(self, *args, **kwargs):
-        """Raises TypeError that says where to go: transformers' loop knows no latents. Ours."""
+        """Raises TypeError that names both ways: transformers' own loop knows no latents. Ours."""
         raise TypeError(
-            "latent_decode.generate decodes words and latents; for words alone, load the folder as "
-            "transformers' Qwen3VLForConditionalGeneration"
+            "latent_decode.generate decodes words and latents with this model; in transformers' "
+            "terms, load the folder with AutoModelForImageTextToText and call model.generate(..., "
+            "custom_generate=folder, trust_remote_code=True)"
         )
 
 

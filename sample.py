@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from common.clips import ClipError, film
-from common.flags import run_script
+from common.cli import run_script
 from common.formats import Clip, Frame, Row, answer_of, read_rows
 from common.painter import coming, write_strip
 from common.runs import Machine

@@ -42,7 +42,7 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 
-from common.flags import run_script
+from common.cli import run_script
 from common.machine import Machine, set_sync, whole, without_ddp
 from common.report import draw_curves
 from common.run import Run, aside, held_out_rows, in_order, rows_of

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from common.benchmarks import read_benchmark
+from common.cli import run_script
 from common.clips import ClipError, jpeg, pixels_of
-from common.flags import run_script
 from common.formats import Frame, answer_of
 from common.runs import read_lines
 from common.walk import read_book

@@ -40,7 +40,7 @@ from common.clips import (
     normalise,
     stack,
 )
-from common.flags import run_script
+from common.cli import run_script
 from common.formats import Frame
 from common.runs import Machine, newest, rows_of
 from data import DataConfig, at_least

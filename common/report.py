@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from common.benchmarks import PAPER
 from common.clips import ClipError, film, jpeg
-from common.flags import errors_in_one_line
+from common.cli import errors_in_one_line
 from common.formats import Frame, Row
 from common.judge import add_verdicts
 from common.runs import commit, read_log, write, write_json

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from common.clips import load_frames, stack
-from common.flags import run_script
+from common.cli import run_script
 from common.formats import Frame, Row, answer_of
 from common.painter import Painter, animate, draw_strips, paint, painting_error, strip_of, to_cells
 from common.runs import Machine, newest, rows_of, write_json

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoTokenizer, Qwen3VLConfig
 
-from common.flags import run_script
+from common.cli import run_script
 from latent_decode import Rollout
 from model import LATENT_IDS, FutureL1, add_latent_tokens
 

@@ -17,7 +17,7 @@ from glob import escape, glob
 
 import numpy as np
 
-from common.flags import errors_in_one_line
+from common.cli import errors_in_one_line
 from common.report import draw_bars, draw_rl
 from common.runs import read_log, write
 from toy.world import read_jsonl

@@ -29,7 +29,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig
 
-from common.flags import run_script
+from common.cli import run_script
 from common.formats import read_records
 from model import FutureL1, add_latent_tokens
 

@@ -35,7 +35,7 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-from common.flags import run_script
+from common.cli import run_script
 from common.report import draw_key_frames
 from common.runs import write_json
 

@@ -24,7 +24,7 @@ import os
 
 import torch
 
-from common.flags import run_script
+from common.cli import run_script
 from common.formats import Skipped, report_bad
 from common.results import Book, check_rows, read_book, settings_of, walk
 from common.runs import Machine

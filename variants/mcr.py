@@ -52,8 +52,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import la_dapo
+from common.cli import run_script
 from common.clips import ClipError, load_frames
-from common.flags import run_script
 from common.formats import Frame
 from common.groups import Group
 from common.rollouts import Rollout

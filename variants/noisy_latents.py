@@ -31,7 +31,7 @@ from collections import Counter
 import torch
 
 import la_dapo
-from common.flags import run_script
+from common.cli import run_script
 from common.formats import Skipped
 from common.judge import judge_of
 from common.machine import Machine, set_sync, whole, whole_copy

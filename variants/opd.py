@@ -47,7 +47,7 @@ from torch.utils.checkpoint import checkpoint
 
 import la_dapo
 from common.checkpoint import make_optimizer
-from common.flags import run_script
+from common.cli import run_script
 from common.groups import Harvest, RolloutLog, check_readable, load_prompts, log_line, prepare
 from common.report import draw_curves
 from common.runs import Machine, Run, rows_of

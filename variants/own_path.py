@@ -28,7 +28,7 @@ import dataclasses
 import torch
 
 import la_dapo
-from common.flags import run_script
+from common.cli import run_script
 from rewards import contrastive_reward, span_likeness
 
 

@@ -15,7 +15,7 @@ Source: ours, after pause tokens (Goyal et al. 2024).
 import dataclasses
 
 import sft
-from common.flags import run_script
+from common.cli import run_script
 
 
 @dataclasses.dataclass

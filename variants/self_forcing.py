@@ -21,7 +21,7 @@ import random
 import torch
 
 import sft
-from common.flags import run_script
+from common.cli import run_script
 from data import at_least, model_inputs
 
 

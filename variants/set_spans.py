@@ -51,7 +51,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 import sft
-from common.flags import run_script
+from common.cli import run_script
 from common.rollouts import Rollout
 from common.sampling import choose_word
 from data import model_inputs

@@ -16,8 +16,8 @@ from test_sft import settings
 import evaluate
 import la_dapo
 import sft
+from common.cli import parse_config
 from common.clips import pixels_of, resize_and_patchify
-from common.flags import parse_config
 from common.folder import PROCESSORS, SETTINGS, is_hub_id, newest, trained_with
 from common.formats import read_rows
 from common.runs import leave, read_log

@@ -8,7 +8,7 @@ import curate
 import evaluate
 import la_dapo
 import sft
-from common.flags import read_saved
+from common.cli import read_saved
 from model import load
 from tools import pictures
 from toy import tiny

@@ -11,7 +11,7 @@ from test_latent_decode import EOS, ROWS, shuffle
 from test_model import make_batch
 
 import la_dapo
-from common.flags import parse_config
+from common.cli import parse_config
 from la_dapo import Batch, Counts
 from latent_decode import generate
 from variants import noisy_latents

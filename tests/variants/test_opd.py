@@ -12,7 +12,7 @@ from test_la_dapo import flags, log_of, weights
 from test_la_dapo import settings as rl_settings
 
 import la_dapo
-from common.flags import parse_config
+from common.cli import parse_config
 from common.formats import RecordError, read_record, read_rows
 from common.runs import Machine
 from data import collate, encode, model_inputs

@@ -20,7 +20,7 @@ from test_latent_decode import spans
 from test_rewards import slow_contrastive, slow_likeness
 
 import la_dapo
-from common.flags import parse_config
+from common.cli import parse_config
 from la_dapo import Batch, Counts, Group
 from latent_decode import take
 from variants import own_path

@@ -1,4 +1,4 @@
-"""Flags: what they give, where values come from, and how errors are said."""
+"""The command line: what flags give, where values come from, and how errors are printed."""
 
 import dataclasses
 import glob
@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import sft
-from common.flags import parse_config
+from common.cli import parse_config, run_script
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -46,13 +46,34 @@ def test_help_shows_the_comments(capsys):
     assert "#" not in said
 
 
-SCRIPTS = ["sft", "la_dapo", "curate", "evaluate", "sample", "tools.bench"]
-SCRIPTS += ["common.judge", "common.report", "variants.logprob_gain", "variants.noisy_latents"]
-SCRIPTS += ["tools.export", "tools.clips", "tools.pictures", "variants.own_path", "common.painter"]
-SCRIPTS += ["variants.pause_tokens", "variants.self_forcing", "tools.plan"]
-SCRIPTS += ["variants.m2la", "variants.video_latent", "variants.opd", "variants.set_spans"]
-SCRIPTS += ["variants.mcr", "variants.mcr_sft", "toy.world", "toy.tiny", "toy.table"]
-SCRIPTS += ["tools.shapes"]
+def scripts():
+    """{"tools.export": what stands below its `if __name__ == "__main__":`, ...}."""
+    found = {}
+    for part in ("*.py", "common/*.py", "toy/*.py", "tools/*.py", "variants/*.py"):
+        for path in glob.glob(os.path.join(ROOT, part)):
+            with open(path, encoding="utf-8") as f:
+                _, main, end = f.read().partition('\nif __name__ == "__main__":')
+            if main:
+                name = os.path.relpath(path, ROOT)[:-3].replace(os.sep, ".")
+                found[name.removesuffix(".__main__")] = end
+    found.pop("common.clips", None)  # a process that decodes clips for the scripts
+    return found
+
+
+SCRIPTS = scripts()
+# {script: (flags, what the error says)}; there is nothing at ./nowhere. A script that is not named
+# here takes --data, --model and --out.
+WRONG = {
+    "tools.plan": ("--shape 9b", "9b"),
+    "tools.bench": ("--cpu --n x", "argument --n: invalid int value: 'x'"),
+    "tools.shapes": ("--shape 9b", "9b"),
+    "sample": ("--model ./nowhere --question q --video ./nowhere", "./nowhere: no such"),
+    "tools.clips": ("--data ./nowhere.json", "./nowhere.json: No such file"),
+    "tools.export": ("./nowhere --out x", "./nowhere: no such folder"),
+    "common.judge": ("./nowhere --model m", "./nowhere/settings.json: no such file"),
+    "common.report": ("./nowhere", "./nowhere"),
+    "tools.pictures": ("--model ./nowhere --data ./nowhere", "./nowhere"),
+}
 
 
 def run(script, monkeypatch, capsys, *argv):
@@ -76,39 +97,22 @@ def damaged(world, folder):
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
 def test_an_error_is_one_line_and_code_2(script, world, tmp_path, monkeypatch, capsys):
-    """Breaks if a flag, a file or a model that is not there ends a script in a traceback, or in a
-    line that does not say what is wrong.
+    """Breaks if a script does not end with run_script, or if a flag, a file or a model that is not
+    there ends it in a traceback or in a line that does not say what is wrong.
     """
-    nowhere = str(tmp_path / "nowhere")
-    wrong = {
-        "toy.world": (["--clips", "x"], "argument --clips: invalid int value: 'x'"),
-        "toy.tiny": (["--data", nowhere], f"{nowhere}: No such file"),
-        "toy.table": ([nowhere], f"{nowhere}: no evaluation"),
-        "tools.plan": (["--shape", "9b"], "9b"),
-        "tools.bench": (["--cpu", "--n", "x"], "argument --n: invalid int value: 'x'"),
-        "tools.shapes": (["--shape", "9b"], "9b"),
-        "sample": (
-            ["--model", nowhere, "--question", "q", "--video", nowhere],
-            f"{nowhere}: no such",
-        ),
-        "tools.clips": (["--data", nowhere + ".json"], f"{nowhere}.json: No such file"),
-        "tools.export": ([nowhere, "--out", "x"], f"{nowhere}: no such folder"),
-        "common.judge": ([nowhere, "--model", "m"], f"{nowhere}/settings.json: no such file"),
-        "common.report": ([nowhere], f"{nowhere}"),
-        "common.painter": (["--model", nowhere, "--data", nowhere], f"{nowhere}"),
-        "tools.pictures": (["--model", nowhere, "--data", nowhere], f"{nowhere}"),
-    }
-    argv, message = wrong.get(script, (["--data", nowhere], f"{nowhere}: No such file"))
-    faults = [(argv, message)]
-    if script not in ("common.report", "toy.table"):
-        argv = [nowhere] if script in ("common.judge", "tools.export") else []
-        faults.append(([*argv, "--debut"], "arguments: --debut: is --debug meant?"))
-    if script not in wrong:
+    assert "run_script(" in SCRIPTS[script] or "errors_in_one_line(" in SCRIPTS[script]
+    monkeypatch.chdir(tmp_path)
+    argv, message = WRONG.get(script, ("--data ./nowhere", "./nowhere: No such file"))
+    faults = [(argv.split(), message)]
+    if script not in ("common.report", "common.page"):
+        positional = ["./nowhere"] if script in ("common.judge", "tools.export") else []
+        faults.append(([*positional, "--debut"], "arguments: --debut: did you mean --debug?"))
+    if script not in WRONG:
         faults.append((["--data", damaged(world, tmp_path)], "3 of 8 records"))
-        data = ["--data", world["test"], "--out", str(tmp_path / "out")]
-        faults.append(([*data, "--model", nowhere], f"{nowhere}: no such folder"))
+        data = ["--data", world["test"], "--out", "out"]
+        faults.append(([*data, "--model", "/nowhere"], "/nowhere: no such folder"))
         faults.append(([*data, "--model", str(tmp_path)], "no model in this folder"))
     for argv, message in faults:
         code, _, err = run(script, monkeypatch, capsys, *argv)
@@ -127,21 +131,6 @@ def test_files_that_a_library_reads(tmp_path, monkeypatch, capsys):
         assert code == 2 and f"{path}: {message}" in err and len(err.splitlines()) == 1
 
 
-def test_every_script_is_among_them():
-    """Breaks if a new script is not checked above, or ends without run_script."""
-    found = {}
-    for part in ("*.py", "common/*.py", "toy/*.py", "tools/*.py", "variants/*.py"):
-        for path in glob.glob(os.path.join(ROOT, part)):
-            with open(path, encoding="utf-8") as f:
-                _, main, end = f.read().partition('\nif __name__ == "__main__":')
-            if main:
-                name = os.path.relpath(path, ROOT)[:-3].replace(os.sep, ".")
-                found[name.removesuffix(".__main__")] = end
-    del found["common.clips"]  # a process that scripts talk to
-    assert set(SCRIPTS) == set(found)
-    assert all("run_script(" in end or "errors_in_one_line(" in end for end in found.values())
-
-
 def test_debug_shows_where(tmp_path, monkeypatch):
     """Breaks if --debug is taken for a value, or the traceback cannot be had."""
     monkeypatch.setattr(sys, "argv", ["sft.py", "--data", str(tmp_path / "gone"), "--debug"])
@@ -151,7 +140,6 @@ def test_debug_shows_where(tmp_path, monkeypatch):
 
 def test_a_bug_keeps_its_traceback(monkeypatch, capsys):
     """Breaks if an error from inside a library, which its user cannot mend, loses its place."""
-    from common.flags import run_script
 
     @dataclasses.dataclass
     class Config:
