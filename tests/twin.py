@@ -1,6 +1,7 @@
 """The method once more, as slowly and plainly as it can be written: a second definition.
 
-    weights, steps = sft(config)                   # supervised fine-tuning, Eq. (1)-(3)
+    weights, steps = sft(config)                        # supervised fine-tuning, Eq. (1)-(3)
+    weights, steps, more = la_dapo(config, numbers)     # reinforcement learning, Eq. (4)-(7)
 
 Everything runs on the stock Qwen3-VL of transformers, one row or one rollout at a time: no batch,
 no padding, no cache, no merged rollouts. Words are looped over one by one. Nothing is imported from
@@ -14,8 +15,12 @@ Axis letters: T tokens, N latents, D hidden, V vocabulary.
 
 import math
 import os
+import re
+from collections import Counter
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
@@ -199,3 +204,468 @@ def sft_sums(model, sample, variance, stop_term):
             if stop_term:  # "do not stop yet" is one more word to learn
                 words = words - torch.log1p(-logp[c.latent_end_id].exp())
     return words, distance
+
+
+# ---------------------------------------------------------------------------------------- a rollout
+
+
+@dataclass
+class Rollout:
+    """One response to one prompt: T tokens, the N latents that were fed among them."""
+
+    tokens: list
+    chosen: list  # T bools: False where the longest span forced a stop
+    logp: list  # T log-probabilities of what was chosen; 0 where forced
+    latents: torch.Tensor  # (N, D)
+
+    def spans(self, c):
+        """The latents of each span, (n, D) each, also of empty ones. c: the model's config."""
+        lengths = []
+        for token in self.tokens:
+            if token == c.latent_start_id:
+                lengths.append(0)
+            if token == c.latent_id:
+                lengths[-1] += 1
+        return list(self.latents.split(lengths)) if lengths else []
+
+
+@torch.no_grad()
+def roll_out(model, sample, numbers, config):
+    """Sample a response to one prompt. Sec. 3.1.
+
+    numbers: one uniform number in [0, 1) for each token; it decides which word, or whether a span
+    stops. config: temperature, top_p, max_new_tokens, max_latents.
+    """
+    c, out = model.config, Rollout([], [], [], torch.zeros(0, model.lm_head.in_features))
+    span = None  # latents of the open span; None = among words
+    while len(out.tokens) < config.max_new_tokens:
+        h = states(model, sample, sample["ids"] + out.tokens, out.latents)[-1]  # (D,)
+        logp = (model.lm_head(h) / config.temperature).log_softmax(-1)  # (V,)
+        u, chosen = float(numbers[len(out.tokens)]), True
+        if span is None:
+            token = draw_word(logp, u, config.top_p, c)
+            value = logp[token]
+            span = 0 if token == c.latent_start_id else None
+        else:
+            chosen = span < config.max_latents
+            p_stop = logp[c.latent_end_id].exp()
+            if not chosen or p_stop > u:
+                token, value, span = c.latent_end_id, p_stop.log(), None
+            else:  # z_1 = h_p, z_{k+1} = h_{p+k}
+                token, value, span = c.latent_id, torch.log1p(-p_stop), span + 1
+                out.latents = torch.cat([out.latents, model.latent_head(h)[None]])
+        out.tokens.append(token)
+        out.chosen.append(chosen)
+        out.logp.append(value.item() if chosen else 0.0)
+        if span is None and token == model.generation_config.eos_token_id:
+            break
+    return out
+
+
+def draw_word(logp, u, top_p, c):
+    """Log-probabilities (V,) -> a word: u in [0, 1) picks a place in the summed probabilities of
+    the nucleus, in the vocabulary's order. Top-p; the order is ours.
+    """
+    p = logp.double().exp()
+    p[[c.latent_id, c.latent_end_id, c.image_token_id, c.video_token_id]] = 0  # never a word
+    nucleus, mass = set(), 0.0
+    for word in p.argsort(descending=True).tolist():
+        if mass >= top_p * p.sum():
+            break
+        nucleus.add(word)
+        mass += p[word].item()
+    below = 0.0
+    for word in sorted(nucleus):
+        below += p[word].item()
+        if below > u * mass:
+            return word
+    return max(nucleus)
+
+
+def replay(model, sample, rollout, latents, temperature):
+    """Feed a rollout again with `latents` (N, D) in its spans -> what it chose, with a gradient.
+
+    A list of (log-probability, entropy of the choice there was), None where nothing was chosen; and
+    the latents that the model would feed (N, D).
+    """
+    c, ids = model.config, sample["ids"] + rollout.tokens
+    h = states(model, sample, ids, latents)  # (T, D)
+    choices, predicted, in_span = [], [torch.zeros(0, h.shape[1])], False
+    for t, token in enumerate(rollout.tokens):
+        before = h[len(sample["ids"]) + t - 1]  # (D,) the state that chose the token
+        logp = (model.lm_head(before) / temperature).log_softmax(-1)  # (V,)
+        options = logp
+        if in_span:  # stop or continue
+            go_on = torch.log1p(-logp[c.latent_end_id].exp())
+            options = torch.stack([logp[c.latent_end_id], go_on])  # (2,)
+        if token == c.latent_id:
+            value = go_on
+            predicted.append(model.latent_head(before)[None])
+        else:
+            value = logp[token]
+        entropy = -(options.exp() * options).sum()
+        choices.append((value, entropy) if rollout.chosen[t] else None)
+        in_span = token in (c.latent_start_id, c.latent_id)
+    return choices, torch.cat(predicted)
+
+
+def latents_anew(model, sample, rollout):
+    """The latents of a rollout's spans as the weights make them now -> (N, D), with a gradient."""
+    latents = torch.zeros(0, model.lm_head.in_features)
+    for t, token in enumerate(rollout.tokens):
+        if token == model.config.latent_id:
+            h = states(model, sample, sample["ids"] + rollout.tokens[:t], latents)[-1]  # (D,)
+            latents = torch.cat([latents, model.latent_head(h)[None]])
+    return latents
+
+
+# ------------------------------------------------------------------------------------------ rewards
+
+
+def answer_of(text):
+    """The first closed <answer>, or None."""
+    found = re.search("<answer>(.*?)</answer>", text, re.S)
+    return found.group(1).strip() if found else None
+
+
+def plain(text):
+    return " ".join(text.lower().split()).strip(" .,:;!?\"'()")
+
+
+def option_of(answer, options):
+    """The number of the option that an answer names by its text or its letter, or None."""
+    for i, option in enumerate(options):
+        letter = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[i]
+        named = re.fullmatch(rf"\(?{letter}(?:[).:](.*))?\s*", answer or "", re.I | re.S)
+        if plain(answer or "") == plain(option):
+            return i
+        if named and plain(named.group(1) or "") in ("", plain(option)):
+            return i
+    return None
+
+
+def is_right(text, row):
+    """Whether the rule calls a response right. Sec. 3.3."""
+    answer = answer_of(text)
+    if row.options:
+        return option_of(answer, row.options) == option_of(row.answer, row.options)
+    return answer is not None and plain(answer) == plain(row.answer)
+
+
+def repetition(text):
+    """The largest of three shares: repeated word 4-grams, repeated blocks, repeated lines."""
+    text = re.sub(r"</?(reason|answer)>|<\|[a-z_]+\|>", " ", text)
+    words, shares = text.split(), [0.0]
+    grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+    if grams:
+        shares.append(1 - len(set(grams)) / len(grams))
+    for size in (50, 25):
+        inside = set()
+        for i in range(len(words)):
+            block, following = words[i : i + size], words[i + size : i + 2 * size]
+            if len(words) >= 100 and len(following) == size and block == following:
+                inside.update(range(i, i + 2 * size))
+        shares.append(len(inside) / max(1, len(words)))
+    lines = [line.strip() for line in text.split("\n") if len(line.strip()) > 10]
+    if len(lines) >= 3:
+        shares.append(1 - len(set(lines)) / len(lines))
+    return max(shares)
+
+
+SYMBOLS = {
+    "<reason>": "r", "</reason>": "R", "<answer>": "a", "</answer>": "A",
+    "<|latent_start|>": "S", "<|latent|>": "z", "<|latent_end|>": "E",
+}  # fmt: skip
+
+
+def has_format(text):
+    """Whether a response is `R (L R)+ A` or `(L R)+ A`, and nothing else. Sec. 3.3."""
+    text = re.sub(r"(\s|<\|im_end\|>|<\|endoftext\|>)*$", "", text)
+    pieces = re.split("(" + "|".join(map(re.escape, SYMBOLS)) + ")", text)
+    shape = "".join(SYMBOLS.get(piece, "t" if piece.strip() else "") for piece in pieces)
+    return re.fullmatch("(rt?R)?(Sz+Ert?R)+at?A", shape) is not None
+
+
+def likeness(a, b):
+    """Eq. (4): latents (N, D) and (M, D) -> s."""
+    T = min(len(a), len(b))
+    return sum((1 + F.cosine_similarity(a[t], b[t], dim=0).item()) / 2 for t in range(T)) / T
+
+
+def contrastive(i, latents, correct, tau):
+    """Eq. (5) for rollout i of a group; latents: None where a rollout has no part in it.
+
+    With the official code's edge cases.
+    """
+    members = [j for j, z in enumerate(latents) if z is not None and len(z)]
+    if i not in members or len(latents) < 2:
+        return 0.0
+    s = {j: likeness(latents[i], latents[j]) for j in members}
+    positives = [s[j] for j in members if correct[j] and j != i]
+    negatives = [s[j] for j in members if not correct[j]]  # i itself too, if it is wrong
+    if positives:
+        plus = max(positives)
+    else:
+        plus = 1.0 if correct[i] else 0.0  # a lone correct rollout is its own neighbour
+    if not negatives:
+        return plus / tau
+    return math.exp(plus / tau) / (math.exp(plus / tau) + sum(math.exp(x / tau) for x in negatives))
+
+
+def diversity(spans):
+    """Eq. (6): the spans of one rollout, (n, D) each -> at most 0."""
+    b = [span.mean(0) for span in spans if len(span)]
+    if len(b) < 2:
+        return 0.0
+    cosines = [F.cosine_similarity(b[m], b[m + 1], dim=0).item() for m in range(len(b) - 1)]
+    return -sum(x * x for x in cosines) / len(cosines)
+
+
+@dataclass
+class Group:
+    """A prompt, its G rollouts, and what they are worth. Lists of G; None = unjudged."""
+
+    sample: dict
+    rollouts: list
+    correct: list
+    parts: dict  # total, accuracy, format, repetition, contrastive, diversity
+    A: list = ()  # advantages
+
+    @property
+    def judged(self):
+        """The rollouts that count, by their number."""
+        return [i for i, c in enumerate(self.correct) if c is not None]
+
+
+def score(sample, rollouts, texts, judge, config, c):
+    """Eq. (7) for the rollouts of one prompt -> Group.
+
+    judge(question, gold, answer) -> True, False or None, asked where the rule says no and another
+    word could matter; None = there is no judge.
+    """
+    row, correct, parts = sample["row"], [], {}
+    parts["repetition"] = [repetition(text) for text in texts]
+    for text, repeats in zip(texts, parts["repetition"]):
+        answer, right = answer_of(text), is_right(text, row)
+        another_option = row.options and option_of(answer, row.options) is not None
+        if judge and answer and not right and repeats <= 0.5 and not another_option:
+            right = judge(row.question, row.answer, answer)
+        correct.append(None if right is None else right and repeats <= 0.5)
+
+    def accuracy(right, repeats):
+        return None if right is None else -1.0 if repeats > 0.5 else float(right)
+
+    parts["accuracy"] = list(map(accuracy, correct, parts["repetition"]))
+    parts["format"] = [float(has_format(text)) for text in texts]
+    known = [None if right is None else r.latents for right, r in zip(correct, rollouts)]
+    G = range(len(rollouts))
+    parts["contrastive"] = [contrastive(i, known, correct, config.tau) for i in G]
+    parts["diversity"] = [diversity(r.spans(c)) for r in rollouts]
+    parts["total"] = [
+        None
+        if correct[i] is None
+        else 0.9 * parts["accuracy"][i]
+        + 0.1 * parts["format"][i]
+        + config.lambda_c * parts["contrastive"][i]
+        + config.lambda_d * parts["diversity"][i]
+        for i in G
+    ]
+    return Group(sample, rollouts, correct, parts)
+
+
+def verdict_on(group, config):
+    """The filter: a group is learnt from if low < mean accuracy < high. Sec. 3.3."""
+    known = [group.correct[i] for i in group.judged]
+    if len(known) < 2:
+        return "unjudged_groups"
+    mean = sum(known) / len(known)
+    return "too_hard" if mean <= config.low else "too_easy" if mean >= config.high else "kept"
+
+
+def set_advantages(group):
+    """A_i = (R_i - mean) / (std + 1e-6) over the judged rollouts, unbiased std. Sec. 3.3."""
+    R = [group.parts["total"][i] for i in group.judged]
+    mean = sum(R) / len(R)
+    std = math.sqrt(sum((r - mean) ** 2 for r in R) / (len(R) - 1))
+    group.A = [None if r is None else (r - mean) / (std + 1e-6) for r in group.parts["total"]]
+
+
+# ------------------------------------------------------------------------------------------ LA-DAPO
+
+
+def permutation(n, seed, epoch):
+    """The order of n prompts in an epoch."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def la_dapo(config, numbers, judge=None):
+    """The whole of la_dapo.py -> the weights after the last step; two dicts for each step: what its
+    log line says, and what a test wants to know besides.
+
+    numbers[seed * 1_000_003 + k]: the uniform numbers (rows, T) that batch k of the prompts was
+    sampled with. judge: see `score`.
+    """
+    rows = read_rows(config.data, config.media_root or None)
+    model, tokenizer = load(config.model)
+    reference, _ = load(config.model)
+    optimizer = adamw(model, config.lr, (0.9, 0.999), 0.0)
+    steps = config.steps or max(1, int(len(rows) * config.epochs) // config.groups)
+    begin, figures, more = 0, [], []  # begin: the batch of prompts that comes next
+    for step in range(steps):
+        groups, kept, end = [], [], begin
+
+        # roll out until enough groups are kept, in the order of the prompts
+        for _ in range(config.max_tries):
+            batches = math.ceil((config.prompts or config.groups) / config.rollout_batch)
+            for k in range(end, end + batches):
+                u = numbers[config.seed * 1_000_003 + k]  # (rows, T)
+                for j in range(config.rollout_batch):
+                    epoch, place = divmod(k * config.rollout_batch + j, len(rows))
+                    row = rows[permutation(len(rows), config.seed, epoch)[place]]
+                    sample = encode(row, tokenizer, config, False)
+                    own = u[j * config.group_size : (j + 1) * config.group_size]  # (G, T)
+                    rollouts = [roll_out(model, sample, x, config) for x in own]
+                    texts = [tokenizer.decode(r.tokens) for r in rollouts]
+                    groups.append(score(sample, rollouts, texts, judge, config, model.config))
+            end += batches
+            dropped = ("unjudged_groups", "too_hard", "too_easy")
+            dropped = dropped if config.filter else dropped[:1]
+            worth = [group for group in groups if verdict_on(group, config) not in dropped]
+            kept = worth[: config.groups]
+            if len(kept) == config.groups:
+                break
+        for group in kept:
+            set_advantages(group)
+
+        # passes over the kept groups, an update a minibatch
+        lr, sums, norms = learning_rate(step, steps, config), Counter(), []
+        for _ in range(config.inner_epochs):
+            for m in range(config.minibatches):
+                if part := kept[m :: config.minibatches]:
+                    loss_of(model, reference, part, config, sums).backward()
+                    norms.append(clip_and_step(optimizer, lr, config.clip))
+
+        line = dict(figures_of(groups, config, model.config), lr=lr, surplus=len(worth) - len(kept))
+        line.update(summary(sums, len(norms)), groups=len(kept), grad_norm=norms[-1])
+        line.update(prompts=[begin * config.rollout_batch, end * config.rollout_batch])
+        figures.append(line)
+        more.append(dict(kept=kept, norms=norms, **{k: sums[k] for k in ("high", "low", "dual")}))
+        begin = end
+    return weights_of(model), figures, more
+
+
+def learning_rate(step, steps, config):
+    """Linear warm-up, then linear to final_lr * lr at the last step."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    way = (step - config.warmup_steps) / max(1, steps - config.warmup_steps - 1)
+    return config.lr * (1 - way) + config.lr * config.final_lr * way
+
+
+def loss_of(model, reference, groups, config, sums):
+    """L over some groups; adds figures to `sums`. Sec. 3.3.
+
+        L = 1/n sum_t max(-r_t A, -clip(r_t, 1 - eps_low, 1 + eps_high) A) + kl * KL
+
+    where A < 0 at most -dual_clip A; n: the chosen tokens of these groups.
+    """
+    n = sum(sum(group.rollouts[i].chosen) for group in groups for i in group.judged)
+    loss = torch.zeros(())
+    for group in groups:
+        for i in group.judged:
+            surrogate, kl = rollout_loss(model, reference, group, i, config, sums, n)
+            loss = loss + surrogate / n + config.kl * kl / n
+    return loss
+
+
+def rollout_loss(model, reference, group, i, config, sums, n):
+    """Rollout i of a group -> the sums over its tokens of both terms of L.
+
+    The KL holds the latents constant. What they are in the first term, `adjoint_terms` says. 0: the
+    recorded ones, as constants. -1: those that the weights make now, with their gradient; before
+    the first update their values are the recorded ones. k > 0: the first k terms of that gradient.
+    """
+    sample, rollout, A = group.sample, group.rollouts[i], group.A[i]
+    recorded, T = rollout.latents.clone().requires_grad_(), config.temperature
+    with torch.no_grad():
+        ref, _ = replay(reference, sample, rollout, recorded, T)
+    held, predicted = replay(model, sample, rollout, recorded, T)
+    new = held
+    if config.adjoint_terms < 0:
+        new, _ = replay(model, sample, rollout, latents_anew(model, sample, rollout), T)
+
+    surrogate, kl = torch.zeros(()), torch.zeros(())
+    for t in range(len(rollout.tokens)):
+        if not rollout.chosen[t]:
+            continue
+        # with one update a step the policy is still the one that sampled
+        one_update = config.minibatches * config.inner_epochs == 1
+        old = new[t][0].item() if one_update else rollout.logp[t]
+        r = (new[t][0] - old).exp()
+        loss = torch.maximum(-r * A, -r.clamp(1 - config.eps_low, 1 + config.eps_high) * A)
+        if A < 0:
+            loss = loss.clamp(max=-config.dual_clip * A)
+        surrogate = surrogate + loss
+        d = (ref[t][0] - held[t][0]).clamp(-20, 20)
+        k3 = (d.exp() - d - 1).clamp(-10, 10)
+        kl = kl + k3
+
+        high = A > 0 and r.item() > 1 + config.eps_high
+        low = A < 0 and r.item() < 1 - config.eps_low
+        dual = A < 0 and r.item() > config.dual_clip
+        sums.update(
+            high=high,
+            low=low,
+            dual=dual,
+            loss=loss.item() / n,
+            kl=k3.item() / n,
+            ratio=r.item() / n,
+            clip_fraction=(high or low) / n,
+            entropy=held[t][1].item() / n,
+            replay_ms=(new[t][0].item() - rollout.logp[t]) ** 2 / n,
+        )
+        sums["ratio_max"] = max(sums["ratio_max"], r.item())
+    if config.adjoint_terms > 0 and len(recorded):
+        surrogate = surrogate + through_latents(
+            surrogate, predicted, recorded, config.adjoint_terms
+        )
+    return surrogate, kl
+
+
+def through_latents(loss, predicted, latents, terms):
+    """Value 0, and the gradient (g + gJ + gJJ + ..., `terms` of them) d predicted / d weights.
+
+    g = d loss / d latents, J = d predicted / d latents, written out as a matrix.
+    """
+    (g,) = torch.autograd.grad(loss, latents, retain_graph=True)
+    rows = [torch.autograd.grad(x, latents, retain_graph=True)[0] for x in predicted.flatten()]
+    J = torch.stack([row.flatten() for row in rows])  # (N D, N D)
+    adjoint = total = g.flatten()
+    for _ in range(terms - 1):
+        adjoint = adjoint @ J
+        total = total + adjoint
+    value = (total * predicted.flatten()).sum()
+    return value - value.detach()
+
+
+def figures_of(groups, config, c):
+    """What the log says of a step's rollouts."""
+    rollouts = [r for group in groups for r in group.rollouts]
+    out, n = Counter(verdict_on(group, config) for group in groups), len(rollouts)
+    out.update(rollouts=n, unjudged=sum(g.correct.count(None) for g in groups))
+    for name in groups[0].parts:
+        values = [v for group in groups for v in group.parts[name] if v is not None]
+        out[name] = sum(values) / len(values)
+    spans = [span for r in rollouts for span in r.spans(c)]
+    out["length"] = sum(len(r.tokens) for r in rollouts) / n
+    out["spans"], out["latents"] = len(spans) / n, sum(map(len, spans)) / n
+    out["forced_stops"] = sum(r.chosen.count(False) for r in rollouts) / max(1, len(spans))
+    return dict(out)
+
+
+def summary(sums, updates):
+    """What the log says of a step's updates: means over them, and the largest ratio of all."""
+    names = ("loss", "kl", "ratio", "clip_fraction", "entropy")
+    out = {name: sums[name] / updates for name in names}
+    out["replay_rms"] = math.sqrt(sums["replay_ms"] / updates)
+    return dict(out, ratio_max=sums["ratio_max"], updates=updates)

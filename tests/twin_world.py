@@ -1,18 +1,21 @@
 """What the tests against tests/twin.py share: pictures, records, a tiny model, a comparison."""
 
 import contextlib
+import http.server
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
 from toy import tiny
+
+SINGLE = torch.float32
 
 COLOURS = ("red", "green", "blue", "up")
 WORDS = (
@@ -37,7 +40,7 @@ def save_model(folder, seed, hidden=32, change=lambda model, tokenizer: None):
     model = tiny.make_model(tokenizer, seed, hidden)
     with torch.no_grad():
         change(model, tokenizer)
-    model.save_pretrained(folder)
+    model.double().save_pretrained(folder)  # read as fp32, but `in_double`
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -73,22 +76,137 @@ def disagreement(start, ours, twin):
 
 @contextlib.contextmanager
 def in_double():
-    """Inside, everything is computed in float64: weights, norms, and what is else cast to fp32."""
-    load = PreTrainedModel.from_pretrained.__func__
-
-    def load_wide(cls, *args, **kwargs):
-        return load(cls, *args, **{**kwargs, "dtype": torch.float64})
-
-    def norm(self, x):  # transformers' own computes in fp32 whatever comes in
-        mean_square = x.square().mean(-1, keepdim=True)
-        return self.weight * x * torch.rsqrt(mean_square + self.variance_epsilon)
-
+    """Inside, what is called fp32 is float64, so that rounding cannot hide a difference."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PreTrainedModel, "from_pretrained", classmethod(load_wide))
-        patch.setattr(Qwen3VLTextRMSNorm, "forward", norm)
+        patch.setattr(torch, "float32", torch.float64)
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         torch.set_default_dtype(torch.float64)
         try:
             yield
         finally:
-            torch.set_default_dtype(torch.float32)
+            torch.set_default_dtype(SINGLE)
+
+
+# ------------------------------------------------------------------------------ a model that varies
+
+
+# after a word (left) come words with these probabilities; what is left is spread at random
+CHAIN = {
+    "assistant": {"<reason>": 0.3, "<|latent_start|>": 0.35, "<answer>": 0.3},
+    "<reason>": {"moves": 0.5, "hits": 0.45},
+    "moves": {"left": 0.5, "right": 0.45},
+    "left": {"left": 0.55, "</reason>": 0.4},  # repeats itself
+    "right": {"</reason>": 0.95},
+    "hits": {"red": 0.5, "blue": 0.45},
+    "</reason>": {"<|latent_start|>": 0.55, "<answer>": 0.42},
+    "<|latent_start|>": {"<|latent_end|>": 0.4, "red": 0.2},  # in a span: does it stop?
+    "<|latent_end|>": {"<reason>": 0.6, "<|latent_start|>": 0.25, "<answer>": 0.1},
+    "<answer>": {"red": 0.5, "blue": 0.3, "green": 0.12, "up": 0.05},
+    "red": {"</answer>": 0.75, "</reason>": 0.2},
+    "blue": {"</answer>": 0.7, "</reason>": 0.2},
+    "green": {"</answer>": 0.9},
+    "up": {"</answer>": 0.9},
+    "</answer>": {"<|im_end|>": 0.97},
+}
+
+
+def speak(model, tokenizer, context=0.25, seed=5):
+    """Change a random model so that it speaks as CHAIN says, moved a little by what it sees.
+
+    Embeddings are orthogonal, so an output layer can hold the table. The layers are made quiet:
+    `context` times as loud. A latent head turns the states a little.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    E, out = model.get_input_embeddings().weight, model.lm_head.weight  # (V, D)
+    V, D = E.shape
+    assert V <= D
+    torch.nn.init.orthogonal_(E, gain=D**0.5, generator=generator)
+    p = torch.rand(V, V, generator=generator) + 0.1  # no two words as likely: top-p would waver
+    p /= p.sum(1, keepdim=True)
+    for word, after in CHAIN.items():
+        row = p[tokenizer.convert_tokens_to_ids(word)]
+        row *= 1 - sum(after.values())
+        for following, share in after.items():
+            row[tokenizer.convert_tokens_to_ids(following)] += share
+    out.copy_(p.log().T @ E / D)
+    for layer in model.model.language_model.layers:
+        layer.self_attn.o_proj.weight.mul_(context)
+        layer.mlp.down_proj.weight.mul_(context)
+    model.add_latent_head()
+    model.latent_head.weight.add_(torch.randn(D, D, generator=generator) * 0.5 / D**0.5)
+    model.latent_head.bias.copy_(torch.randn(D, generator=generator) * 0.1)
+
+
+# ------------------------------------------------------------------------ what happens during a run
+
+
+@contextlib.contextmanager
+def recorded_numbers():
+    """Yields {seed of a generator: the uniform numbers (rows, T) that were drawn with it}."""
+    draw, parts, numbers = torch.rand, {}, {}
+
+    def rand(*size, generator=None, **kwargs):
+        u = draw(*size, generator=generator, **kwargs)
+        if generator is not None:
+            seed = generator.initial_seed()
+            parts.setdefault(seed, []).append(u.clone())
+            numbers[seed] = torch.cat(parts[seed], 1)
+        return u
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "rand", rand)
+        yield numbers
+
+
+VERDICTS = ("yes", "no", None, "no", "yes", "no")  # the n-th request gets the n-th, over and over
+
+
+class AskedInTurn:
+    """The judge that the twin asks: VERDICTS, one after another."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, question, gold, answer):
+        self.asked.append((question, gold, answer))
+        reply = VERDICTS[(len(self.asked) - 1) % len(VERDICTS)]
+        return None if reply is None else reply == "yes"
+
+
+@contextlib.contextmanager
+def judge_server():
+    """Yields the url of a chat server that answers with VERDICTS, and the requests it has had.
+
+    Where the verdict is None it refuses, so that nobody asks again. Requests come one at a time.
+    """
+    requests = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            requests.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            reply = VERDICTS[(len(requests) - 1) % len(VERDICTS)]
+            message = dict(role="assistant", content=reply)
+            choices = [dict(index=0, finish_reason="stop", message=message)]
+            answer = dict(id="1", object="chat.completion", created=0, model="m", choices=choices)
+            data = json.dumps(answer).encode()
+            self.send_response(400 if reply is None else 200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    original = ThreadPoolExecutor.__init__
+
+    def one_worker(self, max_workers=None, *args, **kwargs):
+        original(self, 1, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ThreadPoolExecutor, "__init__", one_worker)
+        yield f"http://127.0.0.1:{server.server_port}/v1", requests
+    server.shutdown()
+    server.server_close()
