@@ -2,6 +2,8 @@
 
     weights, steps = sft(config)                        # supervised fine-tuning, Eq. (1)-(3)
     weights, steps, more = la_dapo(config, numbers)     # reinforcement learning, Eq. (4)-(7)
+    lines = probe(config, numbers)                      # visual gain, then select(lines, config)
+    lines = evaluate(config)                            # greedy answers, also with other latents
 
 Everything runs on the stock Qwen3-VL of transformers, one row or one rollout at a time: no batch,
 no padding, no cache, no merged rollouts. Words are looped over one by one. Nothing is imported from
@@ -13,6 +15,9 @@ A config is that of the real script; only its fields are read.
 Axis letters: T tokens, N latents, D hidden, V vocabulary.
 """
 
+import dataclasses
+import hashlib
+import json
 import math
 import os
 import re
@@ -24,7 +29,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
-from common.formats import read_rows
+from common.formats import Frame, read_rows
 from data import encode
 
 # ------------------------------------------------------------------------------ model and one row
@@ -669,3 +674,164 @@ def summary(sums, updates):
     out = {name: sums[name] / updates for name in names}
     out["replay_rms"] = math.sqrt(sums["replay_ms"] / updates)
     return dict(out, ratio_max=sums["ratio_max"], updates=updates)
+
+
+# ----------------------------------------------------------------------------------------- curation
+
+
+def with_future(row):
+    """Condition (v): the future frames behind the last picture of the prompt."""
+    futures = [part for part in row.response if isinstance(part, Frame)]
+    pictures = [i for i, part in enumerate(row.prompt) if not isinstance(part, str)]
+    at = pictures[-1] + 1 if pictures else 0
+    later = [" Later frames of the same clip: ", *futures]
+    return dataclasses.replace(row, prompt=row.prompt[:at] + later + row.prompt[at:])
+
+
+def final_answer(text):
+    """The first closed <answer>; without one, the last line, if the response came to its end."""
+    if (answer := answer_of(text)) is not None or not text.endswith("<|im_end|>"):
+        return answer or ""
+    lines = [line.strip() for line in re.split(r"<[/|]?[a-z_]+\|?>|\n", text)]
+    return ([""] + [line for line in lines if line])[-1]
+
+
+def probe(config, numbers):
+    """How many of n rollouts are right without the future, p_t, and with it, p_v. Sec. 3.2.
+
+    numbers: {seed: uniform numbers (rows, T)}. `batch` neighbours of the pool share a seed, made of
+    the config's and their ids. Their rows: n under (t), n under (v), of one after another.
+    """
+    rows = read_rows(config.data, config.media_root or None)
+    model, tokenizer = load(config.model)
+    lines = []
+    for start in range(0, len(rows), config.batch):
+        block = rows[start : start + config.batch]
+        text = json.dumps([config.seed, *(row.id for row in block)])
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+        u = iter(numbers[seed])
+        for row in block:
+            right, no_answer = [], 0
+            for condition in (row, with_future(row)):
+                sample = encode(condition, tokenizer, config, False)
+                rollouts = [
+                    roll_out(model, sample, next(u), config) for _ in range(config.rollouts)
+                ]
+                answers = [final_answer(tokenizer.decode(r.tokens)) for r in rollouts]
+                right.append(sum(is_right(f"<answer>{a}</answer>", row) for a in answers))
+                no_answer += answers.count("")
+            lines.append(dict(id=row.id, p_t=right[0], p_v=right[1], no_answer=no_answer))
+    return lines
+
+
+def select(lines, config):
+    """Keep p_t <= 6 and p_v - p_t >= 2 (of 8) -> ids by falling gain, the first k. Sec. 3.2.
+
+    Ties, ours: the lower p_t, then the smaller sha256 of the id.
+    """
+    max_p_t = config.max_p_t if config.max_p_t >= 0 else math.floor(config.rollouts * 6 / 8)
+    min_gain = config.min_gain if config.min_gain >= 0 else math.ceil(config.rollouts * 2 / 8)
+    ranked = []
+    for line in lines:
+        gain = line["p_v"] - line["p_t"]
+        if line["p_t"] <= max_p_t and gain >= min_gain:
+            tie = hashlib.sha256(line["id"].encode()).hexdigest()
+            ranked.append((-gain, line["p_t"], tie, line["id"]))
+    ids = [id for *_, id in sorted(ranked)]
+    return ids[: config.k] if config.k else ids
+
+
+# --------------------------------------------------------------------------------------- evaluation
+
+
+def clip_of(row):
+    """What a question is about: its first clip or picture."""
+    media = [part for part in row.prompt if not isinstance(part, str)]
+    return media[0].source if isinstance(media[0], Frame) else media[0].path
+
+
+def donor_of(row, rows):
+    """Whose futures `shuffled` feeds: the next row of the same group about another clip, else the
+    next row about another clip.
+    """
+    at = rows.index(row)
+    others = [other for other in rows[at + 1 :] + rows[:at] if clip_of(other) != clip_of(row)]
+    return ([other for other in others if other.group == row.group] + others)[0]
+
+
+def futures_of(model, row, tokenizer, config):
+    """The true embeddings of a row's future frames: a list of (n, D), a frame each."""
+    pictures = encode(row, tokenizer, config)["futures"]
+    return [look(model, [picture]) for picture in pictures]
+
+
+def fed_instead(model, row, rows, tokenizer, config):
+    """What the spans of a row are fed with --latents: a list of (n, D), a frame each. None: its own
+    states. Span m, place j is fed vector j of frame m; the last of each is repeated.
+    """
+    D = model.lm_head.in_features
+    if config.latents == "zero":
+        return [torch.zeros(1, D)]
+    if config.latents == "pause":  # the token's own embedding
+        return [model.get_input_embeddings().weight[model.config.latent_id].detach()[None]]
+    if config.latents == "true":
+        return futures_of(model, row, tokenizer, config)
+    if config.latents == "shuffled":
+        return futures_of(model, donor_of(row, rows), tokenizer, config)
+    if config.latents == "noise":  # of the mean and deviation of all true embeddings
+        e = torch.cat([z for r in rows[:64] for z in futures_of(model, r, tokenizer, config)])
+        seed = hashlib.sha256(f"{config.seed} {row.id}".encode()).digest()[:7]
+        generator = torch.Generator().manual_seed(int.from_bytes(seed, "big"))
+        noise = torch.randn(8, config.max_latents, D, generator=generator)  # 8 spans
+        return list(e.mean(0) + e.std(0, unbiased=False) * noise)
+    return None
+
+
+@torch.no_grad()
+def answer_greedily(model, sample, config, instead=None, never=()):
+    """The likeliest word each time; a span ends where its end is the likeliest of all words.
+
+    instead: what spans are fed, see `fed_instead`. never: words that cannot be said -> the tokens.
+    """
+    c, tokens, latents = model.config, [], torch.zeros(0, model.lm_head.in_features)
+    never = [c.latent_id, c.latent_end_id, c.image_token_id, c.video_token_id, *never]
+    number, span = -1, None  # of the newest span; latents of the open one
+    while len(tokens) < config.max_new_tokens:
+        h = states(model, sample, sample["ids"] + tokens, latents)[-1]  # (D,)
+        logits = model.lm_head(h)  # (V,)
+        if span is None:
+            logits[never] = -math.inf
+            tokens.append(int(logits.argmax()))
+            if tokens[-1] == c.latent_start_id:
+                number, span = number + 1, 0
+            if tokens[-1] == model.generation_config.eos_token_id:
+                break
+        elif span == config.max_latents or int(logits.argmax()) == c.latent_end_id:
+            tokens.append(c.latent_end_id)
+            span = None
+        else:
+            z = model.latent_head(h)
+            if instead is not None:
+                frame = instead[min(number, len(instead) - 1)]
+                z = frame[min(span, len(frame) - 1)]
+            latents = torch.cat([latents, z[None]])
+            tokens.append(c.latent_id)
+            span += 1
+    return tokens
+
+
+def evaluate(config):
+    """The whole of evaluate.py for rows with options -> a dict for each row. Sec. 4."""
+    rows = read_rows(config.data, config.media_root or None)
+    model, tokenizer = load(config.model)
+    c, lines = model.config, []
+    for row in rows:
+        sample = encode(row, tokenizer, config, False)
+        instead = fed_instead(model, row, rows, tokenizer, config)
+        never = [c.latent_start_id] if config.latents == "none" else []
+        tokens = answer_greedily(model, sample, config, instead, never)
+        text = tokenizer.decode(tokens)
+        line = dict(id=row.id, right=is_right(text, row), tokens=len(tokens))
+        line.update(spans=tokens.count(c.latent_start_id), latents=tokens.count(c.latent_id))
+        lines.append(dict(line, response=re.sub(r"(<\|latent\|>\s*)+", "<|latent|>", text)))
+    return lines

@@ -110,8 +110,8 @@ CHAIN = {
 }
 
 
-def speak(model, tokenizer, context=0.25, seed=5):
-    """Change a random model so that it speaks as CHAIN says, moved a little by what it sees.
+def speak(model, tokenizer, chain=CHAIN, context=0.25, seed=5):
+    """Change a random model so that it speaks as a chain says, moved a little by what it sees.
 
     Embeddings are orthogonal, so an output layer can hold the table. The layers are made quiet:
     `context` times as loud. A latent head turns the states a little.
@@ -123,7 +123,7 @@ def speak(model, tokenizer, context=0.25, seed=5):
     torch.nn.init.orthogonal_(E, gain=D**0.5, generator=generator)
     p = torch.rand(V, V, generator=generator) + 0.1  # no two words as likely: top-p would waver
     p /= p.sum(1, keepdim=True)
-    for word, after in CHAIN.items():
+    for word, after in chain.items():
         row = p[tokenizer.convert_tokens_to_ids(word)]
         row *= 1 - sum(after.values())
         for following, share in after.items():
@@ -135,6 +135,26 @@ def speak(model, tokenizer, context=0.25, seed=5):
     model.add_latent_head()
     model.latent_head.weight.add_(torch.randn(D, D, generator=generator) * 0.5 / D**0.5)
     model.latent_head.bias.copy_(torch.randn(D, generator=generator) * 0.1)
+
+
+def records_with_futures(folder, n=8):
+    """Questions with options and one to three future frames, two about each clip; in a file.
+
+    A frame is one, two or four latents.
+    """
+    sizes = [(32, 32), (32, 64), (64, 64)]
+    seen = [picture(folder, f"seen{i}.png", *sizes[i % 3], i) for i in range(n // 2)]
+    future = [picture(folder, f"next{i}.png", *sizes[i % 3], 50 + i) for i in range(n)]
+    records = []
+    for i in range(n):
+        frames = [future[(i + k) % n] for k in range(1 + i % 3)]
+        answer = ("red", "green", "blue")[i % 3]
+        record = dict(id=f"row {i}", video="none.mp4", question=f"which {'wall ' * (i % 3)}next ?")
+        record.update(answer="hits <rimage> " * len(frames) + f"<ans>{answer}</ans>")
+        record.update(question_images_index=[1], question_images=[seen[i // 2]])
+        record.update(reasoning_images_index=[2] * len(frames), reasoning_images=frames)
+        records.append(dict(record, options=["red", "green", "blue", "up"]))
+    return write_records(os.path.join(folder, "rows.json"), records)
 
 
 # ------------------------------------------------------------------------ what happens during a run
