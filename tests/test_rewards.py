@@ -690,11 +690,10 @@ def test_repetitive_is_minus_one_and_wrong():
             [1 + 0.2 * c[0], -0.9 + 0.1 + 0.2 * c[1], 1 + 0.2 * c[2]], abs=1e-5
         )
     half = "no no no no no <answer>red</answer>"  # words: no x 5, red: 3 4-grams, 2 distinct
-    exactly = "x x x x x"
+    exactly = "no no no no <answer>no</answer>"  # no x 5: 2 4-grams, 1 distinct
     assert repetition_score(half) == pytest.approx(1 / 3) and repetition_score(exactly) == 0.5
-    assert score_group([exactly], [None], [[]], "red")["accuracy"] == [
-        0
-    ]  # 0.5 itself is not over 0.5
+    found = score_group([exactly], [None], [[]], "no")  # 0.5 itself is not over 0.5
+    assert found["accuracy"] == [1] and found["correct"] == [True]
 
 
 def test_verdicts():
