@@ -55,12 +55,12 @@ from common.formats import (
     report_bad,
 )
 from common.judge import judge_of
+from common.machine import Machine
 from common.report import draw_selection, selection_text, tabulate_selection
 from common.results import Book, check_rows, read_book, settings_of, walk
-from common.rollouts import one_mark_a_span
-from common.runs import Machine, need_data, write, write_json
+from common.run import need_data, write, write_json
 from data import DataConfig, at_least, encode
-from latent_decode import ask
+from latent_decode import ask, one_mark_a_span
 from rewards import accuracy_reward, ask_judge, pick
 
 LATER = " Later frames of the same clip: "

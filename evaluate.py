@@ -53,13 +53,13 @@ from common.clips import ClipError, load_frames, normalise, stack
 from common.folder import add_scores
 from common.formats import Skipped, answer_of, report_bad
 from common.judge import add_verdicts
+from common.machine import Machine
 from common.painter import imagined
-from common.results import Book, bootstrap, mean_of, settings_of, share_interval, walk
-from common.rollouts import one_mark_a_span
-from common.runs import Machine, need_data, write_json
 from common.report import about, show, shown_in_report
+from common.results import Book, bootstrap, mean_of, settings_of, share_interval, walk
+from common.run import need_data, write_json
 from data import DataConfig, at_least, encode
-from latent_decode import ask, own_latent
+from latent_decode import ask, one_mark_a_span, own_latent
 from rewards import diversity_reward, format_reward, pick, plain, repetition_score, span_lengths
 
 # frames, pixels and lengths of a benchmark: official, and paper sec. 4

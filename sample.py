@@ -15,11 +15,11 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from common.clips import ClipError, film
 from common.cli import run_script
+from common.clips import ClipError, film
 from common.formats import Clip, Frame, Row, answer_of, read_rows
+from common.machine import Machine
 from common.painter import coming, write_strip
-from common.runs import Machine
 from data import DataConfig, at_least, encode
 from latent_decode import ask
 from rewards import span_lengths

@@ -29,8 +29,8 @@ from common.benchmarks import read_benchmark
 from common.cli import run_script
 from common.clips import ClipError, jpeg, pixels_of
 from common.formats import Frame, answer_of
-from common.runs import read_lines
-from common.walk import read_book
+from common.results import read_book
+from common.run import read_lines
 
 # deviation 2: both prompts are ours
 JUDGE_PROMPT = (

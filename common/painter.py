@@ -28,6 +28,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from common.cli import run_script
 from common.clips import (
     CELL,
     MERGE,
@@ -40,9 +41,10 @@ from common.clips import (
     normalise,
     stack,
 )
-from common.cli import run_script
+from common.folder import newest
 from common.formats import Frame
-from common.runs import Machine, newest, rows_of
+from common.machine import Machine
+from common.run import rows_of
 from data import DataConfig, at_least
 
 

@@ -19,12 +19,12 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 
 from common.benchmarks import PAPER
-from common.clips import ClipError, film, jpeg
 from common.cli import errors_in_one_line
+from common.clips import ClipError, film, jpeg
 from common.formats import Frame, Row
 from common.judge import add_verdicts
-from common.runs import commit, read_log, write, write_json
-from common.results import read_book
+from common.results import paired_bootstrap, read_book
+from common.run import commit, read_lines, write, write_json
 from model import LATENT_END, LATENT_START
 
 # -------------------------------------------------------------------------------- one evaluation
@@ -362,7 +362,7 @@ def draw_curves(log, png, panels=SFT_PANELS):
     Each step is drawn thin, the mean of ten steps thick; held-out figures (eval_*) as they are. A
     panel that has no values, or only 0, is left out.
     """
-    lines = read_log(log)
+    lines = read_lines(log)
     with_values = [keys for keys in panels if any(line.get(key) for line in lines for key in keys)]
     panels = with_values or panels[:1]
     fig, places = axes(len(panels), 4 * len(panels), 3)
@@ -390,7 +390,7 @@ def draw_rl(runs, png):
     figures = {"total": "reward R, Eq. (7)", "accuracy": "accuracy of the rollouts"}
     for ax, (key, label) in zip(places, figures.items()):
         for name, logs in runs.items():
-            values = [[line[key] for line in read_log(log)] for log in logs]  # (seeds, steps)
+            values = [[line[key] for line in read_lines(log)] for log in logs]  # (seeds, steps)
             smooth, last = running_mean(np.mean(values, 0)), len(values[0])
             ax.plot(np.arange(last - len(smooth), last), smooth, lw=1, label=name)
         ax.set(xlabel="step", ylabel=label)

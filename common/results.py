@@ -25,8 +25,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common.clips import ClipError
+from common.folder import newest
 from common.formats import Frame, RecordError, Row, Skipped
-from common.runs import newest, read_lines, write, write_json
+from common.run import read_lines, write, write_json
 
 
 def settings_of(config, free):

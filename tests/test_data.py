@@ -10,7 +10,7 @@ import torch
 
 import data
 import sft
-from common import runs
+from common import run as runs
 from common.formats import ASK_LETTER, Blank, Clip, Frame, RecordError, Row, Skipped, read_record
 from data import Samples
 from tests.conftest import WORDS, shown

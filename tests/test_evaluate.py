@@ -13,7 +13,8 @@ import torch
 
 import evaluate
 import latent_decode
-from common import runs
+from common import machine
+from common import run as runs
 from common.formats import Clip, Frame, Row, read_records, read_rows
 from common.report import as_text, score_rows
 from evaluate import clip_of, summarise
@@ -56,7 +57,7 @@ def test_a_killed_run_resumes_to_the_same_result(world, tmp_path, monkeypatch):
     text = samples.read_bytes().split(b"\n")
     samples.write_bytes(b"\n".join(text[:3]) + b"\n" + text[3][:20])
     model, tokenizer = load(world["model"])
-    monkeypatch.setattr(runs.Machine, "load", None)
+    monkeypatch.setattr(machine.Machine, "load", None)
     assert evaluate.evaluate(b, model, tokenizer) == whole
     assert lines_of(tmp_path / "a") == lines_of(tmp_path / "b")
     assert len(samples.read_text().splitlines()) == 8
@@ -104,7 +105,7 @@ def test_what_cannot_be_scored_is_refused_at_once(world, tmp_path, monkeypatch):
     """Breaks if a gold answer outside the options, missing options or futures, doubled ids, or one
     clip for shuffled go unnoticed, or are found only after the model was loaded.
     """
-    monkeypatch.setattr(runs.Machine, "load", None)
+    monkeypatch.setattr(machine.Machine, "load", None)
     first, *others = rows = read_rows(world["test"])
     replace = dataclasses.replace
     bare = [replace(row, response=["a thought"]) for row in rows]

@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from common.summary import about
 from scripted import FB, futurebench, line, play, settings
 
 import evaluate
@@ -15,7 +16,6 @@ from common.benchmarks import read_benchmark
 from common.formats import Clip, Row
 from common.report import as_text, score_rows
 from common.results import bootstrap, wilson
-from common.summary import about
 from evaluate import summarise
 
 LINES = [

@@ -11,8 +11,8 @@ import torch
 
 import sample
 from common.formats import read_rows
+from common.machine import Machine
 from common.painter import Painter, look, painting_error
-from common.runs import Machine
 from data import DataConfig
 from tools import pictures
 

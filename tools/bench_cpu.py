@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from common.report import as_text, axes
-from common.runs import write_json
+from common.run import write_json
 from common.shared_prefix import DecodingCache
 from latent_decode import CHUNK
 from tools import ways

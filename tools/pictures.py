@@ -18,11 +18,13 @@ from typing import NamedTuple
 
 import torch
 
-from common.clips import load_frames, stack
 from common.cli import run_script
+from common.clips import load_frames, stack
+from common.folder import newest
 from common.formats import Frame, Row, answer_of
+from common.machine import Machine
 from common.painter import Painter, animate, draw_strips, paint, painting_error, strip_of, to_cells
-from common.runs import Machine, newest, rows_of, write_json
+from common.run import rows_of, write_json
 from data import DataConfig, at_least, encode
 from latent_decode import ask
 from model import LATENT_END, LATENT_START

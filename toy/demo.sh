@@ -41,8 +41,8 @@ reinforce() {
 }
 
 painter() {  # the vision tower is frozen from here on: one painter serves all models of the seed
-  stage painter python -m tools.pictures --config toy/pictures.json --steps "$PAINTER_STEPS" \
-    --seed "$SEED" --model "$home/base" --data "$data/captions.jsonl" --fresh
+  stage painter python -m common.painter --config toy/pictures.json --steps "$PAINTER_STEPS" \
+    --seed "$SEED" --model "$home/base" --data "$data/captions.jsonl"
 }
 
 curate() {
@@ -73,10 +73,16 @@ ablate() {  # does the answer depend on what is imagined?
   done
 }
 
+draw() {  # the painter of the base model, and what LA-DAPO's model imagines
+  trained=$(ls -d "$home"/la-dapo/step_* | tail -n 1)
+  cp -r "$(ls -d "$home"/base/step_* | tail -n 1)/painter" "$trained/"
+  python -m tools.pictures --config toy/pictures.json --model "$trained" \
+    --data "$data/test.jsonl" --out "$home/pictures"
+}
+
 score_all() {
   score la-dapo
-  stage pictures python -m tools.pictures --config toy/pictures.json --model "$home/la-dapo" \
-    --show "$data/test.jsonl" --out "$home/pictures"
+  stage pictures draw
   score base
   score text
   for name in able chosen random; do

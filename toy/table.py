@@ -19,7 +19,7 @@ import numpy as np
 
 from common.cli import errors_in_one_line
 from common.report import draw_bars, draw_rl
-from common.runs import read_log, write
+from common.run import read_lines, write
 from toy.world import read_jsonl
 
 GROUPS = ("1-hop", "2-hop", "3-hop", "interp")
@@ -193,7 +193,7 @@ def draw(folders, out):
     curves = {}
     for name, title in rows.items():
         logs = [os.path.join(folder, name, "log.jsonl") for folder in folders]
-        if all(os.path.exists(log) and "total" in read_log(log)[0] for log in logs):
+        if all(os.path.exists(log) and "total" in read_lines(log)[0] for log in logs):
             curves[title] = logs  # trained with rewards
     if curves:
         draw_rl(curves, os.path.join(out, "rl.png"))

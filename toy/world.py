@@ -36,8 +36,9 @@ import numpy as np
 from tqdm import tqdm
 
 from common.cli import run_script
-from common.report import draw_key_frames
-from common.runs import write_json
+from common.clips import key_frame_positions, read_clip
+from common.report import axes
+from common.run import write_json
 
 SIZE, WALL, BALL = 160, 12, 13  # pixels: side of the picture, thickness of a wall, ball's radius
 # frames between two contacts, and of a clip: with so many the contacts are key frames 2..7
@@ -375,6 +376,16 @@ def same_number(pool, selected, seed, folder):
     order = np.random.default_rng(int(seed)).permutation(len(records))
     write_rows(os.path.join(folder, "chosen.jsonl"), chosen)
     write_rows(os.path.join(folder, "random.jsonl"), [records[i] for i in order[: len(chosen)]])
+
+
+def draw_key_frames(clip, titles, png):
+    """The eight key frames of a clip in a row, under titles {index: text}, else their numbers."""
+    frames, *_ = read_clip(clip, key_frame_positions)
+    fig, places = axes(8, 11, 1.7)
+    for i, (place, frame) in enumerate(zip(places, frames), 1):
+        place.imshow(frame)
+        place.set(xticks=[], yticks=[], title=titles.get(i, f"{i}"))
+    fig.savefig(png, dpi=120)
 
 
 def main(config):

@@ -26,8 +26,8 @@ import torch
 
 from common.cli import run_script
 from common.formats import Skipped, report_bad
+from common.machine import Machine
 from common.results import Book, check_rows, read_book, settings_of, walk
-from common.runs import Machine
 from curate import CONDITIONS, FREE, encode_conditions, read_pool, visual_gain, write_selected
 from curate import Config as CurateConfig
 from data import collate, encode, model_inputs, to_device

@@ -13,7 +13,8 @@ import pytest
 from scripted import SPAN, play, png, settings
 
 import evaluate
-from common import judge, runs
+from common import judge
+from common import run as runs
 from common.formats import Frame, Row
 from common.judge import OPTIONS, Judge, judge_of, read_scores, read_verdict, score_messages
 from model import LATENT, LATENT_END, LATENT_START

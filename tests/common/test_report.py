@@ -8,7 +8,8 @@ import pytest
 from scripted import FB, SPAN, futurebench, play, settings
 
 import evaluate
-from common import report, runs
+from common import report
+from common import run as runs
 from common.benchmarks import PAPER
 from common.formats import Frame, Row
 from common.judge import stamp

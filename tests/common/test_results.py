@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from common.formats import RecordError, Row, Skipped
+from common.machine import Machine
 from common.results import (
     Book,
     bootstrap,
@@ -17,7 +18,6 @@ from common.results import (
     walk,
     wilson,
 )
-from common.runs import Machine
 
 ROWS = {
     id: Row(f"f:{i}", id, ["what ?"], [], "x", "what ?", ["x", "y"]) for i, id in enumerate("abcde")

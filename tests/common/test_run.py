@@ -15,12 +15,7 @@ from test_sft import settings
 import evaluate
 import sft
 from common import judge
-<<<<<<< HEAD:tests/common/test_run.py
 from common.cli import parse_config
-=======
-from common.checkpoint import random_state, set_random_state
-from common.cli import parse_config
->>>>>>> folder:tests/common/test_runs.py
 from common.folder import checkpoints, model_fingerprint
 from common.formats import Clip, Frame, Row
 from common.run import fingerprint, random_state, set_random_state

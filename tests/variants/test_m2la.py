@@ -12,7 +12,7 @@ from test_model import make_batch
 from test_sft import read_log, settings
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
-from common.runs import rows_of
+from common.run import rows_of
 from common.shared_prefix import DecodingCache, Layout
 from data import model_inputs
 from latent_decode import decode_slowly, generate, token_logprobs

@@ -20,7 +20,7 @@ import la_dapo
 import sft
 from common.clips import pixels_of
 from common.formats import Frame, Row, read_rows
-from common.runs import Machine
+from common.machine import Machine
 from data import Samples, collate, model_inputs
 from latent_decode import generate
 from model import LATENT, load

@@ -14,7 +14,7 @@ from test_la_dapo import settings as rl_settings
 import la_dapo
 from common.cli import parse_config
 from common.formats import RecordError, read_record, read_rows
-from common.runs import Machine
+from common.machine import Machine
 from data import collate, encode, model_inputs
 from la_dapo import clipped_surrogate
 from latent_decode import token_logprobs
