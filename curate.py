@@ -85,9 +85,8 @@ class Config(DataConfig):
     max_latents: int = 8  # longest span  # official: 2 * L_max
     # candidates generated together, n * batch rows; changes the random numbers  # ours
     batch: int = 4
-    # OpenAI-compatible server of the judge of open answers; "" = OpenAI's  # ours
-    judge_url: str = ""
-    judge_model: str = ""  # the judge's name there; "" = open answers must match exactly  # ours
+    judge_url: str = ""  # OpenAI-compatible server, for open answers; key: JUDGE_API_KEY  # ours
+    judge_model: str = ""  # its model's name; "" = no judge, open answers must match exactly  # ours
     cuda_graph: bool = False  # replay a captured decoding step  # ours
     # select
     k: int = 50000  # rows to choose; 0 = all that are kept  # paper sec. 3.2
