@@ -86,7 +86,7 @@ class Config(DataConfig):
     # candidates generated together, n * batch rows; changes the random numbers  # ours
     batch: int = 4
     judge_url: str = ""  # OpenAI-compatible server, for open answers; key: JUDGE_API_KEY  # ours
-    judge_model: str = ""  # its model's name; "" = no judge, open answers must match exactly  # ours
+    judge_model: str = ""  # its model; "" = no judge, open answers must match exactly  # ours
     cuda_graph: bool = False  # replay a captured decoding step  # ours
     # select
     k: int = 50000  # rows to choose; 0 = all that are kept  # paper sec. 3.2
