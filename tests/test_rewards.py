@@ -344,8 +344,9 @@ def test_a_gold_that_is_no_option_is_an_error(gold):
 
 
 def slow_contrastive(latents, correct, tau):
-    """Eq. (4)-(5) pair by pair in float64, with DESIGN's edge cases one by one: lists of (N, D)
-    arrays or None.
+    """Eq. (4)-(5) pair by pair in float64, with the edge cases of the official code one by one.
+
+    latents: lists of (N, D) arrays or None.
     """
     there = [i for i, z in enumerate(latents) if z is not None and len(z)]
 
@@ -408,7 +409,7 @@ def test_contrastive_takes_the_shared_length():
 
 @pytest.mark.parametrize("tau", [0.5, 1.0, 0.1])
 def test_contrastive_edge_cases_by_hand(tau):
-    """Breaks if one of official's edge cases (DESIGN, Eq. (5)) is another, or tau does not
+    """Breaks if one of the official edge cases of Eq. (5) is another, or tau does not
     divide.
     """
 
