@@ -246,6 +246,35 @@ def test_the_loss_by_hand(world, loud, average):
     assert loss.item() == pytest.approx(-figures["gap"], rel=1e-5)
 
 
+def test_a_policy_that_has_moved_is_clipped(world, loud):
+    """Breaks if the loss lacks its clip, or a bound of it, once the policy is not the one that
+    sampled: token by token, with records that are off at random.
+    """
+    config = settings(world, loud, "unused", inner_epochs=2, eps=0.15, average="token")
+    pair, batch = rolled_out(world, loud, config)
+    generator = torch.Generator().manual_seed(1)
+    off = torch.randn(batch.rollout.tokens.shape, generator=generator)
+    old = batch.rollout.logprobs + 0.5 * off * batch.rollout.sampled
+    batch.rollout = dataclasses.replace(batch.rollout, logprobs=old)
+    loss, _ = loss_of(pair, batch, config)
+
+    told, _ = opd.ask_teacher(pair, batch, config)
+    with torch.no_grad():
+        new = token_logprobs(pair.model, batch.prompts, batch.rollout, 0.9, batch.prompt_of)
+    total, above, below = 0.0, 0, 0
+    chosen = batch.rollout.sampled.nonzero().tolist()
+    for r, t in chosen:
+        A = min(10.0, max(-10.0, (told.logprobs[r, t] - old[r, t]).item()))
+        ratio = (new[r, t] - old[r, t]).exp().item()
+        clipped = min(1.15, max(0.85, ratio))
+        each = max(-ratio * A, -clipped * A)
+        above += A > 0 and ratio > 1.15
+        below += A < 0 and ratio < 0.85
+        total += min(each, -3 * A) if A < 0 else each
+    assert above > 3 and below > 3
+    assert loss.item() == pytest.approx(total / len(chosen), rel=1e-4)
+
+
 def test_full_kl_by_a_plain_forward(world, loud, monkeypatch):
     """Breaks if a position, a hint or an event is another than that of a plain forward; or if its
     gradient does not lower it.
