@@ -376,6 +376,19 @@ def test_what_changes_nothing_is_accepted(model, tokenizer):
     assert torch.equal(generate(model=stock, **batch, max_new_tokens=6, **habits), plain)
 
 
+def test_the_config_of_a_released_model(model, tokenizer):
+    """Breaks if a generation config such as Qwen3-VL's is refused, or its top-k is not heard: with
+    top_k 1 and no latents, sampling is greedy.
+    """
+    stock, batch = stock_of(shuffle(model, 3)), make_batch(tokenizer, ROWS, "left")
+    how = dict(model=stock, max_new_tokens=20, max_latents=0)
+    released = dict(do_sample=True, temperature=0.7, top_p=0.8, repetition_penalty=1.0)
+    sampled = generate(**batch, **how, generation_config=GenerationConfig(top_k=1, **released))
+    assert torch.equal(sampled, generate(**batch, **how))
+    sampled = generate(**batch, **how, generation_config=GenerationConfig(**released))
+    assert not torch.equal(sampled, generate(**batch, **how))
+
+
 def test_another_model_is_refused(model, tokenizer):
     """Breaks if a model without latent tokens runs as if it imagined."""
     stock = stock_of(model)
