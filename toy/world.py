@@ -36,8 +36,8 @@ import numpy as np
 from tqdm import tqdm
 
 from common.clips import key_frame_positions, read_clip
-from common.flags import run_script
-from common.runs import write_json
+from common.cli import run_script
+from common.run import write_json
 
 SIZE, WALL, BALL = 160, 12, 13  # pixels: side of the picture, thickness of a wall, ball's radius
 # frames between two contacts, and of a clip: with so many the contacts are key frames 2..7
