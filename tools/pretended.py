@@ -114,17 +114,23 @@ class Ledger:
     """Every storage that was made or freed, in order: what was there when most was there?"""
 
     def __init__(self):
-        self.events, self.kind, self.number = [], {}, WeakIdKeyDictionary()
+        self.events, self.kind, self.size = [], {}, {}  # events: (number of a storage, bytes more)
+        self.number = WeakIdKeyDictionary()
 
     def add(self, tensor, kind):
         """Enter a tensor's storage, once."""
         storage = tensor.untyped_storage()
         if storage not in self.number and storage.nbytes():
             number = len(self.events)
-            size = -(-storage.nbytes() // 512) * 512  # as CUDA's allocator rounds
-            self.number[storage], self.kind[number] = number, kind
-            self.events.append((number, size))
-            weakref.finalize(storage, self.events.append, (number, -size))
+            self.number[storage], self.kind[number], self.size[number] = number, kind, 0
+            self.resize(number, storage.nbytes())
+            weakref.finalize(storage, self.resize, number, 0)
+
+    def resize(self, number, size):
+        """A storage has another size from now on."""
+        size = -(-size // 512) * 512  # as CUDA's allocator rounds
+        self.events.append((number, size - self.size[number]))
+        self.size[number] = size
 
     def mark(self, tensors, kind):
         """Say what tensors are."""
@@ -142,7 +148,7 @@ class Ledger:
         live = most = best = 0
         for i, (_, size) in enumerate(self.events):
             live += size
-            if i >= since and live > most:
+            if i >= since - 1 and live > most:
                 most, best = live, i
         parts = Counter()
         for number, size in self.events[: best + 1]:
@@ -182,12 +188,14 @@ class PretendedGPU(TorchDispatchMode):
         _device_constructors()  # a cache, of the real torch.tensor
         self.patched = (
             (torch, "tensor", torch.tensor),
+            (torch.UntypedStorage, "resize_", torch.UntypedStorage.resize_),
             (torch.cuda, "is_current_stream_capturing", torch.cuda.is_current_stream_capturing),
             (FakeTensor, "is_cuda", FakeTensor.is_cuda),
             (FakeTensor, "tolist", FakeTensor.tolist),
             (F, "scaled_dot_product_attention", F.scaled_dot_product_attention),
             (shared_prefix, "causal", shared_prefix.causal),
         )
+        torch.UntypedStorage.resize_ = lambda x, size: self.resize(x, size)
         torch.tensor, torch.cuda.is_current_stream_capturing = self.tensor, lambda: False
         FakeTensor.is_cuda = True  # also where the device is called "cpu": the code takes CUDA's way
         FakeTensor.tolist = lambda x: self.tolist(x)
@@ -225,6 +233,12 @@ class PretendedGPU(TorchDispatchMode):
         if isinstance(data, list):
             data = [x.item() if isinstance(x, FakeTensor) and x.ndim == 0 else x for x in data]
         return _real(data, **kwargs)
+
+    def resize(self, storage, size, _real=torch.UntypedStorage.resize_):
+        """FSDP frees what it gathered by giving its storage the size 0."""
+        if storage in self.ledger.number:
+            self.ledger.resize(self.ledger.number[storage], size)
+        return _real(storage, size)
 
     def look(self, x):
         """The host waits for a number of x, if that is on the GPU."""

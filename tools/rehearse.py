@@ -282,6 +282,7 @@ def main(config):
             if config.adjoint_terms and not config.shard:
                 name = f"LA-DAPO, {config.adjoint_terms} terms through the latents{mark}"
                 rehearsal.case(name, lambda: rehearsal.update(reference, config.adjoint_terms))
+        rehearsal.optimizer.zero_grad(set_to_none=True)  # as it is while rollouts are made
         rehearsal.case("a prompt and its first token", lambda: rehearsal.decode(1))
         rehearsal.case("a decoding step, caches full", lambda: rehearsal.decode(2))
     if config.out:
