@@ -3,19 +3,23 @@
 # TORCH_INDEX: a package index to take torch from, such as PyTorch's own of CPU builds (README).
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
-.PHONY: taste demo test test-slow gpu lint
+.PHONY: taste demo test test-slow mutations gpu lint
 
 taste: .venv/ready
 	.venv/bin/python sample.py
 
 demo: .venv/ready
-	.venv/bin/python -m toy
+	PATH="$$PWD/.venv/bin:$$PATH" bash toy/demo.sh
 
 test: .venv/ready
 	.venv/bin/python -m pytest -q -n 2 -m "not slow"
 
 test-slow: .venv/ready
 	.venv/bin/python -m pytest -q -m slow
+
+# 150 small wrong edits, each of which a test must catch (tests/mutations.py); about 20 minutes
+mutations: .venv/ready
+	.venv/bin/python -m tests.mutations
 
 # one GPU of 80 GB, at most 9 minutes in all; a failed test does not keep the bench from running
 gpu: .venv/ready

@@ -4,13 +4,15 @@
 
 Nothing here knows about training or generation; the scripts differ only in the arguments they pass.
 
-The record formats (told apart by their keys, `read_rows`):
+docs/data.md shows a record of each format; common/formats.py tells them apart by their keys:
     future-l1    video, image, reasoning_image, conversations, answer; training JSON
     twiff        video, question, answer, question_images_index, ...; TwiFF-2.7M, Future-L1-50K
     twiff-bench  the same plus question_images, reasoning_images
     futurebench  id, question_type, video_path, qa {Question, Options, Answer}
-    rl           problem, answer, images | videos; generic RL rows
+    rl           problem, answer, images | videos; generic RL rows, with options or without
     mcq          question, options, answer, video; generic multiple choice
+The last three show a row's options to the model. In the others `options` only says which answers
+there are, unless --show_options is `always`.
 
 The chat layout (ours; special tokens in angle bars):
     <|im_start|>system SYSTEM<|im_end|> <|im_start|>user ... <|im_end|> <|im_start|>assistant
@@ -18,45 +20,45 @@ The chat layout (ours; special tokens in angle bars):
     <answer>A</answer><|im_end|>
 
 Where this differs from the paper and the official code:
- 1. Frames are taken at midpoints in training, RL and evaluation alike (official: midpoints in SFT,
-    linspace in RL). Only a clip that enters as a *video* is sampled as Qwen3-VL's own processor
-    does, linspace over the whole clip.
- 2. A clip that decord refuses is read by PyAV; one that both refuse, or that ends the process that
-    decodes it, is skipped, counted and named, as is a sample longer than `max_length`. Official
-    drops it silently and can leave an empty batch; here an empty batch steps with weight 0.
+ 1. Key frames lie at midpoints in training, RL and evaluation alike (official: midpoints in SFT,
+    linspace in RL). Only a clip that enters as a *video* is sampled over its whole length, as
+    Qwen3-VL's own processor does.
+ 2. A clip that cannot be read is skipped, counted and named, and so is a sample longer than
+    `max_length`. Official drops it silently and can be left with an empty batch; here a batch
+    without samples still takes its step, with weight 0.
  3. Text from data can never become a special token: "<|latent|>" in a question is read as plain
     characters. The system message names no special token for the same reason.
  4. The blocks of a response are tokenised one by one, so that removing the spans (text-only SFT)
-    leaves every other token as it was: in Qwen's vocabulary ">" and what follows it would merge.
- 5. Pixel budgets of observed images and of whole videos are ours (`DataConfig`): the paper gives
-    none. A picture may be as small as one token; Hugging Face's released settings would enlarge it
-    to 64.
+    leaves every other token as it was. In Qwen's vocabulary ">" and what follows it would merge.
+ 5. The pixel budgets of observed images and of whole videos are ours, because the paper gives none.
+    A picture may be as small as one token; Hugging Face's released settings would enlarge it to 64.
 
 Axis letters: T frames, H and W pixels, P patches (before the 2x2 merge), B rows, L tokens.
 """
 
 import dataclasses
 import functools
-from itertools import chain
+from itertools import chain, groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from common.clips import (  # noqa: F401  importable from here too
+from common.clips import (
     CELL,
     MERGE,
     TEMPORAL,
     ClipError,
     cut_to,
-    key_frame_positions,
     load_frames,
     normalise,
     read_uniform,
-    resize_and_patchify,
     stack,
 )
-from common.formats import Blank, Frame, RecordError, Skipped
+from common.clips import key_frame_positions as key_frame_positions  # part of this file's surface
+from common.clips import resize_and_patchify as resize_and_patchify
+from common.formats import ASK_LETTER, Blank, Frame, RecordError, Skipped, option_lines, shows
 from model import LATENT, LATENT_END, LATENT_START
 
 SYSTEM = (
@@ -68,10 +70,18 @@ SYSTEM = (
 
 
 def at_least(config, least, *names):
-    """Raises ValueError if one of these fields of a config is below `least`. Source: ours."""
+    """Raises ValueError if one of these fields of a config is below `least`."""
     for name in names:
         if getattr(config, name) < least:
             raise ValueError(f"{name} is {getattr(config, name)}, expected at least {least}")
+
+
+class Budgets(NamedTuple):
+    """Least and most pixels of an observed image, of a future frame, of all frames of a video."""
+
+    image: tuple
+    future: tuple
+    video: tuple
 
 
 @dataclasses.dataclass
@@ -82,26 +92,34 @@ class DataConfig:
     num_frames: int = 16
     # a future frame has at most l_max * 32 * 32 pixels: L_max latents for a square  # paper Table 8
     l_max: int = 4
-    image_max_tokens: int = 256  # an observed key frame has at most this many tokens  # ours
+    image_max_tokens: int = 256  # an observed picture has at most this many tokens  # ours
     video_max_tokens: int = 4096  # all temporal patches of a clip together  # ours
     # tokens of a sample; a longer one is skipped and counted  # paper Table 8
     max_length: int = 16384
     workers: int = 2  # background processes that decode ahead, each rank; 0 = none  # ours
     system: str = SYSTEM  # the system message  # ours
+    # whether a prompt shows the row's options, auto | always | never; auto: mcq, futurebench and rl
+    # rows do, the others do not  # ours
+    show_options: str = "auto"
     max_bad: float = 0.05  # share of unusable records above which a run ends at its start  # ours
 
     def __post_init__(self):
         at_least(self, 1, "num_frames", "l_max", "image_max_tokens", "video_max_tokens")
         at_least(self, 1, "max_length")
+        if self.show_options not in ("auto", "always", "never"):
+            raise ValueError(
+                f"show_options is {self.show_options!r}, expected auto, always or never"
+            )
 
     @property
     def budgets(self):
-        """Pixel budgets (min, max) of an observed image, a future frame, and a whole video."""
+        """The pixel budgets of these settings; a token of a video covers two frames."""
         cell = CELL * CELL
-        return (
-            (cell, self.image_max_tokens * cell),
-            (cell, self.l_max * cell),
-            (cell, self.video_max_tokens * TEMPORAL * cell),
+        # deviation 5: one token is the least, and the most of an image and a video is ours
+        return Budgets(
+            image=(cell, self.image_max_tokens * cell),
+            future=(cell, self.l_max * cell),
+            video=(cell, self.video_max_tokens * TEMPORAL * cell),
         )
 
 
@@ -122,9 +140,10 @@ def encode(row, tokenizer, config, train=True, spans=True):
     labels = [-100] * len(ids)
     if train:
         response = [part for part in row.response if spans or isinstance(part, str)]
-        _, future_budget, _ = config.budgets
-        futures = load_frames([p for p in response if isinstance(p, Frame)], future_budget)
+        frames = [part for part in response if isinstance(part, Frame)]
+        futures = load_frames(frames, config.budgets.future)
         latent = tokenizer.convert_tokens_to_ids(LATENT)
+        # deviation 4: block by block, so that no token reaches from one into the next
         for block in _blocks(response, row.answer, futures):
             new = tokenize(block, tokenizer)
             ids += new
@@ -136,14 +155,31 @@ def encode(row, tokenizer, config, train=True, spans=True):
     return dict(ids=ids, labels=labels, images=images, videos=videos, futures=futures, row=row)
 
 
+def shown_prompt(row, show_options):
+    """A row's prompt, its options shown as DataConfig.show_options says. Source: ours.
+
+    never: what the reader of the format appended is taken away, the letter instruction too; options
+    that are part of the question's own text stay.
+    """
+    lines = option_lines(row.options or [])
+    if show_options == "always" and not shows(row.question, row.options or []):
+        return [*row.prompt, lines]
+    if show_options == "never" and lines:
+        own = [part for part in row.prompt if part != ASK_LETTER]
+        return [part.removesuffix(lines) if isinstance(part, str) else part for part in own]
+    return row.prompt
+
+
 def _prompt(row, config):
     """Row -> the pieces of its prompt, its images and its videos, (patches, grid) each."""
-    image_budget, _, _ = config.budgets
-    images = load_frames([part for part in row.prompt if isinstance(part, Frame)], image_budget)
+    prompt = shown_prompt(row, config.show_options)
+    frames = [part for part in prompt if isinstance(part, Frame)]
+    # deviation 1: midpoints, whichever script asks
+    images = load_frames(frames, config.budgets.image)
     videos, shown = [], iter(images)
     pieces = [Special("<|im_start|>"), "system\n" + config.system, Special("<|im_end|>"), "\n"]
     pieces += [Special("<|im_start|>"), "user\n"]
-    for part in row.prompt:
+    for part in prompt:
         if isinstance(part, str):
             pieces.append(part)
         elif isinstance(part, Frame):
@@ -159,13 +195,12 @@ def _prompt(row, config):
 
 def _video(clip, config):
     """A Clip -> patches, grid, and pieces in which each two frames are announced by their time."""
-    _, _, video_budget = config.budgets
-    frames, numbers, fps = read_uniform(clip, config.num_frames)
-    patches, grid = cut_to(video_budget, frames, clip.path)
-    times = [number / fps for number in (*numbers, numbers[-1])]  # an odd last frame is doubled
+    frames, _, seconds = read_uniform(clip, config.num_frames)
+    patches, grid = cut_to(config.budgets.video, frames, clip.path)
     t, h, w = grid.tolist()
+    pairs = np.append(seconds, seconds[-1])[: 2 * t].reshape(t, 2)  # an odd last frame is doubled
     pieces = []
-    for first, second in zip(times[: 2 * t : 2], times[1::2]):
+    for first, second in pairs:
         pieces.append(f"<{(first + second) / 2:.1f} seconds>")
         pieces += visual("<|video_pad|>", np.array([1, h, w]))
     return patches, grid, pieces
@@ -192,22 +227,19 @@ def _blocks(response, answer, futures):
 
 def tokenize(pieces, tokenizer):
     """Pieces -> ids. Neighbouring texts are joined first, as a chat template would join them."""
-    ids, text = [], ""
-    for piece in [*pieces, Special("")]:
-        if not isinstance(piece, Special):
-            text += piece
-            continue
-        if text:
-            ids += _ids(text, tokenizer)
-            text = ""
-        if piece:
-            ids.append(tokenizer.convert_tokens_to_ids(piece))
+    ids = []
+    for is_special, group in groupby(pieces, lambda piece: isinstance(piece, Special)):
+        if is_special:
+            ids += [tokenizer.convert_tokens_to_ids(token) for token in group]
+        else:
+            ids += _ids("".join(group), tokenizer)
     return ids
 
 
 @functools.lru_cache(maxsize=2**14)
 def _ids(text, tokenizer):
-    """A text's ids. They are kept: the pieces of the template come again in every sample."""
+    """A text's ids. They are cached, because the template's pieces come again in every sample."""
+    # deviation 3: "<|latent|>" in a text is characters, not a token
     return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
 
 
@@ -225,11 +257,12 @@ class Samples(Dataset):
         try:
             return encode(self.rows[i], self.tokenizer, self.config, self.train, self.spans)
         except (ClipError, RecordError) as e:
+            # deviation 2: named in the log, and left out
             return Skipped(self.rows[i].where, str(e))
 
 
 def collate(samples, pad_id, side="right"):
-    """Encoded samples -> a batch: HF-named tensors, and lists of what they are. Source: ours.
+    """Encoded samples -> a batch: HF-named tensors, and lists of what they are.
 
     input_ids, attention_mask, labels (B, L); pixel_values / image_grid_thw, pixel_values_videos /
     video_grid_thw, future_pixel_values / future_grid_thw where there are any. side: "left" to
@@ -240,6 +273,7 @@ def collate(samples, pad_id, side="right"):
     kept = [i for i, sample in enumerate(samples) if not isinstance(sample, Skipped)]
     skipped = [sample for sample in samples if isinstance(sample, Skipped)]
     good = [samples[i] for i in kept]
+    # deviation 2: without a sample, one token that has no label
     ids = [torch.tensor(s["ids"]) for s in good] or [torch.tensor([pad_id])]
     labels = [torch.tensor(s["labels"]) for s in good] or [torch.tensor([-100])]
 
@@ -269,14 +303,8 @@ def to_device(batch, device):
     }
 
 
-MODEL_KEYS = (
-    "input_ids",
-    "attention_mask",
-    "pixel_values",
-    "image_grid_thw",
-    "pixel_values_videos",
-    "video_grid_thw",
-)
+MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+MODEL_KEYS = ("input_ids", "attention_mask", *MEDIA)
 
 
 def model_inputs(batch):

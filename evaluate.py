@@ -13,57 +13,61 @@ OUT/report.html and the table: scores by group and over all.
 
 Readings of an answer, all of the first closed <answer>: `accuracy` counts what training rewards
 (rewards.pick); `strict` the only letter that stands alone in it, or an option's text; `official`,
-for FutureBench alone, the first of A-D anywhere in it, be it in a word: the one the paper's figures
-are made with.
+for FutureBench alone, the first of A-D anywhere in it, even inside a word. The paper's figures are
+made with the last.
 
 `--latents` asks whether the answer depends on what is imagined. A span is fed: generated (the
-model's own states) | zero | noise (Gaussian, of the true embeddings' mean and deviation, measured
-once a run) | shuffled (the true futures of the next row about another clip) | true (its own true
-futures) | pause (the `<|latent|>` token's embedding) | none (no span can be opened). The model
-still decides how long a span is. What a row is fed depends on nothing but the row: no batch, no
-ranks.
+model's own states) | zero | noise (Gaussian, with the mean and deviation of the true embeddings) |
+shuffled (the true futures of the next row of the same group about another clip) | true (its own
+true futures) | pause (the `<|latent|>` token's embedding) | none (no span can be opened). The model
+still decides how long a span is. What a row is fed depends on the row alone, not on its batch.
 
 Where this differs from the paper and the official code:
  1. A record or sample that cannot be read, whose answer cannot be parsed, or that the judge fails
     on is named and counted in the summary. What could not be read is tried again by the next run.
  2. Samples that were not read or not judged are outside the scores: see `found` and `total`.
- 3. Intervals are given: `bootstrap` (1,000 draws of clips, seeded; printed), and Wilson's for
-    shares (`low`, `high`; by questions).
+ 3. Each score has one 95 % interval: a bootstrap of clips (1,000 draws, seeded), or Wilson's where
+    a group has fewer than 30 clips or all its answers are equal.
+ 4. TwiFF-Bench: pictures stand where the question has them, without official's instruction before
+    them. Official puts all pictures first, and enlarges each to at least 196 tokens.
+ 5. FutureBench: the pixel budget is one for the whole clip, 32 frames of 768 * 32 * 32 pixels.
+    Official has 196 to 768 times 32 * 32 for each frame: it enlarges small frames, and shrinks
+    large ones also in a clip of fewer frames.
 
-Axis letters: B rows, M spans, J places in a span, N imagined vectors, F frames, D hidden.
+Axis letters: B rows, M spans, J places in a span, N imagined vectors, D hidden.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import re
 import time
-from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from common.benchmarks import read_benchmark
+from common.cli import run_script
 from common.clips import ClipError, load_frames, normalise, stack
-from common.flags import run_script
 from common.folder import add_scores
 from common.formats import Skipped, answer_of, report_bad
-from common.intervals import bootstrap, wilson
 from common.judge import add_verdicts
-from common.pictures import imagined
-from common.rollouts import one_mark_a_span
-from common.runs import Machine, need_data, write_json
-from common.summary import about, show, shown_in_report
-from common.walk import Book, settings_of, walk
-from data import DataConfig, at_least, model_inputs, to_device
-from latent_decode import generate, own_latent
-from rewards import diversity_reward, format_reward, pick, repetition_score, span_lengths
+from common.machine import Machine
+from common.painter import imagined
+from common.report import about, show, shown_in_report
+from common.results import Book, bootstrap, mean_of, settings_of, share_interval, walk
+from common.run import need_data, write_json
+from data import DataConfig, at_least, encode
+from latent_decode import ask, one_mark_a_span, own_latent
+from rewards import diversity_reward, format_reward, pick, plain, repetition_score, span_lengths
 
-# a benchmark's own frames, pixels and lengths: official, and paper sec. 4
+# frames, pixels and lengths of a benchmark: official, and paper sec. 4
 PROTOCOLS = {
+    # deviation 5: 768 tokens for each of 16 pairs of frames, however many a shorter clip has
     "futurebench": dict(num_frames=32, video_max_tokens=12288),
-    "twiffbench": dict(max_new_tokens=4096),
+    # deviation 4: of official's 196 to 1568 tokens (1,605,632 pixels) a picture, the upper bound
+    "twiffbench": dict(max_new_tokens=4096, image_max_tokens=1568),
 }
 
 
@@ -77,6 +81,7 @@ class Config(DataConfig):
     out: str = "runs/eval"  # the evaluation's folder
     limit: int = 0  # only the first samples; 0 = all  # ours
     num_frames: int = 0  # frames of a video; 0 = 32 for FutureBench, else 16  # paper sec. 4
+    image_max_tokens: int = 0  # of a picture; 0 = 1568 for TwiFF-Bench, as official, else 256
     video_max_tokens: int = 0  # of a video; 0 = 12288 for FutureBench, as official, else 4096
     batch: int = 8  # prompts decoded together on one rank  # ours
     max_new_tokens: int = 0  # 0 = 4096 for TwiFF-Bench, else 2048  # paper sec. 4
@@ -89,8 +94,8 @@ class Config(DataConfig):
     cuda_graph: bool = False  # replay a captured decoding step; not yet measured on a GPU  # ours
 
     def __post_init__(self):
-        defaults = dict(num_frames=16, video_max_tokens=4096, max_new_tokens=2048)
-        defaults.update(PROTOCOLS.get(self.benchmark, {}))
+        defaults = dict(num_frames=16, image_max_tokens=256, video_max_tokens=4096)
+        defaults |= dict(max_new_tokens=2048) | PROTOCOLS.get(self.benchmark, {})
         for name, value in defaults.items():
             setattr(self, name, getattr(self, name) or value)
         super().__post_init__()
@@ -140,62 +145,49 @@ def strict_letter(text, options):
     return letters.pop().upper() if len(letters) == 1 else ""
 
 
-def plain(text):
-    """Lower case, single spaces, no punctuation around it."""
-    return " ".join(text.lower().split()).strip(" .,:;!?\"'()")
-
-
 def summarise(lines, average="micro", seed=0):
     """Result lines -> {group: scores}, "all" last. Source: sec. 4.
 
-    Of each group: n, accuracy (over the n that were read), low, high (Wilson), bootstrap, unparsed,
-    skipped, strict and official accuracy and unparsed, spans, latents and tokens an answer. Lines
-    of TwiFF-Bench: chain, answer and average over the n judged ones, failed (asked without an
-    answer), waiting (not asked yet). average: "all" is micro, over the samples, or macro, the mean
-    of the groups (its low and high are then the bootstrap's).
+    Of each group: n, accuracy (over the n that were read), interval (95 %), unparsed, skipped,
+    strict and official accuracy and unparsed, spans, latents and tokens an answer. Lines of
+    TwiFF-Bench: chain, answer and average over the n judged ones, interval (of the average),
+    failed (asked without an answer), waiting (not asked yet). average: "all" is micro, over the
+    samples, or macro, the mean of the groups.
     """
-    groups = sorted({line["group"] for line in lines} - {"all"})
-    table = {g: scores([line for line in lines if line["group"] == g], seed=seed) for g in groups}
-    table["all"] = scores(lines, groups if average == "macro" else (), seed)
+    table = {}
+    for group in [*sorted({line["group"] for line in lines} - {"all"}), "all"]:
+        some = [line for line in lines if group in (line["group"], "all")]
+        table[group] = scores(some, group == "all" and average == "macro", seed)
     return table
 
 
-def scores(lines, groups=(), seed=0):
-    """The scores of result lines, as a dict: `summarise` says which. groups: weigh these alike."""
+def scores(lines, macro=False, seed=0):
+    """The scores of result lines, as a dict: `summarise` says which. macro: weigh groups alike."""
+    # deviation 2: what was not read, or not judged, is in no score
     read = [line for line in lines if "skipped" not in line]
     judged = any("parsed" in line for line in lines)
-    counted = [line for line in read if line.get("judged")] if judged else read
-    parts = [[line for line in counted if line["group"] == g] for g in groups]
-    parts = [part for part in parts if part] or [counted]
-
-    def mean(value):
-        if not counted:
-            return 0.0
-        return float(np.mean([np.mean([value(line) for line in part]) for part in parts]))
-
-    def interval(value, top=1.0):
-        clips = [[str(line.get("clip", i)) for i, line in enumerate(part)] for part in parts]
-        values = [[value(line) for line in part] for part in parts]
-        return bootstrap(values, clips, seed, top=top)
+    counted = [line for line in read if "judged" in line] if judged else read
+    clips = [str(line.get("clip", i)) for i, line in enumerate(counted)]
+    groups = [line["group"] for line in counted] if macro else None
 
     out = dict(n=len(counted), skipped=len(lines) - len(read))
-    if judged:
+    if judged:  # TwiFF-Bench
         for name in ("chain", "answer", "average"):
-            out[name] = mean(lambda line, name=name: line["judged"][name])
+            out[name] = mean_of([line["judged"][name] for line in counted], groups)
+        averages = [line["judged"]["average"] for line in counted]
+        out["interval"] = bootstrap(averages, clips, groups, seed) if counted else [0.0, 5.0]
         out["failed"] = sum("why" in line for line in read)
         out["unparsed"] = sum(not line["parsed"] for line in read)
         out["waiting"] = len(read) - len(counted) - out["failed"]
-        out["bootstrap"] = interval(lambda line: line["judged"]["average"], top=5.0)
     else:
-        out["right"] = sum(line["right"] for line in read)
-        out["accuracy"] = mean(lambda line: line["right"])
-        out["bootstrap"] = interval(lambda line: line["right"])
-        one = len(parts) == 1
-        out["low"], out["high"] = wilson(out["right"], len(read)) if one else out["bootstrap"]
+        right = [line["right"] for line in read]
+        out["right"], out["accuracy"] = sum(right), mean_of(right, groups)
+        # deviation 3: the paper gives no intervals
+        out["interval"] = share_interval(right, clips, groups, seed)
         out["unparsed"] = sum(line["picked"] is None for line in read)
         for name in ("strict", "official"):
             if read and all(name in line for line in read):
-                out[name] = mean(lambda line, name=name: line[name] == line["gold"])
+                out[name] = mean_of([line[name] == line["gold"] for line in read], groups)
                 out[f"{name}_unparsed"] = sum(not line[name] for line in read)
     for name in ("spans", "latents", "tokens"):
         out[name] = sum(line[name] for line in read) / max(1, len(read))
@@ -208,128 +200,50 @@ NEEDS_FUTURES = ("true", "shuffled", "noise")
 MEASURED = 64  # rows with futures that the scale of `noise` is measured on
 
 
-class Ablation(NamedTuple):
-    """What a span is fed instead of the model's own states."""
+def make_feed(config, model, rows, machine):
+    """`--latents` -> a function: the Rows of a batch -> (`feed` of generate, {id: why not}).
 
-    config: Config
-    model: torch.nn.Module
-    donor_of: dict = {}  # shuffled: {id: the row whose futures are fed}
-    scale: torch.Tensor | None = None  # noise: mean and deviation (2, D)
-
-
-def prepare(config, model, rows):
-    """What an ablation needs to know of the whole run -> Ablation."""
-    ablation = Ablation(config, model)
-    if config.latents == "shuffled":
-        return ablation._replace(donor_of=donors(rows))
-    if config.latents == "noise":
-        return ablation._replace(scale=measure_noise(model, rows, config))
-    return ablation
-
-
-def check_futures(kind, rows):
-    """Raise ValueError if `--latents kind` cannot be fed for these rows. Loads nothing."""
-    if kind not in NEEDS_FUTURES:
-        return
-    for row in rows:
-        if not future_frames(row):
-            raise ValueError(
-                f"{row.where}: --latents {kind} needs the true future frames, this row has none"
-            )
-    if kind == "shuffled" and len({clip_of(row) for row in rows}) < 2:
-        raise ValueError("--latents shuffled needs rows of at least two clips")
-
-
-def future_frames(row):
-    return [part for part in row.response if not isinstance(part, str)]
-
-
-def donors(rows):
-    """Whose futures `shuffled` feeds: {id: the next row in the row order about another clip}."""
-    order, out = [*rows, *rows], {}
-    for i, row in enumerate(rows):
-        others = order[i + 1 : i + len(rows)]
-        out[row.id] = next((r for r in others if clip_of(r) != clip_of(row)), None)
-    return out
-
-
-def true_vectors(model, row, config):
-    """The embeddings of a row's true futures, a frame each: [(n_m, D), ...]. Raises ClipError."""
-    patches, grid = stack(load_frames(future_frames(row), config.budgets[1]))
-    pixels = normalise(patches).to(model.device)
-    e = model.encode_frames(pixels, grid.to(model.device))  # (N, D)
-    return list(e.split((grid.prod(1) // 4).tolist()))
-
-
-def measure_noise(model, rows, config):
-    """Mean and deviation (2, D) of the true embeddings, measured once a run and kept in its folder.
-
-    From the first MEASURED rows that can be read, so that no batch and no rank has its own scale.
+    The second are the rows whose futures cannot be read: they are fed zeros, and their answers are
+    not used. What a row is fed depends on the row alone, not on its batch or rank. All ranks have
+    to call this together. Source: ours.
     """
-    path = os.path.join(config.out, "noise.json")
-    if os.path.exists(path):
-        with open(path) as f:
-            return torch.tensor(json.load(f), device=model.device)
-    vectors, n = [], 0
-    for row in rows:
-        try:
-            vectors += true_vectors(model, row, config)
-        except ClipError:  # named when its turn comes
-            continue
-        n += 1
-        if n == MEASURED:
-            break
-    if not vectors:
-        raise ValueError("--latents noise: no true future can be read, so it has no scale")
-    e = torch.cat(vectors).float()
-    scale = torch.stack([e.mean(0), e.std(0, unbiased=False)])
-    write_json(path, scale.tolist())
-    return scale
+    kind, budget = config.latents, config.budgets.future
+    if kind in ("generated", "none"):
+        return lambda some: (own_latent, {})
+    zero = torch.zeros(1, model.lm_head.in_features, device=model.device)  # (1, D)
+    donor_of = donors(rows) if kind == "shuffled" else {}
+    if kind == "noise":
+        scale = measure_noise(config.out, model, rows, budget, machine)
+        mean, deviation = scale.to(model.device)  # (D,) each
 
+    def vectors(row):
+        """What the spans of a row are fed, a frame each: [(n_m, D), ...]. Raises ClipError."""
+        if kind == "zero":
+            return [zero]
+        if kind == "pause":
+            return [model.get_input_embeddings().weight[model.config.latent_id].detach()[None]]
+        if kind == "noise":  # for eight spans, as long as they can be
+            digest = hashlib.sha256(f"{config.seed} {row.id}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            noise = torch.randn(8, config.max_latents, len(mean), generator=generator)
+            return list(mean + deviation * noise.to(model.device))
+        return true_vectors(model, donor_of.get(row.id, row), budget)
 
-def draw_noise(row, scale, config, spans=8):
-    """Gaussian vectors of the true embeddings' scale (spans, max_latents, D), the row's own."""
-    draw = hashlib.sha256(f"{config.seed} {row.id}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(draw[:7], "big"))
-    noise = torch.randn(spans, config.max_latents, scale.shape[1], generator=generator)
-    return scale[0] + scale[1] * noise.to(scale.device)
+    def feed_for(some):
+        fed, lost = [], {}
+        for row in some:
+            try:
+                fed.append(vectors(row))
+            except ClipError as e:
+                lost[row.id] = f"its future frames cannot be fed: {e}"
+                fed.append([zero])
+        return feed_of(fed), lost
 
-
-def replacement(row, ablation):
-    """What a row's spans are fed, a frame each: [(n_m, D), ...]. Raises ClipError. Source: ours.
-
-    It depends on the row alone: not on its batch, nor on ranks.
-    """
-    config, model = ablation.config, ablation.model
-    if config.latents == "zero":
-        return [torch.zeros(1, model.lm_head.in_features, device=model.device)]
-    if config.latents == "pause":
-        return [model.get_input_embeddings().weight[model.config.latent_id].detach()[None]]
-    if config.latents == "noise":
-        return list(draw_noise(row, ablation.scale, config))
-    return true_vectors(model, ablation.donor_of.get(row.id, row), config)
-
-
-def feed_for(rows, ablation):
-    """-> what decoding feeds these rows' spans, and {id: why} of those whose futures
-    cannot be read.
-
-    Those are fed zeros; their answers are not used.
-    """
-    if ablation.config.latents in ("generated", "none"):
-        return own_latent, {}
-    model, vectors, lost = ablation.model, [], {}
-    for row in rows:
-        try:
-            vectors.append(replacement(row, ablation))
-        except ClipError as e:
-            lost[row.id] = f"its future frames cannot be fed: {e}"
-            vectors.append([torch.zeros(1, model.lm_head.in_features, device=model.device)])
-    return feed_of(vectors), lost
+    return feed_for
 
 
 def feed_of(vectors):
-    """[frames of a row] -> feed(model, state): span m, place j is fed frame m's vector j.
+    """[the frames of each row] -> feed(model, state): span m, place j is fed frame m's vector j.
 
     The last frame and the last vector of a frame are repeated: min(m, M - 1), min(j, n_m - 1).
     """
@@ -343,58 +257,79 @@ def feed_of(vectors):
 
     def feed(model, state):
         span, place = state.span.clamp(0, M - 1), state.count.clamp(0, J - 1)
-        return table[state.row, span, place].to(state.h.dtype)
+        return table[state.row, span, place].to(state.h.dtype)  # (R, D)
 
     return feed
+
+
+def future_frames(row):
+    return [part for part in row.response if not isinstance(part, str)]
+
+
+def true_vectors(model, row, budget):
+    """The embeddings of a row's true futures, a frame each: [(n_m, D), ...]. Raises ClipError."""
+    patches, grid = stack(load_frames(future_frames(row), budget))
+    pixels = normalise(patches).to(model.device)
+    e = model.encode_frames(pixels, grid.to(model.device))  # (N, D)
+    return list(e.split((grid.prod(1) // 4).tolist()))
+
+
+def donors(rows):
+    """Whose futures `shuffled` feeds: {id: the next Row of the same group about another clip}.
+
+    If the group has none, the next row about another clip; the first row follows the last.
+    """
+    out = {}
+    for i, row in enumerate(rows):
+        after, clip = [*rows[i + 1 :], *rows[:i]], clip_of(row)
+        alike = (r for r in after if r.group == row.group and clip_of(r) != clip)
+        other = (r for r in after if clip_of(r) != clip)
+        out[row.id] = next(alike, None) or next(other)
+    return out
+
+
+def measure_noise(folder, model, rows, budget, machine):
+    """Mean and standard deviation (2, D) of the true embeddings, from the first MEASURED rows.
+
+    The first rank measures them once for a folder, keeps them in noise.json and tells the other
+    ranks. Raises ValueError if no future can be read.
+    """
+    path = os.path.join(folder, "noise.json")
+    if machine.master and not os.path.exists(path):
+        vectors, n = [], 0
+        for row in rows:
+            try:
+                vectors += true_vectors(model, row, budget)
+            except ClipError:  # named when its turn comes
+                continue
+            n += 1
+            if n == MEASURED:
+                break
+        if not vectors:
+            raise ValueError("--latents noise: no true future can be read, so it has no scale")
+        e = torch.cat(vectors).float()  # (N, D)
+        write_json(path, torch.stack([e.mean(0), e.std(0, unbiased=False)]).tolist())
+    measured = []
+    if machine.master:
+        with open(path) as f:
+            measured = [json.load(f)]
+    [scale] = machine.gather(measured)  # the first rank's
+    return torch.tensor(scale)
 
 
 # ------------------------------------------------------------------------------------------ the run
 
 
-def evaluate(config, rows=None):
-    """Run the evaluation -> {group: scores}, the same on every rank. Raises SystemExit, ValueError.
+def evaluate(config, model=None, tokenizer=None, rows=None):
+    """Run the evaluation -> {group: scores}, the same on every rank.
 
-    A folder with results of the same settings is continued; of other settings: refused.
-    """
-    # the rows, and what is done already; prompts of like length stand together: less padding
-    machine = Machine(config.bf16)
-    rows, average, bad = rows_of(config, rows)
-    free = FREE - {"batch", "limit"} if config.latents in ("noise", "shuffled") else FREE
-    settings = settings_of(config, free)
-    ordered = sorted(rows, key=lambda row: (row.group, len(row.question)))
-    book = Book(config.out, "samples", {row.id: row for row in ordered}, settings, machine)
-
-    # answers to what is missing, a line a sample
-    if blocks := book.blocks(config.batch):
-        model, tokenizer = machine.load(settings["model"])
-        ablation = prepare(config, model, rows)
-        shown = shown_in_report(rows, config.report)
-        for block in walk(book, blocks, lambda row: [row], tokenizer, config):
-            book.add(answer(block.batch, tokenizer, ablation, shown))
-
-    # scores, over the samples of all ranks in the rows' order
-    done = book.finish()
-    lines = [done[row.id] for row in rows]
-    add_verdicts(config.out, lines)
-    table = summarise(lines, average, config.seed)
-    if machine.master:
-        no_option = [row.id for row in rows if row.options and not_an_option(row)]
-        summary = dict(settings, **about(rows, lines, config, no_option))
-        summary.update(average=average, scores=table)
-        summary["unusable"] = [s._asdict() for s in bad]
-        show(config.out, summary, lines, rows)
-        if config.latents == "generated" and not config.limit:
-            name = config.benchmark or os.path.basename(config.data)
-            add_scores(settings["model"], name, table["all"])
-    return table
-
-
-def rows_of(config, rows=None):
-    """-> (rows, micro | macro, the records that cannot be used [Skipped]), the latter named.
-
-    Raises SystemExit without data or with too many bad records, ValueError for rows that cannot be
+    model, tokenizer: as config.model names them, if the caller has loaded them. rows: asked instead
+    of those of config.data. A folder with results of the same settings is continued. Raises
+    SystemExit if they are others or too many records are bad, ValueError for rows that cannot be
     scored.
     """
+    # the rows; what cannot be used is named before a model is loaded
+    machine = Machine(config.bf16)
     average, bad = "micro", []
     if rows is None:
         need_data(config)
@@ -402,84 +337,111 @@ def rows_of(config, rows=None):
         rows, average = read_benchmark(config.benchmark, config.data, root, bad)
     report_bad(bad, len(rows) + len(bad), config.max_bad)
     rows = rows[: config.limit or None]
-    if config.benchmark != "twiffbench":
-        check_options(rows, config.max_bad)
-    check_futures(config.latents, rows)
+    no_option = check(rows, config)
+
+    # what earlier runs have answered; prompts of similar length come together: less padding
+    free = FREE - {"batch", "limit"} if config.latents in ("noise", "shuffled") else FREE
+    settings = settings_of(config, free)
+    ordered = sorted(rows, key=lambda row: (row.group, len(row.question)))
+    book = Book(config.out, "samples", {row.id: row for row in ordered}, settings, machine)
+
+    # a model is needed if anything is left
+    blocks, encode_row = book.blocks(config.batch), None
+    if blocks:
+        if model is None:
+            model, tokenizer = machine.load(settings["model"])
+        encode_row = functools.partial(encode, tokenizer=tokenizer, config=config, train=False)
+        feed_for = make_feed(config, model, rows, machine)
+        shown = shown_in_report(rows, config.report)
+        ids = model.config.latent_start_id, model.config.latent_id
+
+    # deviation 1: what cannot be read is named, and tried again by the next run
+    for some, samples in walk(book, blocks, encode_row, config.workers):
+        # the answers, greedily
+        began = time.time()
+        feed, lost = feed_for(some)
+        rollout, tokens, texts = ask(
+            model,
+            tokenizer,
+            samples,
+            feed=feed,
+            max_new_tokens=config.max_new_tokens,
+            max_latents=config.max_latents,
+            banned=ids[:1] if config.latents == "none" else (),
+            cuda_graph=config.cuda_graph,
+        )
+        seconds = round((time.time() - began) / len(some), 5)
+
+        # a line for each row: what was read, what was imagined
+        lines = {}
+        for i, row in enumerate(some):
+            if row.id in lost:
+                lines[row.id] = dict(skipped=lost[row.id])
+                continue
+            lengths = span_lengths(tokens[i], *ids)
+            line = dict(
+                clip=clip_of(row),
+                **read_answer(row, texts[i], config.benchmark == "futurebench"),
+                answer=row.answer,
+                response=one_mark_a_span(texts[i]),
+                tokens=len(tokens[i]),
+                spans=len(lengths),
+                latents=sum(lengths),
+                finish=rollout.finish[i],
+                seconds=seconds,
+            )
+            if row.id in shown:
+                latents = rollout.latents[i]  # (N, D)
+                line["imagined"] = dict(
+                    imagined(model, row, latents, lengths, config.budgets.future),
+                    diversity=round(diversity_reward(latents, lengths), 4),
+                    format=format_reward(line["response"]),
+                    repetition=repetition_score(line["response"]),
+                )
+            lines[row.id] = line
+        book.add(lines)
+
+    # the scores, over the lines of all ranks in the rows' order
+    done = book.finish()
+    lines = [done[row.id] for row in rows]
+    add_verdicts(config.out, lines)
+    table = summarise(lines, average, config.seed)
+    if machine.master:
+        summary = dict(settings, **about(rows, lines, config, no_option))
+        summary.update(average=average, scores=table, unusable=[s._asdict() for s in bad])
+        show(config.out, summary, lines, rows)
+        if config.latents == "generated" and not config.limit:
+            name = config.benchmark or os.path.basename(config.data)
+            add_scores(settings["model"], name, table["all"])
+    return table
+
+
+def check(rows, config):
+    """-> ids of the rows whose answer is none of their options: they are named, and scored wrong.
+
+    Raises SystemExit if these are too many, ValueError for rows that cannot be scored at all: no
+    options, an id used twice, no true futures where `--latents` needs them. Loads nothing.
+    """
     if len({row.id for row in rows}) < len(rows):
         raise ValueError(
             f"{config.data}: ids are not unique, so a resumed run could not tell its samples apart"
         )
-    return rows, average, bad
-
-
-def check_options(rows, max_bad):
-    """Name the rows whose answer is none of their options: they are scored wrong.
-
-    Raises ValueError for a row without options, SystemExit if such rows are too many.
-    """
     for row in rows:
-        if not row.options:
+        if not row.options and config.benchmark != "twiffbench":
             raise ValueError(f"{row.where}: no options; multiple choice needs them")
-    odd = [row for row in rows if not_an_option(row)]
+        if config.latents in NEEDS_FUTURES and not future_frames(row):
+            raise ValueError(
+                f"{row.where}: --latents {config.latents} needs the true future frames, "
+                "this row has none"
+            )
+    if config.latents == "shuffled" and len({clip_of(row) for row in rows}) < 2:
+        raise ValueError("--latents shuffled needs rows of at least two clips")
+    odd = [row for row in rows if row.options and pick(row.answer, row.options) is None]
     bad = [Skipped(r.where, f"the answer {r.answer!r} is none of {r.options}") for r in odd]
-    report_bad(bad, len(rows), max_bad, "have an answer that is no option and are scored wrong")
-
-
-def not_an_option(row):
-    return pick(row.answer, row.options) is None
-
-
-def answer(batch, tokenizer, ablation, shown):
-    """Answer a batch -> {id: its result line}. shown: ids of those that the report shows."""
-    config, model, rows = ablation.config, ablation.model, batch["rows"]
-    began = time.time()
-    feed, lost = feed_for(rows, ablation)
-    rollout = generate(
-        model,
-        model_inputs(to_device(batch, model.device)),
-        feed=feed,
-        max_new_tokens=config.max_new_tokens,
-        max_latents=config.max_latents,
-        banned=[model.config.latent_start_id] if config.latents == "none" else [],
-        cuda_graph=config.cuda_graph,
+    report_bad(
+        bad, len(rows), config.max_bad, "have an answer that is no option and count as wrong"
     )
-    seconds = round((time.time() - began) / len(rows), 5)
-
-    results = {id: dict(skipped=why) for id, why in lost.items()}
-    for i, row in enumerate(rows):
-        if row.id in lost:
-            continue
-        tokens = rollout.tokens[i, : rollout.lengths[i]].tolist()
-        latents, text = rollout.latents[i], tokenizer.decode(tokens)
-        line = result_line(config, model, row, text, tokens, latents)
-        if row.id in shown:
-            line["imagined"] = look_at(model, row, line, tokens, latents, config)
-        results[row.id] = dict(line, finish=rollout.finish[i], seconds=seconds)
-    return results
-
-
-def result_line(config, model, row, text, tokens, latents):
-    """What is kept of a response, as a dict."""
-    return dict(
-        clip=clip_of(row),
-        **read_answer(row, text, config.benchmark == "futurebench"),
-        answer=row.answer,
-        response=one_mark_a_span(text),
-        tokens=len(tokens),
-        spans=tokens.count(model.config.latent_start_id),
-        latents=len(latents),
-    )
-
-
-def look_at(model, row, line, tokens, latents, config):
-    """What a row's spans are near to, for the report -> a dict: `imagined` and the rewards."""
-    lengths = span_lengths(tokens, model.config.latent_start_id, model.config.latent_id)
-    return dict(
-        imagined(model, row, latents, lengths, config.budgets[1]),
-        diversity=round(diversity_reward(latents, lengths), 4),
-        format=format_reward(line["response"]),
-        repetition=repetition_score(line["response"]),
-    )
+    return [row.id for row in odd]
 
 
 def clip_of(row):
@@ -492,7 +454,7 @@ def clip_of(row):
 
 
 def read_answer(row, text, official=False):
-    """A response -> what its result line says of the answer, as a dict. Source: ours.
+    """A response -> what its line says of the answer, as a dict. Source: ours.
 
     With options: the readings of the answer, `official` where it is asked for. Else whether there
     is an answer.
@@ -500,13 +462,13 @@ def read_answer(row, text, official=False):
     if not row.options:
         return dict(parsed=answer_of(text) is not None)
     picked, gold = pick(answer_of(text), row.options), pick(row.answer, row.options)
-    return dict(
+    readings = dict(
         right=gold is not None and picked == gold,
         picked=picked,
         gold=None if gold is None else chr(65 + gold),
         strict=strict_letter(text, row.options),
-        **(dict(official=official_letter(text)) if official else {}),
     )
+    return dict(readings, official=official_letter(text)) if official else readings
 
 
 if __name__ == "__main__":

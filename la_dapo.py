@@ -11,30 +11,31 @@
     torchrun --nproc_per_node 8 la_dapo.py --model runs/sft --data train.json --out runs/rl --shard
 
 Ablations, one flag each: --lambda_c 0, --lambda_d 0, --kl 0, --adjoint_terms -1, --no-filter. The
-last keeps all groups and is not GRPO: token mean, clip-higher and dual clip stay.
-Variants: variants/noisy_latents.py samples latents, variants/own_path.py adds dR/dz.
+last keeps all groups and is not GRPO: token mean, clip-higher and dual clip stay. Another loss is
+`train(config, policy_loss=...)`: variants/own_path.py is such a fork.
 
 Which path carries which gradient. The log-probability of an answer depends on the weights twice: at
 each chosen token, and through the latents, which are a function of the weights themselves and are
 read by everything after them.
-  adjoint_terms = 0    recorded latents are constants (the paper and its kin): the second path is
-                       dropped.
+  adjoint_terms = 0    recorded latents are constants, as in the paper and its kin: the second path
+                       is dropped.
   adjoint_terms = k    k vector-Jacobian products bring the second path back; as many as a response
                        has latents are exact (-1). Each costs about half a backward pass over the
-                       response, not over the prompt, and no memory beyond the graph that is kept
+                       response, not over the prompt, and no memory beyond the graph, which is kept
                        until the last of them.
-"Exact" is so for rewards of words. R_ctr and R_div are functions of the latents themselves; their
-own path, dR/dz, is dropped here as in the paper: eight equal rollouts give no update.
+"Exact" holds for rewards that depend on the words alone. R_ctr and R_div also depend on the latents
+directly; that gradient, dR/dz, is dropped, as in the paper. So a group of identical rollouts, whose
+advantages are all zero, gives no update.
 
-With one update a step (the default) the policy has not moved: the ratio is 1 and the clip has
-nothing to do. `minibatches` and `inner_epochs` change that. "Exact" then holds for the first
-update; after it the recorded latents are no longer the policy's.
+With one update a step (the default) the policy has not moved: the ratio is 1 and the clip cannot
+act. `minibatches` and `inner_epochs` change that. "Exact" then holds for the first update only,
+because afterwards the recorded latents are no longer the policy's.
 
-Memory: a group's prompt is there once (common/shared_prefix.py); `gradient_checkpointing` keeps
+Memory: a group's prompt is stored once (common/shared_prefix.py); `gradient_checkpointing` keeps
 only the layers' inputs. `shard` spreads weights, reference and optimizer over the ranks
-(common/shard.py): an 8B then fits cards of 80 GB, by formula (docs/scale.md). Rollouts are made
-with a whole copy in bf16, 2 bytes a weight on each GPU, there until the update. `lora_rank` trains
-small matrices beside a frozen model (common/lora.py), which is then the KL's reference too.
+(common/machine.py). With --shard each GPU also holds a full bf16 copy of the model while it
+generates: 2 bytes per weight, freed before the update. `lora_rank` trains small matrices beside a
+frozen model (common/lora.py), which is then the KL's reference, too.
 
 Where this differs from the paper:
  1. A latent step's log-probability is that of its one decision, log(1 - p(LE)) or log p(LE); forced
@@ -47,53 +48,41 @@ Where this differs from the official code:
  5. Every chosen token of the step weighs the same, over all ranks and micro-batches.
  6. A prompt is encoded once for its whole group, in the rollout and in the update; rollouts of a
     group that came out equal are replayed once and counted.
- 7. Ranks add up gradients once an update, by hand: they may hold different numbers of groups, and
-    wait for each other only after each try and at each update. With shard all ranks run as many
-    forwards as the one with most groups; the others' last ones are of one token and weigh 0.
+ 7. Every rank runs as many micro-batches as the fullest; what fills up weighs nothing.
  8. What is sampled depends on the seed and the place in the data, not on the number of ranks.
  9. With one update a step, pi_old is this forward itself, as in official; the decoder's recorded
-    log-probabilities stay a check: their RMS difference is logged as `replay_rms`.
+    log-probabilities remain a check, whose RMS difference is logged as `replay_rms`.
 10. In the filter's mean a repetitive rollout counts 0 (official: -1).
-11. Weight decay is 0 (official: 0.01). The vision tower is frozen (official trains it).
-12. Without a judge an open answer has to match exactly. How many rows are open is said at the
-    start. If all are, the run ends there, unless `exact_match` says that it is meant.
-13. A run that goes on compares with the folder it began with (kl), wherever `model` leads by then.
+11. Weight decay is 0 (official: 0.01), and the vision tower is frozen (official trains it).
+12. Without a judge, open-ended answers must match exactly; the run reports how many there are.
+13. A resumed run keeps the KL reference it started with, even if --model has changed since.
 
-Axis letters: G rollouts of a prompt, R rows (rollouts), T new tokens, N latents, D hidden.
+Axis letters: B prompts, G rollouts of a prompt, R rows (rollouts of several prompts), T new tokens,
+N latents, D hidden.
 """
 
 import dataclasses
+import functools
+import itertools
+import json
+import math
 import os
+import time
 from collections import Counter
-from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from common.checkpoint import make_optimizer
-from common.flags import run_script
+from common.cli import run_script
 from common.formats import Skipped, report_bad
-from common.groups import (
-    CURVES,
-    Group,
-    Harvest,
-    RolloutLog,
-    check_readable,
-    load_prompts,
-    log_line,
-    no_batch,
-    prepare,
-    update_figures,
-)
-from common.heldout import HeldOut, held_out_rows
-from common.judge import judge_of, read_args
+from common.judge import judge_of
 from common.lora import frozen_alone
+from common.machine import Machine, set_sync, whole, whole_copy
 from common.report import draw_curves
-from common.rollouts import take
-from common.runs import Machine, Run, check_ranks, rows_of
-from common.shard import whole_copy
-from data import DataConfig, at_least, model_inputs, to_device
-from latent_decode import generate, own_latent, replay
+from common.run import Run, aside, held_out_rows, in_order, read_ahead, rows_of, trim_log
+from data import DataConfig, Samples, at_least, collate, model_inputs, to_device
+from latent_decode import Rollout, ask, join, replay, take
 from rewards import Weights, accuracy_reward, ask_judge, pick, score_group, span_lengths
 
 
@@ -102,9 +91,7 @@ class Config(DataConfig):
     model: str = "runs/sft"  # where to start: a model's or a run's folder; the KL's reference
     data: str = ""  # records with answers, see data.py; chains and future frames are not needed
     media_root: str = ""  # where relative clip paths start; "" = the folder of the data file
-    eval_data: str = ""  # held-out records: answered greedily, not learnt from  # ours
-    eval_every: int = 10  # steps between two looks at them; also at the last step  # ours
-    eval_rows: int = 0  # only the first so many; 0 = all  # ours
+    eval_data: str = ""  # held-out records, answered greedily at every checkpoint  # ours
     out: str = "runs/rl"  # the run's folder
     resume: bool = False  # continue from the newest checkpoint in `out`
     seed: int = 0  # order of the prompts and all sampling  # ours
@@ -117,7 +104,7 @@ class Config(DataConfig):
     temperature: float = 0.9  # paper Table 9
     top_p: float = 0.99  # on words; log-probabilities are of the full softmax  # paper Table 9
     max_new_tokens: int = 2048  # as in evaluation  # ours
-    max_latents: int = 8  # longest span: 2 * l_max  # official
+    max_latents: int = 8  # longest span; a trained folder brings its own, 2 * l_max  # official
     share: bool = False  # decode once what rollouts have in common, while they are equal  # ours
     cuda_graph: bool = False  # replay a captured decoding step; not with share  # ours
     # rewards
@@ -126,8 +113,6 @@ class Config(DataConfig):
     tau: float = 0.5  # temperature of Eq. (5)  # paper Table 9
     judge_url: str = ""  # OpenAI-compatible, for open answers; key: JUDGE_API_KEY  # sec. 3.3
     judge_model: str = ""  # its model's name; "" = no judge
-    judge_args: str = "{}"  # JSON merged into each request, such as {"temperature": null}  # ours
-    exact_match: bool = False  # no row has options, there is no judge, and that is meant  # ours
     # objective
     filter: bool = True  # only groups whose mean accuracy lies between low and high  # paper
     low: float = 0.1  # paper Table 9
@@ -147,11 +132,8 @@ class Config(DataConfig):
     lr: float = 1e-6  # paper Table 9
     warmup_steps: int = 0  # linear  # ours
     final_lr: float = 1.0  # share of lr at the last step, reached linearly; 1 = constant  # ours
-    beta1: float = 0.9  # AdamW's default
-    beta2: float = 0.999  # AdamW's default
-    weight_decay: float = 0.0  # ours
+    beta2: float = 0.999  # of AdamW; beta1 is 0.9  # AdamW's default
     clip: float = 1.0  # gradient norm  # paper Table 9
-    freeze_vision: bool = True  # vision tower and merger  # as in SFT
     # machine
     bf16: bool = True  # on CUDA; the CPU computes in fp32  # paper Table 8
     # recompute activations: less memory, about two fifths slower  # ours
@@ -159,40 +141,30 @@ class Config(DataConfig):
     shard: bool = False  # weights, gradients, optimizer spread over the ranks  # ours
     lora_rank: int = 0  # of matrices trained beside a frozen model; 0 = the model itself  # ours
     save_every: int = 10  # steps between checkpoints; the last two are kept  # ours
-    sample_every: int = 10  # steps between whole rollouts written to rollouts_*.jsonl  # ours
     track: str = ""  # also log to wandb | trackio, a package that is installed  # ours
 
     def __post_init__(self):
         super().__post_init__()
         at_least(self, 1, "groups", "max_tries", "rollout_batch", "max_new_tokens", "micro_batch")
-        at_least(self, 1, "minibatches", "inner_epochs", "save_every", "sample_every")
-        at_least(self, 1, "eval_every")
+        at_least(self, 1, "minibatches", "inner_epochs", "save_every")
         at_least(self, 2, "group_size")  # an advantage compares
-        at_least(self, 0, "prompts", "steps", "max_latents", "warmup_steps", "eval_rows")
+        at_least(self, 0, "prompts", "steps", "max_latents", "warmup_steps", "lora_rank")
         at_least(self, -1, "adjoint_terms")
-        check_ranks(self)
         if self.share and self.cuda_graph:
             raise ValueError("share or cuda_graph: a captured step has one size")
         if self.temperature <= 0 or self.tau <= 0:  # a greedy group has nothing to compare
             raise ValueError(f"temperature {self.temperature}, tau {self.tau}: expected above 0")
+        if self.shard and self.lora_rank:
+            raise ValueError("lora_rank: not with shard; each rank has the whole frozen model")
         if self.shard and self.adjoint_terms:
             raise ValueError("adjoint_terms needs whole weights: 0 with shard")
         if self.judge_url and not self.judge_model:
             raise ValueError("judge_url needs judge_model, the name of a model there")
-        read_args(self.judge_args)
 
     @property
     def label(self):
         """What is trained, in a word: it names the run."""
         return "LA-DAPO"
-
-    @property
-    def updates_a_step(self):
-        return self.minibatches * self.inner_epochs
-
-    @property
-    def prompts_a_try(self):
-        return self.prompts or self.groups
 
 
 # ---------------------------------------------------------------------------------------- equations
@@ -215,9 +187,9 @@ def group_advantages(rewards):
 def keep_group(correct, unjudged, low=0.1, high=0.9):
     """DAPO's filter on one group -> "kept", "too hard", "too easy", "unjudged". Source: sec. 3.3.
 
-    Kept iff low < mean accuracy < high. A repetitive rollout counts as wrong. A mean needs at least
-    two verdicts.
+    Kept iff low < mean accuracy < high. A mean needs at least two verdicts.
     """
+    # deviation 10: a repetitive rollout is among the wrong ones, 0
     known = [c for c, u in zip(correct, unjudged) if not u]
     if len(known) < 2:
         return "unjudged"
@@ -266,7 +238,7 @@ def adjoint_loss(loss, predicted, latents, terms):
     return (adjoint.detach() * (predicted - predicted.detach())).sum()
 
 
-def schedule(step, steps, config):
+def learning_rate(step, steps, config):
     """Linear warm-up, then linear to final_lr * lr at the last of `steps`. Source: ours."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
@@ -274,155 +246,243 @@ def schedule(step, steps, config):
     return config.lr * (1 + (config.final_lr - 1) * min(1.0, share))
 
 
-# ----------------------------------------------------------------- roll out, score, keep and refill
+# ----------------------------------------------------------------------- roll out, score and filter
 
 
-class Policy(NamedTuple):
-    """What a run trains, what it is compared with, and where a variant differs."""
-
-    model: torch.nn.Module
-    tokenizer: object
-    trained: Callable  # runs a function of the model, its weights there: f -> f(model)
-    reference: Callable | None  # the same of the KL's reference; None = no KL
-    loss: Callable  # `policy_loss`, or another function of its arguments
-    feed: Callable | None  # None = own latents; else feed(config, k) -> the `feed` of batch k
-    roll_out: Callable  # `roll_out` or another, as `loss`
-    score: Callable  # `score_groups` or another
+@functools.lru_cache(maxsize=2)
+def permutation(n, seed, epoch):
+    """The order of n rows in an epoch. Source: ours."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(n, generator=generator).tolist()
 
 
-def to_roll_out(policy, machine):
-    """The policy to roll out with: with shard all its weights on each rank, as long as it lives."""
-    if not machine.shard:
-        return policy
-    return policy._replace(model=whole_copy(policy.model, machine.bf16))
+def prompt_batches(n, size, first, seed, rank, world):
+    """Indices of the prompts that one rank decodes together, from batch `first` on, without end.
+
+    Batch k is rank k % world's. It holds places k * size ... of the endless order of epochs,
+    whatever the number of ranks. Source: official's iterator wraps, too.
+    """
+    for k in itertools.count(first):
+        if k % world == rank:
+            places = range(k * size, (k + 1) * size)
+            yield [permutation(n, seed, place // n)[place % n] for place in places]
 
 
-def decode(policy, batch, machine, **how):
-    """A batch of prompts, continued -> Rollout, its tokens as lists, its texts."""
-    with machine.autocast():
-        rollout = generate(policy.model, model_inputs(to_device(batch, machine.device)), **how)
-    tokens = [row[:n].tolist() for row, n in zip(rollout.tokens.cpu(), rollout.lengths)]
-    return rollout, tokens, policy.tokenizer.batch_decode(tokens)
+@dataclasses.dataclass
+class Group:
+    """One prompt and its G rollouts, on the rank that made them."""
+
+    place: int  # of the prompt in the order of the data
+    sample: dict  # the encoded prompt
+    rollout: Rollout  # G rows
+    texts: list  # G responses
+    spans: list  # G lists: the latents in each span
+    parts: dict = None  # of `rewards.score_group`
+    verdict: str = ""  # of `keep_group`
+    A: torch.Tensor | None = None  # (G,) advantages
+
+    @property
+    def rewards(self):
+        """{name: G values}: the reward and its parts, whatever `rewards.score_group` gives."""
+        return {k: v for k, v in self.parts.items() if k not in ("correct", "unjudged")}
 
 
-def roll_out(policy, batch, k, config, machine):
-    """Batch k of the prompts -> a Group each, not scored yet. Seed and k decide what is sampled."""
-    if not batch["rows"]:
+def roll_out(model, tokenizer, samples, k, config):
+    """Batch k of the prompts, encoded or Skipped -> a Group for each that could be read.
+
+    deviation 8: the seed and k decide what is sampled, whatever the number of ranks.
+    """
+    readable = [sample for sample in samples if not isinstance(sample, Skipped)]
+    if not readable:
         return []
-    G = config.group_size
-    how = dict(temperature=config.temperature, top_p=config.top_p, share=config.share, n=G)
-    how.update(max_new_tokens=config.max_new_tokens, max_latents=config.max_latents)
-    how.update(feed=policy.feed(config, k) if policy.feed else own_latent)
-    how.update(cuda_graph=config.cuda_graph)
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + k)
-    rollout, tokens, texts = decode(policy, batch, machine, generator=generator, **how)
-    ids = policy.model.config.latent_start_id, policy.model.config.latent_id
-    spans = [span_lengths(row, *ids) for row in tokens]
+    answers = ask(
+        model,
+        tokenizer,
+        readable,
+        n=config.group_size,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        max_new_tokens=config.max_new_tokens,
+        max_latents=config.max_latents,
+        share=config.share,
+        cuda_graph=config.cuda_graph,
+        generator=torch.Generator().manual_seed(config.seed * 1_000_003 + k),
+    )
+    return groups_of(samples, answers, k, model.config, config)
 
-    groups = []
-    for j, (sample, place) in enumerate(zip(batch["samples"], batch["kept"])):
-        own = slice(j * G, (j + 1) * G)
-        rows = take(rollout, range(len(tokens))[own])
-        place += k * config.rollout_batch
-        groups.append(Group(place, sample, rows, texts[own], spans[own]))
+
+def groups_of(samples, answers, k, c, config):
+    """Batch k of the prompts, encoded or Skipped, and what `ask` gave for it -> its Groups.
+
+    c: the model's config.
+    """
+    (rollout, tokens, texts), groups = answers, []
+    for i, sample in enumerate(samples):
+        if isinstance(sample, Skipped):
+            continue
+        first = len(groups) * config.group_size
+        own = range(first, first + config.group_size)
+        spans = [span_lengths(tokens[r], c.latent_start_id, c.latent_id) for r in own]
+        place = k * config.rollout_batch + i
+        rows = take(rollout, own)
+        groups.append(Group(place, sample, rows, [texts[r] for r in own], spans))
     return groups
 
 
 def score_groups(groups, judge, config):
-    """Eq. (7) for each group, and the filter's verdict on it. The judge is asked once for all."""
-    responses, rows = [], []
-    for group in groups:
-        responses += group.texts
-        rows += [group.sample["row"]] * len(group.texts)
-    verdicts = iter(ask_judge(judge, responses, rows))
-
+    """Eq. (7) for each group, and the filter's verdict on it. The judge gets all in one call."""
+    responses = [text for group in groups for text in group.texts]
+    rows = [group.sample["row"] for group in groups for _ in group.texts]
+    verdicts = ask_judge(judge, responses, rows)
     weights = Weights(config.lambda_c, config.lambda_d, config.tau)
-    for group in groups:
-        row, judged = group.sample["row"], [next(verdicts) for _ in group.texts]
-        rollouts = group.texts, group.rollout.latents, group.spans
-        group.parts = parts = score_group(*rollouts, row.answer, row.options, judged, weights)
-        group.verdict = keep_group(parts["correct"], parts["unjudged"], config.low, config.high)
+    for j, group in enumerate(groups):
+        row = group.sample["row"]
+        group.parts = score_group(
+            group.texts,
+            group.rollout.latents,
+            group.spans,
+            row.answer,
+            row.options,
+            verdicts[j * config.group_size : (j + 1) * config.group_size],
+            weights,
+        )
+        correct, unjudged = group.parts["correct"], group.parts["unjudged"]
+        group.verdict = keep_group(correct, unjudged, config.low, config.high)
 
 
-def fill_slots(groups, config, machine):
-    """Number the groups of all ranks that are worth learning from, in the order of the data.
+# -------------------------------------------------------------------------------- a batch, its loss
 
-    -> how many have a number, at most `config.groups`; how many of this rank's are surplus.
+
+@dataclasses.dataclass
+class Batch:
+    """What one forward of the update takes: R rows of a few groups, equal rollouts merged."""
+
+    prompts: dict  # with their pixels, in the host's memory until it is their turn
+    rollout: Rollout
+    prompt_of: torch.Tensor  # (R,) which prompt, and which of `groups`
+    A: torch.Tensor  # (R, 1) advantages
+    times: torch.Tensor  # (R, 1) how many rollouts a row stands for
+    members: list = ()  # R lists: which rollouts of its group those are
+    groups: list = ()
+    ref: torch.Tensor | None = None  # (R, T) log-probabilities of the reference
+
+    @property
+    def weight(self):
+        """(R, T): how often each chosen token counts."""
+        return self.rollout.sampled * self.times
+
+
+class Counts(NamedTuple):
+    """What an update learns from, over all ranks and micro-batches."""
+
+    tokens: int  # chosen ones: n of L
+    rollouts: int
+    groups: int
+
+
+def distinct(group):
+    """A group's judged rollouts, equal ones together: lists of their numbers. Source: ours.
+
+    Equal words have equal latents. Equal words of which the judge called one right and one wrong
+    stay apart. Unjudged ones are left out.
     """
-    dropped = ("unjudged", "too hard", "too easy") if config.filter else ("unjudged",)
-    worth = [group for group in groups if group.verdict not in dropped]
-    places = sorted(machine.gather([group.place for group in worth]))[: config.groups]
-    slots = {place: slot for slot, place in enumerate(places)}
-    for group in worth:
-        group.slot = slots.get(group.place)
-    return len(places), sum(group.slot is None for group in worth)
+    rows = {}
+    lengths = group.rollout.lengths.tolist()
+    for i, (tokens, n) in enumerate(zip(group.rollout.tokens.tolist(), lengths)):
+        if not group.parts["unjudged"][i]:
+            rows.setdefault((group.parts["correct"][i], *tokens[:n]), []).append(i)
+    return list(rows.values())
 
 
-def collect(policy, batches, first, judge, config, machine):
-    """Roll out prompts until `groups` groups are kept, or max_tries times -> Harvest, end.
+def batch_of(groups, device, distinct=distinct):
+    """Groups that have advantages -> Batch. distinct(group): which rollouts share a row."""
+    prompts = model_inputs(collate([g.sample for g in groups], 0, side="left"))  # pads are masked
+    prompt_of, A, members, rollouts = [], [], [], []
+    for k, group in enumerate(groups):
+        rows = distinct(group)  # deviation 6: equal rollouts are replayed once and counted
+        prompt_of += [k] * len(rows)
+        A += [group.A[row].mean() for row in rows]
+        members += rows
+        rollouts.append(take(group.rollout, [row[0] for row in rows]))
+    prompt_of = torch.tensor(prompt_of, device=device)  # (R,)
+    times = torch.tensor([[len(row)] for row in members], device=device)  # (R, 1)
+    A = torch.stack(A)[:, None].to(device)  # (R, 1)
+    return Batch(prompts, join(rollouts), prompt_of, A, times, members, groups)
 
-    batches: this rank's. first, end: the batch of all ranks that is next before and after. Ranks
-    walk in step.
+
+def no_batch(hidden, device):
+    """A Batch of one token that nobody chose: it weighs nothing. hidden: D.
+
+    A forward needs all ranks; one whose groups are done runs this meanwhile.
     """
-    harvest, end, policy = Harvest(), first, to_roll_out(policy, machine)
-    for _ in range(config.max_tries):
-        begin, end = end, end + -(-config.prompts_a_try // config.rollout_batch)
-        for k in range(begin, end):
-            if k % machine.world != machine.rank:
-                continue
-            with harvest.tally.clock("rollout"):
-                batch = next(batches)
-                groups = policy.roll_out(policy, batch, k, config, machine)
-            with harvest.tally.clock("reward"):
-                policy.score(groups, judge, config)
-            harvest.groups += groups
-            harvest.skipped += batch["skipped"]
-        filled, surplus = fill_slots(harvest.groups, config, machine)
-        if filled == config.groups:
-            break
-    harvest.tally.count("surplus", surplus)
-    harvest.count()
-    return harvest, end
+    prompts = model_inputs(collate([], 0, side="left"))
+    zero = torch.zeros(1, 1, dtype=torch.long, device=device)
+    latents = [torch.zeros(0, hidden, device=device)]
+    rollout = Rollout(zero, zero.bool(), latents, zero.float(), ["length"], zero[0] + 1)
+    return Batch(prompts, rollout, zero[0], zero.float(), zero, members=[[]])
 
 
-# ------------------------------------------------------------------------------------------- update
+def batches_of(groups, hidden, config, machine, distinct=distinct):
+    """This rank's groups of an update -> its batches, and the Counts of all ranks."""
+    size = config.micro_batch
+    parts = [groups[i : i + size] for i in range(0, len(groups), size)]
+    batches = [batch_of(part, machine.device, distinct) for part in parts]
+    own = [batch.weight.sum() for batch in batches], [batch.times.sum() for batch in batches]
+    counts = machine.sum([sum(own[0]), sum(own[1]), len(groups)])
+    # deviation 7: DDP and FSDP need every rank in every forward
+    missing = max(machine.gather([len(batches)])) - len(batches)
+    batches += [no_batch(hidden, machine.device) for _ in range(missing)]
+    return batches, Counts(*(int(n) for n in counts))
 
 
 def replayed(model, batch, config):
-    """A batch's rollouts fed again -> latent_decode.Replay."""
+    """A batch's rollouts fed again -> latent_decode.Replay.
+
+    deviation 4: with their latents, in `latent_decode.replay`.
+    """
     prompts = to_device(batch.prompts, batch.A.device)
     return replay(model, prompts, batch.rollout, config.temperature, batch.prompt_of)
 
 
-def policy_loss(model, batch, n_tokens, config, figures):
-    """A batch's share of the step's loss L; adds to `figures`. Source: the docstring's L.
+def policy_loss(model, batch, counts, config):
+    """A batch's share of the update's loss L -> scalar, {name: scalar} for the log.
 
-    n_tokens: chosen tokens of the step, over all ranks.
+    counts: Counts of the update. The figures are summed over micro-batches and ranks.
+    Source: the docstring's L.
     """
     new = replayed(model, batch, config)
-    loss, kl = clipped_loss(new, batch, n_tokens, config, figures)
-    return loss + kl + through_latents(loss, new, batch, config)
+    loss, kl, figures = clipped_loss(new, batch, counts, config)
+    # deviation 3: the KL has no part in the gradient through the latents
+    return loss + config.kl * kl + through_latents(loss, new, batch, config), figures
 
 
-def clipped_loss(new, batch, n_tokens, config, figures):
-    """A batch's Replay -> its share of both sums of L, clipped and KL, latents held constant."""
-    # with one update a step the policy has not moved: what differs is only the decoder's kernels
-    recorded, weight = batch.rollout.logprobs, batch.weight / n_tokens  # (R, T)
-    old = new.logprobs.detach() if config.updates_a_step == 1 else recorded
+def clipped_loss(new, batch, counts, config):
+    """A batch's Replay -> its share of both sums of L (clipped, KL), and figures for the log.
+
+    Latents are held constant.
+    """
+    recorded = batch.rollout.logprobs  # (R, T)
+    weight = batch.weight / counts.tokens  # (R, T) deviation 5: every chosen token counts 1/n
+    # deviation 9: with one update a step pi_old is this very forward; what differs from the record
+    # is only the decoder's kernels
+    one_update = config.minibatches * config.inner_epochs == 1
+    old = new.logprobs.detach() if one_update else recorded
     bounds = config.eps_low, config.eps_high, config.dual_clip
-    surrogate, r = clipped_surrogate(new.logprobs, old, batch.A, *bounds)
+    surrogate, r = clipped_surrogate(new.logprobs, old, batch.A, *bounds)  # (R, T)
     kl = torch.zeros_like(surrogate) if batch.ref is None else kl_k3(new.logprobs, batch.ref)
 
     with torch.no_grad():
         too_high = (r > 1 + config.eps_high) & (batch.A > 0)
         too_low = (r < 1 - config.eps_low) & (batch.A < 0)
-        values = dict(loss=surrogate, ratio=r, clip_fraction=too_high | too_low, kl=kl)
-        values.update(entropy=new.entropy, replay_ms=(new.logprobs - recorded).square())
-        for name, value in values.items():
-            figures[name] += (value * weight).sum().item()
-        largest = r.masked_fill(~batch.rollout.sampled, 0).max().item()
-        figures["ratio_max"] = max(figures["ratio_max"], largest)
-    return (surrogate * weight).sum(), config.kl * (kl * weight).sum()
+        figures = dict(
+            loss=(surrogate * weight).sum(),
+            ratio=(r * weight).sum(),
+            clip_fraction=((too_high | too_low) * weight).sum(),
+            kl=(kl * weight).sum(),
+            entropy=(new.entropy * weight).sum(),
+            replay_ms=((new.logprobs - recorded).square() * weight).sum(),
+        )
+    return (surrogate * weight).sum(), (kl * weight).sum(), figures
 
 
 def through_latents(loss, new, batch, config):
@@ -432,160 +492,150 @@ def through_latents(loss, new, batch, config):
     return adjoint_loss(loss, new.predicted, new.latents, terms) if terms else 0.0
 
 
-def minibatch(groups, policy, config, machine):
-    """One minibatch's groups on this rank -> its batches, and its chosen tokens over all ranks."""
-    parts = [groups[i : i + config.micro_batch] for i in range(0, len(groups), config.micro_batch)]
-    batches = [prepare(part, policy.feed is None, machine.device) for part in parts]
-    if machine.shard:  # as many on every rank
-        missing = max(machine.gather([len(batches)])) - len(batches)
-        hidden = policy.model.config.text_config.hidden_size
-        batches += [no_batch(hidden, machine.device) for _ in range(missing)]
-    for batch in batches:
-        if policy.reference is not None:
-            with torch.no_grad(), machine.autocast():
-                ref = policy.reference(lambda model, batch=batch: replayed(model, batch, config))
-            batch.ref = ref.logprobs
-    n_tokens = sum(int(batch.weight.sum()) for batch in batches)
-    return batches, machine.sum([n_tokens])[0]
-
-
-def update(policy, optimizer, groups, lr, config, machine):
-    """All updates of a step from this rank's kept groups (may be none) -> figures of all ranks."""
-    # advantages; equal rollouts together; the reference's log-probabilities
-    for group in groups:
-        group.A = group_advantages(group.parts["total"])
-    minibatches = []
-    for k in range(config.minibatches):
-        part = [group for group in groups if group.slot % config.minibatches == k]
-        minibatches.append(minibatch(part, policy, config, machine))
-
-    # clipped loss -> step
-    figures, norms = Counter(), []
-    for batches, n_tokens in minibatches * config.inner_epochs:
-        if n_tokens == 0:  # fewer groups than minibatches
-            continue
-        for batch in batches:
-            args = batch, n_tokens, config, figures
-            with machine.autocast():
-                loss = policy.trained(lambda model, args=args: policy.loss(model, *args))
-            loss.backward()
-        norms.append(machine.step(optimizer, lr, config.clip))
-    return update_figures(figures, norms, machine)
-
-
 # --------------------------------------------------------------------------------------------- loop
 
 
-def held_out_accuracy(policy, held_out, judge, log, config, machine):
-    """Greedy accuracy on what was held out, a rollout a prompt -> fields of the step's line.
-
-    Right is what R_acc's rule or the judge calls so. The mean over the judged rows of all ranks;
-    None if there is none.
-    """
-    size = config.rollout_batch * config.group_size  # as many rows together as in a rollout
-    how = dict(max_new_tokens=config.max_new_tokens, max_latents=config.max_latents)
-    right, judged, policy = 0, 0, to_roll_out(policy, machine)
-    with held_out.aside(policy.model):
-        for batch in held_out.batches(policy.tokenizer, size, side="left", train=False):
-            rows = batch["rows"]
-            _, _, texts = decode(policy, batch, machine, **how) if rows else ([], [], [])
-            for text, row, verdict in zip(texts, rows, ask_judge(judge, texts, rows)):
-                right += bool(verdict or accuracy_reward(text, row.answer, row.options))
-                judged += verdict is not None
-    right, judged = machine.sum([right, judged])
-    return held_out.line(log, judge, accuracy=right / judged if judged else None)
-
-
-def train(
-    config, rows=None, policy_loss=policy_loss, feed=None, roll_out=roll_out, score=score_groups
-):
+def train(config, policy_loss=policy_loss):
     """Run LA-DAPO -> path of the last checkpoint.
 
-    rows: list of Row, default those of config.data. The others: a variant's, see Policy.
+    policy_loss(model, batch, counts, config) -> loss, {name: scalar}: see `policy_loss`.
     Raises SystemExit on a folder in use or bad input.
     """
-    # the run's folder; the policy and what it is compared with; the prompts in their order
+    # the run's folder, the policy, what it is compared with, the prompts in their order
     machine = Machine(config.bf16, config.shard)
-    rows = usable(rows_of(config) if rows is None else rows, config)
-    held_out = HeldOut(usable(held_out_rows(config), config), config, machine)
+    rows, held_out = usable(rows_of(config), config), usable(held_out_rows(config), config)
     steps, judge = count_steps(rows, config), judge_of(config)
     run = Run(config, rows, machine, config.label)
-    policy = load_policy(run, policy_loss, feed, roll_out, score)
-    model, tokenizer = policy.model, policy.tokenizer
-    optimizer, _ = make_optimizer(model, config)
+    torch.manual_seed(config.seed)
+    model, tokenizer = run.load()
+    model.model.visual.requires_grad_(False)  # deviation 11: the vision tower is frozen
+    hidden = model.config.text_config.hidden_size
+    reference = load_reference(run, model)
+    # a latent head has no gradient where latents are constants, and DDP has to know
+    policy = machine.wrap(model, unused=model.latent_head is not None)
+    # matrices before vectors, as in sft.py: the order decides how the gradient's norm is rounded
+    trained = sorted((p for p in model.parameters() if p.requires_grad), key=lambda p: p.ndim < 2)
+    betas, decay = (0.9, config.beta2), 0.0  # deviation 11: no weight decay
+    optimizer = torch.optim.AdamW(trained, config.lr, betas, weight_decay=decay, fused=True)
     place = run.state["batch"] if run.state else 0  # the batch of prompts that comes next
-    batches = load_prompts(rows, tokenizer, place, config, machine)
+    size = config.rollout_batch
+    batches_a_try = -(-(config.prompts or config.groups) // size)
+    plan = prompt_batches(len(rows), size, place, config.seed, machine.rank, machine.world)
+    prompts = iter(read_ahead(Samples(rows, tokenizer, config, train=False), plan, config.workers))
     run.start(model, optimizer, describe(config, rows, model, steps, machine))
-    rollouts = RolloutLog(run)
+    rollouts_path = os.path.join(config.out, f"rollouts_{machine.rank}.jsonl")
+    trim_log(rollouts_path, run.first)
 
-    for step in run.log.steps(steps, run.name):
-        # rollouts -> rewards -> group filter and refill
-        harvest, end = collect(policy, batches, place, judge, config, machine)
-        skipped, failures = run.log.skips(harvest.skipped, judge)
-        tally = harvest.tally.over(machine)
-        check_readable(step, tally, skipped)
+    for step in run.steps(steps):
+        # roll out and score prompts until enough groups, of all ranks, are worth learning from
+        groups, skipped, seconds, began_at = [], [], Counter(), place
+        decoder = whole_copy(model, machine.bf16) if machine.shard else model
+        dropped = ("unjudged", "too hard", "too easy") if config.filter else ("unjudged",)
+        for _ in range(config.max_tries):
+            for k in range(place, place + batches_a_try):
+                if k % machine.world == machine.rank:
+                    began = time.time()
+                    samples = next(prompts)
+                    with machine.autocast():
+                        new = roll_out(decoder, tokenizer, samples, k, config)
+                    rolled_out = time.time()
+                    score_groups(new, judge, config)
+                    seconds.update(rollout=rolled_out - began, reward=time.time() - rolled_out)
+                    groups += new
+                    skipped += [sample for sample in samples if isinstance(sample, Skipped)]
+            place += batches_a_try
+            worth = [group for group in groups if group.verdict not in dropped]
+            # the first ones in the order of the data
+            places = sorted(machine.gather([group.place for group in worth]))[: config.groups]
+            if len(places) == config.groups:
+                break
+        del decoder
+        kept = [group for group in worth if group.place in places]
 
-        # advantages -> clipped loss -> step
-        lr = schedule(step, steps, config)
-        with tally.clock("update"):
-            figures = update(policy, optimizer, harvest.kept, lr, config, machine)
+        # advantages; the reference's log-probabilities, a minibatch at a time
+        began = time.time()
+        for group in kept:
+            group.A = group_advantages(group.parts["total"])
+        minibatches = []
+        for m in range(config.minibatches):
+            part = [g for g in kept if places.index(g.place) % config.minibatches == m]
+            batches, counts = batches_of(part, hidden, config, machine)
+            for batch in batches if reference is not None else []:
+                with torch.no_grad(), machine.autocast():
+                    batch.ref = reference(replayed, batch, config).logprobs
+            if counts.tokens:  # there may be fewer groups than minibatches
+                minibatches.append((batches, counts))
 
-        # a line in the log, now and then a rollout of each group, and a checkpoint
-        places = [place * config.rollout_batch, end * config.rollout_batch]
-        line = dict(step=step, lr=lr, prompts=places, **figures)
-        line.update(log_line(tally, skipped, failures))
-        if held_out.due(step + 1, steps):
-            line.update(held_out_accuracy(policy, held_out, judge, run.log, config, machine))
-        shown = dict(reward=line["total"], accuracy=line["accuracy"], groups=line["groups"])
-        run.log.write(line, **shown, **held_out.shown)
-        rollouts.write(step, harvest.groups)
-        place = end
-        due = run.save_if_due(step + 1, steps, model, tokenizer, optimizer, batch=end)
-        if due and machine.master:
-            draw_curves(run.log.path, os.path.join(config.out, "rewards.png"), CURVES)
-    return run.checkpoint
+        # an update for each minibatch: loss, backward, clip, step
+        lr, figures, norms = learning_rate(step, steps, config), Counter(), []
+        for batches, counts in minibatches * config.inner_epochs:
+            for batch in batches:
+                set_sync(policy, last=batch is batches[-1])
+                with machine.autocast():
+                    loss, logged = policy(policy_loss, batch, counts, config)
+                (loss * machine.world).backward()  # DDP and FSDP average the ranks' gradients
+                figures.update({name: float(value) for name, value in logged.items()})
+            norms.append(whole(torch.nn.utils.clip_grad_norm_(trained, config.clip)).item())
+            for param_group in optimizer.param_groups:
+                param_group["lr"] = lr
+            if math.isfinite(norms[-1]):  # the norm is equal on all ranks
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        seconds["update"] = time.time() - began
+
+        # a line in the log, and now and then whole rollouts and a checkpoint
+        skipped, failures = run.skips(skipped, judge)
+        line = dict(step=step, lr=lr, prompts=[began_at * size, place * size])
+        line.update(update_figures(figures, norms, machine))
+        line.update(rollout_figures(groups, kept, worth, machine))
+        line.update(skipped=len(skipped), skipped_names=skipped, judge_failures=failures)
+        line.update({f"seconds_{name}": round(value, 4) for name, value in seconds.items()})
+        if step == 0 and not line["rollouts"]:
+            why = f", e.g. {skipped[0][1]}" if skipped else ""
+            raise SystemExit(f"none of the first prompts could be used{why}")
+        if not norms:
+            run.say(f"step {step}: no group kept, no update")
+        if line["updates_skipped"]:
+            run.say(f"step {step}: gradient is not finite, update skipped")
+        if run.due(step + 1, steps):
+            shown = step // config.save_every % config.group_size  # another rollout each time
+            write_rollouts(rollouts_path, step, groups, shown)
+            if held_out:
+                line.update(held_out_accuracy(model, tokenizer, held_out, judge, run))
+        run.log(line, "total", "accuracy", "groups", "eval_accuracy")
+        if run.due(step + 1, steps):
+            run.save(step + 1, model, tokenizer, optimizer, batch=place)
+            if machine.master:
+                draw_curves(run.path, os.path.join(config.out, "rewards.png"), CURVES)
+    return run.finish()
 
 
-def load_model(run):
-    """What is trained, see `Run.load`."""
-    torch.manual_seed(run.config.seed)
-    return run.load()
-
-
-def load_policy(run, *variant):
-    """The policy, from the newest checkpoint or where the run begins; variant: the rest of it."""
-    model, tokenizer = load_model(run)
-    trained, reference = run.machine.gathered(model), None
-    if run.config.kl and run.config.lora_rank:
-        reference = frozen_alone(model)
-    elif run.config.kl:
-        reference, _ = run.machine.load(run.start_folder())
-        reference = run.machine.gathered(reference.requires_grad_(False))
-    return Policy(model, tokenizer, trained, reference, *variant)
+def load_reference(run, model):
+    """The frozen model that the KL compares with -> run(f, ...) = f(it, ...); None without a KL."""
+    if not run.config.kl:
+        return None
+    if run.config.lora_rank:
+        return frozen_alone(model)
+    # deviation 13: the folder that the run began with
+    reference, _ = run.machine.load(run.start_folder())
+    return run.machine.wrap(reference.requires_grad_(False))
 
 
 def usable(rows, config):
     """The rows whose answers can be rewarded; the others are counted, named and left out.
 
-    Raises SystemExit if they are more than the share max_bad; or if all answers are open, there is
-    no judge, and exact_match is off.
+    Raises SystemExit if they are more than the share max_bad.
     """
-    bad = [row for row in rows if row.options and pick(row.answer, row.options) is None]
+    good = [row for row in rows if not row.options or pick(row.answer, row.options) is not None]
+    bad = [row for row in rows if row not in good]
     reasons = [Skipped(r.where, f"the answer {r.answer!r} is none of {r.options}") for r in bad]
     if bad:
         report_bad(reasons, len(rows), config.max_bad)
-    all_open = bool(rows) and not any(row.options for row in rows)
-    if all_open and not (config.judge_model or config.exact_match):
-        raise SystemExit(
-            f"all {len(rows)} rows have open answers (no options): --judge_model NAME judges them, "
-            "--exact_match says that only the very words are right"
-        )
-    gone = {row.where for row in bad}
-    return [row for row in rows if row.where not in gone]
+    return good
 
 
 def count_steps(rows, config):
-    """Updates of the run: one epoch is N // groups; refills cost passes, not updates."""
+    """Updates of the run: one epoch is N // groups, because refills cost passes, not updates."""
     prompts = int(len(rows) * config.epochs)
     if not rows or (prompts < 1 and not config.steps):
         raise SystemExit(f"nothing to train on: {len(rows)} rows, {config.epochs} epochs")
@@ -594,18 +644,135 @@ def count_steps(rows, config):
 
 def describe(config, rows, model, steps, machine):
     """The run in one line."""
-    same = ": the ratio is 1" if config.updates_a_step == 1 else ""
-    judged_by = config.judge_model or "exact match alone"
+    updates = config.minibatches * config.inner_epochs
     n_open = sum(not row.options for row in rows)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # deviation 12: how many answers are open, and who judges them
     return (
         f"{config.label}: {len(rows)} prompts, {steps} steps of {config.groups} groups x "
-        f"{config.group_size} rollouts, {config.prompts_a_try} prompts a try, {machine.world} "
-        f"ranks, {machine.device.type}, seed {config.seed}, {trained:,} parameters trained, "
-        f"{config.updates_a_step} update(s) a step{same}, "
-        f"{n_open} open answers judged by {judged_by}"
+        f"{config.group_size} rollouts, {config.prompts or config.groups} prompts a try, "
+        f"{machine.world} ranks, {machine.device.type}, seed {config.seed}, {trained:,} parameters "
+        f"trained, {updates} update(s) a step{': the ratio is 1' if updates == 1 else ''}, "
+        f"{n_open} open answers judged by {config.judge_model or 'exact match alone'}"
+    )
+
+
+# ----------------------------------------------------------------------------------- what is logged
+
+CURVES = (
+    ("total", "accuracy", "eval_accuracy"),
+    ("contrastive", "diversity"),
+    ("entropy", "kl"),
+    ("grad_norm",),
+)
+
+
+def rollout_figures(groups, kept, worth, machine):
+    """This rank's groups of a step -> figures of all ranks' rollouts, a field each.
+
+    Each reward and its parts as mean and deviation; length, spans, latents a rollout; the share of
+    spans that were forced to stop and of rollouts that were cut off; counts.
+    """
+    counts, values = Counter(groups=len(kept), surplus=len(worth) - len(kept)), []
+    for group in groups:
+        rollout = group.rollout
+        steps = torch.arange(rollout.tokens.shape[1], device=rollout.tokens.device)
+        fed = steps < rollout.lengths[:, None]  # (G, T)
+        counts.update(rollouts=len(group.texts), tokens=int(rollout.lengths.sum()))
+        counts.update(spans=sum(map(len, group.spans)), latents=sum(map(len, rollout.latents)))
+        counts.update(forced=int((fed & ~rollout.sampled).sum()))
+        counts.update(cut_off=rollout.finish.count("length"))
+        counts.update(unjudged=sum(group.parts["unjudged"]))
+        counts["unjudged_groups" if group.verdict == "unjudged" else group.verdict] += 1
+        values.append(group.rewards)
+
+    total, rewards = Counter(), {name: [] for name in REWARDS}
+    for some_counts, some_values in machine.gather([(counts, values)]):
+        total.update(some_counts)
+        for of_group in some_values:
+            for name, of_rollouts in of_group.items():
+                known = [value for value in of_rollouts if value is not None]
+                rewards.setdefault(name, []).extend(known)
+    figures = {}
+    for name, known in rewards.items():
+        figures[name] = float(np.mean(known)) if known else 0.0
+        figures[f"{name}_std"] = float(np.std(known)) if known else 0.0
+    n = max(1, total["rollouts"])
+    return dict(
+        figures,
+        length=total["tokens"] / n,
+        spans=total["spans"] / n,
+        latents=total["latents"] / n,
+        forced_stops=total["forced"] / max(1, total["spans"]),
+        cut_off=total["cut_off"] / n,
+        kept=total["kept"],
+        too_easy=total["too easy"],
+        too_hard=total["too hard"],
+        **{name: total[name] for name in COUNTS},
+    )
+
+
+# in every line, also of a step without a rollout; a new part of the reward joins by itself
+REWARDS = ("total", "accuracy", "format", "contrastive", "diversity", "repetition")
+COUNTS = ("rollouts", "unjudged", "unjudged_groups", "surplus", "groups")
+
+
+def update_figures(figures, norms, machine):
+    """Sums of this rank over its updates -> figures of all ranks, means over the updates.
+
+    replay_ms, a mean of squares, becomes replay_rms. None = there was no update.
+    """
+    every = machine.gather([figures])
+    names = list(dict.fromkeys(name for some in every for name in some))
+    n = len(norms)
+    out = {name: sum(some[name] for some in every) / n for name in names if n}
+    if "replay_ms" in out:
+        out["replay_rms"] = math.sqrt(out.pop("replay_ms"))
+    skipped = sum(not math.isfinite(norm) for norm in norms)
+    return dict(out, grad_norm=norms[-1] if n else None, updates=n, updates_skipped=skipped)
+
+
+def write_rollouts(path, step, groups, i):
+    """Append rollout i of each group, whole, to rollouts_R.jsonl of rank R."""
+    with open(path, "a", encoding="utf-8") as f:
+        for group in groups:
+            row = group.sample["row"]
+            line = dict(step=step, id=row.id, verdict=group.verdict, question=row.question)
+            line.update(answer=row.answer, response=group.texts[i])
+            line.update(group_accuracy=group.parts["accuracy"])
+            line.update({name: values[i] for name, values in group.rewards.items()})
+            f.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def held_out_accuracy(model, tokenizer, rows, judge, run):
+    """Greedy accuracy on rows that are not learnt from -> fields of the step's line.
+
+    What R_acc's rule or the judge calls right counts. eval_accuracy is the mean over the judged
+    rows of all ranks, or None if there is none.
+    """
+    config, machine, began = run.config, run.machine, time.time()
+    decoder = whole_copy(model, machine.bf16) if machine.shard else model
+    size = config.rollout_batch * config.group_size  # as many rows together as in a rollout
+    how = dict(max_new_tokens=config.max_new_tokens, max_latents=config.max_latents)
+    right, judged, skipped = 0, 0, []
+    with aside(decoder), machine.autocast():
+        for some in in_order(rows, tokenizer, size, config, machine, train=False):
+            samples = [sample for sample in some if not isinstance(sample, Skipped)]
+            skipped += [sample for sample in some if isinstance(sample, Skipped)]
+            texts = ask(decoder, tokenizer, samples, **how)[2] if samples else []
+            asked = [sample["row"] for sample in samples]
+            for text, row, verdict in zip(texts, asked, ask_judge(judge, texts, asked)):
+                right += bool(verdict or accuracy_reward(text, row.answer, row.options))
+                judged += verdict is not None
+    right, judged = machine.sum([right, judged])
+    skipped, failures = run.skips(skipped, judge)
+    return dict(
+        eval_accuracy=right / judged if judged else None,
+        eval_judge_failures=failures,
+        eval_skipped=skipped,
+        eval_seconds=round(time.time() - began, 4),
     )
 
 
 if __name__ == "__main__":
-    run_script(lambda config: print("last checkpoint:", train(config)), Config)
+    run_script(train, Config)

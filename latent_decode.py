@@ -7,51 +7,52 @@ Each row of the batch is in one of three states, and every step gives it one tok
     in a span  stop = `<|latent_end|>`, continue = `<|latent|>`   stop: the token; else the state
     done       nothing                                            padding
 
-`<|latent|>` and `<|latent_end|>` cannot be produced among words. At `max_latents` a span is stopped
-by force; a model whose config has `min_latents` goes on by force below it. The record (tokens,
-latents, which of them were chosen, their log-probabilities) is exactly what was fed to the model
-and what is in its cache, so that training can replay it.
+`<|latent|>` and `<|latent_end|>` cannot be produced among words. At `max_latents` a span is forced
+to stop. The record (tokens, latents, which of them were chosen, their log-probabilities) is exactly
+what was fed to the model and what is in its cache, so that training can replay it.
 
     tokens, latents = decode_slowly(model, prompt, max_new_tokens=64)       # the definition
     rollout = generate(model, batch, max_new_tokens=2048)                   # the same, fast; greedy
     rollout = generate(model, batch, max_new_tokens=2048, temperature=0.9, top_p=0.99, n=8)
     token_logprobs(model, batch, rollout, temperature=0.9)     # = rollout.logprobs, with a gradient
 
-The fast path: `generate` -> `step`, from state to state -> `choose`, one decision a row.
+The fast path: `generate` calls `step` (from state to state), which calls `choose` (one decision a
+row) and, for words, `choose_word`.
 
 Where this differs from the paper:
- 1. In a span the event is binary: top-p does not apply.
- 2. Placeholder tokens of images and videos are never produced: a replay could not tell them apart
-    from input.
+ 1. In a span the event is binary, so top-p does not apply.
+ 2. Placeholder tokens of images and videos are never produced.
 Where this differs from the official code:
  3. A forced stop is in the cache and in the record alike.
- 4. Inside a span only stop or continue can happen, never another word. Greedily, a span ends where
-    `<|latent_end|>` is the most probable of all words, which is official's rule.
+ 4. Inside a span only stop or continue can happen. Greedily, a span ends where `<|latent_end|>` is
+    the most probable token of the whole vocabulary, which is official's rule.
  5. A replay feeds the recorded latents; official feeds the `<|latent|>` token.
 
-How it is fast: vision and prompt run once a prompt, not once a sample. Keys and
-values of a prompt exist once (common/shared_prefix.py). The host looks at the device only every
-CHUNK tokens, and then drops finished rows. On CUDA a step can be captured as one graph.
+How it is fast: vision and prompt run once a prompt, not once a sample, and the keys and values of a
+prompt exist once (common/shared_prefix.py; a reader may take it as causal attention and go on). CPU
+and GPU synchronise only every CHUNK tokens; finished rows are dropped then. On CUDA a step can be
+captured as one graph.
 
 Axis letters: B prompts, R rows = B * n (row i * n + k is sample k of prompt i), P prompt tokens,
-T new tokens, S chosen tokens, N latents, D hidden, V vocabulary.
+T new tokens, S chosen tokens, N latents, D hidden, V vocabulary, K likeliest words.
 """
 
-import functools
+import contextlib
+import re
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from common.rollouts import OneRow, Rollout, Transcript, join, take  # noqa: F401  importable too
-from common.sampling import choose_word
-from common.shared_prefix import DecodingCache, SharedCache
-from data import collate, model_inputs, to_device
-from model import log_continue
+from common.shared_prefix import DecodingCache, Layout, SharedCache
+from data import MEDIA, collate, model_inputs, to_device
+from model import LATENT, log_continue
 
 CHUNK = 16  # steps between two looks at which rows are done
-MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+LIKELIEST = 1024  # words among which the nucleus of a low-entropy policy is looked for
 LOGITS = 1024  # tokens of a replay whose logits are in memory at a time
 
 
@@ -59,34 +60,43 @@ LOGITS = 1024  # tokens of a replay whose logits are in memory at a time
 
 
 @torch.no_grad()
-def decode_slowly(model, prompt, max_new_tokens, max_latents=8, eos=()):
+def decode_slowly(model, prompt, max_new_tokens, max_latents=8, eos=None):
     """Section 3.1 to the letter: greedy, one prompt, no cache -> tokens (list), latents (N, D).
 
-    prompt: HF-named tensors of one row without padding. `generate` is tested against this.
+    prompt: HF-named tensors of one row without padding. eos: ids that end the response, by default
+    the model's own. `generate` is tested against this function.
     """
     c, tokens, latents = model.config, [], torch.zeros(0, model.lm_head.in_features)
-    never = torch.tensor(_not_among_words(c))
-    least, span = getattr(c, "min_latents", 0), None  # latents of the open span; None = among words
-    while len(tokens) < max_new_tokens and not (tokens and tokens[-1] in eos):
+    ends = ends_of(model, eos)
+    never = torch.tensor(never_words(c))
+    in_span, n = False, 0  # n: latents of the open span
+    while len(tokens) < max_new_tokens and not (tokens and tokens[-1] in ends):
         ids = torch.cat([prompt["input_ids"], torch.tensor([tokens], dtype=torch.long)], 1)
-        rest = dict(prompt, input_ids=ids, attention_mask=None)  # (1, P + tokens so far)
-        h = model.hidden(**rest, latents=latents)[0][0, -1]  # (D,) h_p
+        so_far = dict(prompt, input_ids=ids, attention_mask=None)  # (1, P + tokens so far)
+        h = model.hidden(**so_far, latents=latents)[0][0, -1]  # (D,) h_p
         logits = model.logits(h)  # (V,)
-        if span is None:
+        if not in_span:  # a word; it may open a span
             token = int(logits.index_fill(0, never, -torch.inf).argmax())
-            span = 0 if token == c.latent_start_id else None
-        elif span == max_latents or (span >= least and int(logits.argmax()) == c.latent_end_id):
-            token, span = c.latent_end_id, None
-        else:  # z_1 = h_p, z_{k+1} = h_{p+k}: the state itself is what is fed next
-            token, span = c.latent_id, span + 1
-            latents = torch.cat([latents, model.to_latent(h)[None]])
+            in_span, n = token == c.latent_start_id, 0
+        elif n == max_latents or int(logits.argmax()) == c.latent_end_id:  # stop imagining
+            token, in_span = c.latent_end_id, False
+        else:  # go on: z_1 = h_p, z_{k+1} = h_{p+k}, the state itself is what is fed next
+            token, n = c.latent_id, n + 1
+            latents = torch.cat([latents, model.to_latent(h)[None]])  # (n so far, D)
         tokens.append(token)
     return tokens, latents
 
 
-def _not_among_words(c):
-    """The ids that cannot be produced as words."""
+def never_words(c):
+    """The ids that cannot be produced as words, from a model's config."""
+    # deviation 2: a replay could not tell a produced placeholder from input
     return [c.latent_id, c.latent_end_id, c.image_token_id, c.video_token_id]
+
+
+def ends_of(model, eos=None):
+    """The ids that end a response, as a list. eos: an int or a list, by default the model's own."""
+    eos = model.generation_config.eos_token_id if eos is None else eos
+    return [eos] if isinstance(eos, int) else list(eos or [])
 
 
 # ------------------------------------------------------------------------------- one decision a row
@@ -105,38 +115,98 @@ class Rule:
     max_latents: int = 8  # longest span
     eos: torch.Tensor | None = None  # (ends,) ids that end a row
     pad: torch.Tensor | int = 0  # what a finished row gets
-    min_latents: int = 0  # shortest span, where the longest is no shorter
 
 
 def choose(logits, in_span, count, u, rule):
     """One decision a row -> (token (R,), log-probability (R,), sampled (R,) bool).
 
     logits (R, V); in_span (R,) bool; count (R,) latents of the open span so far; u (R,) uniform in
-    [0, 1), the one random number that a row's decision takes, be it a word or stop.
+    [0, 1), the one random number that a row's decision takes, for a word as for a stop.
     Log-probabilities are those of the full softmax, whatever top_p and banned leave out.
-    Source: sec. 3.1; ours in a span.
+    Source: sec. 3.1; in a span ours.
     """
     logp = (logits.float() / (rule.temperature or 1.0)).log_softmax(-1)  # (R, V)
     word = choose_word(logp + rule.banned, u, rule.temperature, rule.top_p)
 
-    # in a span there is one event: stop or continue; at its longest or too short it is no choice
+    # deviation 4: in a span the one event is to stop or to continue
     log_stop = logp[:, rule.latent_end]
+    # deviation 1: p(stop) decides alone, without top-p
     stops = log_stop.exp() > u if rule.temperature else logp.argmax(-1) == rule.latent_end
-    full, short = count >= rule.max_latents, count < rule.min_latents
-    stop = full | (stops & ~short)
+    full = count >= rule.max_latents  # at its longest it stops, which is no choice
+    stop = full | stops
     log_event = torch.where(stop, log_stop, log_continue(log_stop))
 
     token = torch.where(in_span, torch.where(stop, rule.latent_end, rule.latent), word)
     logprob = torch.where(in_span, log_event, logp.gather(1, word[:, None])[:, 0])
-    sampled = ~(in_span & (full | short))
+    sampled = ~(in_span & full)
     return token, logprob.masked_fill(~sampled, 0), sampled
+
+
+def choose_word(logp, u, temperature=1.0, top_p=1.0):
+    """Log-probabilities (R, V), -inf = never -> words (R,): the likeliest, or drawn by u (R,).
+
+    The nucleus is the smallest set of words of probability top_p, the likeliest first; words as
+    likely as the least of them are in it, too. The word is where u falls in the cumulated
+    probabilities of the nucleus, in the vocabulary's order. It is not `multinomial`, because with
+    one number a row its words do not depend on what else is in the batch, nor on how the nucleus
+    was found. temperature 0 = the likeliest; else `logp` has been divided by it already.
+    Source: ours.
+    """
+    if temperature == 0:
+        return logp.argmax(-1)
+    p, words = (logp - logp.amax(-1, keepdim=True)).exp(), None  # (R, V), up to a factor
+    if top_p < 1:
+        mass = top_p * p.sum(-1, keepdim=True, dtype=torch.float64)  # (R, 1)
+        # a captured step cannot look whether the likeliest words are enough
+        capturing = p.is_cuda and torch.cuda.is_current_stream_capturing()
+        words, floor = (None, None) if capturing else likeliest(p, mass)
+        if words is None:
+            floor = nucleus_floor(p, mass)
+        else:
+            p = p.gather(1, words)  # (R, K)
+        p = p.masked_fill(p < floor, 0)
+    cdf = p.double().cumsum(-1)  # in float64 it makes no difference to add zeros or to leave them
+    k = torch.searchsorted(cdf, u[:, None].double() * cdf[:, -1:], right=True)  # (R, 1)
+    last = (cdf < cdf[:, -1:]).sum(-1, keepdim=True)  # rounding must not lead past what is possible
+    k = torch.minimum(k, last)
+    return (k if words is None else words.gather(1, k))[:, 0]
+
+
+def likeliest(p, mass):
+    """The K likeliest words in the vocabulary's order (R, K), the least probability inside the
+    nucleus (R, 1); None, None if they do not hold every row's nucleus. Synchronises with the GPU.
+
+    p (R, V), mass (R, 1). Source: ours, because a sort of 151,936 words costs more than the rest.
+    """
+    top, words = p.topk(min(LIKELIEST, p.shape[1]))  # (R, K)
+    covered = top.double().cumsum(-1) >= mass
+    if not bool(covered[:, -1].all()):
+        return None, None
+    return words.sort(-1).values, top.gather(1, covered.int().argmax(-1, keepdim=True))
+
+
+def nucleus_floor(p, mass):
+    """The least probability inside the nucleus (R, 1): the largest t with sum_{p >= t} p >= mass.
+
+    p (R, V), mass (R, 1). By bisection over the bits of a float, which are in the order of the
+    numbers. It takes 31 rounds whatever the values, without a sort or a synchronisation, so a
+    captured step can run it. Source: ours.
+    """
+    low = torch.zeros_like(mass, dtype=torch.int32)  # all of p is enough
+    high = p.amax(-1, keepdim=True).float().view(torch.int32) + 1  # nothing is not
+    for _ in range(31):
+        middle = low + (high - low) // 2
+        above = p.masked_fill(p < middle.view(torch.float32), 0)
+        enough = above.sum(-1, keepdim=True, dtype=torch.float64) >= mass
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return low.view(torch.float32)
 
 
 # ------------------------------------------------------------------------- one step, state to state
 
 
 class State(NamedTuple):
-    """Where each live row is: what the next step needs. Live: not left yet, finished or not."""
+    """Where each live row is, and all that the next step needs."""
 
     row: torch.Tensor  # (R,) its number in the whole rollout
     h: torch.Tensor  # (R, D) the state that chooses the next token
@@ -180,6 +250,7 @@ def step(model, cache, state, u, rule, feed=own_latent):
     opens = (token == rule.latent_start) & ~done
     x = model.get_input_embeddings()(token)  # (R, D) a word
     x = torch.where(is_latent[:, None], z.to(x.dtype), x)  # or the state itself
+    # deviation 3: whatever was chosen or forced is fed, so cache and record hold the same
     h = cache.feed(model.model.language_model, x, state.position, token)
     after = State(
         row=state.row,
@@ -191,6 +262,168 @@ def step(model, cache, state, u, rule, feed=own_latent):
         done=done,
     )
     return after, record
+
+
+# ----------------------------------------------------------------------------------------- generate
+
+
+@dataclass
+class Rollout:
+    """What was generated, as it was fed. Tensors are on the model's device."""
+
+    tokens: torch.Tensor  # (R, T) generated tokens only, padded after the end of turn
+    sampled: torch.Tensor  # (R, T) bool: the policy chose it; False where forced or padding
+    latents: list  # R tensors (N_i, D), one row a `<|latent|>` token: what was fed
+    logprobs: torch.Tensor  # (R, T) under the full softmax at the temperature; 0 where not chosen
+    finish: list  # R of "eos" | "length"
+    lengths: torch.Tensor  # (R,) generated tokens incl. the end of turn
+
+
+@torch.no_grad()
+def generate(
+    model,
+    batch,
+    *,
+    max_new_tokens,
+    temperature=0.0,
+    top_p=1.0,
+    max_latents=8,
+    n=1,
+    eos_token_id=None,
+    generator=None,
+    feed=own_latent,
+    banned=(),
+    stream=None,
+    share=False,
+    cuda_graph=False,
+):
+    """Continue each prompt n times -> Rollout. Source: sec. 3.1.
+
+    batch: dict of HF-named tensors, left-padded (`data.model_inputs`).
+    temperature 0 = greedy; log-probabilities are then those of the untempered softmax.
+    max_latents: longest span; official: 2 * L_max = 8.
+    eos_token_id: int or list, by default the model's.
+    generator: where random numbers come from. banned: ids that are never produced among words.
+    feed: what a span is fed, see `step`. It is called once a step, in order, with the live rows
+    only; `state.row` are their numbers. So it may be an object with a state of its own.
+    stream: called with each new piece of the tokens, (live rows, up to CHUNK), as it is known.
+    share: decode what the samples of a prompt have in common once, while they are equal. Another
+    feed is refused then, because equal words would no longer mean equal latents.
+    cuda_graph: on CUDA, capture one step and replay it; then feed may have no state on the host.
+
+    A greedy result does not depend on what else is in the batch (up to rounding). A sampled one
+    does not depend on when other rows finish. Raises ValueError for right padding or bad arguments.
+    """
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask  # (B, P)
+    if not bool(mask[:, -1].all()):
+        raise ValueError("generate needs left-padded prompts: attention_mask must end in 1")
+    if max_new_tokens < 1 or n < 1 or max_latents < 0 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"bad arguments: {max_new_tokens=} {n=} {max_latents=} {temperature=} {top_p=}"
+        )
+    if share and (feed is not own_latent or cuda_graph):
+        raise ValueError("share: takes no other feed, and no cuda_graph, whose step has one size")
+
+    # how tokens are chosen
+    c, device = model.config, ids.device
+    ends = (
+        ends_of(model) if eos_token_id is None else torch.tensor([eos_token_id]).flatten().tolist()
+    )
+    not_words = torch.zeros(model.lm_head.out_features, device=device)  # (V,)
+    not_words[[*never_words(c), *banned]] = -torch.inf
+    rule = Rule(
+        latent_start=c.latent_start_id,
+        latent=c.latent_id,
+        latent_end=c.latent_end_id,
+        banned=not_words,
+        temperature=temperature,
+        top_p=top_p,
+        max_latents=max_latents,
+        eos=torch.tensor(ends, device=device, dtype=torch.long),
+        pad=torch.tensor(ends[0] if ends else 0, device=device),
+    )
+
+    with in_eval_mode(model):
+        # each prompt runs once; its n samples read its keys and values from one place
+        inputs = {k: v for k, v in batch.items() if k != "mm_token_type_ids"}  # HF's: recomputed
+        h, prompt = model.hidden(**dict(inputs, attention_mask=mask), use_cache=True)  # (B, P, D)
+        cache_class = SharedCache if share else DecodingCache
+        cache = cache_class(prompt, mask.sum(1).tolist(), n)
+        position = mask.sum(-1, keepdim=True) + model.model.rope_deltas  # (B, 1)
+        row = torch.arange(len(ids) * n, device=device)
+        state = State(
+            row=row,
+            h=h[:, -1].repeat_interleave(n, 0),  # (R, D)
+            position=position.repeat_interleave(n, 0),  # (R, 1)
+            in_span=torch.zeros_like(row, dtype=torch.bool),
+            span=torch.full_like(row, -1),
+            count=torch.zeros_like(row),
+            done=torch.zeros_like(row, dtype=torch.bool),
+        )
+        R, T = len(row), max_new_tokens
+        tokens = rule.pad.expand(R, T).clone()
+        sampled = torch.zeros_like(tokens, dtype=torch.bool)
+        logprobs = torch.zeros_like(tokens, dtype=torch.float32)
+        latents = [[] for _ in range(R)]
+
+        def run(state, u):
+            return step(model, cache, state, u, rule, feed)
+
+        captured = None  # the CUDA graph of a step, once a plain one has run at this number of rows
+        for start in range(0, T, CHUNK):
+            # drawn for all rows, live or not: a row's numbers do not depend on when others finish
+            size = R, min(CHUNK, T - start)
+            source = generator.device if generator else device
+            u = torch.rand(size, generator=generator, device=source).to(device)
+            if cache.reserve(size[1]):
+                captured = None  # the cache has moved
+
+            # so many steps, without a look at what came out
+            records = []
+            for drawn in u[state.row].unbind(1):  # (live,)
+                state, record = captured(state, drawn) if captured else run(state, drawn)
+                if cuda_graph and ids.is_cuda and captured is None:
+                    captured = capture(run, state, drawn)
+                records.append(record)
+            cache.used += size[1]
+
+            # write them down
+            chunk = Record(*(torch.stack(field, 1) for field in zip(*records)))  # (live, steps)
+            columns = slice(start, start + size[1])
+            tokens[state.row, columns] = chunk.token
+            sampled[state.row, columns] = chunk.sampled
+            logprobs[state.row, columns] = chunk.logprob
+            is_latent = chunk.token == rule.latent  # (live, steps)
+            parts = chunk.z[is_latent].split(is_latent.sum(1).tolist())
+            for r, part in zip(state.row.tolist(), parts):
+                latents[r].append(part)
+            if stream:
+                stream(chunk.token)
+
+            # finished rows leave, when half of them have finished
+            live = (~state.done).nonzero()[:, 0]
+            if not len(live):
+                break
+            if len(live) <= len(state.row) // 2:
+                state, captured = state.at(live), None
+                cache.keep(live)
+
+    ended = torch.isin(tokens, rule.eos) & sampled  # (R, T)
+    lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, T)
+    finish = ["eos" if e else "length" for e in ended.any(1).tolist()]
+    return Rollout(tokens, sampled, [torch.cat(z) for z in latents], logprobs, finish, lengths)
+
+
+@contextlib.contextmanager
+def in_eval_mode(model):
+    """The model in evaluation mode, afterwards as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def capture(run, state, u):
@@ -212,118 +445,6 @@ def capture(run, state, u):
     return replayed
 
 
-# ----------------------------------------------------------------------------------------- generate
-
-
-@torch.no_grad()
-def generate(
-    model, batch, *, max_new_tokens, temperature=0.0, top_p=1.0, max_latents=8, n=1,
-    eos_token_id=None, generator=None, feed=own_latent, banned=(), stream=None, share=False,
-    cuda_graph=False,
-):  # fmt: skip
-    """Continue each prompt n times -> Rollout. Source: sec. 3.1.
-
-    batch: dict of HF-named tensors, left-padded (`data.model_inputs`).
-    temperature 0 = greedy; log-probabilities are then those of the untempered softmax.
-    max_latents: longest span; paper: 2 * L_max = 8. The shortest is the model's own, see `Rule`.
-    eos_token_id: int or list, default the model's.
-    generator: where random numbers come from. banned: ids that are never produced among words.
-    feed: what a span is fed, see `step`. It is called once a step, in order, with the live rows
-    only; `state.row` are their numbers. So it may be an object with a state of its own.
-    stream: called with each new piece of the tokens, (live rows, up to CHUNK), as it is known.
-    share: decode what the samples of a prompt have in common once (common/shared_prefix.py).
-    Another feed is refused then: equal words would no longer mean equal latents.
-    cuda_graph: on CUDA, capture one step and replay it; then feed may have no state on the host.
-
-    A greedy result does not depend on what else is in the batch (up to rounding). A sampled one
-    does not depend on when other rows finish. Raises ValueError for right padding or bad arguments.
-    """
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    mask = torch.ones_like(ids) if mask is None else mask  # (B, P)
-    if not bool(mask[:, -1].all()):
-        raise ValueError("generate needs left-padded prompts: attention_mask must end in 1")
-    if max_new_tokens < 1 or n < 1 or max_latents < 0 or temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(
-            f"bad arguments: {max_new_tokens=} {n=} {max_latents=} {temperature=} {top_p=}"
-        )
-    if share and (feed is not own_latent or cuda_graph):
-        raise ValueError("share: takes no other feed, and no cuda_graph, whose step has one size")
-    rule = _rule(model, temperature, top_p, max_latents, eos_token_id, banned)
-    inputs = {k: v for k, v in batch.items() if k != "mm_token_type_ids"}  # HF's: recomputed
-
-    training = model.training
-    model.eval()
-    try:
-        h, prompt = model.hidden(**dict(inputs, attention_mask=mask), use_cache=True)
-        cache = (SharedCache if share else DecodingCache)(prompt, mask.sum(1).tolist(), n)
-        position = mask.sum(-1, keepdim=True) + model.model.rope_deltas  # (B, 1)
-        state = _begin(h[:, -1].repeat_interleave(n, 0), position.repeat_interleave(n, 0))
-        run = functools.partial(step, model, cache, rule=rule, feed=feed)
-        book = Transcript(len(state.row), max_new_tokens, rule)
-        return _decode(run, cache, state, book, generator, stream, cuda_graph and ids.is_cuda)
-    finally:
-        model.train(training)
-
-
-def _rule(model, temperature, top_p, max_latents, eos_token_id, banned):
-    """The arguments of `generate` as a Rule, on the model's device."""
-    c, device = model.config, model.device
-    if eos_token_id is None:
-        eos_token_id = model.generation_config.eos_token_id
-    eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or [])
-    never = torch.zeros(model.lm_head.out_features, device=device)
-    never[[*_not_among_words(c), *banned]] = -torch.inf
-    ends = torch.tensor(eos, device=device, dtype=torch.long)
-    pad = ends[0] if eos else torch.zeros((), dtype=torch.long, device=device)
-    ids = c.latent_start_id, c.latent_id, c.latent_end_id
-    least = getattr(c, "min_latents", 0)
-    return Rule(*ids, never, temperature, top_p, max_latents, ends, pad, least)
-
-
-def _begin(h, position):
-    """The state after the prompts. h (R, D), position (R, 1)."""
-    rows = torch.arange(len(h), device=h.device)
-    no = torch.zeros_like(rows, dtype=torch.bool)
-    zero = torch.zeros_like(rows)
-    return State(rows, h, position, in_span=no, span=zero - 1, count=zero, done=no)
-
-
-def _decode(run, cache, state, book, generator, stream, graph):
-    """The loop over steps, `run(state, u)`, in chunks; after each, finished rows leave -> Rollout.
-
-    graph: capture a step, once a plain one has run at this number of rows.
-    """
-    (R, T), device, captured = book.tokens.shape, state.h.device, None
-    source = generator.device if generator else device
-    for start in range(0, T, CHUNK):
-        # drawn for all rows, live or not: a row's numbers do not depend on when others finish
-        size = R, min(CHUNK, T - start)
-        if cache.reserve(size[1]):
-            captured = None
-        u = torch.rand(size, generator=generator, device=source).to(device)
-
-        records = []
-        for drawn in u[state.row].unbind(1):  # (live,) a step
-            state, record = (captured or run)(state, drawn)
-            if graph and captured is None:
-                captured = capture(run, state, drawn)
-            records.append(record)
-        chunk = Record(*(torch.stack(field, 1) for field in zip(*records)))  # (live, steps)
-        book.write(state.row, start, chunk)
-        cache.used += size[1]
-        if stream:
-            stream(chunk.token)
-
-        # finished rows leave, when half of them have finished
-        live = (~state.done).nonzero()[:, 0]
-        if not len(live):
-            break
-        if len(live) <= len(state.row) // 2:
-            state, captured = state.at(live), None
-            cache.keep(live)
-    return book.rollout()
-
-
 def ask(model, tokenizer, samples, **how):
     """Encoded prompts -> their Rollout, the tokens of each row (lists), the text of each row.
 
@@ -334,6 +455,41 @@ def ask(model, tokenizer, samples, **how):
     rollout = generate(model, model_inputs(to_device(batch, model.device)), **how)
     tokens = [row[:n].tolist() for row, n in zip(rollout.tokens.cpu(), rollout.lengths)]
     return rollout, tokens, tokenizer.batch_decode(tokens)
+
+
+def one_mark_a_span(text):
+    """A response's text with one `<|latent|>` for each run of them, to be read or stored."""
+    return re.sub(f"(?:{re.escape(LATENT)}\\s*)+", LATENT, text)
+
+
+def take(rollout, rows):
+    """Some rows of a Rollout, cut to the longest of them."""
+    rows = torch.as_tensor(rows, device=rollout.tokens.device)
+    lengths = rollout.lengths[rows]
+    return Rollout(
+        tokens=rollout.tokens[rows, : lengths.max()],
+        sampled=rollout.sampled[rows, : lengths.max()],
+        latents=[rollout.latents[r] for r in rows.tolist()],
+        logprobs=rollout.logprobs[rows, : lengths.max()],
+        finish=[rollout.finish[r] for r in rows.tolist()],
+        lengths=lengths,
+    )
+
+
+def join(rollouts):
+    """Rollouts one below the other, padded to the longest."""
+
+    def rows(name):
+        return list(chain.from_iterable(getattr(rollout, name) for rollout in rollouts))
+
+    return Rollout(
+        tokens=pad_sequence(rows("tokens"), batch_first=True),
+        sampled=pad_sequence(rows("sampled"), batch_first=True),
+        latents=rows("latents"),
+        logprobs=pad_sequence(rows("logprobs"), batch_first=True),
+        finish=rows("finish"),
+        lengths=torch.stack(rows("lengths")),
+    )
 
 
 # ------------------------------------------------------------------------------------------- replay
@@ -347,7 +503,6 @@ class Replay:
     entropy: torch.Tensor  # (R, T) of the choice there was, no gradient
     predicted: torch.Tensor  # (N, D) what the model would feed
     latents: torch.Tensor  # (N, D) what was fed: a leaf
-    states: torch.Tensor  # (S, D) those that chose, in the order of `rollout.sampled`
 
 
 def replay(model, batch, rollout, temperature, prompt_of=None):
@@ -355,33 +510,59 @@ def replay(model, batch, rollout, temperature, prompt_of=None):
 
     Differentiable in the weights and in the latents.
     batch: left-padded prompts (`data.model_inputs`), encoded once each. prompt_of (R,): each row's
-    prompt, default R / B rows of each in turn.
+    prompt, by default R / B rows of each in turn.
     """
-    ids, sampled, mask = rollout.tokens, rollout.sampled, batch["attention_mask"]
-    R, T = ids.shape  # mask (B, P)
+    ids, mask = batch["input_ids"], batch["attention_mask"]  # (B, P)
+    tokens, sampled = rollout.tokens, rollout.sampled  # (R, T)
+    (B, P), (R, T), device = ids.shape, tokens.shape, ids.device
     if prompt_of is None:
-        prompt_of = torch.arange(R, device=ids.device) // (R // len(mask))
+        prompt_of = torch.arange(R, device=device) // (R // B)
 
-    # each prompt once, its rollouts after it; the latents are a leaf
-    row = OneRow(batch["input_ids"], mask, rollout, prompt_of)
+    # all real tokens, flat: first the prompts', then the rollouts'
+    real = mask.bool()  # (B, P)
+    said = torch.arange(T, device=device) < rollout.lengths[:, None]  # (R, T)
+    flat = torch.cat([ids[real], tokens[said]])  # (N,)
+    number = torch.arange(B, device=device)[:, None].expand(B, P)
+    number = torch.cat([number[real], prompt_of[:, None].expand(R, T)[said]])  # (N,) its prompt's
     grids = batch.get("image_grid_thw"), batch.get("video_grid_thw")
-    positions, offset = model.positions(batch["input_ids"], mask, *grids)  # (3, B, P), (B, 1)
-    after = (mask.sum(-1, keepdim=True) + offset)[prompt_of]  # (R, 1)
-    wide = torch.promote_types(model.dtype, torch.float32)
-    z = torch.cat(rollout.latents).detach().to(wide).requires_grad_()  # (N, D)
-    media = {name: value for name, value in batch.items() if name in MEDIA}
-    embedded = model.embed(row.ids, row.latents(z, model.config.latent_id), **media)
-    h, _ = model.states(embedded, row.positions(positions, after), row.layout)  # (N, D)
+    positions, offset = model.positions(ids, mask, *grids)  # (3, B, P), (B, 1)
+    after = (mask.sum(-1, keepdim=True) + offset)[prompt_of]  # (R, 1) of a rollout's first token
+    after = (after + torch.arange(T, device=device))[said]  # (rollouts' tokens,)
+    positions = torch.cat([positions[:, real], after.expand(3, -1)], 1)  # (3, N)
 
-    # the state that chose each token, what it chose, what it would feed
-    h = h[row.back]  # (N, D), prompts before rollouts
-    states = h[row.before[sampled]]  # (S, D)
-    logprob, entropy = decisions(model, states, ids[sampled], temperature)  # (S,)
-    is_latent = ids == model.config.latent_id
-    predicted = model.to_latent(h[row.before[is_latent]]).to(wide)  # (N, D)
-    zero = torch.zeros_like(ids, dtype=wide)
-    logprob, entropy = (zero.masked_scatter(sampled, x) for x in (logprob, entropy))  # (R, T)
-    return Replay(logprob, entropy, predicted, z, states)
+    # one row without padding: each prompt once, its rollouts after it
+    order = number.argsort(stable=True)  # (N,) flat -> row
+    lengths = [[] for _ in range(B)]
+    for b, length in zip(prompt_of.tolist(), rollout.lengths.tolist()):
+        lengths[b].append(length)
+    layout = Layout(list(zip(mask.sum(1).tolist(), lengths)), device)
+
+    # deviation 5: the recorded latents are fed, a leaf, in the order in which the row reads them
+    wide = torch.promote_types(model.dtype, torch.float32)
+    z = torch.cat(rollout.latents).detach().to(wide).requires_grad_()  # (N_z, D)
+    is_latent = flat == model.config.latent_id  # (N,)
+    place = (is_latent.cumsum(0) - 1)[order][is_latent[order]]  # (N_z,)
+    media = {name: value for name, value in batch.items() if name in MEDIA}
+    embedded = model.embed(flat[order][None], z[place], **media)
+    h, _ = model.states(embedded, positions[:, order], layout)  # (N, D)
+    h = h[order.argsort()]  # flat again
+
+    # the state that chose each token is that of the token before it: at first the prompt's last
+    places = torch.arange(int(real.sum()), len(flat), device=device)
+    own = tokens.new_zeros(R, T).masked_scatter(said, places)  # (R, T)
+    last = mask.sum(1).cumsum(0) - 1  # (B,)
+    before = torch.cat([last[prompt_of][:, None], own[:, :-1]], 1)  # (R, T)
+
+    # what it chose, and what it would feed
+    logprob, entropy = decisions(model, h[before[sampled]], tokens[sampled], temperature)  # (S,)
+    predicted = model.to_latent(h[before[tokens == model.config.latent_id]]).to(wide)  # (N_z, D)
+    zero = torch.zeros_like(tokens, dtype=wide)
+    return Replay(
+        logprobs=zero.masked_scatter(sampled, logprob),
+        entropy=zero.masked_scatter(sampled, entropy),
+        predicted=predicted,
+        latents=z,
+    )
 
 
 def decisions(model, h, chosen, temperature):

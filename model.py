@@ -18,20 +18,20 @@ Where this differs from the paper:
     visual embeddings live on different scales; the paper's model does not.
 Where this differs from the official code:
  2. A subclass, not a patched copy: weights of either project load in the other and in stock
-    Qwen3-VL. Stock `generate` then runs without imagination: it feeds `<|latent|>`, the token.
+    Qwen3-VL. Stock `generate` feeds a span the embedding of `<|latent|>` and so does not imagine,
+    unless it is given the folder's custom_generate/ (common/custom_generate.py).
  3. The number of latents is checked against the number of `<|latent|>` tokens before anything runs.
  4. What is learnt from or sampled from are logits in fp32 (`FutureL1.logits`), not rounded to bf16.
 
 Axis letters: B rows, T tokens, N latents (all rows together), D hidden, V vocabulary.
 """
 
-import importlib
 import json
 import os
 
 import torch
 import torch.nn as nn
-from transformers import AutoConfig, AutoTokenizer, Qwen3VLForConditionalGeneration
+from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from common import shared_prefix
@@ -231,10 +231,11 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         return CausalLMOutputWithPast(logits=logits, hidden_states=(h,))
 
     def generate(self, *args, **kwargs):
-        """Raises TypeError that says where to go: transformers' loop knows no latents. Ours."""
+        """Raises TypeError that names both ways: transformers' own loop knows no latents. Ours."""
         raise TypeError(
-            "latent_decode.generate decodes words and latents; for words alone, load the folder as "
-            "transformers' Qwen3VLForConditionalGeneration"
+            "latent_decode.generate decodes words and latents with this model; in transformers' "
+            "terms, load the folder with AutoModelForImageTextToText and call model.generate(..., "
+            "custom_generate=folder, trust_remote_code=True)"
         )
 
 
@@ -278,19 +279,6 @@ def add_latent_tokens(tokenizer):
     return {key: tokenizer.convert_tokens_to_ids(token) for key, token in LATENT_IDS.items()}
 
 
-def class_of(folder):
-    """FutureL1, or what the config of a folder or hub id names: `variant: "x"` is Model in
-    variants/x.py, a subclass with other layers. Raises ValueError if there is none. Ours.
-    """
-    variant = getattr(AutoConfig.from_pretrained(folder), "variant", None)
-    if not variant:
-        return FutureL1
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "variants", f"{variant}.py")
-    if not os.path.isfile(path):
-        raise ValueError(f"{folder}: its config.json names the variant {variant!r}; no {path}")
-    return importlib.import_module(f"variants.{variant}").Model
-
-
 def load(folder, latent_head=None, **kwargs):
     """A model folder or hub id, stock or ours -> (FutureL1, tokenizer). Source: ours.
 
@@ -300,7 +288,7 @@ def load(folder, latent_head=None, **kwargs):
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = add_latent_tokens(tokenizer)
-    model, info = class_of(folder).from_pretrained(folder, output_loading_info=True, **kwargs)
+    model, info = FutureL1.from_pretrained(folder, output_loading_info=True, **kwargs)
     for keys, fault in (
         (info["missing_keys"], "are missing from"),
         (info["unexpected_keys"], "have no place in the model, but are in"),

@@ -6,19 +6,19 @@
     R_ctr = exp(s_i+/tau) / ( exp(s_i+/tau) + sum_{j in N_i} exp(s_ij/tau) )            Eq. (5)
     R_div = - 1/(M-1) sum_m cos^2(b_m, b_{m+1})      b_m = mean latent of span m        Eq. (6)
 
-Nothing here knows a model or a file. The judge of open answers lives in common/judge.py.
+Nothing here knows a model or a file. `ask_judge` calls a judge that it is given (common/judge.py).
 
 Where this differs from the paper:
- 1. A span needs at least one latent to count for R_fmt: an empty one imagines nothing, and closing
-    spans at once would otherwise be the cheapest way to earn the reward.
- 2. The judge is asked only where it can change something: the rule said no, there is an answer, the
-    response is not repetitive, and the answer is not plainly another option.
+ 1. A span needs at least one latent to count for R_fmt.
+ 2. The judge is asked only if the rule says no and the judge's answer could change something.
 Where this differs from the official code:
- 3. A judge that fails or mumbles leaves the rollout *unjudged*: no reward, no part in its group.
-    Official calls it wrong.
- 4. R_ctr and R_div have one flag each; official's documented switch does not turn R_div on.
-The edge cases of R_ctr are official's, also where they look odd: they decide whether figures can be
-compared.
+ 3. A rollout without a verdict of the judge is *unjudged*: it has no reward and no part in its
+    group. Official calls it wrong.
+ 4. R_ctr and R_div have one weight each; official's documented switch does not turn R_div on.
+ 5. R_fmt is stricter: a tag or a span marker inside a block makes it 0. Official accepts, for
+    example, a second <answer>, or a stray </reason> inside a reason.
+The edge cases of R_ctr follow the official code even where they look odd; otherwise results would
+not be comparable.
 
 Axis letters: G rollouts of a group, N latents of a rollout, T latents two rollouts share, D hidden.
 """
@@ -30,19 +30,21 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from common.formats import answer_of
+from common.formats import answer_of, pick, plain
 from model import LATENT, LATENT_END, LATENT_START
 
 _START, _LATENT, _END = (re.escape(marker) for marker in (LATENT_START, LATENT, LATENT_END))
 _TAG = rf"</?(?:reason|answer)>|{_START}|{_LATENT}|{_END}"
-_TEXT = rf"(?:(?!{_TAG}).)*"  # anything that holds no tag and no span marker
+# deviation 5: anything but tags and markers, so that nothing can hide inside a block
+_TEXT = rf"(?:(?!{_TAG}).)*"
 _R = rf"<reason>{_TEXT}</reason>\s*"
 _A = rf"<answer>{_TEXT}</answer>(?:\s|<\|im_end\|>|<\|endoftext\|>)*"
+# deviation 1: an empty span imagines nothing, and would be the cheapest way to earn the reward
 _L = rf"{_START}(?:\s*{_LATENT})+\s*{_END}\s*"
 _FORMAT = re.compile(rf"\s*(?:{_R})?(?:{_L}{_R})+{_A}", re.S)
 
 
-@functools.lru_cache(maxsize=4096)  # a sure policy repeats itself
+@functools.lru_cache(maxsize=4096)  # a low-entropy policy repeats its responses
 def format_reward(response):
     """R_fmt in {0, 1}: the whole response is `R (L R)+ A` or `(L R)+ A`. Source: sec. 3.3.
 
@@ -79,28 +81,6 @@ def repetition_score(text):
     return score
 
 
-def pick(answer, options):
-    """An answer's text -> index of the option it means, or None. Source: ours.
-
-    The option's text (any case, outer punctuation ignored), else its letter: "B", "(b)", "B) red".
-    A letter counts only if nothing contradicts it: what follows is empty or that option's text.
-    """
-    if answer is None:
-        return None
-    texts = [_plain(option) for option in options]
-    if _plain(answer) in texts:
-        return texts.index(_plain(answer))
-    letter = re.match(r"\(?([A-Za-z])(?:[).:]|\s*$)", answer)
-    index = ord(letter.group(1).upper()) - 65 if letter else -1
-    if not 0 <= index < len(options):
-        return None
-    return index if _plain(answer[letter.end() :]) in ("", texts[index]) else None
-
-
-def _plain(text):
-    return " ".join(text.lower().split()).strip(" .,:;!?\"'()")
-
-
 def accuracy_reward(response, gold, options=None):
     """R_acc's rule in {0, 1}: the first <answer> is the gold answer. Source: sec. 3.3.
 
@@ -109,7 +89,7 @@ def accuracy_reward(response, gold, options=None):
     """
     answer = answer_of(response)
     if not options:
-        return float(answer is not None and _plain(answer) == _plain(gold))
+        return float(answer is not None and plain(answer) == plain(gold))
     wanted = pick(gold, options)
     if wanted is None:
         raise ValueError(f"the answer {gold!r} is none of the options {options}")
@@ -135,24 +115,27 @@ def _wide(z):
 def contrastive_reward(latents, correct, tau=0.5):
     """Eq. (5): imagine what the group's correct rollouts do, not what its wrong ones do -> (G,).
 
-    latents: G tensors (N_i, D), or None where there are none; correct: G bools. The edge cases are
-    official's: without latents the reward is 0 and the rollout is nobody's neighbour; a group of
-    one: 0. Differentiable in the latents.
+    latents: G tensors (N_i, D), or None where there are none; correct: G bools. Without latents the
+    reward is 0, and the rollout is in no P_i and no N_i. Differentiable in the latents. The cases
+    that Eq. (5) leaves open are official's.
     """
     rows = [i for i, z in enumerate(latents) if z is not None and len(z)]
-    if len(latents) < 2 or not rows:
+    if len(latents) < 2 or not rows:  # a group of one has nobody to compare with
         return torch.zeros(len(latents))
     s = similarity([latents[i] for i in rows]).cpu()  # (g, g)
     right = torch.tensor([bool(correct[i]) for i in rows])  # (g,)
     e = (s.double() / tau).exp()
 
-    # s_i+: the best of P_i, the other correct ones; a lone correct one is its own; without any, 0
-    is_positive = right & ~torch.eye(len(rows), dtype=torch.bool)  # (g, g): j in P_i
-    plus = e.masked_fill(~is_positive, 0).amax(1)  # (g,)
-    plus = torch.where(is_positive.any(1), plus, (right.double() / tau).exp())
+    # exp(s_i+ / tau): the most similar of P_i, the other correct rollouts
+    in_P = right & ~torch.eye(len(rows), dtype=torch.bool)  # (g, g): whether j is in P_i
+    plus = e.masked_fill(~in_P, 0).amax(1)  # (g,)
+    # no P_i: a lone correct rollout is its own positive, s+ = 1; where none is correct, s+ = 0
+    plus = torch.where(in_P.any(1), plus, (right.double() / tau).exp())
 
-    # N_i: the wrong ones, i itself too if it is wrong
+    # N_i: the wrong rollouts. A wrong one is in its own N_i, with s_ii = 1.
     minus = e[:, ~right].sum(1)  # (g,)
+    # If none is wrong, Eq. (5) would be 1 for every rollout. Official changes it to s_i+ / tau,
+    # which can exceed 1 but still tells the rollouts apart.
     of_rows = plus.log() if right.all() else plus / (plus + minus)
     reward = torch.zeros(len(latents), dtype=s.dtype)
     reward[rows] = of_rows.to(s.dtype)
@@ -185,8 +168,9 @@ def diversity_reward(latents, span_lengths):
 
 
 def needs_judge(response, gold, options=None):
-    """Whether the rule says no and a judge could say otherwise (deviation 2). Source: ours."""
+    """Whether the rule says no and a judge could change something. Source: ours."""
     answer = answer_of(response)
+    # deviation 2: there is an answer, it is not plainly another option, R_acc is not -1 anyway
     return bool(
         answer
         and not accuracy_reward(response, gold, options)
@@ -197,9 +181,10 @@ def needs_judge(response, gold, options=None):
 
 @dataclass(frozen=True)
 class Weights:
-    """What Eq. (7) and Eq. (5) weigh with. Source: paper Table 9."""
+    """The weights of Eq. (7), and the temperature of Eq. (5). Source: paper Table 9."""
 
     lambda_c: float = 0.2  # of R_ctr
+    # deviation 4: a weight above 0 is all that turns R_div on
     lambda_d: float = 0.1  # of R_div
     tau: float = 0.5  # temperature of Eq. (5)
 
@@ -210,13 +195,13 @@ def score_group(
     """Eq. (7) for the G rollouts of one prompt -> dict of lists of G, with all parts.
 
     responses: texts; latents, span_lengths as in Eq. (5) and (6), a list each; verdicts: G of a
-    judge's True, False (also where it was not asked) or None, no verdict. Keys: accuracy (R_acc, -1
+    judge's True, False (also where it was not asked) or None (no verdict). Keys: accuracy (-1
     where the repetition score exceeds 0.5), correct (bool), format, repetition, contrastive,
     diversity, total, unjudged (bool). An unjudged rollout has accuracy and total None, correct
     False, and is no neighbour in Eq. (5). Raises ValueError as the parts do.
     """
     G, verdicts = len(responses), verdicts or [False] * len(responses)
-    unjudged = [verdict is None for verdict in verdicts]
+    unjudged = [verdict is None for verdict in verdicts]  # deviation 3: not the same as wrong
     repetition = [repetition_score(response) for response in responses]
     correct, accuracy = [False] * G, [None] * G
     judged = [i for i in range(G) if not unjudged[i]]
@@ -249,13 +234,14 @@ def span_lengths(tokens, latent_start, latent):
 
 
 def ask_judge(judge, responses, rows):
-    """A judge's verdict on each response to the row beside it; False where it was not asked.
+    """The judge's verdict on each response to its row: True, False or None (unjudged). Ours.
 
-    It is asked once for all that it is needed for; None = nobody is asked. Source: ours.
+    All questions go to the judge in one call. A response that needs no judge gets False, as all do
+    without a judge (None).
     """
-    questions = {}
+    asked = {}  # number of the response: question, gold, answer
     for i, (response, row) in enumerate(zip(responses, rows)):
         if judge and needs_judge(response, row.answer, row.options):
-            questions[i] = (row.question, row.answer, answer_of(response))
-    verdicts = dict(zip(questions, judge(list(questions.values())))) if questions else {}
+            asked[i] = (row.question, row.answer, answer_of(response))
+    verdicts = dict(zip(asked, judge(list(asked.values())))) if asked else {}
     return [verdicts.get(i, False) for i in range(len(responses))]

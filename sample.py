@@ -1,39 +1,44 @@
-"""One clip, one question, one streamed answer, and what was imagined as a strip of pictures.
+"""One clip or picture, one question, one streamed answer, and a strip of what was imagined.
 
-    python sample.py              # the shipped toy model, about a shipped clip (taste/)
-    python sample.py --list       # its questions; --ask 5 asks the fifth
+    python sample.py              # asks the shipped toy model about a shipped clip (taste/)
+    python sample.py --list       # lists its questions; --ask 5 asks the fifth
     python sample.py --model DIR --video clip.mp4 --question "What happens next?"
+    python sample.py --model DIR --image photo.jpg --question "What happens next?"
 
 The strip shows what was seen, a picture for each span, and the key frames that really came. Spans
-are painted if the model has a painter beside it (python -m tools.pictures teaches one).
+can be painted if the model has a painter (python -m common.painter teaches one).
 """
 
-from dataclasses import dataclass
+import json
+import os
+from dataclasses import dataclass, fields, replace
 
 import torch
 
-from common.clips import ClipError, key_frame_positions, read_clip
-from common.flags import run_script
-from common.formats import Clip, Frame, Row, answer_of
-from common.pictures import coming, write_strip
-from common.runs import Machine
-from common.stream import streamer
-from common.taste import list_questions, shipped
+from common.cli import run_script
+from common.clips import ClipError, film
+from common.formats import Clip, Frame, Row, answer_of, read_rows
+from common.machine import Machine
+from common.painter import coming, write_strip
 from data import DataConfig, at_least, encode
 from latent_decode import ask
 from rewards import span_lengths
+
+# the shipped model of half a million weights, with two clips and eight questions
+TASTE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "taste")
 
 
 @dataclass
 class Config(DataConfig):
     model: str = ""  # a model folder, or a run's folder (its newest checkpoint)
     video: str = ""  # the clip
-    question: str = ""  # what to ask about it
+    image: str = ""  # a picture to ask about, in place of a clip
+    question: str = ""  # what to ask
     # show these key frames (1..8) as pictures, as in training, e.g. 3,4; "" = the clip as a video
     key_frames: str = ""
     list: bool = False  # show the shipped questions
-    ask: int = 2  # which of them to ask, where no model, video and question are given
-    strip: str = "imagined.png"  # where the pictures go; "" = no pictures
+    ask: int = 2  # the shipped question to ask, if no model, video, image and question are given
+    strip: str = "imagined.png"  # where the strip goes; "" = no strip
     max_new_tokens: int = 2048  # paper sec. 4
     max_latents: int = 8  # longest span: 2 * l_max  # official
     temperature: float = 0.0  # 0 = greedy
@@ -45,51 +50,129 @@ class Config(DataConfig):
         at_least(self, 1, "max_new_tokens")
 
 
+# ------------------------------------------------------------------------------ what is asked
+
+
+def shipped(config, number):
+    """Question `number` of taste/ -> its Row, and config with the shipped model and its settings.
+
+    Raises SystemExit if there is no such question.
+    """
+    rows = read_rows(os.path.join(TASTE, "questions.jsonl"))
+    if not 1 <= number <= len(rows):
+        raise SystemExit(f"--ask takes 1 to {len(rows)}, found {number} (--list shows them)")
+    model = os.path.join(TASTE, "model")
+    with open(os.path.join(model, "future_l1.json"), encoding="utf-8") as f:
+        settings = dict(json.load(f), model=model)
+    names = {field.name for field in fields(config)}
+    settings = {name: value for name, value in settings.items() if name in names}
+    return rows[number - 1], replace(config, **settings)
+
+
+def list_questions():
+    """The shipped questions as text, a line each."""
+    lines = []
+    for number, row in enumerate(read_rows(os.path.join(TASTE, "questions.jsonl")), 1):
+        frames = [part for part in row.prompt if isinstance(part, Frame)]
+        clip = os.path.relpath(frames[0].source, os.path.dirname(TASTE))
+        seen = ",".join(str(frame.index) for frame in frames)
+        lines.append(f"{number}  {clip}, key frames {seen}: {row.question}\n")
+    return "".join(lines)
+
+
 def row_of(config):
-    """The clip and the question as a Row. Raises SystemExit for what cannot be used."""
-    for name in ("model", "video", "question"):
-        if not getattr(config, name):
+    """The clip or picture and the question as a Row. Raises SystemExit for unusable input."""
+    source = config.image or config.video
+    for name, value in dict(model=config.model, video=source, question=config.question).items():
+        if not value:
             raise SystemExit(f"--{name} is missing")
+    if config.image and (config.video or config.key_frames):
+        raise SystemExit("--image goes without --video and --key_frames")
     numbers = [n.strip() for n in config.key_frames.split(",") if n.strip()]
     if not all(n in "12345678" and len(n) == 1 for n in numbers):
         raise SystemExit(f"--key_frames takes numbers from 1 to 8, found {config.key_frames!r}")
+
+    frames = [Frame(source, int(n)) for n in numbers]
+    seen = [Frame(source)] if config.image else frames or [Clip(source)]
+    row = Row("the question", "", [*seen, config.question], coming(frames), "", config.question)
     try:
-        read_clip(config.video, key_frame_positions)
+        film(row)  # refuse an unreadable file before the model is loaded
     except ClipError as e:
-        raise SystemExit(f"--video: {e}") from e
-    seen = [Frame(config.video, int(n)) for n in numbers]
-    prompt = [*(seen or [Clip(config.video)]), config.question]
-    return Row("the question", "", prompt, coming(seen), "", config.question)
+        raise SystemExit(f"--{'image' if config.image else 'video'}: {e}") from e
+    return row
+
+
+# -------------------------------------------------------------------------------- the answer
+
+
+class Stream:
+    """Writes an answer while it is generated: words as text, a span as [span 1: 4 latents]."""
+
+    def __init__(self, tokenizer, config, write):
+        self.tokenizer, self.config, self.write = tokenizer, config, write
+        self.words, self.shown = [], ""  # tokens since the last span, and their text so far
+        self.spans, self.latents, self.ended = 0, 0, False
+
+    def __call__(self, tokens):
+        """tokens (1, k): the next ones. `generate` calls this as it goes."""
+        for token in tokens[0].tolist():
+            if self.ended:
+                return
+            if token == self.config.latent_start_id:
+                self.words, self.shown = [], ""
+                self.spans, self.latents = self.spans + 1, 0
+                self.write(f"\n[span {self.spans}: ")
+            elif token == self.config.latent_id:
+                self.latents += 1
+            elif token == self.config.latent_end_id:
+                self.write(f"{self.latents} latent{'s' * (self.latents != 1)}]\n")
+            else:
+                self.words.append(token)
+                text = self.tokenizer.decode(self.words, skip_special_tokens=True)
+                text = text.rstrip("\ufffd")  # half a character waits for its other half
+                self.write(text[len(self.shown) :])
+                self.shown = text
+                self.ended = self.tokenizer.convert_ids_to_tokens(token) == "<|im_end|>"
 
 
 def main(config, write=lambda text: print(text, end="", flush=True)):
-    """Answer one question about one clip, streaming -> the answer or None."""
+    """Answer one question, streaming to `write` -> the answer, or None if there is none."""
     if config.list:
-        return write(list_questions() + "\n")
-    if config.model or config.video or config.question:
-        row = row_of(config)  # what cannot be used is refused before the load
+        return write(list_questions())
+    if config.model or config.video or config.image or config.question:
+        row = row_of(config)
     else:
         row, config = shipped(config, config.ask)
-    machine = Machine()
-    model, tokenizer = machine.load(config.model)
-    sample = encode(row, tokenizer, config, train=False)
+    model, tokenizer = Machine().load(config.model)
 
-    limits = dict(max_new_tokens=config.max_new_tokens, max_latents=config.max_latents)
-    draws = dict(temperature=config.temperature, top_p=config.top_p)
-    draws.update(generator=torch.Generator().manual_seed(config.seed))
+    # the answer, greedy or with a seeded draw
     write(f"{row.question}\n\n")
-    stream = streamer(tokenizer, model.config, write)
-    how = dict(**limits, **draws, stream=stream)
-    rollout, [tokens], [text] = ask(model, tokenizer, [sample], **how)
-
+    rollout, [tokens], [text] = ask(
+        model,
+        tokenizer,
+        [encode(row, tokenizer, config, train=False)],
+        max_new_tokens=config.max_new_tokens,
+        max_latents=config.max_latents,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        generator=torch.Generator().manual_seed(config.seed),
+        stream=Stream(tokenizer, model.config, write),
+    )
     answer = answer_of(text)
-    missing = f"no answer: the response ended by {rollout.finish[0]} without a closed <answer>"
-    write(f"\n\n{missing if answer is None else f'answer: {answer}'}\n")
-    write(f"what came: {row.answer}\n" if row.answer else "")
+    if answer is None:
+        finish = rollout.finish[0]
+        write(f"\n\nno answer: the response ended by {finish} without a closed <answer>\n")
+    else:
+        write(f"\n\nanswer: {answer}\n")
+    if row.answer:
+        write(f"what came: {row.answer}\n")
+
+    # what each span imagined
     if config.strip:
+        path = config.strip if os.path.splitext(config.strip)[1] else config.strip + ".png"
         lengths = span_lengths(tokens, model.config.latent_start_id, model.config.latent_id)
         spans = rollout.latents[0].split(lengths)
-        write(write_strip(config.strip, model, row, spans, answer, config.budgets[1]) + "\n")
+        write(write_strip(path, model, row, spans, answer, config.budgets.future) + "\n")
     return answer
 
 

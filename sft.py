@@ -10,48 +10,44 @@ Source: paper sec. 3.2.
     torchrun --nproc_per_node 8 sft.py --model Qwen/Qwen3-VL-8B-Instruct --data train.json --shard
     python sft.py ... --no-spans            # the text-only baseline on the same rows
 
-The vision tower and merger are frozen (they define e*), the language model is fully tuned. Weights
-are kept in fp32; on CUDA the arithmetic runs in bf16 autocast. Ranks are DDP's, each with all
-weights; with --shard each holds a part (common/shard.py). With --lora_rank small matrices are
-trained beside a frozen model (common/lora.py). Writes OUT/log.jsonl, OUT/loss.png and OUT/step_N (a
-Hugging Face folder; its trainer/ is what a resumed run needs).
+The vision tower and merger are frozen, because they define e*; the language model is fully tuned.
+Several ranks train through DDP, each with all weights; with --shard each holds a part
+(common/machine.py). With --lora_rank small matrices are trained beside a frozen model
+(common/lora.py). The run writes OUT/log.jsonl, OUT/loss.png and OUT/step_N, a Hugging Face folder
+whose trainer/ is what a resumed run needs. --eval_data measures the loss of held-out records at
+every checkpoint.
+
+To feed a span something else than the true future, pass `train` another `fed`:
+variants/pause_tokens.py and variants/self_forcing.py do.
 
 Where this differs from the paper:
  1. Eq. (2) is a mean over the tokens of the step, Eq. (3) a mean over the D dimensions, as in the
-    official code: with the printed sum, lam = 0.1 would weigh the latents 4,096 times more.
- 2. Optional, off by default: `latent_loss`, `latent_head`, `stop_term`. What is fed to a span in
-    training can be changed in a few lines: variants/pause_tokens.py, variants/self_forcing.py.
- 3. Weights and optimizer are kept in fp32, the arithmetic is bf16 (Table 8 says bf16): at lr 1e-5
-    most updates of a bf16 weight would round to nothing.
+    official code.
+ 2. Optional, off by default: `latent_loss`, `latent_head`, `stop_term`.
+ 3. Weights and optimizer are in fp32, the arithmetic is bf16 on CUDA (Table 8 says bf16).
 Where this differs from the official code:
- 4. lam = 0.1 and L_max = 4 as in the paper; the shipped script says 0.2 and 32, left over from
-    another project.
- 5. Every token of the optimizer step weighs the same: counts are summed over ranks and
-    micro-batches before the first backward. A mean of means would favour short samples.
+ 4. lam = 0.1 and L_max = 4, as in the paper.
+ 5. Every token of the optimizer step weighs the same, over all ranks and micro-batches.
  6. A sample that cannot be read is named in log.jsonl; its rank takes the step without it.
 
-Axis letters: B rows, L tokens, N latents, D hidden.
+Axis letters: B rows, T tokens, N latents, D hidden, V vocabulary.
 """
 
-import contextlib
 import dataclasses
 import math
 import os
 import time
 from itertools import groupby
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
-from common.checkpoint import make_optimizer
-from common.flags import run_script
-from common.heldout import HeldOut, held_out_rows
+from common.cli import run_script
+from common.machine import Machine, set_sync, whole, without_ddp
 from common.report import draw_curves
-from common.runs import Machine, Run, check_ranks, rows_of, step_or_skip
+from common.run import Run, aside, held_out_rows, in_order, rows_of
 from data import DataConfig, Samples, at_least, collate, loader, model_inputs, to_device
-from model import LATENT, log_continue
+from model import log_continue
 
 
 @dataclasses.dataclass
@@ -60,9 +56,7 @@ class Config(DataConfig):
     model: str = "Qwen/Qwen3-VL-8B-Instruct"
     data: str = ""  # training records, see data.py
     media_root: str = ""  # where relative clip paths start; "" = the folder of the data file
-    eval_data: str = ""  # held-out records: their loss is logged, they are not learnt from  # ours
-    eval_every: int = 50  # steps between two looks at them; also at the last step  # ours
-    eval_rows: int = 0  # only the first so many; 0 = all  # ours
+    eval_data: str = ""  # held-out records, whose loss is logged at every checkpoint  # ours
     out: str = "runs/sft"  # the run's folder
     resume: bool = False  # continue from the newest checkpoint in `out`
     seed: int = 0  # order of the data  # ours
@@ -73,8 +67,7 @@ class Config(DataConfig):
     micro_batch: int = 1  # samples a forward on one rank  # ours
     lr: float = 1e-5  # peak  # paper Table 8
     warmup: float = 0.1  # share of the steps, linear; then cosine to 0  # paper Table 8
-    beta1: float = 0.9  # paper Table 8
-    beta2: float = 0.95  # paper Table 8
+    beta2: float = 0.95  # of AdamW; beta1 is 0.9  # paper Table 8
     weight_decay: float = 0.1  # on matrices  # paper Table 8
     clip: float = 1.0  # gradient norm  # paper Table 8
     # method
@@ -83,7 +76,6 @@ class Config(DataConfig):
     latent_head: str = ""  # "" = none (paper) | linear  # ours
     spans: bool = True  # --no-spans: text-only SFT, the paper's baseline
     stop_term: bool = False  # also train "do not stop yet" inside spans  # ours
-    freeze_vision: bool = True  # vision tower and merger  # paper Table 8
     # machine
     bf16: bool = True  # on CUDA; the CPU computes in fp32  # paper Table 8
     # recompute activations: less memory, about a third slower  # ours
@@ -95,16 +87,20 @@ class Config(DataConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, 1, "global_batch", "micro_batch", "save_every", "eval_every")
-        at_least(self, 0, "eval_rows")
-        check_ranks(self)
+        at_least(self, 1, "global_batch", "micro_batch", "save_every")
+        at_least(self, 0, "steps", "lora_rank")
         if self.latent_loss not in ("mse", "nmse"):
             raise ValueError(f"latent_loss is {self.latent_loss!r}, expected mse or nmse")
+        if self.shard and self.lora_rank:
+            raise ValueError("lora_rank: not with shard; each rank has the whole frozen model")
 
     @property
     def label(self):
         """What is trained, in a word: it names the run."""
         return "latent" if self.spans else "text"
+
+
+# ---------------------------------------------------------------------------------------- equations
 
 
 def sft_loss(
@@ -131,17 +127,19 @@ def sft_loss(
     logits = model.logits(h[:, :-1][has_label])  # (n_text, V)
     ce_sum, n_text = F.cross_entropy(logits, words, reduction="sum"), words.numel()
 
-    # Eq. (3), as a mean over D
+    # Eq. (3)
     is_latent = inputs["input_ids"][:, 1:] == model.config.latent_id  # (B, T - 1)
     h_before = h[:, :-1][is_latent]  # (N, D)
     z = model.to_latent(h_before).float()  # (N, D)
     e = latents if targets is None else targets
     e = z.new_zeros(0, z.shape[-1]) if e is None else e.detach().float()
+    # deviation 1: a mean over D, because with the printed sum lam = 0.1 would weigh the latents
+    # 4,096 times more
     distance = (z - e).pow(2).mean(-1) / latent_var  # (N,)
     latent_sum, n_latent = distance.sum(), len(distance)
 
-    if stop_term:
-        log_stop = model.logits(h_before).log_softmax(-1)[:, model.config.latent_end_id]
+    if stop_term:  # deviation 2: the paper never trains "do not stop yet"
+        log_stop = model.logits(h_before).log_softmax(-1)[:, model.config.latent_end_id]  # (N,)
         ce_sum = ce_sum - log_continue(log_stop).sum()
         n_text = n_text + n_latent
 
@@ -150,41 +148,32 @@ def sft_loss(
     return dict(means, ce_sum=ce_sum, n_text=n_text, latent_sum=latent_sum, n_latent=n_latent)
 
 
-def target_variance(e):
-    """Targets (N, D) -> their variance, a mean over D: the error of guessing their mean. Ours."""
-    return (e.float() - e.float().mean(0)).pow(2).mean()
+def teacher_forcing(model, batch, e, progress, config):
+    """What a span is fed in training (N, D), row by row in order. Source: sec. 3.2.
 
-
-class Step(torch.nn.Module):
-    """The forward that DDP wraps: a batch -> its sums of Eq. (2) and (3).
-
-    A variant that feeds a span something else overrides `fed`.
+    It is e, the true future.
+    batch: of `data.collate`, on the device. e (N, D): the embeddings of the true future frames.
+    progress: the share of the training that is done, in [0, 1).
     """
+    return e
 
-    def __init__(self, model, config, latent_var=1.0):
-        super().__init__()
-        self.model, self.config, self.latent_var = model, config, latent_var
-        self.figures = {}  # more for the step's line, from a variant: the first rank's last forward
 
-    def fed(self, batch, e, progress):
-        """What is fed at the `<|latent|>` positions (N, D), row by row in order. Source: sec. 3.2.
-
-        batch from `data.collate`; e (N, D): the true future, which is fed here (teacher forcing).
-        progress: the share of the training that is done, in [0, 1).
-        """
-        return e
-
-    def forward(self, batch, progress=0.0):
-        """-> the sums of Eq. (2) and Eq. (3)."""
-        model, e, latents = self.model, None, None
-        if "future_pixel_values" in batch:
-            frames = batch["future_pixel_values"], batch["future_grid_thw"]
-            e = model.encode_frames(*frames)  # (N, D)
-            latents = self.fed(batch, e, progress)
-        args = dict(model_inputs(batch), labels=batch["labels"], latents=latents, targets=e)
-        options = dict(latent_var=self.latent_var, stop_term=self.config.stop_term)
-        out = sft_loss(model, **args, **options)
-        return out["ce_sum"], out["latent_sum"]
+def batch_sums(model, batch, fed, progress, latent_var, config):
+    """A micro-batch -> its sums of Eq. (2) and Eq. (3). What a span is fed comes from `fed`."""
+    e = latents = None
+    if "future_pixel_values" in batch:
+        e = model.encode_frames(batch["future_pixel_values"], batch["future_grid_thw"])  # (N, D)
+        latents = fed(model, batch, e, progress, config)
+    out = sft_loss(
+        model,
+        labels=batch["labels"],
+        latents=latents,
+        targets=e,
+        latent_var=latent_var,
+        stop_term=config.stop_term,
+        **model_inputs(batch),
+    )
+    return out["ce_sum"], out["latent_sum"]
 
 
 def learning_rate(step, steps, config):
@@ -193,6 +182,14 @@ def learning_rate(step, steps, config):
     if step < warm:
         return config.lr * (step + 1) / warm
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def target_variance(e):
+    """Targets (N, D) -> their variance, a mean over D: the error of guessing their mean. Ours."""
+    return (e.float() - e.float().mean(0)).pow(2).mean()
+
+
+# --------------------------------------------------------------------------------------------- data
 
 
 def sample_order(n, total, seed):
@@ -216,45 +213,20 @@ def micro_batches(order, first_step, steps, global_batch, micro_batch, rank, wor
             yield own[k * micro_batch : (k + 1) * micro_batch]
 
 
-def print_row(batch, tokenizer, latent_id):
-    """One training row as a table: token, label, what is fed, text. Equal tokens share a line."""
-    real = batch["attention_mask"][0].bool()
-    ids, labels = (batch[name][0][real].tolist() for name in ("input_ids", "labels"))
-    print("row 0:   token   label  fed      text")
-    for (token, label), same in groupby(zip(ids, labels)):
-        text, times = tokenizer.decode([token]), len(list(same))
-        word = "visual" if text in ("<|image_pad|>", "<|video_pad|>") else "text"
-        fed = "latent" if token == latent_id else word
-        label = "." if label == -100 else label
-        more = f" x {times}" if times > 1 else ""
-        print(f"       {token:>7} {label:>7}  {fed:<7}  {text!r}{more}")
+def on_device(batch, machine):
+    """What a forward takes of a batch. FSDP would copy the tensors in `samples` to the GPU, too."""
+    return to_device({k: v for k, v in batch.items() if k != "samples"}, machine.device)
 
 
-def plan_order(rows, config):
-    """The rows in the order they are used, fixed by the seed -> (list of indices, steps).
-
-    Raises SystemExit if there is nothing to train on.
-    """
-    total = config.steps * config.global_batch or round(len(rows) * config.epochs)
-    if total < 1:
-        raise SystemExit(
-            f"nothing to train on: {config.steps} steps, {config.epochs} epochs of {len(rows)} rows"
-        )
-    return sample_order(len(rows), total, config.seed), -(-total // config.global_batch)
-
-
-def load_steps(samples, order, first, steps, config, machine):
-    """From step `first` on: the micro-batches of this rank, a list a step, decoded ahead."""
-    sizes = config.global_batch, config.micro_batch, machine.rank, machine.world
-    plan = list(micro_batches(order, first, steps, *sizes))
-    count, pad = len(plan) // max(1, steps - first), samples.tokenizer.pad_token_id or 0
-    # begun here, before a checkpoint's random state is put back: a loader draws a number
-    batches = iter(loader(samples, plan, config.workers, pad_id=pad))
-    return ([next(batches) for _ in range(count)] for _ in range(first, steps))
+def count(batch, latent_id, config):
+    """A batch -> its members of T in Eq. (2), of S in Eq. (3), all its tokens with padding."""
+    n_latent = int((batch["input_ids"] == latent_id).sum())
+    n_text = int((batch["labels"][:, 1:] != -100).sum()) + n_latent * config.stop_term
+    return n_text, n_latent, batch["input_ids"].numel()
 
 
 def measure_variance(model, samples, order, config, machine):
-    """What Eq. (3) is divided by: one number for the whole run.
+    """latent_var of `sft_loss`, one number for the whole run. Source: ours.
 
     mse: 1. nmse: the variance of the targets in the first 64 samples. Raises SystemExit if rows
     have spans but none of these can be read.
@@ -271,125 +243,148 @@ def measure_variance(model, samples, order, config, machine):
     return 1.0
 
 
-class Counts(NamedTuple):
-    """What a step holds, over all micro-batches and ranks."""
-
-    n_text: int  # |T| of Eq. (2)
-    n_latent: int  # |S| of Eq. (3)
-    n_tokens: int  # all that are fed, padding too
+# --------------------------------------------------------------------------------------------- loop
 
 
-def count_step(micro, latent_id, config, machine):
-    """A step's micro-batches on each rank -> Counts, known before the first backward."""
-    n_latent = sum(int((batch["input_ids"] == latent_id).sum()) for batch in micro)
-    n_text = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in micro)
-    n_text += n_latent * config.stop_term
-    n_tokens = sum(batch["input_ids"].numel() for batch in micro)
-    return Counts(*(int(n) for n in machine.sum([n_text, n_latent, n_tokens])))
-
-
-def check_first(counts, skipped):
-    """Raises SystemExit if the first step has no word to learn: a wrong media_root, most likely."""
-    if counts.n_text == 0:
-        why = f"could be used, e.g. {skipped[0].why}" if skipped else "has a word to learn"
-        raise SystemExit(f"no sample of step 0 {why}")
-
-
-def trained_on(batch, machine):
-    """What a `Step` takes of a batch. The samples stay: FSDP moves to the GPU what it is given."""
-    return to_device({k: v for k, v in batch.items() if k != "samples"}, machine.device)
-
-
-def backward(step, micro, progress, counts, config, machine):
-    """A step's forwards and backwards -> dict of Eq. (1)-(3), the means over all ranks."""
-    n_text, n_latent = counts.n_text, max(counts.n_latent, 1)
-    sums = torch.zeros(2, dtype=torch.float64)
-    for batch in micro:
-        # the ranks' gradients add up once a step; sharded ones, which are nowhere whole, at once
-        waits = isinstance(step, DistributedDataParallel) and batch is not micro[-1]
-        with step.no_sync() if waits else contextlib.nullcontext():
-            with machine.autocast():
-                ce, latent = step(trained_on(batch, machine), progress)
-            (ce / n_text + config.lam * latent / n_latent).backward()  # Eq. (1)
-        sums += torch.stack([ce, latent]).detach().double().cpu()
-    ce, latent = machine.sum(sums)
-    ce, latent = ce / n_text, latent / n_latent
-    return dict(ce=ce, latent=latent, loss=ce + config.lam * latent)
-
-
-def held_out_loss(module, held_out, tokenizer, log, config, machine):
-    """Eq. (1)-(3) on what was held out, the true future fed -> fields of the step's line.
-
-    Means over the tokens of all rows and ranks; None where there is no token. module: a `Step`.
-    """
-    sums, n_text, n_latent = torch.zeros(2, dtype=torch.float64), 0, 0
-    latent_id = tokenizer.convert_tokens_to_ids(LATENT)
-    with held_out.aside(module):
-        for batch in held_out.batches(tokenizer, config.micro_batch, spans=config.spans):
-            counts = count_step([batch], latent_id, config, machine)
-            n_text, n_latent = n_text + counts.n_text, n_latent + counts.n_latent
-            with machine.autocast():
-                sums += torch.stack(module(trained_on(batch, machine))).double().cpu()
-    ce, latent = machine.sum(sums)
-    ce, latent = ce / n_text if n_text else None, latent / max(n_latent, 1)
-    loss = ce + config.lam * latent if n_text else None  # Eq. (1)
-    return held_out.line(log, loss=loss, ce=ce, latent=latent)
-
-
-def train(config, rows=None, module=Step, samples=Samples):
+def train(config, fed=teacher_forcing):
     """Run the training -> path of the last checkpoint.
 
-    rows: list of Row, default those of config.data. module, samples: a variant's subclass of each.
+    fed(model, batch, e, progress, config) -> (N, D): what spans are fed, see `teacher_forcing`.
     Raises SystemExit on a folder in use or bad input.
     """
-    # the run's folder; the data in its order; the model
+    # the run's folder, the rows in their order, the model
     machine = Machine(config.bf16, config.shard)
-    rows = rows_of(config) if rows is None else rows
-    held_out = HeldOut(held_out_rows(config), config, machine)
+    rows, held_out = rows_of(config), held_out_rows(config)
+    total = config.steps * config.global_batch or round(len(rows) * config.epochs)
+    if total < 1:
+        raise SystemExit(f"nothing to train on: {len(rows)} rows, {config.epochs} epochs")
+    order, steps = sample_order(len(rows), total, config.seed), -(-total // config.global_batch)
     run = Run(config, rows, machine, config.label)
-    order, steps = plan_order(rows, config)
     torch.manual_seed(config.seed)
+    # deviation 3: in fp32, because at lr 1e-5 most updates of a bf16 weight would round to nothing
     model, tokenizer = run.load(latent_head=config.latent_head or None)
-    encoded = samples(rows, tokenizer, config, train=True, spans=config.spans)
-    batches = load_steps(encoded, order, run.first, steps, config, machine)
+    model.model.visual.requires_grad_(False)  # Table 8: vision tower and merger are frozen
+    latent_id = model.config.latent_id
 
-    # what is trained, and the state of a run that goes on
-    state = run.state or dict(latent_var=measure_variance(model, encoded, order, config, machine))
+    # the loader is created before the random state is restored: it draws a number when it starts
+    samples = Samples(rows, tokenizer, config, train=True, spans=config.spans)
+    sizes = config.global_batch, config.micro_batch, machine.rank, machine.world
+    plan = list(micro_batches(order, run.first, steps, *sizes))
+    micro_steps = -(-config.global_batch // (config.micro_batch * machine.world))
+    batches = iter(loader(samples, plan, config.workers, pad_id=tokenizer.pad_token_id or 0))
+
+    # what Eq. (3) is divided by; the model over the ranks; AdamW with weight decay on matrices only
+    state = run.state or dict(latent_var=measure_variance(model, samples, order, config, machine))
     latent_var = state["latent_var"]
-    loss = module(model, config, latent_var)
-    wrapped = machine.wrap(loss, unused=not config.freeze_vision)
-    optimizer, trained = make_optimizer(model, config)
+    sums_of = machine.wrap(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = dict(params=[p for p in trained if p.ndim >= 2], weight_decay=config.weight_decay)
+    vectors = dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.0)
+    betas = 0.9, config.beta2
+    optimizer = torch.optim.AdamW([matrices, vectors], lr=config.lr, betas=betas, fused=True)
     run.start(model, optimizer, describe(config, rows, model, steps, machine))
 
-    for step in run.log.steps(steps, run.name):
-        # the step's samples, and what Eq. (2) and (3) are divided by
-        began, micro = time.time(), next(batches)
+    for step in run.steps(steps):
+        # the step's samples; deviation 6: those that cannot be read are named
+        began = time.time()
+        micro = [next(batches) for _ in range(micro_steps)]
+        skipped, _ = run.skips([skip for batch in micro for skip in batch["skipped"]])
         if step == 0 and machine.master:
-            print_row(micro[0], tokenizer, model.config.latent_id)
-        skipped, _ = run.log.skips([skip for batch in micro for skip in batch["skipped"]])
-        counts = count_step(micro, model.config.latent_id, config, machine)
-        if step == 0:
-            check_first(counts, skipped)
+            print_row(micro[0], tokenizer, latent_id)
 
-        # Eq. (1), its gradient, the update; a step without a word to learn has none
+        # deviation 5: |T| and |S| of the whole step, over all ranks, before the first backward
+        counts = [sum(some) for some in zip(*(count(batch, latent_id, config) for batch in micro))]
+        n_text, n_latent, n_tokens = (int(n) for n in machine.sum(counts))
+        if step == 0 and not n_text:
+            why = f"could be used, e.g. {skipped[0][1]}" if skipped else "has a word to learn"
+            raise SystemExit(f"no sample of step 0 {why}")
+
+        # forward and backward, a micro-batch at a time
+        sums = torch.zeros(2, dtype=torch.float64)
+        for batch in micro if n_text else []:
+            set_sync(sums_of, last=batch is micro[-1])
+            arguments = on_device(batch, machine), fed, step / steps, latent_var, config
+            with machine.autocast():
+                ce, latent = sums_of(batch_sums, *arguments)
+            loss = ce / n_text + config.lam * latent / max(n_latent, 1)  # Eq. (1)
+            (loss * machine.world).backward()  # DDP and FSDP average the ranks' gradients
+            sums += torch.stack([ce, latent]).detach().double().cpu()
+
+        # clip and step, unless there was nothing to learn or the gradient is not finite
         lr, norm = learning_rate(step, steps, config), None
-        means = dict.fromkeys(("ce", "latent", "loss"))
-        if counts.n_text:
-            means = backward(wrapped, micro, step / steps, counts, config, machine)
-            norm = step_or_skip(optimizer, trained, lr, config.clip)
+        if n_text:
+            norm = whole(torch.nn.utils.clip_grad_norm_(trained, config.clip)).item()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        update_skipped = norm is None or not math.isfinite(norm)  # the norm is equal on all ranks
+        if not update_skipped:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
         # a line in the log, and now and then a checkpoint
-        line = dict(step=step, lr=lr, tokens=counts.n_tokens, latents=counts.n_latent, **means)
-        line.update(loss.figures)
-        line.update(grad_norm=norm, update_skipped=norm is None or not math.isfinite(norm))
-        line.update(skipped=[list(skip) for skip in skipped], seconds=round(time.time() - began, 4))
-        if held_out.due(step + 1, steps):
-            line.update(held_out_loss(wrapped, held_out, tokenizer, run.log, config, machine))
-        run.log.write(line, ce=means["ce"], latent=means["latent"], **held_out.shown)
-        due = run.save_if_due(step + 1, steps, model, tokenizer, optimizer, latent_var=latent_var)
-        if due and machine.master:
-            draw_curves(run.log.path, os.path.join(config.out, "loss.png"))
-    return run.checkpoint
+        means = means_of(sums, n_text, n_latent, config, machine)
+        line = dict(step=step, lr=lr, tokens=n_tokens, latents=n_latent, **means)
+        line.update(grad_norm=norm, update_skipped=update_skipped, skipped=skipped)
+        line.update(seconds=round(time.time() - began, 4))
+        if update_skipped:
+            why = "no sample could be used" if norm is None else "gradient is not finite"
+            run.say(f"step {step}: {why}, no update")
+        if held_out and run.due(step + 1, steps):
+            line.update(held_out_loss(sums_of, held_out, tokenizer, latent_var, run))
+        run.log(line, "ce", "latent", "eval_loss")
+        if run.due(step + 1, steps):
+            run.save(step + 1, model, tokenizer, optimizer, latent_var=latent_var)
+            if machine.master:
+                draw_curves(run.path, os.path.join(config.out, "loss.png"))
+    return run.finish()
+
+
+def means_of(sums, n_text, n_latent, config, machine):
+    """Sums of this rank, counts of all ranks -> the means of Eq. (1)-(3); None without a word."""
+    ce, latent = machine.sum(sums)
+    if not n_text:
+        return dict(loss=None, ce=None, latent=None)
+    ce, latent = ce / n_text, latent / max(n_latent, 1)
+    return dict(loss=ce + config.lam * latent, ce=ce, latent=latent)
+
+
+def held_out_loss(sums_of, rows, tokenizer, latent_var, run):
+    """Eq. (1)-(3) on rows that are not learnt from, the true future fed -> fields of the line.
+
+    Means over the tokens of all rows and ranks, as eval_loss, eval_ce, eval_latent.
+    """
+    config, machine, began = run.config, run.machine, time.time()
+    sums, counts, skipped = torch.zeros(2, dtype=torch.float64), [0, 0], []
+    sums_of = without_ddp(sums_of)
+    with aside(sums_of):
+        encoding = dict(train=True, spans=config.spans)
+        for some in in_order(rows, tokenizer, config.micro_batch, config, machine, **encoding):
+            batch = collate(some, tokenizer.pad_token_id or 0)
+            skipped += batch["skipped"]
+            n_text, n_latent, _ = count(batch, sums_of.model.config.latent_id, config)
+            counts = [counts[0] + n_text, counts[1] + n_latent]
+            arguments = on_device(batch, machine), teacher_forcing, 0.0, latent_var, config
+            with machine.autocast():
+                sums += torch.stack(sums_of(batch_sums, *arguments)).double().cpu()
+    n_text, n_latent = machine.sum(counts)
+    means = means_of(sums, n_text, n_latent, config, machine)
+    skipped, _ = run.skips(skipped)
+    line = {f"eval_{name}": value for name, value in means.items()}
+    return dict(line, eval_skipped=skipped, eval_seconds=round(time.time() - began, 4))
+
+
+def print_row(batch, tokenizer, latent_id):
+    """One training row as a table: token, label, what is fed, text. Equal tokens share a line."""
+    real = batch["attention_mask"][0].bool()
+    ids, labels = batch["input_ids"][0][real].tolist(), batch["labels"][0][real].tolist()
+    print("row 0:   token   label  fed      text")
+    for (token, label), same in groupby(zip(ids, labels)):
+        text, times = tokenizer.decode([token]), len(list(same))
+        word = "visual" if text in ("<|image_pad|>", "<|video_pad|>") else "text"
+        fed = "latent" if token == latent_id else word
+        label = "." if label == -100 else label
+        more = f" x {times}" if times > 1 else ""
+        print(f"       {token:>7} {label:>7}  {fed:<7}  {text!r}{more}")
 
 
 def describe(config, rows, model, steps, machine):
@@ -405,4 +400,4 @@ def describe(config, rows, model, steps, machine):
 
 
 if __name__ == "__main__":
-    run_script(lambda config: print("last checkpoint:", train(config)), Config)
+    run_script(train, Config)

@@ -2,33 +2,31 @@
 
     rows, average = read_benchmark("mcq", "videomme/test.parquet", "videomme/videos")
 
-Multiple choice has one normal form, {id, video, question, options, answer, group}; `READERS` says
-for each release which of its fields goes where. Rows of the normal form, and of every format of
-data.py with options, need no reader.
+Multiple choice has one normal form, {id, video, question, options, answer, group}, with start and
+end or a picture where a release has them; `RELEASES` says for each release which of its fields goes
+where. Rows of the normal form, and of every format of docs/data.md with options, need no entry.
 """
 
-import glob
 import os
 import re
 from collections import Counter
 from typing import NamedTuple
 
-from common.formats import Clip, Frame, RecordError, Skipped, read_record, read_records
+from common.formats import (
+    ASK_LETTER,
+    Frame,
+    RecordError,
+    Skipped,
+    name_unknown_keys,
+    read_record,
+    read_records,
+)
 
 BENCHMARKS = ("", "futurebench", "twiffbench", "mcq")
-
-
-# FutureBench's four splits
-HOPS = {"hop1": "1-hop", "hop2": "2-hop", "hop3": "3-hop", "hop5": "interp"}
-
-
+HOPS = {"hop1": "1-hop", "hop2": "2-hop", "hop3": "3-hop", "hop5": "interp"}  # FutureBench's splits
 CLIPS = "first_part_video"  # FutureBench: the clips, cut before what is asked about
 WHOLE = "video_dataset"  # the whole videos, in which the answer is seen
-
-# ours; official appends a sentence to the same effect
-ASK_LETTER = (
-    "\nReply with the letter of the right option only, and put it between <answer> and </answer>."
-)
+FILES = (".json", ".jsonl", ".parquet")
 
 
 # Published by the paper (Qwen3-VL-8B), never run here: {benchmark: (columns, {row: values})}
@@ -53,16 +51,17 @@ PAPER = {
 }
 
 
-class Reader(NamedTuple):
+class Release(NamedTuple):
     """Where a release keeps what.
 
-    Texts in braces are its fields; {stem} is the file's name, {n} the record's number.
+    Texts in braces are its fields; {stem} is the file's name, {n} the record's number, {folder} the
+    folder of MVBENCH.
     """
 
-    keys: tuple  # a record of this release has all of these
+    keys: str  # a record of this release has all of these
     id: str
     video: str  # below the media root
-    options: str | tuple  # the field that lists them, or one field each
+    options: str  # the field that lists them, or one field each
     group: str
     average: str = "micro"
     index: bool = False  # the answer is a number from 0 on; else a letter or an option's text
@@ -70,114 +69,97 @@ class Reader(NamedTuple):
     picture: str = ""  # a picture shown after the clip, below the media root
 
 
-READERS = {  # the first that fits is taken
-    "Video-MME": Reader(
-        ("videoID", "question_id", "options"),
-        "{question_id}",
-        "{videoID}.mp4",
-        "options",
-        "{duration}",
+RELEASES = {  # the first that fits is taken
+    "Video-MME": Release(
+        "videoID question_id options", "{question_id}", "{videoID}.mp4", "options", "{duration}"
     ),
-    "EgoSchema": Reader(
-        ("video_idx", "option"), "{question_idx}", "{video_idx}.mp4", "option", "all", index=True
+    "EgoSchema": Release(
+        "video_idx option", "{question_idx}", "{video_idx}.mp4", "option", "all", index=True
     ),
-    "NExT-QA": Reader(
-        ("qid", "a0", "a4"),
-        "{video}-{qid}",
-        "{video}.mp4",
-        ("a0", "a1", "a2", "a3", "a4"),
-        "{type}",
-        index=True,
+    "NExT-QA": Release(
+        "qid a0 a4", "{video}-{qid}", "{video}.mp4", "a0 a1 a2 a3 a4", "{type}", index=True
     ),
-    "SEED-Bench-R1": Reader(
-        ("video_basename", "current_observation_basename", "golden_choice_idx"),
+    "SEED-Bench-R1": Release(
+        "video_basename current_observation_basename golden_choice_idx",
         "{sample_id}",
         "videos/{video_source}/{video_basename}",
-        ("choice_a", "choice_b", "choice_c", "choice_d"),
+        "choice_a choice_b choice_c choice_d",
         "{task_level}",
         answer="golden_choice_idx",
         picture="images/{video_source}/{current_observation_basename}",
     ),
-    "MLVU_dev": Reader(  # sy1998/MLVU_dev on the hub
-        ("video_name", "task_type"),
-        "{stem}-{n}",
-        "{video_name}",
-        "candidates",
-        "{task_type}",
-        "macro",
+    "MLVU_dev": Release(  # sy1998/MLVU_dev on the hub
+        "video_name task_type", "{stem}-{n}", "{video_name}", "candidates", "{task_type}", "macro"
     ),
-    "MLVU": Reader(
-        ("candidates", "question_type"),
+    "MLVU": Release(
+        "candidates question_type",
         "{stem}-{n}",
         "{stem}/{video}",
         "candidates",
         "{question_type}",
         "macro",
     ),
-    "MVBench": Reader(("candidates",), "{stem}-{n}", "{folder}/{video}", "candidates", "{stem}"),
+    "MVBench": Release("candidates", "{stem}-{n}", "{folder}/{video}", "candidates", "{stem}"),
 }
 
+# MVBench: the folder of a task's clips in the release; its name in the hub's `video` revision,
+# where clips are mp4 files and already cut ("" = the same as in the release); the tasks, by which
+# the files of questions are named
+MVBENCH = (
+    (
+        "star/Charades_v1_480",
+        "star/Charades_segment",
+        "action_sequence action_prediction object_interaction",
+    ),
+    ("ssv2_video", "ssv2_video_mp4", "action_antonym"),
+    ("Moments_in_Time_Raw/videos", "", "fine_grained_action"),
+    ("FunQA_test/test", "", "unexpected_action"),
+    ("sta/sta_video", "sta/sta_video_segment", "action_localization"),
+    ("scene_qa/video", "", "scene_transition"),
+    ("perception/videos", "", "object_shuffle action_count state_change character_order"),
+    (
+        "clevrer/video_validation",
+        "",
+        "object_existence moving_direction moving_count moving_attribute counterfactual_inference",
+    ),
+    ("nturgbd", "nturgbd_convert", "fine_grained_pose"),
+    ("vlnqa", "", "egocentric_navigation"),
+    # in the release folders of pictures, which are read as missing clips
+    ("tvqa/frames_fps3_hq", "tvqa/video_fps3_hq_segment", "episodic_reasoning"),
+)
 
-MVBENCH_FOLDERS = {  # where MVBench's release keeps the clips of a task (the file's name)
-    folder: tasks.split()
-    for folder, tasks in {
-        "star/Charades_v1_480": "action_sequence action_prediction object_interaction",
-        "ssv2_video": "action_antonym",
-        "Moments_in_Time_Raw/videos": "fine_grained_action",
-        "FunQA_test/test": "unexpected_action",
-        "sta/sta_video": "action_localization",
-        "scene_qa/video": "scene_transition",
-        "perception/videos": "object_shuffle action_count state_change character_order",
-        "clevrer/video_validation": "object_existence moving_direction moving_count "
-        "moving_attribute counterfactual_inference",
-        "nturgbd": "fine_grained_pose",
-        "vlnqa": "egocentric_navigation",
-        "tvqa/frames_fps3_hq": "episodic_reasoning",
-    }.items()
-}  # the last: folders of pictures, read as missing clips
 
-
-# The hub's `video` revision of MVBench keeps five of these folders elsewhere: every clip is an mp4,
-# and already cut.
-MVBENCH_CUT = {
-    "star/Charades_v1_480": "star/Charades_segment",
-    "ssv2_video": "ssv2_video_mp4",
-    "sta/sta_video": "sta/sta_video_segment",
-    "nturgbd": "nturgbd_convert",
-    "tvqa/frames_fps3_hq": "tvqa/video_fps3_hq_segment",
-}
+def release_of(record):
+    """The release to which a record belongs, or None."""
+    keys = set(record) if isinstance(record, dict) else set()
+    return next((r for r in RELEASES.values() if set(r.keys.split()) <= keys), None)
 
 
 def normal_form(record, where, stem="", n=0):
-    """A record of one of READERS' releases -> (its normal form, its Reader), else (record, None).
+    """A record of one of RELEASES -> (its normal form, its Release), else (record, None).
 
-    The normal form: {id, video, question, options, answer, group}, with MVBench's {start, end} and
-    SEED-Bench-R1's {picture}. Source: the public releases' fields. Raises RecordError naming a
-    missing field, and for MVBench's fields in a file that is none of its tasks.
+    Source: the public releases' fields. Raises RecordError naming a missing field, and for
+    MVBench's fields in a file that is none of its tasks.
     """
-    reader = next((r for r in READERS.values() if set(r.keys) <= set(record)), None)
-    if reader is None:
+    release = release_of(record)
+    if release is None:
         return record, None
-    folder = next((f for f, tasks in MVBENCH_FOLDERS.items() if stem in tasks), None)
-    if reader is READERS["MVBench"] and folder is None:
+    folder = next((folder for folder, _, tasks in MVBENCH if stem in tasks.split()), None)
+    if release is RELEASES["MVBench"] and folder is None:
         raise RecordError(
             f"{where}: {stem!r} is none of MVBench's 20 tasks; another release that has "
             "'candidates' needs the normal form (id, video, question, options, answer, group)"
         )
-
-    # fields that go where the reader says
     fields = dict(record, stem=stem, n=n, folder=folder)
+    out = {name: record[name] for name in ("start", "end") if name in record}
     try:
-        out = {name: getattr(reader, name).format(**fields) for name in ("id", "video", "group")}
-        out |= dict(question=record["question"], answer=record[reader.answer])
-        out["options"] = options_of(record, reader)
-        if reader.picture:
-            out["picture"] = reader.picture.format(**fields)
+        for name in ("id", "video", "group", "picture"):
+            out[name] = getattr(release, name).format(**fields)
+        out["question"], out["answer"] = record["question"], record[release.answer]
+        out["options"] = options_of(record, release)
     except KeyError as e:
         raise RecordError(f"{where}: key {e} is missing (found {', '.join(sorted(record))})") from e
-
-    # an answer's number becomes a letter
-    if reader.index:
+    if release.index:  # an answer's number becomes a letter
         last, answer = len(out["options"]) - 1, str(out["answer"])
         if not re.fullmatch(r"\d+", answer) or int(answer) > last:
             raise RecordError(
@@ -185,7 +167,18 @@ def normal_form(record, where, stem="", n=0):
                 "(EgoSchema has answers in its subset only)"
             )
         out["answer"] = chr(65 + int(answer))
-    return out | {k: record[k] for k in ("start", "end") if k in record}, reader
+    return out, release
+
+
+def options_of(record, release):
+    """The texts of a record's options. Raises KeyError.
+
+    MLVU_dev without candidates: the lines of the question that begin with (A), (B), ...
+    """
+    if release is RELEASES["MLVU_dev"] and not record.get(release.options):
+        return re.findall(r"^\s*(\(?[A-H][).:]\s*\S.*?)\s*$", record["question"], re.M)
+    fields = release.options.split()
+    return record[fields[0]] if len(fields) == 1 else [record[field] for field in fields]
 
 
 def take_cut_clip(record, root):
@@ -193,57 +186,31 @@ def take_cut_clip(record, root):
 
     `start` and `end` say where that clip was cut, so they go. Source: the revision's folders.
     """
-    for folder, cut in MVBENCH_CUT.items():
+    for folder, cut, _ in MVBENCH:
         clip = record["video"].replace(folder + "/", cut + "/", 1)
-        if record["video"].startswith(folder + "/") and os.path.exists(os.path.join(root, clip)):
-            kept = {k: v for k, v in record.items() if k not in ("start", "end")}
-            return dict(kept, video=clip)
+        if cut and clip != record["video"] and os.path.exists(os.path.join(root, clip)):
+            return dict(record, video=clip, start=None, end=None)
     return record
 
 
-def options_of(record, reader):
-    """The texts of a record's options, without their letters. Raises KeyError.
-
-    MLVU_dev without candidates: the lines of the question that begin with (A), (B), ...
-    """
-    if not isinstance(reader.options, str):
-        options = [record[key] for key in reader.options]
-    elif reader is READERS["MLVU_dev"] and not record.get(reader.options):
-        options = re.findall(r"^\s*(\(?[A-H][).:]\s*\S.*?)\s*$", record["question"], re.M)
-    else:
-        options = record[reader.options]
-    options = [str(o) for o in options]
-    if all(re.match(rf"\(?{chr(65 + i)}[).:]\s*\S", o) for i, o in enumerate(options)):
-        options = [re.sub(r"^\(?[A-Z][).:]\s*", "", o) for o in options]
-    return options
-
-
 def files_of(data):
-    """A path or a hub id -> [(name, records)]. Source: ours.
+    """A path or a hub id -> [(name, records)].
 
     A file, each file of a folder (of MLVU's the first seven: 8_ and 9_ have no options), or a hub
     dataset's test split, `org/name` or `org/name:config` (by `datasets`). Raises FileNotFoundError
     for what is none of them, RecordError for what cannot be read.
     """
     if os.path.isdir(data):
-        paths = sorted(
-            p
-            for ext in ("json", "jsonl", "parquet")
-            for p in glob.glob(f"{glob.escape(data)}/*.{ext}")
-        )
-        if not paths:
+        names = sorted(name for name in os.listdir(data) if name.endswith(FILES))
+        if not names:
             raise FileNotFoundError(f"{data}: no .json, .jsonl or .parquet file in this folder")
-        open_ended = [
-            p for p in paths if re.match(r"[89]_(sub_scene|summary)", os.path.basename(p))
-        ]
-        for path in open_ended:
-            print(f"{path}: MLVU's generation tasks have no options, left out")
-        return [(path, read_records(path)) for path in paths if path not in open_ended]
-    if (
-        os.path.exists(data)
-        or not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", data)
-        or data.endswith((".json", ".jsonl", ".parquet"))
-    ):
+        open_ended = [name for name in names if re.match(r"[89]_(sub_scene|summary)", name)]
+        for name in open_ended:
+            print(f"{name}: MLVU's generation tasks have no options, left out")
+        paths = [os.path.join(data, name) for name in names if name not in open_ended]
+        return [(path, read_records(path)) for path in paths]
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", data) and not data.endswith(FILES)
+    if os.path.exists(data) or not is_hub_id:
         return [(data, read_records(data))]
     try:
         import datasets
@@ -259,7 +226,7 @@ def files_of(data):
 
 
 def clips_folder(name, path, media_root):
-    """Where the clips of a benchmark's file lie: media_root, else the folder of the file. Ours.
+    """Where the clips of a benchmark's file lie: media_root, else the folder of the file.
 
     FutureBench: else `first_part_video` beside the file. Raises ValueError for the whole videos.
     """
@@ -276,7 +243,7 @@ def clips_folder(name, path, media_root):
 
 
 def read_benchmark(name, data, media_root=None, bad=None):
-    """-> (rows, how groups are averaged: micro | macro). Source: DESIGN.md section 5, READERS.
+    """-> (rows, how groups are averaged: micro | macro). Source: the public files, RELEASES.
 
     name: one of BENCHMARKS. data: a file, a folder of files, or a hub id. media_root: where
     relative clip paths start, default as in `clips_folder`. bad: a list that gets a Skipped for
@@ -290,6 +257,7 @@ def read_benchmark(name, data, media_root=None, bad=None):
     rows, averages, seen, why = [], set(), Counter(), ""
     for path, records in files_of(data) if name else [(data, read_records(data))]:
         root = clips_folder(name, path, media_root)
+        name_unknown_keys(path, [record for record in records if release_of(record) is None])
         for n, record in enumerate(records):
             try:
                 row, average = read_row(name, record, path, n, root)
@@ -310,22 +278,18 @@ def read_benchmark(name, data, media_root=None, bad=None):
 
 def read_row(name, record, path, n, root):
     """Record n of a benchmark's file -> (Row, micro | macro). Raises RecordError."""
-    where, reader, source = f"{path}:{n}", None, record
+    where, release, normal = f"{path}:{n}", None, record
     stem = os.path.splitext(os.path.basename(path))[0].split(":")[-1]
     if name == "mcq" and isinstance(record, dict):
-        record, reader = normal_form(record, where, stem, n)
-    if reader is READERS["MVBench"]:
-        record = take_cut_clip(record, root)
-    row = read_record(record, where, root)
+        normal, release = normal_form(record, where, stem, n)
+    if release is RELEASES["MVBench"]:
+        normal = take_cut_clip(normal, root)
+    row = read_record(normal, where, root)
 
-    # MVBench asks about a part of the clip, in seconds; SEED-Bench-R1 shows a picture after the
-    # clip, or instead of it where nothing has been done yet
-    if reader and record.get("end"):
-        start, end = float(record.get("start") or 0), float(record["end"])
-        row.prompt[0] = Clip(row.prompt[0].path, start, end)
-    if reader and record.get("picture"):
-        row.prompt.insert(1, Frame(os.path.join(root, record["picture"])))
-        row.prompt = row.prompt if source.get("task_progress_metadata") else row.prompt[1:]
+    # SEED-Bench-R1 shows a picture after the clip, or instead of it where nothing was done yet
+    if release and normal["picture"]:
+        row.prompt.insert(1, Frame(os.path.join(root, normal["picture"])))
+        row.prompt = row.prompt if record.get("task_progress_metadata") else row.prompt[1:]
 
     # a file that names no id: short, and the same wherever the file lies
     if name and row.id == where:
@@ -333,4 +297,4 @@ def read_row(name, record, path, n, root):
     if name == "futurebench":
         row.group = HOPS.get(row.group, row.group)
         row.prompt.append(ASK_LETTER)
-    return row, reader.average if reader else "micro"
+    return row, release.average if release else "micro"

@@ -1,15 +1,43 @@
-"""Clips and pictures: decord, PyAV, image files; pixels to patches; key frames."""
+"""Clips and pictures: pixels to patches, key frames, and decoding in a process of its own.
+
+On damaged bytes a decoder may end its whole process (decord: std::bad_alloc), which no `except`
+catches. So clips are decoded in a process of their own, and what ends it costs one clip, not the
+run: `Decoder` keeps one such process and starts another when it dies. decord comes first; PyAV
+takes what decord refuses. This file is also the script of that process.
+
+    parent: (decoder, path)     ->
+                                <-  child: ("choose", clock (frames in the clip,), frames a second)
+    parent: numbers of frames   ->                      (again if it was another number of frames)
+                                <-  child: ("frames", uint8 (T, H, W, 3), numbers, seconds, fps)
+
+The clock says when each frame is shown, counted in frames of the mean rate: 0, 1, 2, ... in a clip
+of constant rate. Phones make clips of variable rate, and there a frame's number says little about
+its time.
+
+Where this differs from the official code and from Qwen3-VL's processor:
+ 1. A clip that decord refuses is read by PyAV: many clips cut by stream copy are sound, and decord
+    still refuses them or mixes their frames up.
+ 2. In a clip of variable rate a frame's time is the one that the file gives. Theirs is its number
+    over the mean rate, which can be seconds off. Which numbers are chosen is the same.
+"""
 
 import io
 import math
 import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
+import threading
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
-from common.formats import Clip, Frame
-from common.reader import READERS, Reader, ReaderError
+if __name__ != "__main__":  # the process that decodes needs none of this, and torch takes seconds
+    import torch
+    import torch.nn.functional as F
+
+    from common.formats import Clip, Frame
 
 # Qwen3-VL: pixels a patch, patches a token (each way), frames a patch
 PATCH, MERGE, TEMPORAL = 16, 2, 2
@@ -75,7 +103,7 @@ def resize_and_patchify(frames, min_pixels, max_pixels):
 
 
 class ClipError(ValueError):
-    """A clip or image that cannot be read: the message names the file and what each reader said."""
+    """A clip or image that cannot be read: names the file and what each decoder said."""
 
 
 def key_frame_positions(num_frames):
@@ -99,41 +127,51 @@ def uniform_positions(num_frames, n):
     return np.linspace(0, num_frames - 1, min(n, num_frames)).round().astype(int).tolist()
 
 
+# --------------------------------------------------------------------------- frames of a clip
+
+
 def read_clip(path, choose):
     """Decode some frames of a clip -> frames uint8 (T, H, W, 3), their numbers, frames a second.
 
-    choose(number of frames) -> list of frame numbers. decord first, PyAV when decord refuses.
-    Raises ClipError with what both said. Source: ours.
+    choose(number of frames) -> list of frame numbers. Raises ClipError with what each decoder said.
     """
-    return _read(path, lambda total, fps: choose(total))
+    frames, numbers, _, fps = read_part(Clip(path), choose)
+    return frames, numbers, fps
 
 
 def read_uniform(clip, n):
-    """A Clip -> n frames spread over it, as `read_clip` returns them. Raises ClipError. Ours."""
+    """A Clip -> n frames spread over it uint8 (T, H, W, 3), their numbers, their times in seconds.
 
-    def choose(total, fps):
-        first, last = int(clip.start * fps), int(min(clip.end * fps, 2**31))
-        first, last = min(first, total - 1), min(last, total - 1)
-        return [first + i for i in uniform_positions(max(last - first, 0) + 1, n)]
-
-    return _read(clip.path, choose)
+    Numbers and times count from the start of the file. Raises ClipError.
+    """
+    frames, numbers, seconds, _ = read_part(clip, lambda total: uniform_positions(total, n))
+    return frames, numbers, seconds
 
 
-_readers = {}  # process id -> its Reader: a worker is forked with its parent's
+_decoders = {}  # process id -> its Decoder: a worker is forked with its parent's
 
 
-def _read(path, choose):
-    """As `read_clip`; choose(number of frames, frames a second)."""
-    if not os.path.isfile(path):
-        raise ClipError(f"{path}: no such file")
-    reader = _readers.setdefault(os.getpid(), Reader())
+def read_part(clip, choose):
+    """As `read_clip`, of a Clip; choose sees the number of its frames from start to end alone.
+
+    -> frames uint8 (T, H, W, 3), their numbers and times (T,) in the file, frames a second.
+    """
+    if not os.path.isfile(clip.path):
+        raise ClipError(f"{clip.path}: no such file")
+
+    def choose_in_file(clock, fps):
+        # the frames that are on screen at start and end
+        first, last = (np.searchsorted(clock, t * fps, "right") - 1 for t in (clip.start, clip.end))
+        return [int(first) + k for k in choose(max(int(last - first), 0) + 1)]
+
+    decoder = _decoders.setdefault(os.getpid(), Decoder())
     faults = []
-    for name in READERS:
+    for name in DECODERS:
         try:
-            return reader.read(name, path, choose)
-        except ReaderError as e:
-            faults.append(str(e))
-    raise ClipError(f"{path}: cannot be read as a video ({'; '.join(faults)})")
+            return decoder.read(name, clip.path, choose_in_file)
+        except DecoderError as e:
+            faults.append(str(e))  # deviation 1: the next decoder tries
+    raise ClipError(f"{clip.path}: cannot be read as a video ({'; '.join(faults)})")
 
 
 def read_image(source):
@@ -176,17 +214,21 @@ def load_frames(frames, budget):
         if frame not in loaded and not frame.index:
             loaded[frame] = cut_to(budget, read_image(frame.source), frame.source)
     missing = [frame for frame in frames if frame not in loaded]
-    for path in dict.fromkeys(frame.source for frame in missing):
-        numbers = sorted({frame.index for frame in missing if frame.source == path})
-        numbers = range(1, 9) if _cache_bytes < CACHE_BYTES else numbers
-        pictures, _, _ = read_clip(
-            path, lambda n, of=numbers: [key_frame_positions(n)[i - 1] for i in of]
-        )
-        for i, picture in zip(numbers, pictures):
-            loaded[Frame(path, i)] = cut_to(budget, picture[None], path)
+    for clip in dict.fromkeys(frame.clip for frame in missing):
+        indices = sorted({frame.index for frame in missing if frame.clip == clip})
+        indices = range(1, 9) if _cache_bytes < CACHE_BYTES else indices
+        for frame, picture in read_key_frames(clip, indices).items():
+            loaded[frame] = cut_to(budget, picture[None], clip.path)
     for frame, patches_and_grid in loaded.items():
         _keep(frame, budget, patches_and_grid)
     return [loaded[frame] for frame in frames]
+
+
+def read_key_frames(clip, indices=range(1, 9)):
+    """Some of the eight key frames of a Clip -> {Frame: uint8 (H, W, 3)}. Raises ClipError."""
+    indices = list(indices)
+    pictures, *_ = read_part(clip, lambda n: [key_frame_positions(n)[i - 1] for i in indices])
+    return {Frame(clip.path, i, *clip[1:]): picture for i, picture in zip(indices, pictures)}
 
 
 def stack(pairs):
@@ -215,10 +257,8 @@ def pixels_of(frames):
     Raises ClipError. Source: ours.
     """
     pixels = {frame: read_image(frame.source)[0] for frame in frames if not frame.index}
-    for path in dict.fromkeys(frame.source for frame in frames if frame.index):
-        pictures, _, _ = read_clip(path, key_frame_positions)
-        for i, picture in enumerate(pictures, 1):
-            pixels[Frame(path, i)] = picture
+    for clip in dict.fromkeys(frame.clip for frame in frames if frame.index):
+        pixels |= read_key_frames(clip)
     return pixels
 
 
@@ -236,8 +276,8 @@ def film(row):
         label = str(frame.index or f"picture {i}")
         strip.append((label, roles.get(frame, "other"), picture))
     for clip in (part for part in row.prompt if isinstance(part, Clip)):
-        pictures, numbers, fps = read_uniform(clip, 8)
-        strip += [(f"{n / fps:.1f} s", "seen", picture) for n, picture in zip(numbers, pictures)]
+        pictures, _, seconds = read_uniform(clip, 8)
+        strip += [(f"{t:.1f} s", "seen", picture) for t, picture in zip(seconds, pictures)]
     return strip
 
 
@@ -249,3 +289,197 @@ def jpeg(pixels, side):
     image.thumbnail((side, side))
     image.save(out, "JPEG", quality=80)
     return out.getvalue()
+
+
+# ------------------------------------------------------------------------- the process that decodes
+
+
+PATIENCE = 600.0  # seconds without a word, after which the process is ended
+
+
+class DecoderError(Exception):
+    """A clip that this decoder cannot read; the message says why."""
+
+
+class Decoder:
+    """A process that decodes. Threads take turns; a process that is forked needs its own."""
+
+    def __init__(self):
+        self.process, self.lock = None, threading.Lock()
+
+    def read(self, name, path, choose):
+        """Some frames of a clip -> uint8 (T, H, W, 3), their numbers, times (T,), frames a second.
+
+        name: one of DECODERS. choose(clock, frames a second) -> numbers. Raises DecoderError if the
+        clip cannot be read, also where that ends the process.
+        """
+        with self.lock:
+            try:
+                self._send((name, os.path.abspath(path)))
+                word, *rest = self._receive()
+                while word == "choose":
+                    self._send(choose(*rest))
+                    word, *rest = self._receive()
+            except TimeoutError:
+                self.end()
+                raise DecoderError(f"{name}: no answer in {PATIENCE:.0f} s") from None
+            except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+                raise DecoderError(f"{name}: {self._how_it_ended()}") from None
+            except BaseException:  # such as Ctrl-C between question and answer
+                self.end()
+                raise
+        if word == "fault":
+            raise DecoderError(f"{name}: {rest[0]}")
+        return rest
+
+    def end(self):
+        """End the process, if there is one."""
+        if self.process:
+            self.process.kill()
+            self._how_it_ended()
+
+    def _send(self, message):
+        if self.process is None:
+            command = [sys.executable, "-P", os.path.abspath(__file__)]
+            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            self.process = subprocess.Popen(command, **pipes, start_new_session=True)
+        pickle.dump(message, self.process.stdin)
+        self.process.stdin.flush()
+
+    def _receive(self):
+        ready, _, _ = select.select([self.process.stdout], [], [], PATIENCE)
+        if not ready:
+            raise TimeoutError
+        return pickle.load(self.process.stdout)
+
+    def _how_it_ended(self):
+        process, self.process = self.process, None
+        process.stdin.close()
+        process.stdout.close()
+        code = process.wait(timeout=60)
+        cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return f"it ended the reading process ({cause})"
+
+
+# ------------------------------------------------------------------------------- in that process
+
+
+def decord(path, choose):
+    """As `Decoder.read`, by decord."""
+    import decord
+
+    clip = decord.VideoReader(path, num_threads=1)
+    if not len(clip):
+        raise DecoderError("no frames")
+    times = clip.get_frame_timestamp(np.arange(len(clip)))[:, 0].tolist()  # (frames,) seconds
+    if times[0] < 0 or (np.diff(times) <= 0).any() or 0 not in clip.get_key_indices():
+        # it would count hidden frames, or mix the order up
+        raise DecoderError("cut by stream copy")
+    fps = _rate(clip.get_avg_fps())
+    clock = clock_of(times, fps)
+    numbers = choose(clock, fps)
+    return clip.get_batch(numbers).asnumpy(), numbers, clock[numbers] / fps, fps
+
+
+def pyav(path, choose):
+    """As `Decoder.read`, by PyAV: a clip is decoded once, unless it holds other frames than its
+    packets promise.
+    """
+    import av
+
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        fps = _rate(stream.average_rate or 0)
+        shown = [packet for packet in container.demux(stream) if _is_shown(packet)]
+        times = [None if p.pts is None else float(p.pts * p.time_base) for p in shown]
+    for _ in range(2):
+        clock = clock_of(times, fps)
+        numbers = choose(clock, fps) if times else []
+        promised, (times, pictures) = times, _decode(path, {*numbers})
+        if len(times) == len(promised):
+            break
+    if not times:
+        raise DecoderError("no frames")
+    return np.stack([pictures[i] for i in numbers]), numbers, clock[numbers] / fps, fps
+
+
+def _decode(path, wanted):
+    """-> the times of all frames that are shown, {number: uint8 (H, W, 3)} of those wanted."""
+    import av
+
+    times, pictures = [], {}
+    with av.open(path) as container:
+        for frame in container.decode(container.streams.video[0]):
+            if frame.time is not None and frame.time < 0:
+                continue  # a cut by stream copy keeps some before time 0 for the decoder
+            if len(times) in wanted:
+                # a phone writes how its picture is to be turned; decord turns it by itself
+                upright = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+                pictures[len(times)] = upright
+            times.append(frame.time)
+    return times, pictures
+
+
+def _is_shown(packet):
+    """Whether a packet holds a frame that is seen. The last one of a stream is empty."""
+    return packet.size > 0 and not packet.is_discard and (packet.pts is None or packet.pts >= 0)
+
+
+def _rate(fps):
+    """Frames a second, where a clip does not say: 24."""
+    fps = float(fps)
+    return fps if fps and math.isfinite(fps) else 24.0
+
+
+def clock_of(times, fps):
+    """The times of all frames, in seconds and any order -> clock (frames,), see above.
+
+    The rate is constant if each frame is within half a frame of even spacing; such a clip's frame
+    k is shown at k / fps, as Qwen3-VL's processor has it. None among the times: taken as constant.
+    """
+    count = len(times)
+    if count < 3 or None in times:
+        return np.arange(count, dtype=float)
+    times = np.sort(np.asarray(times, dtype=float))
+    times = (times - times[0]).round(3)  # decord's are of single precision
+    even = np.linspace(0, times[-1], count)
+    if np.abs(times - even).max() <= even[1] / 2:
+        return np.arange(count, dtype=float)
+    return times * fps  # deviation 2
+
+
+DECODERS = dict(decord=decord, PyAV=pyav)
+
+
+def serve(requests, replies):
+    """Answer until the other side is gone. Whatever a damaged file provokes becomes a word."""
+
+    def send(*message):
+        pickle.dump(message, replies, protocol=5)
+        replies.flush()
+
+    def choose(clock, fps):
+        send("choose", clock, fps)
+        return pickle.load(requests)
+
+    while True:
+        try:
+            name, path = pickle.load(requests)
+        except EOFError:
+            return
+        try:
+            answer = "frames", *DECODERS[name](path, choose)
+        except ImportError as e:
+            answer = "fault", f"not installed ({e})"
+        except DecoderError as e:
+            answer = "fault", str(e)
+        except Exception as e:
+            last_line = str(e).strip().rpartition("\n")[2]
+            answer = "fault", f"{type(e).__name__} {last_line:.100}"
+        send(*answer)
+
+
+if __name__ == "__main__":
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a decoder prints must not come between
+    serve(sys.stdin.buffer, replies)

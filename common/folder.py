@@ -18,7 +18,15 @@ from transformers.utils import cached_file
 
 SETTINGS = "future_l1.json"
 # what the model sees and may do: trained with it, it is asked with it
-SHARED = ("system", "num_frames", "image_max_tokens", "video_max_tokens", "l_max", "max_latents")
+SHARED = (
+    "system",
+    "num_frames",
+    "image_max_tokens",
+    "video_max_tokens",
+    "l_max",
+    "max_latents",
+    "show_options",
+)
 PROCESSORS = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
@@ -129,13 +137,19 @@ def trained_with(model):
     elif not is_hub_id(model):
         return {}
     path = file_of(model, SETTINGS)
-    if path is None:
-        return {}
-    try:
-        with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except ValueError as e:
-        raise SystemExit(f"{path}: not JSON ({e})") from e
+    return read_json(path) if path else {}
+
+
+def read_json(path):
+    """A file that holds a JSON object -> dict. Raises SystemExit if it holds anything else."""
+    with open(path, encoding="utf-8") as f:
+        try:
+            value = json.load(f)
+        except ValueError as e:
+            raise SystemExit(f"{path}: not JSON ({e})") from e
+    if not isinstance(value, dict):
+        raise SystemExit(f"{path}: expected an object, found {type(value).__name__}")
+    return value
 
 
 def describe_training(config, start, resumed, **facts):

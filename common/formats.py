@@ -1,4 +1,11 @@
-"""Record formats: JSON, JSON lines, parquet -> Row."""
+"""Record formats: JSON, JSON lines, parquet -> Row. docs/data.md shows a record of each.
+
+Where this differs from the official code:
+ 1. A multiple-choice question of RL ends with a sentence that asks for the letter, as official's
+    does, but the words are ours, rows with `options` get it whatever their problem_type, and it is
+    left out where the question asks for an "option letter" itself.
+ 2. One bad record never ends a run that is on its way: it is counted, named and left out.
+"""
 
 import collections
 import dataclasses
@@ -8,19 +15,14 @@ import os
 import re
 from typing import NamedTuple
 
+# ours; the official code appends a sentence to the same effect
+ASK_LETTER = (
+    "\nReply with the letter of the right option only, and put it between <answer> and </answer>."
+)
+
 
 class RecordError(ValueError):
     """A record that cannot be used: the message names its file, its index and what was expected."""
-
-
-class Frame(NamedTuple):
-    """One image of a prompt or a future.
-
-    Key frame `index` (1..8) of a clip, or a whole image file (index 0).
-    """
-
-    source: str | bytes  # path, or the image file's bytes
-    index: int = 0
 
 
 class Clip(NamedTuple):
@@ -29,6 +31,24 @@ class Clip(NamedTuple):
     path: str
     start: float = 0.0  # seconds
     end: float = math.inf
+
+
+class Frame(NamedTuple):
+    """One image of a prompt or a future.
+
+    Key frame `index` (1..8) of a clip, or of its part from start to end; or a whole image file
+    (index 0).
+    """
+
+    source: str | bytes  # path, or the image file's bytes
+    index: int = 0
+    start: float = 0.0  # seconds
+    end: float = math.inf
+
+    @property
+    def clip(self):
+        """The Clip of which this is a key frame."""
+        return Clip(self.source, self.start, self.end)
 
 
 class Blank(NamedTuple):
@@ -46,8 +66,8 @@ class Row:
     prompt: list  # str | Frame | Clip, in the order of the user turn
     response: list  # str (a reasoning step) | Frame (a future to imagine) | Blank; may be empty
     answer: str
-    question: str = ""
-    options: list | None = None  # texts of A, B, C ...
+    question: str = ""  # the prompt's text, options included, without ASK_LETTER
+    options: list | None = None  # texts of A, B, C ..., without their letters
     group: str = "all"  # what scores are split by
     cue: str = ""  # evidence in words, for a teacher's eyes alone (variants/opd.py)
 
@@ -71,6 +91,7 @@ def read_rows(path, media_root=None, bad=None):
     records, rows = read_records(path), []
     if not records:
         raise RecordError(f"{path}: no records")
+    name_unknown_keys(path, records)
     for i, record in enumerate(records):
         where = f"{path}:{i}"
         try:
@@ -78,12 +99,13 @@ def read_rows(path, media_root=None, bad=None):
         except RecordError as e:
             if bad is None:
                 raise
+            # deviation 2: the caller says how many are too many (`report_bad`)
             bad.append(Skipped(where, str(e).removeprefix(f"{where}: ")))
     return rows
 
 
 def report_bad(bad, total, max_bad, fate="cannot be used and are left out"):
-    """Say how many of `total` records were left out, by reason, and name each. Source: ours.
+    """Say how many of `total` records were left out, by reason, and name each.
 
     bad: list of Skipped. Of several ranks the first one prints. Raises SystemExit on each if all
     are bad, or more than the share max_bad (0..1).
@@ -94,8 +116,7 @@ def report_bad(bad, total, max_bad, fate="cannot be used and are left out"):
     lines = [f"{len(bad)} of {total} records {fate}:"]
     lines += [f"{count:6} {why}" for why, count in reasons.most_common()]
     lines += [f"{where}: {why}" for where, why in bad]
-    if os.environ.get("RANK", "0") == "0":  # torchrun's
-        print("\n".join(lines))
+    say("\n".join(lines))
     if len(bad) == total or len(bad) > max_bad * total:
         raise SystemExit(
             f"{len(bad)} of {total} records {fate}, more than max_bad = {max_bad} allows; "
@@ -103,8 +124,14 @@ def report_bad(bad, total, max_bad, fate="cannot be used and are left out"):
         )
 
 
+def say(text):
+    """Print, of several ranks on the first alone."""
+    if os.environ.get("RANK", "0") == "0":  # torchrun's
+        print(text)
+
+
 def read_records(path):
-    """A .json, .jsonl or .parquet file -> its records as they stand. Source: ours.
+    """A .json, .jsonl or .parquet file -> its records as they stand.
 
     A line of a .jsonl file that is not JSON becomes the RecordError that `read_record` raises for
     it. Raises RecordError for a file that cannot be read as a whole, FileNotFoundError.
@@ -149,7 +176,7 @@ def _parse(text, where):
 
 
 class Record:
-    """One JSON object with its place and its media folder; each lookup raises RecordError. Ours."""
+    """One JSON object with its place and its media folder; each lookup raises RecordError."""
 
     def __init__(self, content, where, media_root):
         self.content, self.where, self.media_root = content, where, media_root
@@ -161,7 +188,10 @@ class Record:
         """The value of a key, of one of the types; `of`: an object inside the record."""
         of = self.content if of is None else of
         if key not in of:
-            raise self.fault(f"key {key!r} is missing (found {', '.join(sorted(of))})")
+            found = ", ".join(sorted(of))
+            raise self.fault(
+                f"key {key!r} is missing (found {found}); docs/data.md shows each format"
+            )
         value = of[key]
         if not isinstance(value, types):
             types = types if isinstance(types, tuple) else (types,)
@@ -171,22 +201,41 @@ class Record:
             )
         return value
 
-    def media(self, name):
-        """A path of the record -> a path on this machine."""
+    def path(self, name, key):
+        """A path of the record, found at `key` -> a path on this machine."""
         if not isinstance(name, str):
-            raise self.fault(f"'videos' should hold paths, found {name!r:.60}")
-        return name if os.path.isabs(name) else os.path.join(self.media_root, name)
+            raise self.fault(f"{key!r} should hold paths or image bytes, found {name!r:.60}")
+        return os.path.join(self.media_root, name)  # an absolute path stays as it is
 
-    def indices(self, key):
-        """A list of key-frame numbers, 1..8."""
+    def clip(self, name, key="video"):
+        """A clip, or the part of it from the record's `start` to its `end`, in seconds."""
+        try:
+            start = float(self.content.get("start") or 0)
+            end = float(self.content.get("end") or math.inf)
+        except (TypeError, ValueError) as e:
+            raise self.fault(f"'start' and 'end' should be seconds ({e})") from e
+        if not 0 <= start <= end:
+            raise self.fault(f"'start' is {start}, 'end' {end}: expected 0 <= start <= end")
+        return Clip(self.path(name, key), start, end)
+
+    def key_frames(self, key):
+        """A list of key-frame numbers 1..8 of the record's `video` -> Frames."""
         numbers = self.need(key, list)
         if not all(type(i) is int and 1 <= i <= 8 for i in numbers):
             raise self.fault(f"{key!r} should hold key-frame numbers 1..8, found {numbers}")
-        return numbers
+        clip = self.clip(self.need("video", str))
+        return [Frame(clip.path, i, clip.start, clip.end) for i in numbers]
 
     def pictures(self, key):
         """A list of whole pictures: paths, bytes or the hub's {bytes, path} -> Frames."""
-        return [Frame(_image_source(x, self.where, key, self.media)) for x in self.need(key, list)]
+        frames = []
+        for picture in self.need(key, list):
+            if isinstance(picture, dict):
+                picture = picture.get("bytes") or picture.get("path")
+            if not isinstance(picture, bytes):
+                picture = self.path(picture, key)
+            frames.append(Frame(picture))
+        return frames
 
 
 def read_record(record, where, media_root="."):
@@ -198,26 +247,26 @@ def read_record(record, where, media_root="."):
         raise record
     if not isinstance(record, dict):
         raise RecordError(f"{where}: expected an object, found {type(record).__name__}")
-    read = next((reader for key, reader in READERS if key in record), None)
+    read, _ = format_of(record)
     row = Row(where, str(record.get("id", where)), [], [], "")
     row.group, row.cue = str(record.get("group", "all")), record.get("cue") or ""
     if not isinstance(row.cue, str):
         raise RecordError(f"{where}: 'cue' should be text, found {row.cue!r:.60}")
-    if record.get("options") is not None:
+    if record.get("options"):
         row.options = _options(record["options"], where)
     if read is None:
         raise RecordError(
             f"{where}: unknown format (keys {', '.join(sorted(map(str, record)))}); expected one "
-            "of the six in data.py: conversations | question_images_index | qa | problem | "
-            "question + options"
+            f"of docs/data.md, which are told apart by {', '.join(FORMATS)}"
         )
     read(Record(record, where, media_root), row)
 
     # what holds for all formats
     row.answer = str(row.answer).strip()
-    wrapped = re.fullmatch(r"<answer>(.*?)</answer>", row.answer, re.S)
-    row.answer = wrapped.group(1).strip() if wrapped else row.answer
-    row.question = "".join(p for p in row.prompt if isinstance(p, str)).strip()
+    in_tags = answer_of(row.answer)
+    row.answer = row.answer if in_tags is None else in_tags
+    texts = [part for part in row.prompt if isinstance(part, str) and part != ASK_LETTER]
+    row.question = "".join(texts).strip()
     for name in ("question", "answer"):
         if not getattr(row, name):
             raise RecordError(f"{where}: the {name} is empty")
@@ -229,10 +278,10 @@ def read_record(record, where, media_root="."):
 
 
 def _future_l1(record, row):
-    content, clip = record.content, record.media(record.need("video", str))
+    content = record.content
+    record.need("video", str)
     seen, future = (
-        [Frame(clip, i) for i in record.indices(key)] if key in content else []
-        for key in ("image", "reasoning_image")
+        record.key_frames(key) if key in content else [] for key in ("image", "reasoning_image")
     )
     turns = {"human": "", "gpt": ""}
     for turn in _turns(record):
@@ -266,12 +315,10 @@ def _turns(record):
 
 def _twiff(record, row):
     """TwiFF, and TwiFF-Bench, which ships the pictures themselves."""
-    clip = record.media(record.need("video", str))
-    seen, future = (
-        [Frame(clip, i) for i in record.indices(key)]
-        for key in ("question_images_index", "reasoning_images_index")
-    )
-    seen = record.pictures("question_images") if record.content.get("question_images") else seen
+    seen = record.key_frames("question_images_index")
+    future = record.key_frames("reasoning_images_index")
+    if record.content.get("question_images"):
+        seen = record.pictures("question_images")
     if record.content.get("reasoning_images"):
         future = record.pictures("reasoning_images")
     question = record.need("question", str)
@@ -311,36 +358,61 @@ def _futurebench(record, row):
     row.answer, row.group = record.need("Answer", str, qa), record.need("question_type", str)
     name = record.need("video_path", str).split("video_dataset/")[-1]
     question = record.need("Question", str, qa)
-    row.prompt = [Clip(record.media(name)), _with_options(question, row.options)]
+    row.prompt = [record.clip(name), _with_options(question, row.options)]
 
 
 def _rl(record, row):
     row.answer = record.need("answer", (str, int, float))
-    images, videos = (
-        record.need(key, list) if record.content.get(key) is not None else []
-        for key in ("images", "videos")
-    )
-    images = record.pictures("images") if images else []
+    images = record.pictures("images") if record.content.get("images") is not None else []
+    videos = record.need("videos", list) if record.content.get("videos") is not None else []
     text = record.need("problem", str).replace("<video>", "")
     text = "<image>" * len(images) + text if "<image>" not in text else text
-    row.prompt = [Clip(record.media(x)) for x in videos]
+    text = _with_options(text, row.options or [])
+    row.prompt = [record.clip(name, "videos") for name in videos]
     row.prompt += _interleave(text, "<image>", images, row.where, "images")
+
+    # deviation 1: official goes by problem_type alone
+    kind = str(record.content.get("problem_type", "")).strip().lower()
+    if (row.options or kind == "multiple choice") and "option letter" not in text.lower():
+        row.prompt.append(ASK_LETTER)
 
 
 def _mcq(record, row):
-    record.need("options", (list, dict))
+    row.options = _options(record.need("options", (list, dict)), row.where)
     row.answer = record.need("answer", (str, int))
-    clip = Clip(record.media(record.need("video", str)))
+    clip = record.clip(record.need("video", str))
     row.prompt = [clip, _with_options(record.need("question", str), row.options)]
 
 
-READERS = (  # the key that tells a format, and its reader; the first that fits
-    ("conversations", _future_l1),
-    ("question_images_index", _twiff),
-    ("qa", _futurebench),
-    ("problem", _rl),
-    ("options", _mcq),
-)
+FORMATS = {  # the key that tells a format (the first that fits), its reader, its other keys
+    "conversations": (_future_l1, "video image reasoning_image answer cot"),
+    "question_images_index": (
+        _twiff,
+        "video question answer reasoning_images_index question_images reasoning_images",
+    ),
+    "qa": (_futurebench, "question_type video_path"),
+    "problem": (_rl, "answer images videos problem_type"),
+    "options": (_mcq, "video question answer"),
+}
+COMMON_KEYS = {*FORMATS, "id", "group", "start", "end", "meta_data", "cue"}
+
+
+def format_of(record):
+    """A JSON object -> the reader of its format or None, the keys that are read."""
+    for key, (reader, others) in FORMATS.items():
+        if key in record:
+            return reader, COMMON_KEYS | set(others.split())
+    return None, COMMON_KEYS
+
+
+def name_unknown_keys(path, records):
+    """Print once which keys of a file's records nothing reads: a misspelt one changes the data."""
+    unknown = set()
+    for record in records:
+        if isinstance(record, dict):
+            unknown |= set(map(str, record)) - format_of(record)[1]
+    if unknown:
+        say(f"{path}: these keys are not read: {', '.join(sorted(unknown))} (see docs/data.md)")
 
 
 def _interleave(text, marker, frames, where, key):
@@ -373,33 +445,67 @@ def _split_answer(text, tag):
 
 
 def _options(options, where):
-    if isinstance(options, dict):  # by A, B, ... or 1, 2, ... 10
+    """The texts of A, B, C ...: a list, or an object by A, B, ... or 1, 2, ... 10.
+
+    Letters of their own ("A. red", "(B) blue") are taken off if each text has its own.
+    """
+    if isinstance(options, dict):
         options = [options[k] for k in sorted(options, key=lambda k: (len(str(k)), str(k)))]
-    if options is not None and (not isinstance(options, list) or not 2 <= len(options) <= 26):
+    if not isinstance(options, list) or not 2 <= len(options) <= 26:
         raise RecordError(f"{where}: options should be 2 to 26 texts, found {options!r:.60}")
-    return options and [str(o) for o in options]
+    texts = [str(option) for option in options]
+    lettered = [re.match(rf"\(?{chr(65 + i)}[).:]\s*(?=\S)", text) for i, text in enumerate(texts)]
+    if all(lettered):
+        texts = [text[letter.end() :] for text, letter in zip(texts, lettered)]
+    return texts
+
+
+def option_lines(options):
+    """Options -> the text that shows them, "\\nA) red\\nB) blue"."""
+    return "".join(f"\n{chr(65 + i)}) {option}" for i, option in enumerate(options))
+
+
+def shows(text, options):
+    """Whether a text holds each option behind its letter, as some FutureBench questions do."""
+    lettered = [rf"\b{chr(65 + i)}\s*[).:]\s*{re.escape(o)}" for i, o in enumerate(options)]
+    return all(re.search(pattern, text) for pattern in lettered)
 
 
 def _with_options(question, options):
-    """Append "A) ..." lines unless the question has them (some FutureBench questions do)."""
-    lettered = [(chr(65 + i), option) for i, option in enumerate(options)]
-    shown = [re.search(rf"\b{a}\s*[).:]\s*{re.escape(option)}", question) for a, option in lettered]
-    if all(shown):
-        return question
-    return "\n".join([question, *(f"{a}) {option}" for a, option in lettered)])
-
-
-def _image_source(x, where, key, media):
-    if isinstance(x, dict):  # the hub's image column: {"bytes": ..., "path": ...}
-        x = x.get("bytes") or x.get("path")
-    if not isinstance(x, (str, bytes)):
-        raise RecordError(
-            f"{where}: {key!r} should hold paths or image bytes, found {type(x).__name__}"
-        )
-    return media(x) if isinstance(x, str) else x
+    return question if shows(question, options) else question + option_lines(options)
 
 
 def answer_of(response):
     """The text of the first closed <answer>, or None. Source: paper sec. 4."""
     match = re.search(r"<answer>(.*?)</answer>", response, re.S)
     return match and match.group(1).strip()
+
+
+def plain(text):
+    """A text as answers are compared: lower case, single spaces, no outer punctuation."""
+    return " ".join(text.lower().split()).strip(" .,:;!?\"'()")
+
+
+def pick(answer, options):
+    """An answer's text -> index of the option it means, or None. Source: ours.
+
+    The option's text (any case, outer punctuation ignored), else its letter: "B", "(b)", "B) red".
+    A letter counts only if nothing contradicts it: what follows is empty or that option's text.
+    """
+    if answer is None:
+        return None
+    texts = [plain(option) for option in options]
+    if plain(answer) in texts:
+        return texts.index(plain(answer))
+    letter = re.match(r"\(?([A-Za-z])(?:[).:]|\s*$)", answer)
+    index = ord(letter.group(1).upper()) - 65 if letter else -1
+    if not 0 <= index < len(options):
+        return None
+    return index if plain(answer[letter.end() :]) in ("", texts[index]) else None
+
+
+def no_option(row):
+    """A row whose answer is none of its options -> a Skipped that says so; else None."""
+    if row.options and pick(row.answer, row.options) is None:
+        return Skipped(row.where, f"the answer {row.answer!r} is none of {row.options}")
+    return None

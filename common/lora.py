@@ -97,7 +97,7 @@ def adapted_layers(model):
 
 
 def frozen_alone(model):
-    """-> what runs a function of the model as it began, without A, B and e: f -> f(model)."""
+    """-> run(f, *args) = f(model, *args), with the model as it began: without A, B and e."""
     layers, rows = adapted_layers(model).values(), model.latent_rows
 
     def turn(on):
@@ -105,10 +105,10 @@ def frozen_alone(model):
         for layer in layers:
             layer.enable_adapters(on)
 
-    def run(function):
+    def run(f, *args):
         turn(False)
         try:
-            return function(model)
+            return f(model, *args)
         finally:
             turn(True)
 

@@ -1,53 +1,143 @@
-"""Tables of one evaluation and of several, and charts of trainings.
+"""What one sees of a run: an evaluation's tables and report.html, and charts of trainings.
 
     python -m common.report runs/eval_text runs/eval_latent ...   # several runs side by side
 
-The pages to look at are common/page.py's.
+`show` is the end of evaluate.py. report.html (the template is report.html.jinja) is one file that
+opens without a server: the scores, and samples with what was seen, what each span imagined (if the
+model has a painter) and what really came. It has no script and no link to other files, and what
+comes from data is escaped.
 """
 
+import base64
+import hashlib
 import json
 import os
 import sys
 from collections import Counter
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader
 
 from common.benchmarks import PAPER
-from common.clips import key_frame_positions, read_clip
-from common.flags import errors_in_one_line
+from common.cli import errors_in_one_line
+from common.clips import ClipError, film, jpeg
 from common.formats import Frame, Row
-from common.intervals import paired_bootstrap
 from common.judge import add_verdicts
-from common.runs import read_log
-from common.walk import read_book
+from common.results import paired_bootstrap, read_book
+from common.run import commit, read_lines, write, write_json
+from model import LATENT_END, LATENT_START
+
+# -------------------------------------------------------------------------------- one evaluation
+
+
+def about(rows, lines, config, no_option):
+    """What describes an evaluation besides its scores -> a dict.
+
+    no_option: ids of the rows whose answer is none of their options.
+
+    seconds: a batch's wall time over its rows, by group (--batch 1 gives the time of one answer;
+    paper's Table 7). prompt_hash: of the system message and the prompts, with media by their kind.
+    """
+    read = [line for line in lines if "skipped" not in line]
+    seconds = {}
+    for group in [*sorted({line["group"] for line in read} - {"all"}), "all"]:
+        values = [line["seconds"] for line in read if group in ("all", line["group"])]
+        seconds[group] = round(float(np.mean(values)), 4) if values else 0.0
+
+    prompts = []
+    for row in rows:
+        parts = [part if isinstance(part, str) else type(part).__name__ for part in row.prompt]
+        prompts.append([config.system, *parts])
+    lengths = dict(max_new_tokens=config.max_new_tokens, max_latents=config.max_latents)
+
+    return dict(
+        found=len(read),
+        total=len(rows),
+        coverage=len(read) / len(rows),
+        commit=commit(),
+        seconds=seconds,
+        missing=[dict(id=line["id"], why=line["skipped"]) for line in lines if "skipped" in line],
+        no_option=no_option,
+        unparsed=sum(not line.get("parsed", line.get("picked") is not None) for line in read),
+        judge_failures=sum("why" in line for line in read),
+        frames=config.num_frames,
+        pixels=dict(zip(("image", "future", "video"), config.budgets)),
+        prompt_hash=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],
+        generation=dict(greedy=True, **lengths),
+    )
+
+
+def shown_in_report(rows, n):
+    """Ids of the n rows that report.html shows; the groups take turns."""
+    turn, order = Counter(), []
+    for row in rows:
+        turn[row.group] += 1
+        order.append((turn[row.group], row.id))
+    return {id for _, id in sorted(order, key=lambda pair: pair[0])[:n]}
+
+
+def show(out, summary, lines, rows):
+    """Write an evaluation's summary.json and report.html, and print its scores."""
+    write_json(os.path.join(out, "summary.json"), summary)
+    write(os.path.join(out, "report.html"), page(summary, lines, rows))
+    every = summary["scores"]["all"]
+    print(as_text(*score_rows(summary["scores"])))
+    print(
+        f"{summary['found']} of {summary['total']} samples found; "
+        f"{summary['seconds']['all']:.3g} s and {every['tokens']:.1f} tokens an answer; "
+        f"all = {summary['average']} average; {out}/report.html"
+    )
+    if waiting := every.get("waiting"):
+        print(f"{waiting} responses wait for a judge: python -m common.judge {out} --model NAME")
+    if summary["benchmark"] in PAPER:
+        print("\nbeside what the paper published (not run here)")
+        print(as_text(*paper_rows(summary)))
+        print(used(summary))
+
+
+def score_rows(scores):
+    """{group: scores} -> (head, rows) of the table that is printed and that report.html shows."""
+    judged = "chain" in next(iter(scores.values()))
+    main = ["chain", "answer", "average"] if judged else ["accuracy"]
+    readings = [k for k in ("strict", "official") if any(k in s for s in scores.values())]
+    counts = ["unparsed", *["failed"] * judged]
+    counts += ["official_unparsed"] * ("official" in readings) + ["skipped"]
+    names = [name.replace("_", " ") for name in counts]
+    head = ["group", "n", *main, "95% interval", *readings, *names, "spans", "latents", "tokens"]
+
+    rows = []
+    for group, s in scores.items():
+        row = [group, s["n"], *(f"{s[k]:.3f}" if s["n"] else "-" for k in main)]
+        row.append("{:.3f} - {:.3f}".format(*s["interval"]) if s["n"] else "-")
+        row += [f"{s[k]:.3f}" if k in s else "" for k in readings]
+        row += [s.get(k, "") for k in counts]
+        rows.append([*row, f"{s['spans']:.2f}", f"{s['latents']:.2f}", f"{s['tokens']:.1f}"])
+    return head, rows
 
 
 def paper_rows(summary):
-    """summary.json's content -> (columns, rows of text): ours, then what the paper published.
+    """summary.json's content -> (head, rows): our scores, then those that the paper published.
 
-    ([], []) if it published nothing on this benchmark. FutureBench is in percent, ours by official
-    letters: the paper's way to count. Source: ours.
+    ([], []) if it published none for this benchmark. FutureBench is in percent, and ours counts
+    official letters, as the paper does.
     """
     benchmark, scores = summary["benchmark"], summary["scores"]
     if benchmark not in PAPER:
         return [], []
     columns, published = PAPER[benchmark]
     if benchmark == "twiffbench":
-        mine = [f"{scores['all'][c]:.2f}" if scores["all"]["n"] else "-" for c in columns]
+        ours = [f"{scores['all'][c]:.2f}" if scores["all"]["n"] else "-" for c in columns]
     else:
-        mine = [
-            f"{100 * scores[c]['official']:.1f}" if scores.get(c, {}).get("n") else "-"
-            for c in columns[:-2]
-        ]
-        mine += [f"{scores['all']['tokens']:.1f}", f"{summary['seconds']['all']:.2f}"]
-    return ["", *columns], [
-        [f"ours, {summary['found']} of {summary['total']} found", *mine],
-        *([f"paper's: {name}", *values] for name, values in published.items()),
-    ]
+        groups = [scores.get(c, dict(n=0)) for c in columns[:-2]]
+        ours = [f"{100 * group['official']:.1f}" if group["n"] else "-" for group in groups]
+        ours += [f"{scores['all']['tokens']:.1f}", f"{summary['seconds']['all']:.2f}"]
+    rows = [[f"ours, {summary['found']} of {summary['total']} found", *ours]]
+    rows += [[f"paper's: {name}", *values] for name, values in published.items()]
+    return ["", *columns], rows
 
 
 def used(summary):
-    """What our row was made with, as a line beside the paper's. Source: ours."""
+    """The frames and pixels behind our row, as a line below the paper's table."""
     video, image = summary["pixels"]["video"][1], summary["pixels"]["image"][1]
     return (
         f"ours: {summary['frames']} frames a video at most, {video:,} pixels a video, "
@@ -56,13 +146,115 @@ def used(summary):
 
 
 def as_text(head, rows):
-    """A table as text: the first column to the left, the others to the right. Source: ours."""
+    """A table as text: the first column is aligned left, the others right."""
     rows = [[str(cell) for cell in row] for row in [head, *rows]]
     wide = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(head))]
     return "\n".join(
         "  ".join(f"{cell:{'>' if i else '<'}{wide[i]}}" for i, cell in enumerate(row))
         for row in rows
     )
+
+
+def page(summary, lines, rows):
+    """summary.json's content, result lines and their rows -> report.html as text.
+
+    The lines that have `imagined` are shown as samples.
+    """
+    by_id, fed = {row.id: row for row in rows}, summary["latents"]
+    shown = [line for line in lines if "imagined" in line and line["id"] in by_id]
+    settings = [(k, json.dumps(summary[k], ensure_ascii=False)) for k in summary if k != "scores"]
+    templates = Environment(loader=FileSystemLoader(os.path.dirname(__file__)), autoescape=True)
+    return templates.get_template("report.html.jinja").render(
+        title=f"{summary['benchmark'] or 'evaluation'}: {summary['model']}",
+        summary=summary,
+        scores=score_rows(summary["scores"]),
+        samples=[sample_of(by_id[line["id"]], line) for line in shown],
+        imagined="imagined" if fed == "generated" else f"fed to the spans: {fed}",
+        paper=paper_rows(summary),
+        used=used(summary),
+        settings=settings,
+    )
+
+
+def sample_of(row, line):
+    """A row and its result line -> what the template shows of them, as a dict.
+
+    Pictures are (label, data: URL).
+    """
+    info = line["imagined"]
+    pictures, error = dict(seen=[], future=[], other=[]), info.get("error", "")
+    try:
+        for label, role, pixels in film(row):
+            data = base64.b64encode(jpeg(pixels, 112)).decode()
+            pictures[role].append((label, f"data:image/jpeg;base64,{data}"))
+    except ClipError as e:
+        error = str(e)
+    painted = enumerate(info.get("painted", []), 1)
+
+    # the response as words, and spans in their places
+    first, *rest = line["response"].replace("<|im_end|>", "").split(LATENT_START)
+    lengths, parts = info.get("spans", []), [dict(words=first)]
+    for k, text in enumerate(rest, 1):
+        n = f": {lengths[k - 1]} latent{'s' * (lengths[k - 1] != 1)}" if k <= len(lengths) else ""
+        parts += [dict(span=f"span {k}{n}"), dict(words=text.partition(LATENT_END)[2])]
+
+    good, verdict = verdict_of(line)
+    rewards = (
+        f"R_fmt {info.get('format', 0):.0f}, repetition {info.get('repetition', 0):.2f}, "
+        f"R_div {info.get('diversity', 0):.3f}"
+    )
+    letters = [f"{name} {line[name] or '-'}" for name in ("strict", "official") if name in line]
+    return dict(
+        row=row,
+        asked="\n".join(part for part in row.prompt if isinstance(part, str)).strip(),
+        seen=pictures["seen"],
+        painted=[(m, f"data:image/png;base64,{data}") for m, data in painted],
+        came=pictures["future"],
+        parts=parts,
+        good=good,
+        verdict=verdict,
+        options=", ".join(f"{chr(65 + i)}) {text}" for i, text in enumerate(row.options or [])),
+        rewards=rewards + f"; letters: {', '.join(letters)}" * bool(letters),
+        error=error,
+    )
+
+
+def verdict_of(line):
+    """A result line -> whether it is right (True, False, None = not judged), and that as text.
+
+    The page calls an average of 3 or more from TwiFF-Bench's judge right.
+    """
+    if "right" in line:
+        wrong = "unparsed" if line["picked"] is None else "wrong"
+        return line["right"], "right" if line["right"] else wrong
+    if judged := line.get("judged"):
+        return judged["average"] >= 3, f"chain {judged['chain']:g}, answer {judged['answer']:g}"
+    return None, f"not judged ({line['why']})" if line.get("why") else "not judged"
+
+
+# ---------------------------------------------------------------------------- several evaluations
+
+
+def compare(folders):
+    """Several evaluations -> their scores by group with intervals, as a markdown table.
+
+    Below it, each run minus the first. Raises SystemExit for a folder without an evaluation.
+    """
+    summaries = [read_summary(folder) for folder in folders]
+    groups, rows = list(summaries[0]["scores"]), []
+    for folder, summary in zip(folders, summaries):
+        cells = []
+        for group in groups:
+            scores = summary["scores"].get(group, {})
+            value = scores.get("accuracy", scores.get("average"))
+            cells.append(
+                "{:.3f} ({:.3f} - {:.3f})".format(value, *scores["interval"]) if scores else ""
+            )
+        rows.append([folder, summary["latents"], *cells, f"{summary['found']}/{summary['total']}"])
+    text = markdown(["", "latents", *groups, "found"], rows)
+    if len(folders) > 1:
+        text += "\n\n" + differences(folders, groups, summaries[0]["average"])
+    return text
 
 
 def read_summary(folder):
@@ -74,10 +266,32 @@ def read_summary(folder):
         return json.load(f)
 
 
+def differences(folders, groups, average):
+    """Each run minus the first, over the questions that both have a score for -> markdown.
+
+    average: how the groups make "all", micro | macro. A difference whose interval does not contain
+    0 is marked. Raises SystemExit if two runs have no question in common, or different questions by
+    the same id.
+    """
+    first, rows = scored_lines(folders[0]), []
+    for folder in folders[1:]:
+        pairs, cells = pair(first, scored_lines(folder), folders[0], folder), []
+        for group in groups:
+            some = [(a, b) for a, b in pairs if group in (a["group"], "all")]
+            macro = group == "all" and average == "macro"
+            cells.append(_difference(some, macro) if some else "")
+        rows.append([folder, *cells, len(pairs)])
+    return (
+        f"Minus {folders[0]}, over the questions both answered; 95 % intervals of the paired\n"
+        "difference, clips drawn whole; * = it does not contain 0\n\n"
+        + markdown(["", *groups, "questions"], rows)
+    )
+
+
 def scored_lines(folder):
     """An evaluation's result lines that have a score -> {id: line}, with `score` in each.
 
-    The score is 0 or 1 for options, the average of the judge's two for TwiFF-Bench. Source: ours.
+    The score is 0 or 1 with options, and the average of the judge's two for TwiFF-Bench.
     """
     lines, scored = read_book(folder, "samples"), {}
     add_verdicts(folder, lines.values())
@@ -87,60 +301,6 @@ def scored_lines(folder):
         elif "judged" in line:
             scored[id] = dict(line, score=line["judged"]["average"])
     return scored
-
-
-def compare(folders):
-    """Several evaluations -> their scores by group with intervals, as a markdown table. Ours.
-
-    Below it, each run against the first. Raises SystemExit for a folder without an evaluation.
-    """
-    summaries = [read_summary(folder) for folder in folders]
-    groups = list(summaries[0]["scores"])
-    head = "| | latents | " + " | ".join(groups) + " | found |"
-    lines = [head, "|---" * (len(groups) + 3) + "|"]
-    for folder, summary in zip(folders, summaries):
-        cells = [folder, summary["latents"]]
-        for group in groups:
-            scores = summary["scores"].get(group)
-            cells.append(_score(scores) if scores else "")
-        cells.append(f"{summary['found']}/{summary['total']}")
-        lines.append("| " + " | ".join(cells) + " |")
-    if len(folders) > 1:
-        lines += ["", *differences(folders, groups, summaries[0]["average"])]
-    return "\n".join(lines)
-
-
-def _score(scores):
-    """A group's score with its interval, as text."""
-    low, high = scores["bootstrap"]
-    value = scores["accuracy"] if "accuracy" in scores else scores["average"]
-    return f"{value:.3f} ({low:.3f} - {high:.3f})"
-
-
-def differences(folders, groups, average):
-    """Each run minus the first, over the questions that both have a score for -> markdown lines.
-
-    average: how the groups make "all", micro | macro. A difference whose interval leaves out 0 is
-    marked. Raises SystemExit if two runs have no question in common, or another one by the same
-    id. Source: ours.
-    """
-    first = scored_lines(folders[0])
-    lines = [
-        f"Minus {folders[0]}, over the questions both answered; 95 % intervals of the paired",
-        "difference, clips drawn whole; * = it leaves out 0",
-        "",
-        "| | " + " | ".join(groups) + " | questions |",
-        "|---" * (len(groups) + 2) + "|",
-    ]
-    for folder in folders[1:]:
-        pairs = pair(first, scored_lines(folder), folders[0], folder)
-        cells = [folder]
-        for group in groups:
-            some = [(a, b) for a, b in pairs if group in (a["group"], "all")]
-            macro = group == "all" and average == "macro"
-            cells.append(_difference(some, macro) if some else "")
-        lines.append("| " + " | ".join([*cells, str(len(pairs))]) + " |")
-    return lines
 
 
 def pair(a, b, name, other):
@@ -170,119 +330,25 @@ def _difference(pairs, macro):
     return text + " *" * (low > 0 or high < 0)
 
 
-def score_rows(scores):
-    """{group: scores} -> (head, rows of text) with every column the table and the report show.
-
-    Source: ours.
-    """
-    judged = "chain" in next(iter(scores.values()))
-    main = ["chain", "answer", "average"] if judged else ["accuracy"]
-    readings = [k for k in ("strict", "official") if any(k in s for s in scores.values())]
-    counts = ["unparsed"]
-    if judged:
-        counts.append("failed")
-    elif "official" in readings:
-        counts.append("official_unparsed")
-    counts.append("skipped")
-    names = [name.replace("_", " ") for name in counts]
-    head = ["group", "n", *main, "95% interval", *readings, *names, "spans", "latents", "tokens"]
-
-    rows = []
-    for group, s in scores.items():
-        row = [group, s["n"], *(f"{s[k]:.3f}" if s["n"] else "-" for k in main)]
-        row.append("{:.3f} - {:.3f}".format(*s["bootstrap"]) if s["n"] else "-")
-        row += [f"{s[k]:.3f}" if k in s else "" for k in readings]
-        row += [s.get(k, "") for k in counts]
-        rows.append([*row, f"{s['spans']:.2f}", f"{s['latents']:.2f}", f"{s['tokens']:.1f}"])
-    return head, rows
+def markdown(head, rows):
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in [head, *rows]]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
-def draw_bars(results, names, groups, png):
-    """[{training: {group: scores}} a seed] -> accuracy by group as bars, a dot a seed.
-
-    The grey line is chance among four options. Source: ours.
-    """
-    fig, ax = _axes(1, 9, 3.4)
-    groups, n = [*groups, "all"], len(results[0])
-    for i, name in enumerate(results[0]):
-        values = []
-        for seed in results:
-            values.append([seed[name][group]["accuracy"] for group in groups])
-        values = np.array(values)  # (seeds, groups)
-        at = np.arange(len(groups)) + (i - (n - 1) / 2) * 0.8 / n
-        ax.bar(at, values.mean(0), 0.8 / n, label=names.get(name, name))
-        ax.plot(np.repeat(at[None], len(values), 0), values, "k.", ms=3)
-    ax.set(xticks=range(len(groups)), xticklabels=[*groups[:-1], "avg"])
-    ax.set(ylabel="accuracy", ylim=(0, 1.02))
-    ax.axhline(0.25, color="grey", lw=0.7, ls=":")
-    ax.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    fig.savefig(png, dpi=120)
+# ----------------------------------------------------------------------------------------- charts
 
 
-def draw_looks(series, png):
-    """{name: [[(looks, accuracy), ...] a seed]} -> accuracy against looks, a line a seed. Ours."""
-    fig, ax = _axes(1, 5, 3.4)
-    for k, (name, curves) in enumerate(series.items()):
-        for i, points in enumerate(curves):
-            ax.plot(*zip(*points), "o-", ms=4, lw=0.8, color=f"C{k}", label="" if i else name)
-    ax.set(xlabel="looks a question", ylabel="accuracy")
-    ax.legend(fontsize=8, frameon=False)
-    fig.savefig(png, dpi=120)
+def axes(columns, width, height):
+    """A figure and its axes, without pyplot: nothing has to be closed, and no display is needed."""
+    from matplotlib.figure import Figure
 
-
-def draw_key_frames(clip, titles, png):
-    """The eight key frames of a clip in a row, under titles {index: text}, else numbers. Ours."""
-    frames, _, _ = read_clip(clip, key_frame_positions)
-    fig, axes = _axes(8, 11, 1.7)
-    for i, (ax, frame) in enumerate(zip(axes, frames), 1):
-        ax.imshow(frame)
-        ax.set(xticks=[], yticks=[], title=titles.get(i, f"{i}"))
-    fig.savefig(png, dpi=120)
-
-
-def draw_rl(runs, png):
-    """{name: [log.jsonl a seed]} -> reward and accuracy of the rollouts over the steps.
-
-    A line is the mean of ten steps and of seeds. Source: ours.
-    """
-    fig, axes = _axes(2, 11, 3.4)
-    figures = {"total": "reward R, Eq. (7)", "accuracy": "accuracy of the rollouts"}
-    for ax, (key, label) in zip(axes, figures.items()):
-        for name, logs in runs.items():
-            values = []
-            for log in logs:
-                values.append([line[key] for line in read_log(log)])
-            smooth = running_mean(np.mean(values, 0))
-            last = len(values[0])
-            ax.plot(np.arange(last - len(smooth), last), smooth, lw=1, label=name)
-        ax.set(xlabel="step", ylabel=label)
-    axes[1].legend(fontsize=7, frameon=False)
-    fig.savefig(png, dpi=120)
+    fig = Figure(figsize=(width, height), layout="constrained")
+    return fig, fig.subplots(1, columns, squeeze=False)[0]
 
 
 def running_mean(values, n=10):
-    """The mean of each n values in a row; the values themselves, where there are fewer."""
+    """The mean of each n values in a row; the values themselves if there are fewer."""
     return np.convolve(values, np.ones(n) / n, "valid") if len(values) >= n else np.array(values)
-
-
-def _axes(columns, width, height):
-    from matplotlib.figure import Figure  # no pyplot: nothing to close, no display asked for
-
-    fig = Figure(figsize=(width, height), layout="constrained")
-    return fig, fig.subplots(1, columns)
-
-
-def draw_growth(growth, png):
-    """{"what, against": [[x, seconds]]} -> a panel each; the x axis is logarithmic. Ours."""
-    fig, axes = _axes(len(growth), 4 * len(growth), 3)
-    for ax, (name, points) in zip(np.atleast_1d(axes), growth.items()):
-        what, against = name.split(", ")
-        x, y = np.array(points).T
-        ax.plot(x, 1e3 * y, "o-", lw=1, ms=4)
-        ax.set(xscale="log", xlabel=against, ylabel=f"CPU ms of {what}", ylim=(0, 1.1e3 * max(y)))
-        ax.set_xticks(x, [f"{int(value):,}" for value in x])
-        ax.set_xticks([], minor=True)
-    fig.savefig(png, dpi=110)
 
 
 LABELS = {"ce": "L_CE a token, Eq. (2)", "latent": "L_latent, Eq. (3)"}
@@ -291,18 +357,18 @@ ON_LOG_SCALE = ("ce", "latent", "grad_norm")
 
 
 def draw_curves(log, png, panels=SFT_PANELS):
-    """log.jsonl -> its keys over the steps as a picture, a panel a tuple of keys. Ours.
+    """log.jsonl -> a picture of its keys over the steps; a panel is a tuple of keys.
 
-    Each step is drawn thin, the mean of ten thick; what was held out (eval_*), as it is. A panel
-    without a value but 0 is left out.
+    Each step is drawn thin, the mean of ten steps thick; held-out figures (eval_*) as they are. A
+    panel that has no values, or only 0, is left out.
     """
-    lines = read_log(log)
+    lines = read_lines(log)
     with_values = [keys for keys in panels if any(line.get(key) for line in lines for key in keys)]
     panels = with_values or panels[:1]
-    fig, axes = _axes(len(panels), 4 * len(panels), 3)
-    for ax, keys in zip(np.atleast_1d(axes), panels):
+    fig, places = axes(len(panels), 4 * len(panels), 3)
+    for ax, keys in zip(places, panels):
         for key in keys:
-            # a step without an update, or a look at what was held out, has no such figure
+            # a step without an update and a held-out line lack some figures
             some = [line for line in lines if line.get(key) is not None]
             if some:
                 steps, values = [line["step"] for line in some], [line[key] for line in some]
@@ -315,53 +381,79 @@ def draw_curves(log, png, panels=SFT_PANELS):
     fig.savefig(png, dpi=110)
 
 
+def draw_rl(runs, png):
+    """{name: [log.jsonl of each seed]} -> reward and accuracy of the rollouts over the steps.
+
+    A line is the mean over ten steps and all seeds.
+    """
+    fig, places = axes(2, 11, 3.4)
+    figures = {"total": "reward R, Eq. (7)", "accuracy": "accuracy of the rollouts"}
+    for ax, (key, label) in zip(places, figures.items()):
+        for name, logs in runs.items():
+            values = [[line[key] for line in read_lines(log)] for log in logs]  # (seeds, steps)
+            smooth, last = running_mean(np.mean(values, 0)), len(values[0])
+            ax.plot(np.arange(last - len(smooth), last), smooth, lw=1, label=name)
+        ax.set(xlabel="step", ylabel=label)
+    places[1].legend(fontsize=7, frameon=False)
+    fig.savefig(png, dpi=120)
+
+
+def draw_bars(results, names, groups, png):
+    """[{training: {group: scores}} of each seed] -> accuracy by group as bars, a dot for each seed.
+
+    The grey line is chance among four options.
+    """
+    fig, (ax,) = axes(1, 9, 3.4)
+    groups, n = [*groups, "all"], len(results[0])
+    for i, name in enumerate(results[0]):
+        values = [[seed[name][group]["accuracy"] for group in groups] for seed in results]
+        values = np.array(values)  # (seeds, groups)
+        at = np.arange(len(groups)) + (i - (n - 1) / 2) * 0.8 / n
+        ax.bar(at, values.mean(0), 0.8 / n, label=names.get(name, name))
+        ax.plot(np.repeat(at[None], len(values), 0), values, "k.", ms=3)
+    ax.set(xticks=range(len(groups)), xticklabels=[*groups[:-1], "avg"])
+    ax.set(ylabel="accuracy", ylim=(0, 1.02))
+    ax.axhline(0.25, color="grey", lw=0.7, ls=":")
+    ax.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    fig.savefig(png, dpi=120)
+
+
 def tabulate_selection(rows, gains, fates):
-    """How many candidates of curation had which fate -> {by: {key: Counter}}, by all, category,
-    future frames and gain (Fig. 6).
+    """How many candidates of curation had which fate -> {by: {key: Counter}}, over all candidates
+    and by category, number of future frames and gain (Fig. 6).
 
     rows: {id: Row, or Skipped}; gains: {id: gain} of those that have one; fates: {id: fate}.
     """
-    keys = {"all": {}, "category": {}, "future frames": {}, "gain": {}}
+    tables = {by: {} for by in ("all", "category", "future frames", "gain")}
     for id, row in rows.items():
-        readable = isinstance(row, Row)
-        keys["all"][id] = "all"
-        keys["category"][id] = row.group if readable else "?"
-        future = [part for part in row.response if isinstance(part, Frame)] if readable else []
-        keys["future frames"][id] = len(future) if readable else "?"
-        keys["gain"][id] = gains.get(id, "?")
-    tables = {}
-    for by, key_of in keys.items():
-        order = sorted(set(key_of.values()), key=lambda key: (isinstance(key, str), key))
-        tables[by] = {key: Counter() for key in order}
-        for id, key in key_of.items():
-            tables[by][key][fates[id]] += 1
+        group, future = "?", "?"
+        if isinstance(row, Row):
+            group, future = row.group, sum(isinstance(part, Frame) for part in row.response)
+        for table, key in zip(tables.values(), ("all", group, future, gains.get(id, "?"))):
+            table.setdefault(key, Counter())[fates[id]] += 1
+    for by, table in tables.items():  # numbers in order, then "?"
+        order = sorted(table, key=lambda key: (isinstance(key, str), key))
+        tables[by] = {key: table[key] for key in order}
     return tables
 
 
 def selection_text(tables, fates):
     """The tables of `tabulate_selection` as text."""
-    lines = [""]
+    texts = []
     for by, table in tables.items():
-        lines += ["", f"{by:<16}" + "".join(f"{fate:>14}" for fate in fates)]
-        for key, count in table.items():
-            lines.append(f"{key:<16}" + "".join(f"{count[fate]:>14}" for fate in fates))
-    return "\n".join(lines)
+        rows = [[key, *(count[fate] for fate in fates)] for key, count in table.items()]
+        texts.append("\n" + as_text([by, *fates], rows))
+    return "\n".join(texts)
 
 
 def draw_selection(tables, fates, png):
-    """What curation chose, as a picture: how many candidates have which gain (Fig. 6), category and
+    """What curation chose -> a picture: how many candidates have which gain (Fig. 6), category and
     number of future frames.
 
     tables: {by: {key: {fate: count}}} of `tabulate_selection`; fates: their names, in order.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shape = dict(figsize=(12, 3.4), constrained_layout=True, width_ratios=(2, 1, 1))
-    fig, axes = plt.subplots(1, 3, **shape)
-    for ax, by in zip(axes, ("gain", "category", "future frames")):
+    fig, places = axes(3, 12, 3.4)
+    for ax, by in zip(places, ("gain", "category", "future frames")):
         keys = list(tables[by])
         below = np.zeros(len(keys))
         for fate in fates:
@@ -369,11 +461,10 @@ def draw_selection(tables, fates, png):
             ax.bar([str(key) for key in keys], counts, bottom=below, label=fate)
             below += counts
         ax.set_xlabel(by)
-    axes[0].set(xlabel="gain, p_v - p_t", ylabel="candidates")
-    axes[1].tick_params(axis="x", rotation=30)
-    axes[2].legend(fontsize=7, frameon=False)
+    places[0].set(xlabel="gain, p_v - p_t", ylabel="candidates")
+    places[1].tick_params(axis="x", rotation=30)
+    places[2].legend(fontsize=7, frameon=False)
     fig.savefig(png, dpi=110)
-    plt.close(fig)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 # %% A question about a clip: two key frames are shown, three are to come
-from common import taste
 from data import DataConfig
+from sample import shipped
 
-row, settings = taste.shipped(DataConfig(), number=7)
+row, settings = shipped(DataConfig(), number=7)
 print(row.question, row.options, "->", row.answer)
 print([part for part in row.prompt if not isinstance(part, str)])
 print([part for part in row.response if not isinstance(part, str)])
@@ -73,15 +73,14 @@ assert torch.allclose(rollout.latents[0], latents, atol=1e-4)
 print("the same tokens, and the same latents within 1e-4")
 
 # %% Latents to pictures: a painter that has only ever seen true frames
-from common.clips import film
-from common.pictures import Painter, paint, shape_of, write_strip
+from common.painter import Painter, paint, write_strip
 from rewards import span_lengths
 
 c = model.config
 lengths = span_lengths(tokens, c.latent_start_id, c.latent_id)
 painter = Painter.beside(folder)
 spans = latents.split(lengths)
-pictures = paint(painter, spans, shape_of(film(row), future_budget))
+pictures = paint(painter, row, spans, future_budget)
 print("spans of", lengths, "latents ->", [picture.shape for picture in pictures])
 print(write_strip("imagined.png", model, row, spans, row.answer, future_budget))
 

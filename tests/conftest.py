@@ -15,10 +15,14 @@ import torch
 
 from common import clips
 from data import DataConfig
-from toy import __main__ as demo
 from toy import tiny
 from toy import world as paddle
 
+# what the data flags of the toy's models are
+TINY_DATA = {
+    name: tiny.settings("sft")[name]
+    for name in ("image_max_tokens", "l_max", "max_length", "system")
+}
 WORDS = (
     "system user assistant watch the ball which wall does it hit next ? "
     "moves right left up down hits red green blue"
@@ -83,7 +87,8 @@ def world(tmp_path_factory):
     folder).
     """
     folder = tmp_path_factory.mktemp("world")
-    config = demo.Config(out=str(folder), clips=6, eval_clips=2, eval_seed=100)
+    sizes = dict(clips=6, annotated=6, eval_clips=2, eval_seed=100)
+    config = paddle.Config(out=str(folder / "data"), **sizes)
     paths = paddle.make_world(config)
     tokenizer = tiny.make_tokenizer(
         open(paths["captions"]).read().replace('"', " ").split()
@@ -125,7 +130,7 @@ def stand_in_decord(tmp_path, monkeypatch):
         folder.mkdir()
         (folder / "decord.py").write_text(text)
         monkeypatch.setenv("PYTHONPATH", str(folder))
-        monkeypatch.setattr(clips, "_readers", {})  # a process begun here, not one that is there
+        monkeypatch.setattr(clips, "_decoders", {})  # a process begun here, not one that is there
 
     return make
 

@@ -7,6 +7,7 @@ import shutil
 import torch
 
 import evaluate
+import latent_decode
 from common.benchmarks import CLIPS
 from latent_decode import Rollout
 from model import LATENT, LATENT_END, LATENT_START
@@ -56,7 +57,7 @@ def play(monkeypatch, tokenizer, script, seen=None):
         latents = [torch.ones(int((t == model.config.latent_id).sum()), 96) for t in tokens]
         return Rollout(padded, padded > 0, latents, padded * 0.0, ["eos"] * len(tokens), lengths)
 
-    monkeypatch.setattr(evaluate, "generate", generate)
+    monkeypatch.setattr(latent_decode, "generate", generate)
 
 
 def settings(folder, out, **more):

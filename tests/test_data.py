@@ -10,24 +10,14 @@ import torch
 
 import data
 import sft
-from common import runs
-from common.formats import Blank, Clip, Frame, RecordError, Row, Skipped
+from common import run as runs
+from common.formats import ASK_LETTER, Blank, Clip, Frame, RecordError, Row, Skipped, read_record
 from data import Samples
 from tests.conftest import WORDS, shown
 from toy import tiny
 
-SPECIALS = [
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-    "<|latent_start|>",
-    "<|latent|>",
-    "<|latent_end|>",
-    "<|endoftext|>",
-]
+NAMES = "im_start im_end vision_start vision_end image_pad video_pad latent_start latent latent_end"
+SPECIALS = [f"<|{name}|>" for name in (NAMES + " endoftext").split()]
 
 
 # samples and batches
@@ -40,58 +30,40 @@ def words():
 
 
 def row(path, where="f:0", question="which wall ?"):
-    return Row(
-        where,
-        "0",
-        [Frame(path, 3), Frame(path, 4), question],
-        ["moves right", Frame(path, 5), Frame(path, 6), "hits red"],
-        "red",
-    )
+    prompt = [Frame(path, 3), Frame(path, 4), question]
+    response = ["moves right", Frame(path, 5), Frame(path, 6), "hits red"]
+    return Row(where, "0", prompt, response, "red")
 
 
 @pytest.mark.parametrize("height, width, n", [(64, 96, 2), (96, 64, 2), (64, 64, 4)])
 def test_encode(height, width, n, film, words, data_config):
-    """The whole layout: markup, placeholders, spans, which frame goes where, and what carries a
-    label (Eq. 2).
-    """
-    sight, span = (
-        row(film("c.mp4", range(40), height, width)),
-        f"<|latent_start|> {'<|latent|> ' * n}<|latent_end|> ",
-    )
+    """Breaks if the layout, the order of frames, or what carries a label (Eq. 2) is another."""
+    sight = row(film("c.mp4", range(40), height, width))
     picture = f"<|vision_start|> {'<|image_pad|> ' * n}<|vision_end|> "
-    prompt = (
-        "<|im_start|> system watch the ball <|im_end|> <|im_start|> user "
-        + picture * 2
-        + "which wall ? <|im_end|> <|im_start|> assistant "
-    ).split()
-    before, after = (
-        "<reason> moves right </reason> ",
-        "<reason> hits red </reason> <answer> red </answer> <|im_end|>",
-    )
-    tokens = prompt + (before + span * 2 + after).split()
+    prompt = "<|im_start|> system watch the ball <|im_end|> <|im_start|> user " + picture * 2
+    prompt = (prompt + "which wall ? <|im_end|> <|im_start|> assistant").split()
+    before = "<reason> moves right </reason> ".split()
+    span = f"<|latent_start|> {'<|latent|> ' * n}<|latent_end|> ".split()
+    after = "<reason> hits red </reason> <answer> red </answer> <|im_end|>".split()
+    tokens = prompt + before + span * 2 + after
+
     sample = data.encode(sight, words, data_config)
     assert words.convert_ids_to_tokens(sample["ids"]) == tokens
-    assert sample["labels"] == [
-        -100 if k < len(prompt) or tokens[k] == "<|latent|>" else i
-        for k, i in enumerate(sample["ids"])
-    ]
+    labels = list(sample["ids"])
+    for k, token in enumerate(tokens):
+        if k < len(prompt) or token == "<|latent|>":
+            labels[k] = -100
+    assert sample["labels"] == labels
     pictures = sample["images"] + sample["futures"]
     assert [int(grid.prod()) // 4 for _, grid in pictures] == [n] * 4
-    assert shown(torch.from_numpy(patches).float() for patches, _ in pictures) == [
-        10,
-        16,
-        22,
-        28,
-    ]  # key frames 3, 4 and 5, 6 of 40
-    plain, asked = (
-        data.encode(sight, words, data_config, **kw)
-        for kw in (dict(spans=False), dict(train=False))
-    )
-    assert (
-        words.convert_ids_to_tokens(plain["ids"]) == prompt + (before + after).split()
-        and not plain["futures"]
-    )
-    assert words.convert_ids_to_tokens(asked["ids"]) == prompt and not asked["futures"]
+    levels = shown(torch.from_numpy(patches).float() for patches, _ in pictures)
+    assert levels == [10, 16, 22, 28]  # key frames 3, 4 and 5, 6 of 40
+    for settings, wanted in (
+        (dict(spans=False), prompt + before + after),
+        (dict(train=False), prompt),
+    ):
+        sample = data.encode(sight, words, data_config, **settings)
+        assert words.convert_ids_to_tokens(sample["ids"]) == wanted and not sample["futures"]
 
 
 def test_a_span_without_a_future(film, words, data_config):
@@ -113,20 +85,18 @@ def test_a_span_without_a_future(film, words, data_config):
 
 
 def test_text_never_becomes_a_special_token(film, words, data_config):
-    """A "<|latent|>" typed into data would open a position with no latent for it, an "<|im_end|>"
-    end the turn.
+    """Breaks if a "<|latent|>" typed into data opens a position with no latent for it, or an
+    "<|im_end|>" ends the turn.
     """
     path, typed = film(), " " + " ".join(SPECIALS) + "".join(SPECIALS)
     dirty = dataclasses.replace(row(path, question="which" + typed), answer="red" + typed)
     dirty.response = [p if isinstance(p, Frame) else p + typed for p in dirty.response]
     config = dataclasses.replace(data_config, system="watch" + typed)
     special = set(words.convert_tokens_to_ids(SPECIALS))
-    clean, found = (
-        data.encode(r, words, c)["ids"] for r, c in ((row(path), data_config), (dirty, config))
-    )
-    assert len(special) == len(SPECIALS) and [i for i in found if i in special] == [
-        i for i in clean if i in special
-    ]
+    found = []
+    for r, c in ((row(path), data_config), (dirty, config)):
+        found.append([i for i in data.encode(r, words, c)["ids"] if i in special])
+    assert len(special) == len(SPECIALS) and found[0] == found[1]
 
 
 @pytest.mark.parametrize(
@@ -140,31 +110,51 @@ def test_text_never_becomes_a_special_token(film, words, data_config):
     ],
 )  # HF's (11 / 30 + 16 / 30) / 2 is just below 0.45
 def test_video_prompt(count, n, fps, numbers, stamps, film, words, data_config):
-    """Qwen3-VL tells time by the text before each pair of frames: wrong stamps, frames, or pads
-    that do not fit.
+    """Breaks if time stamps, frames, or the number of pads are wrong: Qwen3-VL tells time by the
+    text before each pair of frames.
     """
     clip = Clip(film("v.mp4", range(count), 64, 96, fps))
-    sample = data.encode(
-        Row("f:0", "0", [clip, "which wall ?"], [], "red"),
-        words,
-        dataclasses.replace(data_config, num_frames=n),
-    )
-    pads = (
-        "<|vision_start|> " + "<|video_pad|> " * 6 + "<|vision_end|>"
-    )  # 64 x 96 pixels: 2 x 3 tokens
+    config = dataclasses.replace(data_config, num_frames=n)
+    sample = data.encode(Row("f:0", "0", [clip, "which wall ?"], [], "red"), words, config)
+    pads = f"<|vision_start|> {'<|video_pad|> ' * 6}<|vision_end|>"  # 64 x 96: 2 x 3 tokens
     tokens = words.convert_ids_to_tokens(sample["ids"])
-    assert (
-        tokens[tokens.index("user") + 1 : tokens.index("which")]
-        == " ".join(f"<{s} seconds> {pads}" for s in stamps).split()
-    )
+    between = tokens[tokens.index("user") + 1 : tokens.index("which")]
+    assert between == " ".join(f"<{stamp} seconds> {pads}" for stamp in stamps).split()
     ((patches, grid),) = sample["videos"]
     assert grid.tolist() == [len(stamps), 4, 6]
     frames = torch.from_numpy(patches).reshape(-1, 24, 3, 2, 256)
     assert shown(frames.float().movedim(3, 1).flatten(0, 1)) == numbers
 
 
+SHOWN = "\nA) red\nB) blue"
+
+
+@pytest.mark.parametrize(
+    "rule, conversations, rl", [("auto", "", SHOWN), ("always", SHOWN, SHOWN), ("never", "", "")]
+)
+def test_show_options(rule, conversations, rl, words, data_config):
+    """Breaks if a setting shows the options of a format that it should hide, hides the question's
+    own, or asks for the letter of options that are hidden.
+    """
+    question, options = "which wall ?", ["red", "blue"]
+    talk = [{"from": "human", "value": question}, {"from": "gpt", "value": ""}]
+    records = [
+        dict(video="v.mp4", conversations=talk, options=options, answer="red"),
+        dict(problem=question, options=options, answer="B"),
+        dict(problem=question + " A) red B) blue", options=options, answer="B"),
+    ]
+    letter = "" if rule == "never" else ASK_LETTER
+    wanted = [conversations, rl + letter, " A) red B) blue" + letter]
+    for record, text in zip(records, wanted):
+        row = read_record(record, "f:0")
+        config = dataclasses.replace(data_config, show_options=rule)
+        ids = data.encode(row, words, config, train=False)["ids"]
+        plain = Row("f:0", "0", [question + text], [], "red")
+        assert ids == data.encode(plain, words, data_config, train=False)["ids"]
+
+
 def test_too_long_and_broken_samples_are_skipped(film, words, data_config):
-    """One bad row in a million must cost that row, named, and not the run."""
+    """Breaks if one bad row in a million costs more than that row, or is not named."""
     good, gone = row(film()), row("gone.mp4", "f:1")
     length = len(data.encode(good, words, data_config)["ids"])
     exact, short = (dataclasses.replace(data_config, max_length=n) for n in (length, length - 1))
@@ -173,92 +163,58 @@ def test_too_long_and_broken_samples_are_skipped(film, words, data_config):
     with pytest.raises(RecordError, match=message):
         data.encode(good, words, short)
     samples = Samples([good, gone], words, data_config)
-    assert (
-        len(samples) == 2
-        and samples[0]["row"] is good
-        and Samples([good], words, short)[0] == ("f:0", message)
-    )
-    assert (
-        isinstance(samples[1], Skipped)
-        and samples[1].where == "f:1"
-        and "gone.mp4" in samples[1].why
-    )
+    assert len(samples) == 2 and samples[0]["row"] is good
+    assert Samples([good], words, short)[0] == ("f:0", message)
+    where, why = samples[1]
+    assert where == "f:1" and "gone.mp4" in why
 
 
 def sample(ids, labels, level=None):
     """An encoded sample made by hand, its only image and future four equal patches."""
     images = [] if level is None else [(np.full((4, 1536), level, np.uint8), np.array([1, 2, 2]))]
-    return dict(
-        ids=ids, labels=labels, images=images, videos=[], futures=images[:], row=f"row {ids[0]}"
-    )
+    about = dict(images=images, videos=[], futures=images[:])
+    return dict(about, ids=ids, labels=labels, row=f"row {ids[0]}")
 
 
-@pytest.mark.parametrize(
-    "side, ids, labels, mask",
-    [
-        (
-            "right",
-            [[1, 9, 3], [4, 9, 9]],
-            [[-100, 9, 3], [4, -100, -100]],
-            [[1, 1, 1], [1, 0, 0]],
-        ),  # 9 pads, and is text
-        ("left", [[1, 9, 3], [9, 9, 4]], [[-100, 9, 3], [-100, -100, 4]], [[1, 1, 1], [0, 0, 1]]),
-    ],
-)
-def test_padding(side, ids, labels, mask):
-    """Padding on the wrong side, attended to or learned; patches out of order; a skipped sample
-    that takes others.
+RIGHT = [[1, 9, 3], [4, 9, 9]], [[-100, 9, 3], [4, -100, -100]], [[1, 1, 1], [1, 0, 0]]
+LEFT = [[1, 9, 3], [9, 9, 4]], [[-100, 9, 3], [-100, -100, 4]], [[1, 1, 1], [0, 0, 1]]
+
+
+@pytest.mark.parametrize("side, expected", [("right", RIGHT), ("left", LEFT)])
+def test_padding(side, expected):
+    """Breaks if padding is on the wrong side, attended to or learned, patches are out of order, or
+    a skipped sample takes others with it. 9 is the padding, and a text's token.
     """
-    batch = data.collate(
-        [sample([1, 9, 3], [-100, 9, 3], 255), Skipped("f:5", "why"), sample([4], [4], 0)], 9, side
-    )
-    assert batch["input_ids"].tolist() == ids and batch["labels"].tolist() == labels
-    assert (
-        batch["attention_mask"].tolist() == mask
-        and batch["rows"] == ["row 1", "row 4"]
-        and batch["kept"] == [0, 2]
-        and [s["ids"] for s in batch["samples"]] == [[1, 9, 3], [4]]
-    )
-    assert batch["skipped"] == [("f:5", "why")] and not any(
-        "video" in key or key == "seq_lens" for key in batch
-    )
-    for pixels, grid in (
-        ("pixel_values", "image_grid_thw"),
-        ("future_pixel_values", "future_grid_thw"),
-    ):
-        assert batch[grid].tolist() == [[1, 2, 2]] * 2 and batch[pixels].shape == (8, 1536)
-        assert batch[pixels].mean(1).tolist() == [1.0] * 4 + [-1.0] * 4
+    samples = [sample([1, 9, 3], [-100, 9, 3], 255), Skipped("f:5", "why"), sample([4], [4], 0)]
+    batch = data.collate(samples, 9, side)
+    names = "input_ids", "labels", "attention_mask"
+    assert tuple(batch[name].tolist() for name in names) == expected
+    assert batch["rows"] == ["row 1", "row 4"] and batch["kept"] == [0, 2]
+    assert batch["samples"] == [samples[0], samples[2]] and batch["skipped"] == [("f:5", "why")]
+    assert not any("video" in key for key in batch)
+    for medium in ("", "future_"):
+        grids = batch["future_grid_thw" if medium else "image_grid_thw"]
+        pixels = batch[medium + "pixel_values"]
+        assert grids.tolist() == [[1, 2, 2]] * 2 and pixels.shape == (8, 1536)
+        assert pixels.mean(1).tolist() == [1.0] * 4 + [-1.0] * 4
 
 
 def test_nothing_but_skipped_samples():
-    """Without the stand-in row one rank would leave its step out, and all others would wait for it
-    forever.
-    """
+    """Breaks if there is no stand-in row: then one rank leaves its step out and all others wait."""
     batch = data.collate([Skipped("f:0", "why"), Skipped("f:1", "why")], 9)
-    assert (
-        batch["input_ids"].tolist() == [[9]]
-        and batch["labels"].tolist() == [[-100]]
-        and batch["rows"] == []
-    )
+    assert batch["input_ids"].tolist() == [[9]] and batch["labels"].tolist() == [[-100]]
+    assert batch["attention_mask"].tolist() == [[1]] and batch["rows"] == []
     assert [s.where for s in batch["skipped"]] == ["f:0", "f:1"]
-    assert batch["attention_mask"].tolist() == [[1]]
 
 
 def test_workers_change_nothing(film, words, data_config):
-    """Batches in another order or with other content once decoding happens in the background."""
+    """Breaks if batches come in another order or with other content from the background."""
     rows = [row(film(f"{k}.mp4", range(k, k + 12), 64, 64 + 32 * k), f"f:{k}") for k in range(3)]
-    samples, batches = (
-        Samples([*rows, row("gone.mp4", "f:3")], words, data_config),
-        [[2, 0], [3], [1], [1, 3, 2], [0]],
-    )
+    samples = Samples([*rows, row("gone.mp4", "f:3")], words, data_config)
+    batches = [[2, 0], [3], [1], [1, 3, 2], [0]]
     plain, ahead = (list(data.loader(samples, batches, n, pad_id=0)) for n in (0, 2))
-    assert [[r.where for r in b["rows"]] for b in plain] == [
-        ["f:2", "f:0"],
-        [],
-        ["f:1"],
-        ["f:1", "f:2"],
-        ["f:0"],
-    ]
+    numbers = [[int(r.where[2:]) for r in batch["rows"]] for batch in plain]
+    assert numbers == [[2, 0], [], [1], [1, 2], [0]]
     for a, b in zip(plain, ahead, strict=True):
         assert a.keys() == b.keys() and all(a[k] == b[k] for k in ("rows", "skipped", "kept"))
         assert all(torch.equal(a[k], b[k]) for k in a if isinstance(a[k], torch.Tensor))
@@ -286,7 +242,8 @@ def test_budgets():
     twice the pixels.
     """
     config = data.DataConfig(image_max_tokens=3, l_max=4, video_max_tokens=5)
-    assert config.budgets == ((1024, 3072), (1024, 4096), (1024, 10240))
+    budgets = dict(image=(1024, 3072), future=(1024, 4096), video=(1024, 10240))
+    assert config.budgets._asdict() == budgets
 
 
 def test_numbers_below_their_least_are_refused():
@@ -294,6 +251,8 @@ def test_numbers_below_their_least_are_refused():
     for name in ("num_frames", "l_max", "image_max_tokens", "video_max_tokens", "max_length"):
         with pytest.raises(ValueError, match=f"^{name} is 0, expected at least 1$"):
             data.DataConfig(**{name: 0})
+    with pytest.raises(ValueError, match="show_options is 'yes', expected auto, always or never"):
+        data.DataConfig(show_options="yes")
     for name in ("global_batch", "micro_batch", "save_every"):
         with pytest.raises(ValueError, match=f"^{name} is -1, expected at least 1$"):
             sft.Config(**{name: -1})

@@ -1,11 +1,15 @@
 """What README and docs/ say about the code must be so: the map, the links, the line counts."""
 
+import ast
 import glob
 import importlib
+import json
 import os
 import re
 
 import pytest
+
+from common import formats
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -58,11 +62,6 @@ def test_readme_repeats_rows_of_the_map():
     assert [row for row in rows if row not in [line[:3] for line in MAP]] == []
 
 
-def test_readme_fits_on_a_few_screens():
-    """Breaks if README has grown beyond 10 KB: what is longer belongs into docs/."""
-    assert len(README.encode()) <= 10_000
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_relative_links_exist(page):
     """Breaks if a page links to a file of the repository that is not there."""
@@ -80,6 +79,50 @@ def test_every_page_can_be_reached():
             reached.add(os.path.normpath(os.path.join(os.path.dirname(page), link)))
     docs = [os.path.relpath(path, ROOT) for path in glob.glob(os.path.join(ROOT, "docs", "*.*"))]
     assert [path for path in docs if path not in reached] == []
+
+
+# files whose lists of differences are marked at their lines
+MARKED = ["data.py", "common/formats.py", "common/clips.py"]
+
+
+@pytest.mark.parametrize("file", MARKED)
+def test_each_deviation_is_marked_where_it_happens(file):
+    """Breaks if a numbered difference of a docstring has no line, or a line no number there."""
+    source = text_of(file)
+    listed = re.findall(r"^ ?(\d+)\. ", ast.get_docstring(ast.parse(source), clean=False), re.M)
+    assert listed == [str(n + 1) for n in range(len(listed))] and listed
+    assert set(listed) == set(re.findall(r"# deviation (\d+)\b", source))
+
+
+def records_of_data_md():
+    """The JSON blocks of docs/data.md, and the "shows the options" cells of its second table."""
+    page = text_of("docs/data.md")
+    records = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", page, re.S)]
+    table = page.partition("| shows the options |\n")[2].partition("\n\n")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[1:]]
+    return records, rows
+
+
+def test_the_records_of_data_md_are_read():
+    """Breaks if a record of docs/data.md cannot be used, has a key that nothing reads, or is of
+    another format than the one it stands for; or the tables say otherwise about it.
+    """
+    records, table = records_of_data_md()
+    assert len(records) == len(table) == len(formats.FORMATS) + 1
+    by_format = {}
+    for i, record in enumerate(records):
+        row = formats.read_record(record, f"data.md:{i}", "/m")
+        key = next(key for key in formats.FORMATS if key in record)
+        by_format.setdefault(key, []).append((record, row))
+        assert set(record) <= formats.format_of(record)[1] | {key}
+    rows = [row for pairs in by_format.values() for _, row in pairs]
+    assert list(by_format) == ["conversations", "question_images_index", "problem", "options", "qa"]
+    for row, (_, future, sees, shown) in zip(rows, table):
+        frames = [part for part in row.response if isinstance(part, formats.Frame)]
+        clips = [part for part in row.prompt if isinstance(part, formats.Clip)]
+        assert bool(frames) == (future == "yes") and bool(clips) == ("video" in sees)
+        options = row.options or ["red", "blue"]
+        assert formats.shows(row.question, options) == (shown == "yes")
 
 
 def test_line_counts_and_no_placeholder():

@@ -1,23 +1,21 @@
-"""Whole evaluations on a few records: exact scores, coverage, what is fed to a span."""
+"""Whole evaluations on a few records: exact scores, intervals, coverage."""
 
 import dataclasses
 import json
-import math
 import os
 
 import numpy as np
 import pytest
 import torch
+from common.summary import about
 from scripted import FB, futurebench, line, play, settings
 
 import evaluate
 import latent_decode
-from common import clips
 from common.benchmarks import read_benchmark
-from common.formats import Clip, Frame, Row
-from common.pictures import imagined
+from common.formats import Clip, Row
 from common.report import as_text, score_rows
-from common.summary import about
+from common.results import bootstrap, wilson
 from evaluate import summarise
 
 LINES = [
@@ -44,7 +42,36 @@ def test_micro_and_macro_by_hand():
     assert micro["all"]["strict_unparsed"] == micro["all"]["unparsed"] == 1
     assert micro["all"]["official_unparsed"] == 0
     assert micro["all"]["n"] == 4 and micro["all"]["skipped"] == 1 and micro["b"]["spans"] == 3
-    assert (macro["all"]["low"], macro["all"]["high"]) == tuple(macro["all"]["bootstrap"])
+    assert micro["a"]["interval"] == pytest.approx(wilson(2, 3), abs=1e-6)  # few clips
+
+
+def test_an_interval_draws_clips_once():
+    """Breaks if a score's interval counts two questions on one clip as two draws, or a macro
+    average draws the clips of each group apart.
+    """
+    values, clips = [0, 1] * 50, [f"{i:02}" for i in range(100)]
+
+    def lines(group):
+        return [dict(line(group, "A", "BA"[v], "A"), clip=c) for v, c in zip(values, clips)]
+
+    expected = bootstrap(values, clips)
+    for average in ("micro", "macro"):
+        table = summarise(lines("a") + lines("b"), average)
+        assert [s["interval"] for s in table.values()] == [expected] * 3
+    shifted = [dict(one, clip=one["clip"] + "x") for one in lines("b")]
+    table = summarise(lines("a") + shifted)
+    assert np.diff(table["all"]["interval"]) < 0.8 * np.diff(expected)
+
+
+def test_the_protocols_budgets():
+    """Breaks if a benchmark's pixels are not those that evaluate.py says are official's: 1,605,632
+    a picture of TwiFF-Bench, 32 frames of 768 * 32 * 32 a clip of FutureBench.
+    """
+    twiff, future = (evaluate.Config(benchmark=b) for b in ("twiffbench", "futurebench"))
+    assert twiff.budgets[0][1] == 1_605_632 and evaluate.Config().image_max_tokens == 256
+    assert future.budgets[2][1] == 32 * 768 * 32 * 32 and future.num_frames == 32
+    assert evaluate.Config(benchmark="twiffbench", image_max_tokens=9).image_max_tokens == 9
+    assert (twiff.max_new_tokens, future.max_new_tokens) == (4096, 2048)
 
 
 def test_official_is_futurebenchs(scripted, tmp_path, monkeypatch):
@@ -68,7 +95,6 @@ def test_futurebench_to_the_letter(scripted, tmp_path, monkeypatch, capsys):
     play(monkeypatch, tokenizer, FB, seen)
     config = settings(folder, tmp_path, benchmark="futurebench", data=futurebench(folder))
     assert config.num_frames == 32
-    assert evaluate.Config(benchmark="futurebench").max_new_tokens == 2048
     table = evaluate.evaluate(config)
     names = ("n", "accuracy", "strict", "official", "unparsed", "skipped", "spans")
     assert {group: tuple(s[k] for k in names) for group, s in table.items()} == {
@@ -118,44 +144,6 @@ def test_the_prompt_hash_is_of_the_prompts(scripted, tmp_path, monkeypatch):
     assert hashes[0] == hashes[1] and len(set(hashes)) == 3
 
 
-def test_noise_repeats_after_a_kill(world, tmp_path, monkeypatch):
-    """Breaks if what is drawn for a sample depends on what was done: here 4 of 8 lines are lost."""
-    from tests.test_evaluate import config, lines_of
-
-    drawn, draw = [], evaluate.draw_noise
-
-    def listen(row, *args):
-        drawn.append((row.id, draw(row, *args)))
-        return drawn[-1][1]
-
-    monkeypatch.setattr(evaluate, "draw_noise", listen)
-    whole = evaluate.evaluate(config(world, tmp_path, latents="noise", limit=8))
-    before, path, first = lines_of(tmp_path), tmp_path / "samples.jsonl", dict(drawn)
-    kept = path.read_bytes().split(b"\n")[:4]
-    path.write_bytes(b"\n".join(kept) + b'\n{"id": "half')
-    drawn.clear()
-    assert evaluate.evaluate(config(world, tmp_path, latents="noise", limit=8)) == whole
-    assert lines_of(tmp_path) == before and len(path.read_text().splitlines()) == 8
-    assert len(first) == 8 and 4 <= len(drawn) < 8  # whole blocks of three
-    assert all(torch.equal(first[id], noise) for id, noise in drawn)
-
-
-def test_none_opens_no_span(world, tmp_path, monkeypatch):
-    """Breaks if --latents none lets a span be opened, or another ablation does not."""
-    from tests.test_evaluate import config
-
-    asked, generate = [], latent_decode.generate
-
-    def listen(model, batch, **settings):
-        asked.append([model.config.latent_start_id] == settings["banned"])
-        return generate(model, batch, **settings)
-
-    monkeypatch.setattr(evaluate, "generate", listen)
-    for latents in ("none", "zero"):
-        evaluate.evaluate(config(world, tmp_path / latents, latents=latents, limit=1))
-    assert asked == [True, False]
-
-
 def test_banned_tokens(model, tokenizer):
     """Breaks if --latents none can still open a span: the greedy word is banned and must not come
     back.
@@ -166,28 +154,3 @@ def test_banned_tokens(model, tokenizer):
     word = next(token for token in first.tokens[0].tolist() if token not in inside)
     second = latent_decode.generate(model, batch, max_new_tokens=12, eos_token_id=[], banned=[word])
     assert word in first.tokens and word not in second.tokens
-
-
-def test_imagined_by_hand(model, clip, data_config):
-    """Breaks if a cosine is not that of a latent and a frame: a latent that *is* frame 5's
-    embedding is nearest to it.
-    """
-    path = clip(count=600, height=32, width=32)
-    row = Row("f", "1", [Frame(path, 3), "?"], [Frame(path, 5)], "x")
-    pictures = clips.pixels_of([Frame(path, 5)])
-    patches, grid = clips.resize_and_cut(pictures[Frame(path, 5)][None], *data_config.budgets[1])
-    e = model.encode_frames(clips.normalise(patches), grid[None])  # one token
-    latents = torch.cat([3 * e, -e, e])
-    got = imagined(model, row, latents, [1, 0, 2], data_config.budgets[1])
-    assert got["frames"] == list("12345678") and got["spans"] == [1, 0, 2]
-    assert [line[4] for line in got["cosine"]] == [1, -1, 1] and np.argmax(got["cosine"][0]) == 4
-    patches, grid = clips.resize_and_cut(pictures[Frame(path, 8)][None], *data_config.budgets[1])
-    other = model.encode_frames(clips.normalise(patches), grid[None])
-    dot = float(e[0] @ other[0]) / math.sqrt(float(e[0] @ e[0]) * float(other[0] @ other[0]))
-    assert got["cosine"][0][7] == pytest.approx(dot, abs=1e-3)
-    got = imagined(model, row, torch.cat([3 * e, other, e]), [1, 0, 2], data_config.budgets[1])
-    a, b = e[0].numpy(), (other + e)[0].numpy() / 2  # the means of the two spans
-    assert got["similarity"][0][0] == got["similarity"][1][1] == 1
-    assert got["similarity"][0][1] == pytest.approx(
-        a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-3
-    )

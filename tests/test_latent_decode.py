@@ -11,7 +11,7 @@ import torch
 from test_model import IMAGE, VIDEO, WIDE, log_softmax, make_batch, stock_of
 
 import latent_decode
-from common import sampling, shared_prefix
+from common import shared_prefix
 from common.shared_prefix import DecodingCache
 from latent_decode import Rollout, Rule, choose, decode_slowly, generate
 
@@ -454,40 +454,6 @@ def test_choose_in_a_span(temperature):
         assert token.tolist() == [only] * 2 and not chosen.any() and sampled.all()
 
 
-def test_a_span_that_is_too_short_goes_on():
-    """Breaks if below its least length a span ends, or what is forced counts as chosen."""
-    logits = torch.zeros(V)
-    logits[IDS[2]] = 200.0  # p(LE) = 1
-    limits = dict(min_latents=2, max_latents=3)
-    for temperature in (0.0, 0.7):
-        for count, token in ((0, IDS[1]), (1, IDS[1]), (2, IDS[2]), (3, IDS[2])):
-            got = decide(logits, [0.0, 0.5], True, count, temperature=temperature, **limits)
-            assert got[0].tolist() == [token] * 2 and not got[1].any()
-            assert got[2].tolist() == [count == 2] * 2
-    # among words there is no span to keep open; the longest length wins
-    assert decide(logits, [0.5], temperature=0.7, min_latents=2)[2].all()
-    assert decide(logits, [0.5], True, 1, min_latents=2, max_latents=1)[0] == IDS[2]
-
-
-@torch.no_grad()
-def test_spans_of_one_length(model, tokenizer, eos):
-    """Breaks if the decoder does not heed the model's least length, or does not as its definition
-    does.
-    """
-    batch, lengths = make_batch(tokenizer, ROWS, "left"), {0: set(), 3: set()}
-    for seed in range(4):
-        for least in lengths:
-            shuffle(model, seed).config.min_latents = least
-            rollout = generate(model, batch, max_new_tokens=36, max_latents=3, eos_token_id=eos)
-            for row in rollout.tokens.tolist():
-                lengths[least].update(spans(row, model.config))
-            prompt = make_batch(tokenizer, ROWS[:1])
-            tokens, latents = decode_slowly(model, prompt, 36, 3, eos)
-            assert rollout.tokens[0, : rollout.lengths[0]].tolist() == tokens
-            torch.testing.assert_close(rollout.latents[0], latents, atol=1e-4, rtol=0)
-    assert lengths[3] == {3} and min(lengths[0]) < 3
-
-
 def test_a_greedy_span_ends_where_the_end_is_the_most_probable_word():
     """Breaks if greedy decoding is not the limit of sampling: p(LE) < 1/2 may still be the
     largest, and
@@ -572,8 +538,8 @@ def test_the_way_to_the_nucleus_changes_no_word(monkeypatch, scale):
         cdf = row[inside].cumsum(0)
         expected.append(int(inside[(cdf <= place * cdf[-1]).sum()]))
     for likeliest in (5000, 1024, 1):
-        monkeypatch.setattr(sampling, "LIKELIEST", likeliest)
-        assert sampling.choose_word(logp, u, 1.0, 0.9).tolist() == expected
+        monkeypatch.setattr(latent_decode, "LIKELIEST", likeliest)
+        assert latent_decode.choose_word(logp, u, 1.0, 0.9).tolist() == expected
 
 
 def test_frequencies_of_a_rollout(model, tokenizer):

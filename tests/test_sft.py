@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from test_model import IMAGE, ROWS, SPAN, log_softmax, make_batch
 
 import sft
-from common import runs
+from common.folder import checkpoints
 from model import load
 from toy import tiny
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SMALL = dict(tiny.TINY, global_batch=8, micro_batch=4, workers=0)
+SMALL = dict(tiny.settings("sft"), global_batch=8, micro_batch=4, workers=0)
 
 
 def settings(world, out, cls=sft.Config, **more):
@@ -240,7 +240,7 @@ def test_killed_while_saving_leaves_the_older_checkpoint(world, tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         sft.train(settings(world, tmp_path / "a", save_every=2))
     monkeypatch.undo()
-    assert [os.path.basename(p) for p in runs.checkpoints(str(tmp_path / "a"))] == ["step_000002"]
+    assert [os.path.basename(p) for p in checkpoints(str(tmp_path / "a"))] == ["step_000002"]
     done = sft.train(settings(world, tmp_path / "a", save_every=2, resume=True))
     straight = sft.train(settings(world, tmp_path / "b", save_every=2))
     a, b = weights(done), weights(straight)
@@ -261,7 +261,7 @@ def test_resume_of_a_finished_run_does_nothing_and_a_used_folder_is_refused(worl
         sft.train(settings(world, tmp_path, steps=1, lam=0.7, resume=True))
     with pytest.raises(SystemExit, match="--data is missing"):
         sft.train(settings(world, tmp_path / "new", data=""))
-    with pytest.raises(SystemExit, match="nothing to train on: 0 steps, 0.0 epochs of 24 rows"):
+    with pytest.raises(SystemExit, match="nothing to train on: 24 rows, 0.0 epochs"):
         sft.train(settings(world, tmp_path / "new", steps=0, epochs=0.0))
     with pytest.raises(ValueError, match="expected mse or nmse"):
         settings(world, tmp_path / "new", latent_loss="l1")
@@ -328,7 +328,7 @@ torch.optim.AdamW = lambda groups, **kw: torch.optim.SGD(groups, lr=1.0)
 import sft
 if __name__ == "__main__":
     sft.train(sft.Config(**json.loads(sys.argv[1])))
-    from common.runs import leave
+    from common.machine import leave
 
     leave()
 """
@@ -356,7 +356,7 @@ def descend(tmp_path, processes, config):
         env=dict(os.environ, OMP_NUM_THREADS="1"),
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    return weights(runs.checkpoints(config.out)[-1]), run.stdout + run.stderr
+    return weights(checkpoints(config.out)[-1]), run.stdout + run.stderr
 
 
 @pytest.mark.slow  # processes of their own
@@ -413,10 +413,8 @@ def test_text_only_rows_have_no_spans_and_the_vision_tower_stays(world, tmp_path
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_logged(world, tmp_path, monkeypatch):
     """Breaks if a NaN reaches the weights."""
-    real = sft.Step.forward
-    monkeypatch.setattr(
-        sft.Step, "forward", lambda self, *a: [x * math.nan for x in real(self, *a)]
-    )
+    real = sft.batch_sums
+    monkeypatch.setattr(sft, "batch_sums", lambda *a: [x * math.nan for x in real(*a)])
     done = sft.train(settings(world, tmp_path, steps=1))
     a, b = weights(world["model"]), weights(done)
     assert all(torch.equal(a[k], b[k]) for k in a) and read_log(tmp_path)[0]["update_skipped"]

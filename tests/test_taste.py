@@ -10,11 +10,9 @@ import pytest
 import torch
 
 import sample
-from common import taste
-from common.clips import load_frames
-from common.formats import Frame
-from common.pictures import Painter, painting_error
-from common.runs import Machine
+from common.formats import read_rows
+from common.machine import Machine
+from common.painter import Painter, look, painting_error
 from data import DataConfig
 from tools import pictures
 
@@ -23,23 +21,23 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def shipped():
-    """The shipped model's answers to the shipped questions -> painter, answers, budget."""
-    _, config = taste.shipped(pictures.Config(), 1)
+    """The shipped model's answers to the shipped questions -> painter, answers, budget, model."""
+    _, config = sample.shipped(pictures.Config(), 1)
     model, tokenizer = Machine().load(config.model)
-    answers = pictures.answer(model, tokenizer, taste.questions(), config)
+    rows = read_rows(str(ROOT / "taste" / "questions.jsonl"))
+    answers = pictures.answer(model, tokenizer, rows, config)
     return Painter.beside(config.model), answers, config.budgets[1], model
 
 
 def test_sample_without_arguments(tmp_path):
     """Breaks if the first command a stranger types does not answer, or draws nothing."""
-    out, strip = [], str(tmp_path / "imagined.png")
-    row, _ = taste.shipped(DataConfig(), sample.Config().ask)
+    out, strip, listed = [], str(tmp_path / "imagined.png"), []
+    row, _ = sample.shipped(DataConfig(), sample.Config().ask)
     answer = sample.main(sample.Config(strip=strip), out.append)
     text = "".join(out)
     assert answer.strip() in row.options and text.startswith(row.question)
     assert "[span 1: 1 latent]" in text and f"what came: {row.answer}" in text
     assert os.path.getsize(strip) > 2000
-    listed = []
     sample.main(sample.Config(list=True), listed.append)
     lines = "".join(listed).splitlines()
     assert len(lines) == 8 and lines[0] == (
@@ -55,34 +53,23 @@ def test_what_is_shipped_is_small_and_whole():
     assert sum(sizes.values()) < 3_200_000
     assert not [path for path in sizes if path.suffix == ".pt"]
     card = (ROOT / "taste" / "README.md").read_text()
-    assert "commit ?" not in card and "python -m toy.taste" in card
+    assert "commit ?" not in card and "bash toy/taste.sh" in card
 
 
 def test_it_answers_and_imagines(shipped):
     """Breaks if what is shipped is not the trained model, or a picture shows more than its latent:
     the same painter, given another clip's latents, does not paint this clip's future.
     """
-    painter, answers, budget, _ = shipped
-    assert sum(a.right for a in answers) >= 6
-    assert all(len(a.lengths) >= 1 for a in answers)
-    first = torch.stack([a.latents[0] for a in answers])  # (8, D) four of each clip
-    futures = [[part for part in a.row.response if isinstance(part, Frame)] for a in answers]
-    cells = torch.cat([pictures.cells_of(frames[0], budget) for frames in futures])
-    own = painting_error(painter, first, cells)
-    assert own < 0.4 and painting_error(painter, first.roll(4, 0), cells) > 2 * own
-    assert pictures.errors_of(painter, answers, budget)["imagined 1"] == pytest.approx(
-        own, rel=1e-3
-    )
-
-
-def test_a_true_token_is_painted_as_what_it_shows(shipped):
-    """Breaks if the painter is another tower's: true frames come out wrong."""
     painter, answers, budget, model = shipped
-    frames = [part for part in answers[2].row.response if isinstance(part, Frame)]
-    pairs = pictures.look(model, frames, budget)
-    assert len(load_frames(frames, budget)) == len(pairs.e) == 3
-    errors = torch.stack([(painter(pairs.e) - pairs.cells).square().mean()])
-    assert errors.item() < 0.003
+    assert sum(a.right for a in answers) >= 6 and all(a.spans for a in answers)
+    first = torch.cat([a.spans[0] for a in answers])  # (8, D) four of each clip
+    came = look(model, [pictures.futures(a.row)[0] for a in answers], budget)
+    own = painting_error(painter, first, came.cells)
+    assert own < 0.4 and painting_error(painter, first.roll(4, 0), came.cells) > 2 * own
+    errors = pictures.errors_of(painter, answers, budget)
+    assert errors["imagined 1"] == pytest.approx(own, rel=1e-3)
+    # and a true token is painted as what it shows: the painter is this tower's
+    assert (painter(came.e) - came.cells).square().mean().item() < 0.003
 
 
 def test_the_walk_through(tmp_path, monkeypatch, capsys):

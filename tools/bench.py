@@ -11,7 +11,7 @@ Models are random (tools/shapes.py): only what a step costs can be seen with the
 import dataclasses
 import sys
 
-from common.flags import run_script
+from common.cli import run_script
 from tools import bench_cpu, bench_gpu, plan
 
 

@@ -15,11 +15,12 @@ import math
 import statistics
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.report import as_text, draw_growth
-from common.runs import write_json
+from common.report import as_text, axes
+from common.run import write_json
 from common.shared_prefix import DecodingCache
 from latent_decode import CHUNK
 from tools import ways
@@ -293,6 +294,19 @@ def print_decoding(figures, config, head):
     for name, figure in both.items():
         rate, mib = tokens / statistics.median(figure["seconds"]), figure["formula"] / 2**20
         print(f"{name}: {rate:.1f} tokens a second; {mib:.0f} MiB by formula")
+
+
+def draw_growth(growth, png):
+    """{"what, against": [[x, seconds]]} -> a panel each; the x axis is logarithmic. Ours."""
+    fig, places = axes(len(growth), 4 * len(growth), 3)
+    for ax, (name, points) in zip(places, growth.items()):
+        what, against = name.split(", ")
+        x, y = np.array(points).T
+        ax.plot(x, 1e3 * y, "o-", lw=1, ms=4)
+        ax.set(xscale="log", xlabel=against, ylabel=f"CPU ms of {what}", ylim=(0, 1.1e3 * max(y)))
+        ax.set_xticks(x, [f"{int(value):,}" for value in x])
+        ax.set_xticks([], minor=True)
+    fig.savefig(png, dpi=110)
 
 
 def main(config):

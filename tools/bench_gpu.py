@@ -27,7 +27,7 @@ import time
 import torch
 import transformers
 
-from common.runs import write_json
+from common.run import write_json
 from sft import Config as SFTConfig
 from sft import Step
 from tools import ways

@@ -30,10 +30,10 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from common.cli import run_script
 from common.clips import ClipError, key_frame_positions, read_clip
-from common.flags import run_script
 from common.formats import RecordError, read_records
-from common.runs import read_lines, write, write_json
+from common.run import read_lines, write, write_json
 from data import at_least
 
 YOUTUBE = "https://www.youtube.com/watch?v={id}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from common.flags import run_script
+from common.cli import run_script
 from common.folder import add_scores, complete, newest, one_line_if_missing, trained_with
 from model import load
 

@@ -16,7 +16,7 @@ L layers, N tokens of a row, T new tokens, P prompt tokens, G rollouts.
 import dataclasses
 from typing import NamedTuple
 
-from common.flags import run_script
+from common.cli import run_script
 from latent_decode import CHUNK, LOGITS
 from tools.shapes import SHAPES, weights, widths
 

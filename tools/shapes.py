@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, Qwen3VLConfig
 
-from common.flags import run_script
+from common.cli import run_script
 from latent_decode import Rollout
 from model import LATENT_IDS, FutureL1, add_latent_tokens
 

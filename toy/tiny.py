@@ -1,63 +1,47 @@
-"""A tiny tokenizer and a tiny Qwen3-VL, and the settings that differ from the paper's."""
+"""A tiny tokenizer and a tiny random Qwen3-VL, for the embedded world and for the tests.
+
+    python -m toy.tiny --data runs/toy/data/captions.jsonl,runs/toy/data/train.jsonl \
+        --out runs/toy/seed_0/untrained --seed 0
+
+The tokenizer knows the words of the records, and Qwen's chat markup. The model is Qwen3-VL's
+architecture with half a million weights: one visual token a frame at 32 x 32 pixels.
+
+How it is trained and asked stands in the settings beside this file (captions.json, sft.json,
+rl.json, curate.json, eval.json, pictures.json; each a script's `--config`). What differs there from
+the paper's settings, because the model is 10,000 times smaller and learns from scratch:
+ 1. lr 2e-3 (RL 1e-4), beta2 0.98 (RL 0.99), no weight decay, no KL.
+ 2. A linear latent head; Eq. (3) over the variance of its targets, with lambda = 1: raw states do
+    not fit visual embeddings at this size.
+ 3. The stop term: without it nothing teaches the model not to stop before its first latent.
+ 4. RL takes 16 rollouts at temperature 1.2 of each of 256 prompts and keeps every group with both
+    outcomes: so low is the policy's entropy that few prompts have two. Rollouts are decoded
+    together while they are equal (`share`).
+ 5. RL's gradient runs through the latents (`adjoint_terms` -1), which the paper holds constant.
+
+Source: ours.
+"""
+
+import json
+import os
+from dataclasses import dataclass
 
 import torch
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig
 
+from common.cli import run_script
+from common.formats import read_records
 from model import FutureL1, add_latent_tokens
 
-# What differs from the paper's settings, in one place: the model is 10,000 times smaller and learns
-# from scratch.
-TINY_DATA = dict(image_max_tokens=1, l_max=1, max_length=256, system="watch the ball")
-
-TINY = dict(
-    TINY_DATA,
-    global_batch=64,
-    micro_batch=64,
-    lr=2e-3,
-    beta2=0.98,
-    weight_decay=0.0,
-    save_every=500,
-    latent_head="linear",
-    latent_loss="nmse",
-    lam=1.0,  # raw states do not fit visual embeddings at this size
-    stop_term=True,  # without it nothing teaches the model not to stop before its first latent
-)
-
-# Its policy is sure of itself, so many samples are needed to see two outcomes: they are decoded
-# together while equal.
-TINY_RL = dict(
-    TINY_DATA,
-    groups=10**6,
-    prompts=256,
-    max_tries=1,
-    rollout_batch=128,
-    share=True,
-    group_size=16,
-    low=0.0,
-    high=1.0,
-    temperature=1.2,
-    top_p=1.0,
-    max_new_tokens=48,
-    max_latents=2,
-    micro_batch=64,
-    kl=0.0,
-    lr=1e-4,
-    beta2=0.99,
-    warmup_steps=20,
-    final_lr=0.1,
-    adjoint_terms=-1,
-    save_every=20,
-)
-
-TINY_EVAL = dict(TINY_DATA, batch=250, max_new_tokens=48, max_latents=2)
-
-TINY_CURATION = dict(TINY_DATA, batch=50, max_new_tokens=12, max_latents=2)
-
-TINY_PICTURES = dict(TINY_DATA, max_new_tokens=48, max_latents=2)
-
+HERE = os.path.dirname(os.path.abspath(__file__))
 MARKUP = ("<reason>", "</reason>", "<answer>", "</answer>")
 CONTROL = ("im_start", "vision_start", "vision_end", "image_pad", "video_pad")
+
+
+def settings(name):
+    """The settings NAME.json beside this file, a script's `--config` -> {flag: value}."""
+    with open(os.path.join(HERE, f"{name}.json")) as f:
+        return json.load(f)
 
 
 def make_tokenizer(texts):
@@ -131,3 +115,38 @@ def make_model(tokenizer, seed, hidden=96, layers=2):
     model.set_latent_tokens(add_latent_tokens(tokenizer))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model
+
+
+def words_of(records):
+    """The texts of records of toy/world.py -> [text]."""
+    texts = []
+    for record in records:
+        turns = [turn["value"].replace("<image>", " ") for turn in record["conversations"]]
+        texts += [record["answer"], *turns]
+    return texts
+
+
+@dataclass
+class Config:
+    data: str = ""  # the records whose words it knows: files, with commas
+    words: str = "system user assistant watch the ball"  # of the chat, known too
+    out: str = "runs/toy/seed_0/untrained"  # the model's folder
+    seed: int = 0  # of the random weights
+
+
+def main(config):
+    """Write the tokenizer and the random model to config.out, as a whole or not at all."""
+    texts = [config.words]
+    for path in filter(None, config.data.split(",")):
+        texts += words_of(read_records(path))
+    tokenizer, partial = make_tokenizer(texts), config.out + ".part"
+    model = make_model(tokenizer, config.seed)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    os.rename(partial, config.out)
+    weights = sum(p.numel() for p in model.parameters())
+    print(f"{config.out}: {len(tokenizer)} tokens, {weights:,} random weights")
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

@@ -1,14 +1,44 @@
-"""The embedded world: physics, frames, mp4, rows."""
+"""The embedded world, a ball in a box: its physics, its clips, and the questions about them.
+
+    python -m toy.world --out runs/toy/data       # 4,000 clips and their records, in a minute
+
+The box is square and has four coloured walls. Where on a wall the ball hits, u in [0, 1], sets the
+angle of its rebound from the normal: phi = bend * (2u - 1). To name the third wall, a model has to
+carry the exact contact point through two bounces; the words "hits red" are not enough. Each clip
+shows six contacts, which fall on the key frames 2..7. The model sees frames 3 and 4 and is asked
+which wall comes next (1-hop), second (2-hop) or third (3-hop), or second when the frame of the
+third contact is shown too (interp).
+
+OUT/clips/N.mp4 are the clips: training clips count from 0, held-out ones from `eval_seed`. The
+records are in the Future-L1 training format:
+
+    captions.jsonl          single frames and pairs in words, which stand in for pretraining
+    train.jsonl             the four questions of a few clips, with chains of future frames: SFT
+    all.jsonl               the same of all training clips
+    prompts.jsonl           the same without chains, the answers alone: RL
+    test.jsonl              the four questions of the held-out clips
+    curation_pool.jsonl     a pool for curation: a third of it asks for the future
+    curation_able.jsonl     such questions about other clips, with and without the later frames
+    curation_test.jsonl     test.jsonl without interp
+
+Source: the world is ours; the four kinds of questions are FutureBench's.
+"""
 
 import json
 import math
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 
 import av
 import numpy as np
 from tqdm import tqdm
+
+from common.cli import run_script
+from common.clips import key_frame_positions, read_clip
+from common.report import axes
+from common.run import write_json
 
 SIZE, WALL, BALL = 160, 12, 13  # pixels: side of the picture, thickness of a wall, ball's radius
 # frames between two contacts, and of a clip: with so many the contacts are key frames 2..7
@@ -28,6 +58,7 @@ POINT = (lambda u: (0.0, u), lambda u: (u, 0.0), lambda u: (1.0, u), lambda u: (
 NORMAL = ((1, 0), (0, 1), (-1, 0), (0, -1))
 ALONG = ((0, 1), (1, 0), (0, 1), (1, 0))
 
+LATER = " Later frames of the same clip: "  # as curate.py shows them
 BINS = 24  # a caption names the ball's place in words x0..x23, y0..y23
 
 # group, frames that are seen, frames that are to come, question
@@ -193,6 +224,30 @@ def candidates(seed, bend, video):
     return [*rows, hop]
 
 
+def reading(seed, bend, video):
+    """The candidates with their later frames in sight, and without: answers alone. Ours.
+
+    Who learns them can read a frame that is shown, and foresee little: as Qwen3-VL does.
+    """
+    rows = []
+    for row in candidates(seed, bend, video):
+        seen, future = row["image"], row["reasoning_image"]
+        shown, later = "<image> " * len(seen), LATER + "<image> " * len(future)
+        words = row["conversations"][0]["value"].removeprefix(shown)
+        for name, human, image in (
+            ("later", shown + later + words, [*seen, *future]),
+            ("plain", shown + words, seen),
+        ):
+            new = dict(row, id=f"{row['id']}-{name}", image=image, reasoning_image=[])
+            rows.append(dict(new, conversations=turns(0, human)))
+    return rows
+
+
+def hops(seed, bend, video):
+    """The questions without interp, which asks for what lies between two frames that are seen."""
+    return [row for row in questions(seed, bend, video) if row["group"] != "interp"]
+
+
 def place_words(contact):
     """Where the ball is at a contact, in words."""
     wall, u = contact
@@ -220,6 +275,19 @@ def captions(seed, bend, video):
     return rows
 
 
+# ------------------------------------------------------------------------------------------- files
+
+
+@dataclass
+class Config:
+    out: str = "runs/toy/data"  # the folder of the clips and the records
+    clips: int = 3000  # training clips
+    annotated: int = 200  # of these, clips whose questions have chains of future frames
+    eval_clips: int = 1000  # held-out clips
+    eval_seed: int = 4_000_000  # the first of them; tuning used 1_000_000 and 2_000_000
+    bend: float = 1.05  # rebound angle at the end of a wall, radians; -1.3 is easier
+
+
 def write_rows(path, rows):
     """Records -> a .jsonl file, as a whole or not at all."""
     with open(path + ".part", "w") as f:
@@ -227,8 +295,14 @@ def write_rows(path, rows):
     os.rename(path + ".part", path)
 
 
+def read_jsonl(path):
+    """A .jsonl file -> its records."""
+    with open(path) as f:
+        return [json.loads(line) for line in f]
+
+
 def make_clips(folder, seeds, bend):
-    """Those of the clips that are not there yet, on all cores."""
+    """Write those of the clips that are not there yet, on all cores."""
     jobs = [(os.path.join(folder, f"{seed}.mp4"), seed, bend) for seed in seeds]
     missing = [job for job in jobs if not os.path.exists(job[0])]
     if not missing:
@@ -241,33 +315,89 @@ def make_clips(folder, seeds, bend):
     print(f"{len(missing)} clips written in {time.time() - began:.0f} s")
 
 
-def make_world(config):
-    """Clips and rows on disk -> dict(captions, train, all, prompts, test: jsonl files).
+def claim(config):
+    """Make config.out, and note in world.json what it holds.
 
-    Clips that are there are kept.
+    Raises SystemExit if it holds a world with other settings: clips are kept by their number.
     """
-    folder = os.path.join(config.out, "data")
-    os.makedirs(os.path.join(folder, "clips"), exist_ok=True)
+    os.makedirs(os.path.join(config.out, "clips"), exist_ok=True)
+    path, settings = os.path.join(config.out, "world.json"), asdict(config)
+    del settings["out"]
+    if os.path.exists(path):
+        with open(path) as f:
+            before = json.load(f)
+        changed = [name for name in settings if before.get(name) != settings[name]]
+        if changed:
+            raise SystemExit(
+                f"{path}: this world was made with other values of {', '.join(changed)}; "
+                "choose another --out"
+            )
+    write_json(path, settings)
+
+
+def make_world(config):
+    """Clips and records in config.out -> {name: jsonl file}. Clips that are there are kept.
+
+    Raises SystemExit as `claim` does.
+    """
+    claim(config)
     training = range(config.clips)
     test = range(config.eval_seed, config.eval_seed + config.eval_clips)
-    make_clips(os.path.join(folder, "clips"), [*training, *test], config.bend)
-    plan = dict(
+    make_clips(os.path.join(config.out, "clips"), [*training, *test], config.bend)
+    half = config.clips // 2
+    kinds = dict(
         captions=(captions, training),
         train=(questions, training[: config.annotated]),
         all=(questions, training),
         prompts=(prompts, training),
         test=(questions, test),
+        curation_pool=(candidates, training[: min(400, half)]),
+        curation_able=(reading, training[half:]),
+        curation_test=(hops, test),
     )
-    paths = paths_of(config)
-    for name, (make, seeds) in plan.items():
+    paths = {}
+    for name, (make, seeds) in kinds.items():
         rows = []
         for seed in seeds:
             rows += make(seed, config.bend, f"clips/{seed}.mp4")
+        paths[name] = os.path.join(config.out, f"{name}.jsonl")
         write_rows(paths[name], rows)
     return paths
 
 
-def paths_of(config):
-    """Where the rows of a world are: {name: jsonl file}."""
-    names = "captions", "train", "all", "prompts", "test"
-    return {name: os.path.join(config.out, "data", f"{name}.jsonl") for name in names}
+def same_number(pool, selected, seed, folder):
+    """Two sets of equal size to learn from: the selected records, and random ones of the pool.
+
+    pool, selected: jsonl files. FOLDER/chosen.jsonl has the selected records in the order of the
+    pool, FOLDER/random.jsonl as many others, drawn with `seed`.
+    """
+    records, ids = read_jsonl(pool), {record["id"] for record in read_jsonl(selected)}
+    chosen = [record for record in records if record["id"] in ids]
+    order = np.random.default_rng(int(seed)).permutation(len(records))
+    write_rows(os.path.join(folder, "chosen.jsonl"), chosen)
+    write_rows(os.path.join(folder, "random.jsonl"), [records[i] for i in order[: len(chosen)]])
+
+
+def draw_key_frames(clip, titles, png):
+    """The eight key frames of a clip in a row, under titles {index: text}, else their numbers."""
+    frames, *_ = read_clip(clip, key_frame_positions)
+    fig, places = axes(8, 11, 1.7)
+    for i, (place, frame) in enumerate(zip(places, frames), 1):
+        place.imshow(frame)
+        place.set(xticks=[], yticks=[], title=titles.get(i, f"{i}"))
+    fig.savefig(png, dpi=120)
+
+
+def main(config):
+    """The world in its folder, unless it is there, and at last a picture of its first clip."""
+    picture = os.path.join(config.out, "clip.png")
+    claim(config)
+    if not os.path.exists(picture):
+        make_world(config)
+        titles = {3: "3 seen", 4: "4 seen", 5: "5 future", 6: "6 future", 7: "7 future"}
+        draw_key_frames(os.path.join(config.out, "clips", "0.mp4"), titles, picture)
+    print(f"{config.out}: {config.clips} training clips, {config.eval_clips} held-out ones")
+
+
+if __name__ == "__main__":
+    run_script(main, Config)

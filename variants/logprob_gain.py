@@ -7,28 +7,30 @@
     python -m variants.logprob_gain --model DIR --data pool.jsonl --k 50000
 
 A fork of curate.py (sec. 3.2): the same pool, the same two prompts, the same walk. It takes one
-forward a condition instead of n rollouts, and asks no judge. Writes OUT/logprob.jsonl and
-OUT/selected.jsonl (.parquet where the pool is), best first.
+forward for each condition instead of n rollouts, and asks no judge. Writes OUT/logprob.jsonl and
+OUT/selected.jsonl (.parquet if the pool is), best first.
 
 Where this differs from curate.py:
  1. The score, and the threshold that goes with it: 0.
  2. Ties go to the smaller sha256 of the id.
+
+Axis letters: B rows, L tokens, D hidden, V vocabulary.
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
 
 import torch
 
-import curate
-from common.flags import run_script
+from common.cli import run_script
 from common.formats import Skipped, report_bad
-from common.runs import Machine
-from common.walk import Book, read_book, settings_of, walk
-from curate import FREE, conditions, read_pool, visual_gain, write_selected
+from common.machine import Machine
+from common.results import Book, check_rows, read_book, settings_of, walk
+from curate import CONDITIONS, FREE, encode_conditions, read_pool, visual_gain, write_selected
 from curate import Config as CurateConfig
-from data import encode, model_inputs, to_device
+from data import collate, encode, model_inputs, to_device
 
 
 @dataclasses.dataclass
@@ -61,22 +63,35 @@ def probe(config):
 
     Raises SystemExit as `curate.probe` does.
     """
-    machine = Machine(config.bf16)
+    # the pool, and what earlier runs have done
+    machine = Machine()
     _, rows = read_pool(config)
     bad = [row for row in rows.values() if isinstance(row, Skipped)]
     report_bad(bad, len(rows), config.max_bad)
-    settings = settings_of(config, FREE)
-    book = Book(config.out, "logprob", rows, settings, machine)
-    if blocks := book.blocks(config.batch):
-        model, tokenizer = machine.load(settings["model"])
-        nothing = dataclasses.replace(next(iter(rows.values())), prompt=[], response=[], answer="")
-        labels = encode(nothing, tokenizer, config)["labels"]
+    book = Book(config.out, "logprob", rows, settings_of(config, FREE), machine)
+
+    # the model, and which labels of an answer are those of its tags
+    blocks, encode_row = book.blocks(config.batch), None
+    if blocks:
+        model, tokenizer = machine.load(config.model)
+        encode_row = functools.partial(
+            encode_conditions, tokenizer=tokenizer, config=config, train=True
+        )
+        any_row = next(row for row in rows.values() if not isinstance(row, Skipped))
+        bare = dataclasses.replace(any_row, prompt=[], response=[], answer="")
+        labels = encode(bare, tokenizer, config)["labels"]
         empty = [label for label in labels if label != -100]
-        for block in walk(book, blocks, conditions, tokenizer, config, train=True):
-            means = mean_logprob(model, to_device(block.batch, machine.device), empty)
-            pairs = zip(means[::2], means[1::2])
-            lines = [dict(logp_t=round(t, 6), logp_v=round(v, 6)) for t, v in pairs]
-            book.add(dict(zip(block.readable, lines)))
+
+    # one forward for each condition
+    for some, samples in walk(book, blocks, encode_row, config.workers):
+        lines = {row.id: {} for row in some}
+        for condition in CONDITIONS:
+            batch = collate([s[condition] for s in samples], tokenizer.pad_token_id or 0)
+            means = mean_logprob(model, to_device(batch, model.device), empty)
+            for row, mean in zip(some, means):
+                # deviation 1: a log-probability instead of a count of right answers
+                lines[row.id][f"logp_{condition}"] = round(mean, 6)
+        book.add(lines)
     return book.finish()
 
 
@@ -84,26 +99,28 @@ def cut(config):
     """The kept candidates' records, best first; written beside the scores. Ours."""
     records, rows = read_pool(config)
     lines = read_book(config.out, "logprob")
+    check_rows(config.out, lines, rows)
     gains = {}
     for id in rows:
         if "logp_t" in lines.get(id, {}):
             gains[id] = visual_gain(lines[id]["logp_t"], lines[id]["logp_v"])
 
     def rank(id):
-        return -gains[id], hashlib.sha256(id.encode()).hexdigest()
+        return -gains[id], hashlib.sha256(id.encode()).hexdigest()  # deviation 2: no p_t to compare
 
     chosen = sorted([id for id in gains if gains[id] >= 0], key=rank)[: config.k or None]
-    place = {id: i for i, id in enumerate(records)}
-    chosen_records = [records[id] for id in chosen]
-    path = write_selected(config, chosen_records, [place[id] for id in chosen])
+    path = write_selected(config, records, chosen)
     skipped = len(rows) - len(gains)
     print(f"{len(chosen)} of {len(rows)} candidates chosen, {skipped} without a score; {path}")
-    return chosen_records
+    return [records[id] for id in chosen]
 
 
 def main(config):
-    """`curate.main` with this score and this threshold."""
-    curate.main(config, probe, cut)
+    """The parts that `part` names; the first rank alone selects."""
+    if config.part != "select":
+        probe(config)
+    if config.part != "probe" and int(os.environ.get("RANK", 0)) == 0:
+        cut(config)
 
 
 if __name__ == "__main__":

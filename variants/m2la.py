@@ -55,9 +55,10 @@ import torch.nn.functional as F
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
 
 import sft
-from common.flags import run_script
+from common.cli import run_script
 from common.folder import complete, describe_training, newest
-from common.runs import Machine, rows_of
+from common.machine import Machine
+from common.run import rows_of
 from common.shared_prefix import DecodingCache
 from data import Samples, loader, to_device
 from model import FutureL1

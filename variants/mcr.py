@@ -48,17 +48,16 @@ import re
 from typing import NamedTuple
 
 import torch
+from common.groups import Group
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import la_dapo
+from common.cli import run_script
 from common.clips import ClipError, load_frames
-from common.flags import run_script
 from common.formats import Frame
-from common.groups import Group
-from common.rollouts import Rollout
 from data import Samples, Special, at_least, collate, model_inputs, to_device, tokenize, visual
-from latent_decode import Replay, decisions, generate
+from latent_decode import Replay, Rollout, decisions, generate
 from rewards import span_lengths
 
 WORDS = ("look", "imagine", "check", "seen", "unseen", "nothing")  # actions and feedback

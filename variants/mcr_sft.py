@@ -22,10 +22,10 @@ import dataclasses
 import random
 
 import sft
+from common.cli import run_script
 from common.clips import ClipError, load_frames
-from common.flags import run_script
 from common.formats import Frame, RecordError, Skipped
-from common.runs import rows_of
+from common.run import rows_of
 from data import MERGE, Samples, Special, at_least, encode, tokenize
 from model import LATENT, LATENT_END, LATENT_START
 from variants.mcr import Said, Shown, environment, frames_in, user_turn

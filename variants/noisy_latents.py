@@ -24,11 +24,21 @@ Source: ours, after Gaussian policies (Williams 1992).
 """
 
 import dataclasses
+import math
+import os
+from collections import Counter
 
 import torch
 
 import la_dapo
-from common.flags import run_script
+from common.cli import run_script
+from common.formats import Skipped
+from common.judge import judge_of
+from common.machine import Machine, set_sync, whole, whole_copy
+from common.report import draw_curves
+from common.run import Run, read_ahead, rows_of
+from data import Samples
+from latent_decode import ask
 
 
 @dataclasses.dataclass
@@ -43,7 +53,7 @@ class Config(la_dapo.Config):
                 f"latent_sigma {self.latent_sigma}, density {self.density!r}: expected above 0, "
                 "and sum or mean"
             )
-        if self.adjoint_terms or self.updates_a_step != 1:
+        if self.adjoint_terms or self.minibatches * self.inner_epochs != 1:
             raise ValueError("noisy latents: adjoint_terms 0, one update a step")
         if self.share or self.cuda_graph:  # the noise is drawn anew at each step
             raise ValueError("noisy latents: no share, no cuda_graph")
@@ -76,20 +86,130 @@ class Feed:
         return mean + self.sigma * noise.to(mean)[state.row]
 
 
-def policy_loss(model, batch, n_tokens, config, figures):
+def policy_loss(model, batch, counts, config):
     """`la_dapo.policy_loss` with the latents' log-density, and without the adjoint."""
     new = la_dapo.replayed(model, batch, config)
-    loss, kl = la_dapo.clipped_loss(new, batch, n_tokens, config, figures)
+    loss, kl, figures = la_dapo.clipped_loss(new, batch, counts, config)
     z, sizes = new.latents.detach(), [len(z) for z in batch.rollout.latents]
     logp = log_density(z, new.predicted, config.latent_sigma, config.density)  # (N,)
     of_row = torch.stack([part.sum() for part in logp.split(sizes)])  # (R,)
-    return loss + kl - ((batch.A * batch.times)[:, 0] * of_row).sum() / n_tokens
+    density = -((batch.A * batch.times)[:, 0] * of_row).sum() / counts.tokens
+    return loss + config.kl * kl + density, dict(figures, density=density.detach())
 
 
-def train(config, rows=None):
-    """`la_dapo.train` with this loss and feed -> path of the last checkpoint."""
-    return la_dapo.train(config, rows, policy_loss, Feed)
+def each_alone(group):
+    """`la_dapo.distinct` without merging: rollouts of equal words have other latents."""
+    unjudged = group.parts["unjudged"]
+    return [[i] for i in range(len(unjudged)) if not unjudged[i]]
+
+
+def roll_out(model, tokenizer, samples, k, config):
+    """`la_dapo.roll_out` with noise: batch k of the prompts -> its Groups."""
+    readable = [sample for sample in samples if not isinstance(sample, Skipped)]
+    if not readable:
+        return []
+    answers = ask(
+        model,
+        tokenizer,
+        readable,
+        n=config.group_size,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        max_new_tokens=config.max_new_tokens,
+        max_latents=config.max_latents,
+        generator=torch.Generator().manual_seed(config.seed * 1_000_003 + k),
+        feed=Feed(config, k),
+    )
+    return la_dapo.groups_of(samples, answers, k, model.config, config)
+
+
+def train(config):
+    """LA-DAPO with noisy latents -> path of the last checkpoint. The loop of la_dapo.py, with one
+    update a step and one minibatch.
+
+    Raises SystemExit on a folder in use or bad input.
+    """
+    # the run's folder, the policy, what it is compared with, the prompts in their order
+    machine = Machine(config.bf16, config.shard)
+    rows = la_dapo.usable(rows_of(config), config)
+    steps, judge = la_dapo.count_steps(rows, config), judge_of(config)
+    run = Run(config, rows, machine, config.label)
+    torch.manual_seed(config.seed)
+    model, tokenizer = run.load()
+    model.model.visual.requires_grad_(False)
+    reference = la_dapo.load_reference(run, model)
+    policy = machine.wrap(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    betas = 0.9, config.beta2
+    optimizer = torch.optim.AdamW(trained, config.lr, betas, weight_decay=0.0, fused=True)
+    place = run.state["batch"] if run.state else 0
+    size = config.rollout_batch
+    batches_a_try = -(-(config.prompts or config.groups) // size)
+    plan = la_dapo.prompt_batches(len(rows), size, place, config.seed, machine.rank, machine.world)
+    prompts = iter(read_ahead(Samples(rows, tokenizer, config, train=False), plan, config.workers))
+    run.start(model, optimizer, la_dapo.describe(config, rows, model, steps, machine))
+
+    for step in run.steps(steps):
+        # roll out with noise and score, until enough groups are worth learning from
+        groups, skipped, began_at = [], [], place
+        decoder = whole_copy(model, machine.bf16) if machine.shard else model
+        dropped = ("unjudged", "too hard", "too easy") if config.filter else ("unjudged",)
+        for _ in range(config.max_tries):
+            for k in range(place, place + batches_a_try):
+                if k % machine.world == machine.rank:
+                    samples = next(prompts)
+                    with machine.autocast():
+                        new = roll_out(decoder, tokenizer, samples, k, config)
+                    la_dapo.score_groups(new, judge, config)
+                    groups += new
+                    skipped += [sample for sample in samples if isinstance(sample, Skipped)]
+            place += batches_a_try
+            worth = [group for group in groups if group.verdict not in dropped]
+            places = sorted(machine.gather([group.place for group in worth]))[: config.groups]
+            if len(places) == config.groups:
+                break
+        del decoder
+        kept = [group for group in worth if group.place in places]
+
+        # advantages, and the reference's log-probabilities; no rollouts are merged
+        for group in kept:
+            group.A = la_dapo.group_advantages(group.parts["total"])
+        hidden = model.config.text_config.hidden_size
+        batches, counts = la_dapo.batches_of(kept, hidden, config, machine, each_alone)
+        for batch in batches if reference is not None else []:
+            with torch.no_grad(), machine.autocast():
+                batch.ref = reference(la_dapo.replayed, batch, config).logprobs
+
+        # one update: loss with the latents' density, backward, clip, step
+        lr, figures, norms = la_dapo.learning_rate(step, steps, config), Counter(), []
+        for batch in batches if counts.tokens else []:
+            set_sync(policy, last=batch is batches[-1])
+            with machine.autocast():
+                loss, logged = policy(policy_loss, batch, counts, config)
+            (loss * machine.world).backward()  # DDP and FSDP average the ranks' gradients
+            figures.update({name: float(value) for name, value in logged.items()})
+        if counts.tokens:
+            norms.append(whole(torch.nn.utils.clip_grad_norm_(trained, config.clip)).item())
+            for param_group in optimizer.param_groups:
+                param_group["lr"] = lr
+            if math.isfinite(norms[-1]):
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        # a line in the log, and now and then a checkpoint
+        skipped, failures = run.skips(skipped, judge)
+        line = dict(step=step, lr=lr, prompts=[began_at * size, place * size])
+        line.update(la_dapo.update_figures(figures, norms, machine))
+        line.update(la_dapo.rollout_figures(groups, kept, worth, machine))
+        line.update(skipped=len(skipped), skipped_names=skipped, judge_failures=failures)
+        run.log(line, "total", "accuracy", "groups")
+        if run.due(step + 1, steps):
+            run.save(step + 1, model, tokenizer, optimizer, batch=place)
+            if machine.master:
+                curves = os.path.join(config.out, "rewards.png")
+                draw_curves(run.path, curves, la_dapo.CURVES)
+    return run.finish()
 
 
 if __name__ == "__main__":
-    run_script(lambda config: print("last checkpoint:", train(config)), Config)
+    run_script(train, Config)

@@ -43,14 +43,15 @@ from collections import Counter
 from typing import NamedTuple
 
 import torch
+from common.checkpoint import make_optimizer
+from common.groups import Harvest, RolloutLog, check_readable, load_prompts, log_line, prepare
 from torch.utils.checkpoint import checkpoint
 
 import la_dapo
-from common.checkpoint import make_optimizer
-from common.flags import run_script
-from common.groups import Harvest, RolloutLog, check_readable, load_prompts, log_line, prepare
+from common.cli import run_script
+from common.machine import Machine
 from common.report import draw_curves
-from common.runs import Machine, Run, rows_of
+from common.run import Run, rows_of
 from data import DataConfig, at_least, collate, model_inputs, tokenize
 from latent_decode import LOGITS
 from model import log_continue

@@ -28,7 +28,7 @@ import dataclasses
 import torch
 
 import la_dapo
-from common.flags import run_script
+from common.cli import run_script
 from rewards import contrastive_reward, span_likeness
 
 
@@ -85,19 +85,20 @@ def batch_rewards(latents, batch, config):
     return total
 
 
-def policy_loss(model, batch, n_tokens, config, figures):
-    """`la_dapo.policy_loss` with the rewards' own path in its adjoint."""
+def policy_loss(model, batch, counts, config):
+    """`la_dapo.policy_loss` with the rewards' own path in its adjoint -> loss, figures."""
     new = la_dapo.replayed(model, batch, config)
-    loss, kl = la_dapo.clipped_loss(new, batch, n_tokens, config, figures)
+    loss, kl, figures = la_dapo.clipped_loss(new, batch, counts, config)
     latents = new.latents.split([len(z) for z in batch.rollout.latents])
-    reward = batch_rewards(latents, batch, config).to(loss.device)
-    return loss + kl + la_dapo.through_latents(loss - reward / n_tokens, new, batch, config)
+    reward = batch_rewards(latents, batch, config).to(loss.device) / counts.tokens
+    total = loss + config.kl * kl + la_dapo.through_latents(loss - reward, new, batch, config)
+    return total, dict(figures, own_reward=reward.detach())
 
 
-def train(config, rows=None):
+def train(config):
     """`la_dapo.train` with this loss -> path of the last checkpoint."""
-    return la_dapo.train(config, rows, policy_loss)
+    return la_dapo.train(config, policy_loss)
 
 
 if __name__ == "__main__":
-    run_script(lambda config: print("last checkpoint:", train(config)), Config)
+    run_script(train, Config)

@@ -15,7 +15,7 @@ Source: ours, after pause tokens (Goyal et al. 2024).
 import dataclasses
 
 import sft
-from common.flags import run_script
+from common.cli import run_script
 
 
 @dataclasses.dataclass
@@ -32,18 +32,16 @@ class Config(sft.Config):
         return "pause"
 
 
-class Step(sft.Step):
-    """Feeds the embedding of `<|latent|>` instead of the future."""
-
-    def fed(self, batch, e, progress):
-        is_latent = batch["input_ids"] == self.model.config.latent_id  # (B, L)
-        return self.model.get_input_embeddings()(batch["input_ids"][is_latent])  # (N, D)
+def fed(model, batch, e, progress, config):
+    """What spans are fed (N, D): the embedding of `<|latent|>`, in place of the true future e."""
+    is_latent = batch["input_ids"] == model.config.latent_id  # (B, T)
+    return model.get_input_embeddings()(batch["input_ids"][is_latent])  # (N, D)
 
 
-def train(config, rows=None):
-    """`sft.train` with this step -> path of the last checkpoint."""
-    return sft.train(config, rows, module=Step)
+def train(config):
+    """`sft.train` with another `fed` -> path of the last checkpoint."""
+    return sft.train(config, fed)
 
 
 if __name__ == "__main__":
-    run_script(lambda config: print("last checkpoint:", train(config)), Config)
+    run_script(train, Config)

@@ -21,7 +21,7 @@ import random
 import torch
 
 import sft
-from common.flags import run_script
+from common.cli import run_script
 from data import at_least, model_inputs
 
 
@@ -49,29 +49,30 @@ def is_drawn(row, progress, config):
     return progress >= config.self_forcing_from and draw < config.self_forcing
 
 
-class Step(sft.Step):
-    """Feeds the drawn rows their own latents."""
+def fed(model, batch, e, progress, config):
+    """What spans are fed (N, D): e, but in the drawn rows the model's own latents.
 
-    def fed(self, batch, e, progress):
-        model, rows = self.model, batch["rows"]
-        own = torch.tensor([is_drawn(row, progress, self.config) for row in rows], device=e.device)
-        if not own.any():
-            return e
-        is_latent = batch["input_ids"] == model.config.latent_id  # (B, L)
-        own = own[is_latent.nonzero()[:, 0]]  # (N,): whether a latent's row is drawn
-        latents = e
-        with torch.no_grad():
-            for _ in range(self.config.self_forcing_passes):
-                h, _ = model.hidden(**model_inputs(batch), latents=latents)  # (B, L, D)
-                z = model.to_latent(h[:, :-1][is_latent[:, 1:]])  # (N, D): predicted at t - 1
-                latents = torch.where(own[:, None], z.to(e.dtype), e)
-        return latents
+    Arguments as `sft.teacher_forcing`.
+    """
+    rows = batch["rows"]
+    own = torch.tensor([is_drawn(row, progress, config) for row in rows], device=e.device)  # (B,)
+    if not own.any():
+        return e
+    is_latent = batch["input_ids"] == model.config.latent_id  # (B, T)
+    own = own[is_latent.nonzero()[:, 0]]  # (N,): whether a latent's row is drawn
+    latents = e
+    with torch.no_grad():
+        for _ in range(config.self_forcing_passes):
+            h, _ = model.hidden(**model_inputs(batch), latents=latents)  # (B, T, D)
+            z = model.to_latent(h[:, :-1][is_latent[:, 1:]])  # (N, D): predicted at t - 1
+            latents = torch.where(own[:, None], z.to(e.dtype), e)
+    return latents
 
 
-def train(config, rows=None):
-    """`sft.train` with this step -> path of the last checkpoint."""
-    return sft.train(config, rows, module=Step)
+def train(config):
+    """`sft.train` with another `fed` -> path of the last checkpoint."""
+    return sft.train(config, fed)
 
 
 if __name__ == "__main__":
-    run_script(lambda config: print("last checkpoint:", train(config)), Config)
+    run_script(train, Config)

@@ -49,9 +49,9 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import sft
-from common.flags import run_script
+from common.cli import run_script
 from common.formats import Blank
-from common.runs import rows_of
+from common.run import rows_of
 from common.shared_prefix import Following, Prompts
 from data import at_least, model_inputs
 from model import FutureL1

@@ -1,7 +1,10 @@
 """common/clips.py against hand numbers, plain loops and other libraries."""
 
 import io
+import itertools
 import re
+import struct
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -11,69 +14,89 @@ import transformers
 from PIL import Image
 
 from common import clips
-from common.clips import ClipError, fit, read_clip, resize_and_cut, resize_and_patchify
-from common.formats import Frame
-from common.reader import READERS
+from common.clips import (
+    ClipError,
+    fit,
+    key_frame_positions,
+    load_frames,
+    read_clip,
+    read_part,
+    read_uniform,
+    resize_and_cut,
+    resize_and_patchify,
+)
+from common.formats import Clip, Frame
 from tests.conftest import flat, shown
 
 CELL = 32 * 32
+each_decoder = pytest.mark.parametrize("decoder", clips.DECODERS)
+
+
+def every(clock, fps):
+    """A choice of all frames."""
+    return list(range(len(clock)))
+
+
+def levels(loaded):
+    """What `load_frames` gave -> the numbers of the frames."""
+    return shown(torch.from_numpy(patches).float() for patches, _ in loaded)
 
 
 # frame numbers and patches
 
 
-def test_positions():
-    """Another rounding or pool, or a short clip asked for frames it lacks, moves the frames that a
-    row means.
+@pytest.mark.parametrize(
+    "count, expected",
+    [
+        (600, [1, 51, 150, 249, 349, 448, 547, 598]),
+        (40, [1, 4, 10, 16, 22, 28, 34, 38]),
+        (9, [1, 1, 2, 3, 4, 5, 6, 7]),
+        (8, [1, 1, 2, 3, 4, 5, 6, 6]),
+        (5, [1, 1, 2, 3, 3, 3, 3, 3]),
+        (3, [1, 1, 2, 2, 2, 2, 2, 2]),
+        (2, [0, 0, 1, 1, 1, 1, 1, 1]),
+        (1, [0] * 8),
+    ],
+)
+def test_positions(count, expected):
+    """Breaks if another rounding or pool, or a short clip asked for frames it lacks, moves the
+    frames that a row means.
     """
-    for count, expected in {
-        600: [1, 51, 150, 249, 349, 448, 547, 598],
-        40: [1, 4, 10, 16, 22, 28, 34, 38],
-        9: [1, 1, 2, 3, 4, 5, 6, 7],
-        8: [1, 1, 2, 3, 4, 5, 6, 6],
-        5: [1, 1, 2, 3, 3, 3, 3, 3],
-        3: [1, 1, 2, 2, 2, 2, 2, 2],
-        2: [0, 0, 1, 1, 1, 1, 1, 1],
-        1: [0] * 8,
-    }.items():
-        assert clips.key_frame_positions(count) == expected
+    assert key_frame_positions(count) == expected
+
+
+def test_positions_of_all_lengths():
+    """Breaks if the eight are out of order or reach beyond the second and the last but one."""
     for count in range(8, 300):
-        found = clips.key_frame_positions(count)
-        assert (
-            len(found) == 8 and found == sorted(found) and found[0] == 1 and found[-1] == count - 2
-        )
+        found = key_frame_positions(count)
+        assert len(found) == 8 and found == sorted(found)
+        assert (found[0], found[-1]) == (1, count - 2)
     with pytest.raises(ValueError, match="found 0"):
-        clips.key_frame_positions(0)
-    for args, expected in {
-        (40, 4): [0, 13, 26, 39],
-        (40, 1): [0],
-        (3, 16): [0, 1, 2],
-        (1, 16): [0],
-    }.items():
-        assert clips.uniform_positions(*args) == expected
+        key_frame_positions(0)
+
+
+@pytest.mark.parametrize(
+    "count, n, expected", [(40, 4, [0, 13, 26, 39]), (40, 1, [0]), (3, 16, [0, 1, 2]), (1, 16, [0])]
+)
+def test_uniform_positions(count, n, expected):
+    """Breaks if frames are not spread from the first to the last."""
+    assert clips.uniform_positions(count, n) == expected
 
 
 def cut(video):
-    """Patches in nine plain loops: (t, block row, block column, row and column inside) x (channel,
+    """Patches in plain loops: (t, row and column of the block, row and column inside) x (channel,
     frame, y, x).
     """
     T, H, W, _ = video.shape
-    return np.array(
-        [
-            [
-                video[min(2 * t + f, T - 1), 32 * by + 16 * iy + y, 32 * bx + 16 * ix + x, c]
-                for c in range(3)
-                for f in range(2)
-                for y in range(16)
-                for x in range(16)
-            ]
-            for t in range((T + 1) // 2)
-            for by in range(H // 32)
-            for bx in range(W // 32)
-            for iy in range(2)
-            for ix in range(2)
-        ]
-    )
+    sides = range((T + 1) // 2), range(H // 32), range(W // 32), range(2), range(2)
+    rows = []
+    for t, by, bx, iy, ix in itertools.product(*sides):
+        row = []
+        for c, f, y, x in itertools.product(range(3), range(2), range(16), range(16)):
+            at = (min(2 * t + f, T - 1), 32 * by + 16 * iy + y, 32 * bx + 16 * ix + x, c)
+            row.append(video[at])
+        rows.append(row)
+    return np.array(rows)
 
 
 def noise(T, height, width):
@@ -82,16 +105,14 @@ def noise(T, height, width):
 
 @pytest.mark.parametrize("T", [1, 3, 4])
 def test_patch_order_and_values(T):
-    """Any transposed axis, blocks the merger does not expect, an odd frame left alone, another
-    normalisation.
+    """Breaks if an axis is transposed, blocks are not those that the merger joins, an odd frame is
+    left alone, or values are normalised otherwise.
     """
     x = noise(T, 64, 96)
-    (patches, grid), (raw, _) = resize_and_patchify(x, CELL, 10**7), resize_and_cut(x, CELL, 10**7)
-    assert (
-        grid.tolist() == [(T + 1) // 2, 4, 6]
-        and raw.dtype == torch.uint8
-        and (raw.numpy() == cut(x)).all()
-    )
+    patches, grid = resize_and_patchify(x, CELL, 10**7)
+    raw, _ = resize_and_cut(x, CELL, 10**7)
+    assert grid.tolist() == [(T + 1) // 2, 4, 6]
+    assert raw.dtype == torch.uint8 and (raw.numpy() == cut(x)).all()
     np.testing.assert_allclose(patches.numpy(), (cut(x) - 127.5) / 127.5, atol=1e-6)
 
 
@@ -113,32 +134,29 @@ def test_patch_order_and_values(T):
     ],
 )
 def test_sizes(T, height, width, cells, tokens):
-    """A budget taken per frame instead of over all T, rounding up, a side of zero cells. Worked out
-    by hand.
+    """Breaks if a budget is taken per frame instead of over all T, sizes are rounded up, or a side
+    has no cell. Worked out by hand.
     """
     _, grid = resize_and_cut(np.zeros((T, height, width, 3), np.uint8), CELL, cells * CELL)
     assert grid.tolist() == [tokens[0], 2 * tokens[1], 2 * tokens[2]]
 
 
 def test_extreme_shapes_are_refused():
-    """A 201:1 strip would become a sliver of noise; as the image of a record it has to be a
-    ClipError.
-    """
+    """Breaks if a 201:1 strip becomes a sliver of noise, or ends the run as a record's picture."""
     strip, png = np.zeros((1, 10, 2010, 3), np.uint8), io.BytesIO()
     Image.fromarray(strip[0]).save(png, "PNG")
     with pytest.raises(ValueError, match="200:1"):
         resize_and_cut(strip, CELL, 4 * CELL)
     with pytest.raises(ClipError, match="200:1"):
-        clips.load_frames([Frame(png.getvalue())], (CELL, 4 * CELL))
+        load_frames([Frame(png.getvalue())], (CELL, 4 * CELL))
 
 
 def test_sizes_equal_transformers():
-    """A size on which we and HF's image or video processor disagree would shift every later
-    position.
-    """
+    """Breaks if we and HF's processors disagree on a size, which shifts every later position."""
+    pil, video = "qwen2_vl.image_processing_pil_qwen2_vl", "qwen3_vl.video_processing_qwen3_vl"
     image, video = (
         pytest.importorskip("transformers.models." + name, exc_type=ImportError).smart_resize
-        for name in ("qwen2_vl.image_processing_pil_qwen2_vl", "qwen3_vl.video_processing_qwen3_vl")
+        for name in (pil, video)
     )
     rng = np.random.default_rng(0)
     for _ in range(3000):
@@ -153,120 +171,93 @@ def test_sizes_equal_transformers():
     [(90, 160, 4, (32, 64)), (300, 200, 9, (96, 64)), (20, 30, 4, (32, 32))],
 )
 def test_resizing_equals_pillow(height, width, cells, size):
-    """Bilinear, no antialiasing, or half a pixel's shift: each is off Pillow's bicubic by far more
-    than two levels.
+    """Breaks if resizing is bilinear, lacks antialiasing or is shifted by half a pixel: each is off
+    Pillow's bicubic by far more than two levels.
     """
-    x = noise(1, height, width)
-    x[0, :, : width // 2] = (
-        np.arange(height)[:, None, None] * 255 // height
-    )  # half smooth, half noise
+    x = noise(1, height, width)  # half smooth, half noise
+    x[0, :, : width // 2] = np.arange(height)[:, None, None] * 255 // height
     pillow = np.asarray(Image.fromarray(x[0]).resize(size[::-1], Image.Resampling.BICUBIC))[None]
-    assert (
-        np.abs(resize_and_cut(x, CELL, cells * CELL)[0].numpy().astype(int) - cut(pillow)).max()
-        <= 2
-    )
+    patches, _ = resize_and_cut(x, CELL, cells * CELL)
+    assert np.abs(patches.numpy().astype(int) - cut(pillow)).max() <= 2
 
 
 @pytest.mark.parametrize(
     "T, height, width, cells",
-    [
-        (1, 90, 160, 4),
-        (1, 64, 96, 64),
-        (1, 2, 2, 4),
-        (1, 333, 215, 30),
-        (2, 90, 160, 8),
-        (3, 64, 96, 100),
-        (4, 200, 120, 40),
-        (5, 45, 80, 9),
-        (4, 2, 2, 16),
-    ],
+    [(1, 90, 160, 4), (1, 64, 96, 64), (1, 2, 2, 4), (1, 333, 215, 30), (2, 90, 160, 8)]
+    + [(3, 64, 96, 100), (4, 200, 120, 40), (5, 45, 80, 9), (4, 2, 2, 16)],
 )
 def test_patches_equal_transformers(T, height, width, cells):
-    """Grid, order or a single value that differs from the processors Qwen3-VL was trained with."""
+    """Breaks if grid, order or a value differs from the processors Qwen3-VL was trained with."""
     pytest.importorskip("torchvision", exc_type=ImportError)
-    x, settings = (
-        noise(T, height, width),
-        dict(
-            size=dict(shortest_edge=CELL, longest_edge=cells * CELL),
-            patch_size=16,
-            merge_size=2,
-            image_mean=[0.5] * 3,
-            image_std=[0.5] * 3,
-        ),
-    )
+    x, size = noise(T, height, width), dict(shortest_edge=CELL, longest_edge=cells * CELL)
+    shared = dict(size=size, patch_size=16, merge_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     if T == 1:
-        cls = (
-            getattr(transformers, "Qwen2VLImageProcessorFast", None)
-            or transformers.Qwen2VLImageProcessor
-        )
-        theirs = cls(**settings)(images=Image.fromarray(x[0]), return_tensors="pt")
+        slow = transformers.Qwen2VLImageProcessor
+        processor = getattr(transformers, "Qwen2VLImageProcessorFast", slow)(**shared)
+        theirs = processor(images=Image.fromarray(x[0]), return_tensors="pt")
+        pixels, grids = theirs["pixel_values"], theirs["image_grid_thw"]
     else:
-        cls = transformers.Qwen3VLVideoProcessor(
-            **settings, do_sample_frames=False, cap_pixels_per_frame=False
-        )
-        theirs = cls(videos=[torch.tensor(x).permute(0, 3, 1, 2)], return_tensors="pt")
+        shared |= dict(do_sample_frames=False, cap_pixels_per_frame=False)
+        processor = transformers.Qwen3VLVideoProcessor(**shared)
+        theirs = processor(videos=[torch.tensor(x).permute(0, 3, 1, 2)], return_tensors="pt")
+        pixels, grids = theirs["pixel_values_videos"], theirs["video_grid_thw"]
     patches, grid = resize_and_patchify(x, CELL, cells * CELL)
-    pixels, grids = (
-        ("pixel_values", "image_grid_thw") if T == 1 else ("pixel_values_videos", "video_grid_thw")
-    )
-    assert theirs[grids].tolist() == [grid.tolist()]
-    torch.testing.assert_close(patches, theirs[pixels].float(), atol=1e-6, rtol=0)
+    assert grids.tolist() == [grid.tolist()]
+    torch.testing.assert_close(patches, pixels.float(), atol=1e-6, rtol=0)
 
 
 # clips and images
 
 
-@pytest.mark.parametrize("reader", ["decord", "PyAV", "read_clip"])
-def test_frame_k_is_frame_k(reader, film):
-    """Off by one, decoding order instead of display order, the nearest key frame instead of the one
-    asked for.
+@each_decoder
+def test_frame_k_is_frame_k(decoder, film):
+    """Breaks if a decoder is off by one, gives decoding order instead of display order, or the
+    nearest key frame of the codec. 300 frames are more than a group of pictures.
     """
-    wanted, counts = (
-        [0, 1, 7, 7, 149, 150, 249, 250, 251, 298, 299],
-        [],
-    )  # 300 frames: more than a group of pictures
-    read = READERS.get(reader, clips.read_clip)
-    pictures, numbers, fps = read(
-        film("x.mp4", range(300), fps=25), lambda n, *fps: counts.append(n) or wanted
-    )
+    wanted, counts = [0, 1, 7, 7, 149, 150, 249, 250, 251, 298, 299], []
+
+    def choose(clock, fps):
+        counts.append(len(clock))
+        return wanted
+
+    path = film("x.mp4", range(300), fps=25)
+    pictures, numbers, seconds, fps = clips.DECODERS[decoder](path, choose)
     assert counts == [300] and numbers == wanted and abs(fps - 25) < 1e-3
     assert pictures.dtype == np.uint8 and pictures.shape == (11, 64, 64, 3)
     assert shown(pictures) == [k % 40 for k in wanted]
+    assert seconds.tolist() == [k / fps for k in wanted]
 
 
 @pytest.mark.parametrize("error", ["ImportError", "RuntimeError"])
 def test_pyav_steps_in(error, film, stand_in_decord):
-    """A clip that decord refuses, or a machine without decord, must give the same frames and rate
-    through PyAV.
-    """
+    """Breaks if a clip that decord refuses, or a machine without decord, gives other frames."""
     stand_in_decord(f"raise {error}('no')")
-    pictures, numbers, fps = clips.read_clip(film(), clips.key_frame_positions)
+    pictures, numbers, fps = read_clip(film(), key_frame_positions)
     assert numbers == shown(pictures) == [1, 4, 10, 16, 22, 28, 34, 38] and abs(fps - 12) < 1e-3
+
+
+AT_12 = [1, 3, 7, 11, 15, 19, 23, 26]  # key frames of the 28 frames from number 12 on
 
 
 @pytest.mark.parametrize(
     "start, back, first, expected",
-    [  # first packet, frames the clock is put back, first visible
-        (12, 0, 12, [1, 3, 7, 11, 15, 19, 23, 26]),  # at a key frame: nothing special
-        (
-            12,
-            16,
-            16,
-            [1, 3, 6, 9, 13, 16, 19, 22],
-        ),  # ffmpeg -ss T -i x -c copy: frames 12..15 are there but not shown
-        (5, 5, 12, [1, 3, 7, 11, 15, 19, 23, 26]),  # between key frames; decord refuses
-        (5, 0, 12, [1, 3, 7, 11, 15, 19, 23, 26]),
+    [
+        (12, 0, 12, AT_12),  # at a key frame of the codec: nothing special
+        # ffmpeg -ss T -i x -c copy: frames 12..15 are in the file but not shown
+        (12, 16, 16, [1, 3, 6, 9, 13, 16, 19, 22]),
+        (5, 5, 12, AT_12),  # between key frames: decord refuses
+        (5, 0, 12, AT_12),  # the same with the clock kept: decord mixes the order up
     ],
-)  # the same, clock kept; decord shuffles
+)
 def test_clips_cut_by_stream_copy(start, back, first, expected, tmp_path):
-    """Counting frames that nobody can see, or returning others than asked for, makes the key frames
-    other ones.
+    """Breaks if frames that nobody can see count, or others are returned than those asked for.
+
+    start: the first packet; back: frames by which the clock is put back; first: the first visible.
     """
     whole, path = str(tmp_path / "whole.mp4"), str(tmp_path / "cut.mp4")
     with av.open(whole, "w") as container:  # a key frame every 12
-        stream = container.add_stream(
-            "libx264", rate=12, options=dict(g="12", bf="0", sc_threshold="0", crf="10")
-        )
+        options = dict(g="12", bf="0", sc_threshold="0", crf="10")
+        stream = container.add_stream("libx264", rate=12, options=options)
         stream.width = stream.height = 64
         for picture in flat(range(40)):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
@@ -278,90 +269,178 @@ def test_clips_cut_by_stream_copy(start, back, first, expected, tmp_path):
                 ticks, packet.stream = back * packet.duration, stream
                 packet.pts, packet.dts = packet.pts - ticks, packet.dts - ticks
                 target.mux(packet)
-    assert shown(clips.read_clip(path, clips.key_frame_positions)[0]) == [
-        first + k for k in expected
-    ]
+    assert shown(read_clip(path, key_frame_positions)[0]) == [first + k for k in expected]
 
 
 @pytest.mark.parametrize(
     "name, count, height, width",
-    [
-        ("one.mp4", 1, 64, 96),
-        ("portrait.mp4", 7, 96, 64),
-        ("tiny.mp4", 5, 2, 2),
-        ("клип é 球.mp4", 3, 64, 64),
-    ],
+    [("one.mp4", 1, 64, 96), ("portrait.mp4", 7, 96, 64), ("tiny.mp4", 5, 2, 2)]
+    + [("клип é 球.mp4", 3, 64, 64)],
 )
 def test_unusual_clips(name, count, height, width, film):
-    """One frame, height and width swapped, the smallest size, a path that is not ASCII."""
-    pictures, _, fps = clips.read_clip(
-        film(name, range(count), height, width), lambda n: list(range(n))
-    )
-    assert (
-        pictures.shape[1:] == (height, width, 3)
-        and shown(pictures) == list(range(count))
-        and abs(fps - 12) < 1e-3
-    )
+    """Breaks on one frame, swapped height and width, the smallest size, or a path not in ASCII."""
+    path = film(name, range(count), height, width)
+    pictures, _, fps = read_clip(path, lambda n: list(range(n)))
+    assert pictures.shape[1:] == (height, width, 3) and abs(fps - 12) < 1e-3
+    assert shown(pictures) == list(range(count))
 
 
 @pytest.mark.parametrize("kind", ["half", "codec", "empty", "text", "audio", "missing", "folder"])
 def test_broken_clips_are_named(kind, film, tmp_path):
-    """A clip nobody can read must be a ClipError with its name: anything else kills a run, or
-    passes unseen.
-    """
+    """Breaks if a clip that nobody can read is anything but a ClipError with its name."""
     path, good = tmp_path / f"{kind}.mp4", open(film(), "rb").read()
-    if kind == "audio":
-        with av.open(str(path), "w") as container:
-            stream = container.add_stream("aac", rate=44100)
-            sound = av.AudioFrame.from_ndarray(
-                np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
-            )
-            sound.sample_rate = 44100
-            container.mux([*stream.encode(sound), *stream.encode()])
+    contents = dict(half=good[: len(good) // 2], codec=good.replace(b"avc", b"zzz"), empty=b"")
+    contents["text"] = b"no film\n" * 99
+    if kind in contents:
+        path.write_bytes(contents[kind])
     elif kind == "folder":
         path.mkdir()
-    elif kind != "missing":
-        path.write_bytes(
-            dict(
-                half=good[: len(good) // 2],
-                codec=good.replace(b"avc", b"zzz"),
-                empty=b"",
-                text=b"no film\n" * 99,
-            )[kind]
-        )
+    elif kind == "audio":
+        with av.open(str(path), "w") as container:
+            stream, silence = container.add_stream("aac", rate=44100), np.zeros((1, 1024), "f4")
+            sound = av.AudioFrame.from_ndarray(silence, format="fltp", layout="mono")
+            sound.sample_rate = 44100
+            container.mux([*stream.encode(sound), *stream.encode()])
     with pytest.raises(ClipError, match=re.escape(str(path))):
-        clips.read_clip(str(path), clips.key_frame_positions)
+        read_clip(str(path), key_frame_positions)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
 def test_read_image(mode, tmp_path, monkeypatch):
-    """Grey or transparent pictures must become RGB; a broken one, or one Pillow finds too large, is
-    a ClipError.
+    """Breaks if a grey or transparent picture does not become RGB, or a broken one, or one that
+    Pillow finds too large, is no ClipError.
     """
     grey, path = flat([3], 64, 80), tmp_path / "é.png"
     Image.fromarray(grey[0]).convert(mode).save(path)
     good = path.read_bytes()
     assert (clips.read_image(str(path)) == grey).all() and (clips.read_image(good) == grey).all()
-    for content in (
-        b"",
-        b"hello",
-        good[: len(good) // 2],
-        good,
-    ):  # the last is refused for its size alone
+    for content in (b"", b"hello", good[: len(good) // 2], good):
         path.write_bytes(content)
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**7 if content != good else 1000)
+        if content == good:  # refused for its size alone
+            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
         with pytest.raises(ClipError, match="é.png"):
             clips.read_image(str(path))
 
 
-@pytest.fixture
+# clips as phones make them: turned pictures, frames at uneven times
+
+
+def write_clip(path, pictures, milliseconds):
+    """An mp4 whose frames are shown at these times -> its path."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30, options=dict(crf="10", bf="2"))
+        stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for picture, time in zip(pictures, milliseconds):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return str(path)
+
+
+@pytest.mark.parametrize("angle, a, b", [(0, 1, 0), (90, 0, 1), (180, -1, 0), (270, 0, -1)])
+@each_decoder
+def test_turned_clips(decoder, angle, a, b, tmp_path):
+    """Breaks if a clip that a phone wrote lying down stays so: then what the model sees depends on
+    which decoder takes the file. The picture, red at its upper left, is turned with the clock.
+    """
+    picture = np.full((5, 64, 96, 3), 90, np.uint8)
+    picture[:, :32, :48] = 250, 0, 0
+    path = write_clip(tmp_path / "turned.mp4", picture, range(0, 200, 40))
+    with open(path, "r+b") as f:
+        content = f.read()
+        f.seek(content.index(b"tkhd") + 44)  # the display matrix of ISO 14496-12, 16.16 fixed point
+        f.write(struct.pack(">9i", a << 16, b << 16, 0, -b << 16, a << 16, 0, 0, 0, 1 << 30))
+    pictures, *_ = clips.DECODERS[decoder](path, lambda clock, fps: [0, 3])
+    expected = np.rot90(picture[[0, 3]], -angle // 90, axes=(1, 2)).astype(int)
+    assert pictures.shape == expected.shape and np.abs(pictures - expected).mean() < 8
+
+
+SECONDS = [k / 24 for k in range(24)] + [1 + k / 2 for k in range(24)]  # 12.5 s in all
+
+
+def write_uneven(tmp_path, start=0):
+    """48 frames, the first 24 within a second, then two a second."""
+    times = [start + round(1000 * t) for t in SECONDS]
+    return write_clip(tmp_path / "uneven.mp4", flat(range(48)), times)
+
+
+@pytest.mark.parametrize("start", [0, 250])
+def test_both_decoders_know_when_a_frame_is_shown(start, tmp_path):
+    """Breaks if a frame's time is its number over the mean rate (frame 20: 4.8 s instead of 0.83),
+    or the decoders differ in frames or times; also if a file's clock starts late.
+    """
+    path = write_uneven(tmp_path, start)
+    found = [decode(path, every) for decode in clips.DECODERS.values()]
+    for pictures, numbers, seconds, _ in found:
+        np.testing.assert_allclose(seconds, SECONDS, atol=6e-4)
+        assert shown(pictures) == [k % 40 for k in numbers]
+    assert (found[0][0] == found[1][0]).all() and (found[0][2] == found[1][2]).all()
+
+
+@pytest.mark.parametrize(
+    "start, end, numbers",
+    [(0.5, 1.0, [12, 18, 24]), (1.0, 3.2, [24, 26, 28]), (2.9, 99, [27, 37, 47]), (99, 100, [47])],
+)
+def test_a_part_lies_where_its_seconds_are(start, end, numbers, tmp_path):
+    """Breaks if start and end count by the mean rate: seconds 0.5 to 1 would be frames 1 to 3."""
+    frames, found, seconds = read_uniform(Clip(write_uneven(tmp_path), start, end), 3)
+    assert found == numbers and shown(frames) == [k % 40 for k in numbers]
+    np.testing.assert_allclose(seconds, [SECONDS[k] for k in numbers], atol=6e-4)
+
+
+def test_clips_of_constant_rate_stay_as_they_are(film):
+    """Breaks if the time of a frame in an ordinary clip is anything but its number over the rate,
+    to the last bit, or a part of it begins elsewhere: prompts would change.
+    """
+    rng = np.random.default_rng(0)
+    for fps in (12, Fraction(30000, 1001), 50):
+        path = film(f"{float(fps):.0f}.mp4", range(40), fps=fps)
+        rate = read_clip(path, lambda n: [0])[2]
+        for start, end in np.sort(rng.uniform(0, 40 / float(fps), (4, 2))).round(2):
+            first, last = int(start * rate), min(int(end * rate), 39)
+            _, numbers, seconds = read_uniform(Clip(path, start, end), 99)
+            assert numbers == list(range(first, last + 1))
+            assert seconds.tolist() == [k / rate for k in numbers]
+
+
+# key frames, kept in memory
+
+
+@pytest.fixture(autouse=True)
 def empty_cache(monkeypatch):
     monkeypatch.setattr(clips, "_cache", {})
     monkeypatch.setattr(clips, "_cache_bytes", 0)
 
 
+@pytest.fixture
+def reads(monkeypatch):
+    """A list of what is read: (path, numbers of the frames)."""
+    reads = []
+
+    def read(clip, choose):
+        found = read_part(clip, choose)
+        reads.append((clip.path, found[1]))
+        return found
+
+    monkeypatch.setattr(clips, "read_part", read)
+    return reads
+
+
+def test_key_frames_of_a_part(film):
+    """Breaks if key frames of seconds 1 to 2 are taken from the whole clip, where the answer may
+    be, or the cache takes one part for another.
+    """
+    path = film()  # 12 frames a second: numbers 12 to 24, a pool of 13 frames
+    part, whole = Frame(path, 8, 1.0, 2.0), Frame(path, 8)
+    for _ in range(2):
+        assert levels(load_frames([part, whole], (CELL, CELL))) == [12 + 11, 38]
+    assert shown([clips.pixels_of([part])[part]]) == [23]
+
+
 @pytest.mark.parametrize("room", [0, 10**9])
-def test_load_frames(room, film, tmp_path, monkeypatch, empty_cache):
+def test_load_frames(room, film, tmp_path, monkeypatch):
     """Breaks if frames come in another order, or the cache mixes frames or budgets."""
     monkeypatch.setattr(clips, "CACHE_BYTES", room)
     a, b, still = film("a.mp4"), film("b.mp4", range(15, 35)), tmp_path / "c.png"
@@ -369,57 +448,36 @@ def test_load_frames(room, film, tmp_path, monkeypatch, empty_cache):
     asked = [Frame(b, 8), Frame(a, 1), Frame(str(still)), Frame(b, 2), Frame(b, 8)]
     for _ in range(2):
         for budget, side in (((CELL, CELL), 2), ((CELL, 10**5), 4)):
-            loaded = clips.load_frames(asked, budget)
+            loaded = load_frames(asked, budget)
             assert [grid.tolist() for _, grid in loaded] == [[1, side, side]] * 5
             # of 20 frames key frame 8 is number 18, 2 is (2 + 4 - 1) // 2 = 2; b starts at 15
-            assert shown(torch.from_numpy(patches).float() for patches, _ in loaded) == [
-                33,
-                1,
-                39,
-                17,
-                33,
-            ]
+            assert levels(loaded) == [33, 1, 39, 17, 33]
         if room:  # the second time nothing is read, whichever key frames are asked for
             for path in (a, b, still):
                 open(path, "w").close()
-            assert shown(
-                torch.from_numpy(p).float() for p, _ in clips.load_frames([Frame(a, 8)], budget)
-            ) == [38]
+            assert levels(load_frames([Frame(a, 8)], budget)) == [38]
     assert len(clips._cache) == (34 if room else 0)  # 2 clips x 8 and a still, two budgets
 
 
 @pytest.mark.parametrize("frames, cached", [(0, 0), (3, 3), (8, 8), (11, 11), (99, 16)])
-def test_cache_is_bounded(frames, cached, film, monkeypatch, empty_cache):
+def test_cache_is_bounded(frames, cached, film, monkeypatch, reads):
     """Breaks if the cache outgrows CACHE_BYTES, stays empty, or loses frames once it is full."""
     size = 4 * 1536  # bytes of one cut frame: four patches
     monkeypatch.setattr(clips, "CACHE_BYTES", frames * size)
-    paths, asked = [film("a.mp4"), film("b.mp4", range(15, 35))], []
-    monkeypatch.setattr(
-        clips, "read_clip", lambda path, choose: (asked.append(path), read_clip(path, choose))[1]
-    )
-    for path in paths * 2:
-        (patches, _), *_ = clips.load_frames([Frame(path, 1)], (CELL, CELL))
-        assert patches.nbytes == size and shown([torch.from_numpy(patches).float()]) == [
-            1 if "a" in path[-5:] else 16
-        ]
+    paths = {film("a.mp4"): 1, film("b.mp4", range(15, 35)): 16}
+    for path, first in [*paths.items()] * 2:
+        loaded = load_frames([Frame(path, 1)], (CELL, CELL))
+        assert loaded[0][0].nbytes == size and levels(loaded) == [first]
     assert len(clips._cache) == cached and clips._cache_bytes <= frames * size
     whole = [path for path in paths if (Frame(path, 1), (CELL, CELL)) in clips._cache]
-    assert asked == paths + [path for path in paths if path not in whole]
+    again = [path for path in paths if path not in whole]
+    assert [path for path, _ in reads] == [*paths, *again]
 
 
-def test_eight_key_frames_while_the_cache_is_open(film, monkeypatch, empty_cache):
+@pytest.mark.parametrize("room, wanted", [(10**9, [1, 4, 10, 16, 22, 28, 34, 38]), (0, [4])])
+def test_eight_key_frames_while_the_cache_is_open(room, wanted, film, monkeypatch, reads):
     """Breaks if each key frame of a clip opens it again, or a full cache still cuts all eight."""
-    numbers = []
-
-    def read(path, choose):
-        pictures = read_clip(path, choose)
-        numbers.append(pictures[1])
-        return pictures
-
-    monkeypatch.setattr(clips, "read_clip", read)
+    monkeypatch.setattr(clips, "CACHE_BYTES", room)
     path = film()
-    for room, wanted in ((10**9, [1, 4, 10, 16, 22, 28, 34, 38]), (0, [4])):
-        monkeypatch.setattr(clips, "_cache", {})
-        monkeypatch.setattr(clips, "CACHE_BYTES", room)
-        clips.load_frames([Frame(path, 2)], (CELL, CELL))
-        assert numbers.pop() == wanted and not numbers
+    load_frames([Frame(path, 2)], (CELL, CELL))
+    assert reads == [(path, wanted)]

@@ -16,14 +16,15 @@ from test_sft import settings
 import evaluate
 import la_dapo
 import sft
+from common.cli import parse_config
 from common.clips import pixels_of, resize_and_patchify
-from common.flags import parse_config
 from common.folder import PROCESSORS, SETTINGS, is_hub_id, newest, trained_with
 from common.formats import read_rows
-from common.runs import leave, read_log
+from common.machine import leave
+from common.run import read_lines
 from data import encode
 from model import load
-from toy.tiny import TINY_DATA
+from tests.conftest import TINY_DATA
 
 TORCHVISION = importlib.util.find_spec("torchvision") is not None
 IMAGES = dict(
@@ -141,7 +142,7 @@ def test_what_it_was_trained_with(world, trained):
     (training,) = about["trainings"]
     assert training["name"] == "latent" and training["step"] == 2
     assert training["data"] == os.path.basename(world["data"]) and len(training["rows"]) == 64
-    assert training["figures"]["ce"] == read_log(os.path.join(trained, "log.jsonl"))[-1]["ce"]
+    assert training["figures"]["ce"] == read_lines(os.path.join(trained, "log.jsonl"))[-1]["ce"]
 
 
 def test_each_training_is_remembered_once(world, trained, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.flags import parse_config
+from common.cli import parse_config
 from tools import bench, bench_cpu, bench_gpu, plan, shapes, ways
 from tools.measure import Book, alternate, ratio
 

@@ -12,8 +12,8 @@ import evaluate
 import sft
 from common.folder import SETTINGS, trained_with
 from model import load
+from tests.conftest import TINY_DATA
 from tools import export
-from toy.tiny import TINY_DATA
 
 
 @pytest.fixture(scope="module")

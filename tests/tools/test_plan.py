@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-
 from common.checkpoint import make_optimizer
-from common.lora import add_adapters
 from common.shard import Whole, shard
+
+from common.lora import add_adapters
 from latent_decode import replay
 from sft import Config as SFTConfig
 from sft import Step
@@ -147,7 +147,7 @@ sys.path[:0] = {paths!r}
 import torch
 torch.set_num_threads(1)
 import test_plan
-from common.runs import leave, set_up_ranks
+from common.machine import leave, set_up_ranks
 rank, _, _ = set_up_ranks()
 measured = test_plan.measure_in_parts()
 if rank == 0:

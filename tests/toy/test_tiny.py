@@ -1,6 +1,18 @@
-"""The tiny tokenizer is one like any other."""
+"""The tiny tokenizer is one like any other, and the settings are such as their scripts take."""
 
+import pytest
+import torch
 from transformers import AutoTokenizer
+
+import curate
+import evaluate
+import la_dapo
+import sft
+from common.cli import read_saved
+from model import load
+from tools import pictures
+from toy import tiny
+from variants import opd, video_latent
 
 
 def test_the_tokenizer_loads_as_any_other(world):
@@ -14,3 +26,40 @@ def test_the_tokenizer_loads_as_any_other(world):
     assert len(ids) == 8 and tokenizer.unk_token_id not in ids
     assert tokenizer.decode(ids[:4]) == "<reason> hits red </reason>"
     assert tokenizer.eos_token == "<|im_end|>"
+
+
+def test_the_command_knows_the_words_of_its_files(world, tmp_path):
+    """Breaks if a word of the records is unknown, if the seed does not decide the weights, or what
+    is written is not a model's folder.
+    """
+    data = ",".join(world["data"].replace("train", name) for name in ("captions", "train"))
+    states = []
+    for seed in (0, 0, 1):
+        out = str(tmp_path / str(len(states)))
+        tiny.main(tiny.Config(data=data, out=out, seed=seed))
+        model, tokenizer = load(out)
+        states.append(model.state_dict()["lm_head.weight"])
+    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
+    text = "watch the ball <reason> moves right up </reason> THOUGHT 1: hits yellow third x3 y23"
+    assert tokenizer.unk_token_id not in tokenizer(text).input_ids
+
+
+@pytest.mark.parametrize(
+    "path, script",
+    [
+        ("toy/captions.json", sft),
+        ("toy/sft.json", sft),
+        ("toy/rl.json", la_dapo),
+        ("toy/curate.json", curate),
+        ("toy/eval.json", evaluate),
+        ("toy/pictures.json", pictures),
+        ("variants/opd.json", opd),
+        ("variants/video_latent.json", video_latent),
+    ],
+)
+def test_settings_fit_their_scripts(path, script):
+    """Breaks if a script no longer has a flag that a file sets, or a file says what is the
+    script's default anyway.
+    """
+    saved, own = read_saved(path, script.Config), vars(script.Config())
+    assert [name for name in saved if own[name] == saved[name]] == []

@@ -1,14 +1,15 @@
 """The paddle box by hand and by eye."""
 
+import json
 import math
 import os
 
 import numpy as np
 import pytest
 
+import curate
 from common.clips import key_frame_positions, read_clip
-from common.formats import read_rows
-from toy import __main__ as demo
+from common.formats import Frame, read_rows
 from toy import world as paddle
 
 
@@ -73,11 +74,11 @@ def test_answers_are_balanced_and_training_and_test_clips_differ():
     """Breaks if one colour answers most questions, or a held-out clip was trained on."""
     answers = []
     for seed in range(600):
-        path = paddle.contacts(seed, demo.Config.bend)
+        path = paddle.contacts(seed, paddle.Config.bend)
         answers += [paddle.WALLS[wall] for wall, _ in path[4:7]]
     shares = [answers.count(w) / len(answers) for w in paddle.WALLS]
     assert min(shares) > 0.2 and max(shares) < 0.3
-    assert demo.Config.eval_seed > demo.Config.clips
+    assert paddle.Config.eval_seed > paddle.Config.clips
     assert paddle.contacts(3, -1.3) == paddle.contacts(3, -1.3)
 
 
@@ -89,7 +90,7 @@ def test_two_of_three_candidates_ask_for_what_is_visible(world, tmp_path):
     records = []
     for seed in range(6):
         video = os.path.join(clips, f"{seed}.mp4")
-        records += paddle.candidates(seed, demo.Config.bend, video)
+        records += paddle.candidates(seed, paddle.Config.bend, video)
     paddle.write_rows(str(tmp_path / "pool.jsonl"), records)
     rows = read_rows(str(tmp_path / "pool.jsonl"))
     groups = []
@@ -106,3 +107,84 @@ def test_two_of_three_candidates_ask_for_what_is_visible(world, tmp_path):
             assert [p.index for p in row.prompt if not isinstance(p, str)] == [3, 4]
             assert row.answer in row.options
             assert [p.index for p in row.response if not isinstance(p, str)] == [5]
+
+
+def test_what_the_probed_model_learns(world):
+    """Breaks if a question with its later frames in sight is not asked as curation asks it, or
+    without them: what it reads would then be new to it.
+    """
+    folder = os.path.dirname(world["data"])
+    rows = read_rows(os.path.join(folder, "curation_able.jsonl"))
+    records = []
+    for seed in range(3, 6):  # the second half of six clips
+        records += paddle.candidates(seed, paddle.Config.bend, f"clips/{seed}.mp4")
+    path = os.path.join(folder, "candidates.jsonl")
+    paddle.write_rows(path, records)
+    expected = []
+    for row in read_rows(path):
+        expected += [curate.with_future(row), curate.without_future(row)]
+
+    def parts(row):
+        texts = [part.split() if isinstance(part, str) else part for part in row.prompt]
+        return texts, row.response, row.answer, row.options, row.group
+
+    assert [parts(row) for row in rows] == [parts(row) for row in expected]
+    assert len({row.id for row in rows}) == len(rows) == 18
+
+
+def test_two_sets_of_one_size(tmp_path):
+    """Breaks if the selected rows do not keep the pool's order, if the random ones are more, or the
+    same for every seed.
+    """
+    pool = [dict(id=str(i)) for i in range(50)]
+    paddle.write_rows(str(tmp_path / "pool.jsonl"), pool)
+    paddle.write_rows(str(tmp_path / "selected.jsonl"), [pool[i] for i in (30, 4, 17)])
+    drawn = []
+    for seed in (0, 1):
+        files = [str(tmp_path / f"{name}.jsonl") for name in ("pool", "selected")]
+        paddle.same_number(*files, seed, str(tmp_path))
+        chosen = paddle.read_jsonl(str(tmp_path / "chosen.jsonl"))
+        assert [row["id"] for row in chosen] == ["4", "17", "30"]
+        drawn.append(paddle.read_jsonl(str(tmp_path / "random.jsonl")))
+        assert len({row["id"] for row in drawn[-1]}) == 3
+    assert drawn[0] != drawn[1]
+    assert drawn[0] == [pool[i] for i in np.random.default_rng(0).permutation(50)[:3]]
+
+
+def test_the_files_of_a_world(world):
+    """Breaks if RL or the pool's probe sees a chain, if all clips are annotated, or a test of the
+    curation asks for what lies between.
+    """
+    folder = os.path.dirname(world["data"])
+    rows = {name: read_rows(os.path.join(folder, f"{name}.jsonl")) for name in FILES}
+    assert {name: len(some) for name, some in rows.items()} == FILES
+    assert not any(row.response for name in ("prompts", "captions") for row in rows[name])
+    assert [row.answer for row in rows["prompts"]] == [row.answer for row in rows["all"]]
+    assert {row.group for row in rows["curation_test"]} == {"1-hop", "2-hop", "3-hop"}
+    for row in rows["all"]:
+        assert any(isinstance(part, Frame) for part in row.response)
+
+
+# six training clips, all annotated, and two held-out ones
+FILES = dict(captions=102, train=24, all=24, prompts=24, test=8)
+FILES.update(curation_pool=9, curation_able=18, curation_test=6)
+
+
+def test_a_world_of_other_settings_is_refused(tmp_path, capsys):
+    """Breaks if clips of two worlds are mixed in one folder, if a world that was interrupted is
+    taken for a whole one, or one that is there is made again.
+    """
+    sizes = dict(clips=2, annotated=1, eval_clips=1, eval_seed=50)
+    config = paddle.Config(out=str(tmp_path / "data"), **sizes)
+    paddle.make_world(config)  # as a killed command leaves it: without the picture
+    (tmp_path / "data" / "test.jsonl").unlink()
+    paddle.main(config)
+    files = [tmp_path / "data" / name for name in ("test.jsonl", "clip.png", "clips/50.mp4")]
+    assert all(path.stat().st_size > 1000 for path in files)
+    times = [path.stat().st_mtime_ns for path in files]
+    paddle.main(config)
+    assert [path.stat().st_mtime_ns for path in files] == times
+    other = paddle.Config(out=config.out, **dict(sizes, clips=3), bend=0.5)
+    with pytest.raises(SystemExit, match="other values of clips, bend.*another --out"):
+        paddle.main(other)
+    assert json.loads((tmp_path / "data" / "world.json").read_text())["clips"] == 2

@@ -10,13 +10,13 @@ from common.formats import read_rows
 from curate import with_future
 from data import Samples, collate, encode, model_inputs
 from model import load
-from toy.tiny import TINY
+from toy.tiny import settings
 from variants import logprob_gain
 
 
 def config(world, out, **more):
     names = ("image_max_tokens", "l_max", "max_length", "system")
-    shared = {name: TINY[name] for name in names}
+    shared = {name: settings("sft")[name] for name in names}
     own = dict(model=world["model"], data=world["test"], out=str(out), batch=3, workers=0)
     return logprob_gain.Config(**{**shared, **own, **more})
 

@@ -12,12 +12,11 @@ from test_model import make_batch
 from test_sft import read_log, settings
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
-from common.runs import rows_of
+from common.run import rows_of
 from common.shared_prefix import DecodingCache, Layout
 from data import model_inputs
 from latent_decode import decode_slowly, generate, token_logprobs
 from model import FutureL1, load
-from toy import m2la as table
 from variants import m2la
 from variants.m2la import M2LA, Config, Model, Moments, convert, fit
 
@@ -297,29 +296,6 @@ def test_a_converted_folder_is_a_folder_like_others(world, tmp_path):
     shutil.rmtree(last)
     again = load(m2la.train(config))[0].state_dict()
     assert all(torch.equal(weight, again[name]) for name, weight in after.state_dict().items())
-
-
-@pytest.mark.slow  # three trainings and six evaluations
-def test_the_table_of_the_toy(world, tmp_path):
-    """Breaks if the table compares other models than it says, or does what is done again."""
-    shutil.copytree(os.path.join(world["folder"], "data"), tmp_path / "data")
-    plain, tokenizer = load(world["model"], latent_head="linear")
-    for x in (plain, tokenizer):
-        x.save_pretrained(tmp_path / "seed_0" / "latent")
-    config = table.Config(out=str(tmp_path), ranks="24", norms="linear", steps=1)
-    before, after, size = table.run(config)
-    assert size == {"not converted": 768, "random, r = 24": 400, "linear, r = 24": 384}
-    assert set(before) == set(after) == set(size) and before["not converted"]["all"]["n"] == 8
-    folders = [tmp_path / "seed_0" / "m2la" / name for name in ("random", "linear_24")]
-    for folder in folders:
-        assert read_log(folder)[0]["step"] == 0 and len(read_log(folder)) == 1
-    maps = [load(str(folder / "converted"))[0].state_dict() for folder in folders]
-    name = "model.language_model.layers.1.self_attn."
-    assert not torch.allclose(*(m[name + "up_v"] for m in maps), atol=0.1)
-    assert torch.equal(*(m[name + "q_proj.weight"] for m in maps))
-    written = os.path.getmtime(folders[0] / "converted" / "model.safetensors")
-    assert table.run(config) == (before, after, size)
-    assert os.path.getmtime(folders[0] / "converted" / "model.safetensors") == written
 
 
 def test_the_bench_says_bytes_by_formula(capsys, monkeypatch):

@@ -7,24 +7,49 @@ import re
 import shutil
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
+from common.groups import prepare
 from test_la_dapo import apart, launch, log_of, straight_run, weights
 from test_la_dapo import settings as rl_settings
 from test_sft import settings as sft_settings
+from tokenizers import AddedToken
 
 import la_dapo
 import sft
+from common.clips import pixels_of
 from common.formats import Frame, Row, read_rows
-from common.groups import prepare
-from common.runs import Machine
+from common.machine import Machine
 from data import Samples, collate, model_inputs
 from latent_decode import generate
 from model import LATENT, load
-from toy import mcr as toy_mcr
+from rewards import accuracy_reward
+from toy.world import WALLS
 from variants import mcr, mcr_sft
 from variants.mcr import Said, Shown, environment
 from variants.mcr_sft import script
+
+
+def add_words(folder, out):
+    """The world's model with the words of the loop, as variants/mcr.sh makes it."""
+    model, tokenizer = load(folder)
+    words = [*mcr.WORDS, *"12345678"]
+    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in words])
+    torch.manual_seed(0)
+    model.resize_token_embeddings(len(tokenizer))
+    model.config.text_config.vocab_size = len(tokenizer)
+    for part in (model, tokenizer):
+        part.save_pretrained(out)
+    return out
+
+
+def nearest_wall(picture):
+    """The wall that the ball touches, by its pixels. picture: uint8 (H, W, 3)."""
+    dark = picture.astype(int).sum(-1) < 240  # (H, W): the ball is the only dark thing
+    i, j = (place.mean() for place in dark.nonzero())
+    H, W = dark.shape
+    return WALLS[int(np.argmin([j, H - 1 - i, W - 1 - j, i]))]  # left, bottom, right, top
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +58,7 @@ def looper(world, tmp_path_factory):
     and answers.
     """
     folder = tmp_path_factory.mktemp("looper")
-    model, tokenizer = load(toy_mcr.add_words(world["model"], str(folder / "words"), 0))
+    model, tokenizer = load(add_words(world["model"], str(folder / "words")))
     config = sft_settings(world, "unused", mcr_sft.Config, copies=10)
     loops = mcr_sft.scripts(few_rows(world), config)
     samples = mcr_sft.LoopSamples(loops, tokenizer, config)
@@ -268,7 +293,8 @@ def test_reward_by_hand(played):
     assert len(groups) == 4
     for group in groups:
         for i, episode in enumerate(group.episodes):
-            right = toy_mcr.is_right(group.sample["row"], episode, tokenizer)
+            row, text = group.sample["row"], tokenizer.decode(episode.tokens)
+            right = accuracy_reward(text, row.answer, row.options) > 0
             expected = right - 0.25 * tokenizer.decode(episode.tokens).count("<|image_pad|>")
             assert group.parts["total"][i] == pytest.approx(expected)
             assert group.rewards["looks"][i] == len(episode.seen)
@@ -407,7 +433,8 @@ def test_the_scripted_agent_is_always_right(world):
     answer: one look is enough.
     """
     rows = [row for row in read_rows(world["data"]) if row.group != "interp"]
-    results = toy_mcr.scripted(rows)
-    assert len(results) == 18 and all(right and looks == 1 for _, right, looks in results)
-    line = toy_mcr.row_of("agent", [*results[:6], (rows[0], False, 3)])
-    assert line["1-hop"] == 2 / 3 and line["looks 1-hop"] == 5 / 3 and line["all"] == 6 / 7
+    for row in rows:
+        asked = mcr.frames_in(row.response)[-1]
+        shown = environment(f"<reason>look {asked.index}</reason>", row, [], 1)
+        assert nearest_wall(pixels_of([shown.frame])[shown.frame]) == row.answer
+    assert len(rows) == 18

@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +11,8 @@ from test_latent_decode import EOS, ROWS, shuffle
 from test_model import make_batch
 
 import la_dapo
-from common.flags import parse_config
-from common.groups import Batch
+from common.cli import parse_config
+from la_dapo import Batch, Counts
 from latent_decode import generate
 from variants import noisy_latents
 from variants.noisy_latents import Config, Feed, log_density
@@ -103,8 +102,7 @@ def test_the_loss_by_hand(model, tokenizer, density):
     prepared = Batch(batch, rollout, torch.arange(R) // 2, A, times)
     n = int(prepared.weight.sum())
 
-    figures = Counter()
-    loss = noisy_latents.policy_loss(model, prepared, n, config, figures)
+    loss, figures = noisy_latents.policy_loss(model, prepared, Counts(n, R, 1), config)
     (gradient,) = torch.autograd.grad(loss, model.latent_head.bias)
     by_hand = torch.zeros(D)
     for t in range(rollout.tokens.shape[1]):
@@ -113,9 +111,9 @@ def test_the_loss_by_hand(model, tokenizer, density):
         by_hand -= (is_latent * A * times * noise).sum(0) / 0.2 / n
     by_hand /= 1 if density == "sum" else D
     torch.testing.assert_close(gradient, by_hand, rtol=1e-3, atol=1e-5 * by_hand.abs().max())
-    assert figures["ratio"] == pytest.approx(1) and figures["replay_ms"] < 1e-8
+    assert figures["ratio"].item() == pytest.approx(1) and figures["replay_ms"] < 1e-8
 
-    constants = la_dapo.policy_loss(model, prepared, n, la_dapo.Config(kl=0.0), Counter())
+    constants, _ = la_dapo.policy_loss(model, prepared, Counts(n, R, 1), la_dapo.Config(kl=0.0))
     unused = torch.autograd.grad(constants, model.latent_head.bias, allow_unused=True)
     assert unused[0] is None  # without it nothing trains the head
 
@@ -125,8 +123,8 @@ def test_two_steps_by_the_command_line(world, loud, tmp_path, monkeypatch):
     """Breaks if the variant does not train, merges rollouts with equal words, or a run that goes
     on draws other noise than one that was not cut.
     """
-    rows, inner = [], la_dapo.prepare
-    monkeypatch.setattr(la_dapo, "prepare", lambda *a: rows.append(inner(*a)) or rows[-1])
+    rows, inner = [], la_dapo.batch_of
+    monkeypatch.setattr(la_dapo, "batch_of", lambda *a: rows.append(inner(*a)) or rows[-1])
     more = dict(steps=2, save_every=1, adjoint_terms=0)
     more.update(temperature=0.05, group_size=6)  # so sure that samples coincide
     base = settings(world, loud, tmp_path / "a", **more)

@@ -12,14 +12,13 @@ from test_la_dapo import flags, log_of, weights
 from test_la_dapo import settings as rl_settings
 
 import la_dapo
-from common.flags import parse_config
+from common.cli import parse_config
 from common.formats import RecordError, read_record, read_rows
-from common.runs import Machine
+from common.machine import Machine
 from data import collate, encode, model_inputs
 from la_dapo import clipped_surrogate
 from latent_decode import token_logprobs
 from model import load
-from toy.opd import with_hint
 from variants import opd
 from variants.opd import Config, advantages, gate, reverse_kl, token_weights
 
@@ -34,6 +33,12 @@ def settings(world, loud, out, **more):
     shared.update(group_size=2, prompts=4, temperature=0.9, marker="where is the ball ?")
     shared.update(adjoint_terms=0)
     return Config(**{**shared, **more})
+
+
+def with_hint(row, privilege):
+    """A row whose question ends as the teacher's does."""
+    said = opd.hint(row, Config(privilege=privilege, marker="where is the ball ?"))
+    return dataclasses.replace(row, prompt=[*row.prompt, said]) if said else row
 
 
 def rows_with_cues(world):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import shutil
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -21,9 +20,9 @@ from test_latent_decode import spans
 from test_rewards import slow_contrastive, slow_likeness
 
 import la_dapo
-from common.flags import parse_config
-from common.groups import Batch, Group
-from common.rollouts import take
+from common.cli import parse_config
+from la_dapo import Batch, Counts, Group
+from latent_decode import take
 from variants import own_path
 from variants.own_path import Config
 
@@ -101,9 +100,9 @@ def test_the_gradient_equals_finite_differences(model, tokenizer, monkeypatch, o
     layers = model.model.language_model.layers
     parameters = [model.latent_head.weight, layers[0].self_attn.q_proj.weight]
     parameters += [layers[1].mlp.down_proj.weight, model.get_input_embeddings().weight]
-    loss = own_path.policy_loss(model, batch, n, config, Counter())
+    loss, _ = own_path.policy_loss(model, batch, Counts(n, 12, 2), config)
     gradients = torch.autograd.grad(loss, parameters, retain_graph=True)
-    of_words = la_dapo.policy_loss(model, batch, n, config, Counter())
+    of_words, _ = la_dapo.policy_loss(model, batch, Counts(n, 12, 2), config)
     without = torch.autograd.grad(of_words, parameters)
     for w, gradient, other in zip(parameters, gradients, without):
         direction = torch.randn(w.shape, dtype=w.dtype, generator=generator)
@@ -136,7 +135,7 @@ def test_equal_rollouts_have_an_update(model, tokenizer):
         zero, times = torch.zeros(len(rows), 1), torch.tensor([[len(row)] for row in rows])
         of = torch.zeros(len(rows), dtype=torch.long)
         one = Batch(prompts, rollout, of, zero, times, rows, [same])
-        value = loss(model, one, 100, config, Counter())
+        value, _ = loss(model, one, Counts(100, 8, 1), config)
         return torch.autograd.grad(value, model.latent_head.weight)[0]
 
     merged = gradient(own_path.policy_loss, [list(range(8))])

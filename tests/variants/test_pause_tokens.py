@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_sft import read_log, settings
 
+import sft
 from variants import pause_tokens
 
 
@@ -11,7 +12,10 @@ def test_pause_tokens_learn_their_embedding_and_have_no_latent_loss(batch):
     """Breaks if the control sees the future frames, or is trained to match them."""
     model, b = batch
     model.requires_grad_(True)
-    step = pause_tokens.Step(model, pause_tokens.Config())
+
+    def step(batch):
+        return sft.batch_sums(model, batch, pause_tokens.fed, 0.0, 1.0, pause_tokens.Config())
+
     ce, latent = step(b)
     b2 = dict(b, future_pixel_values=torch.randn_like(b["future_pixel_values"]))
     assert latent.item() > 0 and torch.equal(step(b2)[0], ce)

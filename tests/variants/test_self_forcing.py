@@ -13,20 +13,25 @@ from test_sft import ROOT, assert_resumes, read_log, settings
 import sft
 from data import model_inputs
 from variants import self_forcing
-from variants.self_forcing import Config, Step, is_drawn
+from variants.self_forcing import Config, is_drawn
 
 
-def fed_by(step, batch, progress=0.5):
+def step(model, batch, config, progress=0.5):
+    """The sums of Eq. (2) and (3) of a batch with drawn rows."""
+    return sft.batch_sums(model, batch, self_forcing.fed, progress, 1.0, config)
+
+
+def fed_by(model, batch, config):
     """What the last forward of a step reads as latents (N, D), and the true ones."""
-    fed, embed = [], step.model.embed
+    fed, embed = [], model.embed
 
     def spy(*args, **kw):
         fed.append(args[1] if len(args) > 1 else kw["latents"])
         return embed(*args, **kw)
 
-    step.model.embed = spy
-    step(batch, progress)
-    step.model.embed = embed
+    model.embed = spy
+    step(model, batch, config)
+    model.embed = embed
     return fed[-1], fed[0]  # the first pass reads the true latents
 
 
@@ -37,7 +42,7 @@ def test_self_forcing_feeds_what_decoding_would(batch, monkeypatch):
     model, b = batch
     drawn = [b["rows"][0].id, b["rows"][2].id]
     monkeypatch.setattr(self_forcing, "is_drawn", lambda row, *_: row.id in drawn)
-    z, e = fed_by(Step(model, Config(self_forcing_passes=3)), b)
+    z, e = fed_by(model, b, Config(self_forcing_passes=3))
     row = (b["input_ids"] == model.config.latent_id).nonzero()[:, 0]
     assert torch.equal(z[row % 2 == 1], e[row % 2 == 1])
     assert not torch.allclose(z[row == 0], e[row == 0])
@@ -57,11 +62,10 @@ def test_the_targets_stay_the_true_future(batch, monkeypatch):
     """Breaks if a drawn row is compared with its own latents: Eq. (3) would be met by anything."""
     model, b = batch
     monkeypatch.setattr(self_forcing, "is_drawn", lambda *_: True)
-    step = Step(model, Config())
-    z, e = fed_by(step, b)
+    z, e = fed_by(model, b, Config())
     args = dict(**model_inputs(b), labels=b["labels"], latents=z)
     expected = [sft.sft_loss(model, **args, targets=t)["latent_sum"].item() for t in (e, z)]
-    assert step(b, 0.5)[1].item() == pytest.approx(expected[0], rel=1e-5)
+    assert step(model, b, Config())[1].item() == pytest.approx(expected[0], rel=1e-5)
     assert abs(expected[0] - expected[1]) > 1e-2
 
 

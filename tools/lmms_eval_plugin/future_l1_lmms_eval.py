@@ -42,7 +42,7 @@ find_checkout()
 from common.clips import ClipError  # noqa: E402
 from common.folder import SHARED, trained_with  # noqa: E402
 from common.formats import Clip, Frame, RecordError, Row, Skipped, answer_of  # noqa: E402
-from common.runs import Machine  # noqa: E402
+from common.machine import Machine  # noqa: E402
 from data import DataConfig, collate, encode, model_inputs, to_device  # noqa: E402
 from latent_decode import generate  # noqa: E402
 

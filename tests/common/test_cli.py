@@ -1,0 +1,158 @@
+"""The command line: what flags give, where values come from, and how errors are printed."""
+
+import dataclasses
+import glob
+import json
+import os
+import runpy
+import sys
+
+import pytest
+
+import sft
+from common.cli import parse_config, run_script
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+@dataclasses.dataclass
+class Flags:
+    steps: int = 3
+    lr: float = 1e-5
+    out: str = "runs"
+    resume: bool = False
+    spans: bool = True
+
+
+def test_parse_config():
+    """type=bool would read "--spans False" as True; an untyped number stays text; a misspelt flag
+    is ignored.
+    """
+    found = parse_config(Flags, "--steps 7 --lr 1 --out 5 --resume --no-spans".split())
+    assert found == Flags(7, 1.0, "5", True, False) and parse_config(Flags, []) == Flags()
+    assert [type(v) for v in dataclasses.astuple(found)] == [int, float, str, bool, bool]
+    for wrong in ("--step_count 3", "--steps 1.5", "--spans False", "--lr fast", "steps"):
+        with pytest.raises(SystemExit):
+            parse_config(Flags, wrong.split())
+
+
+def test_help_shows_the_comments(capsys):
+    """Breaks if --help no longer says what a field is and where its value comes from."""
+    with pytest.raises(SystemExit):
+        parse_config(sft.Config, ["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "weight of the latent term, Eq. (1) (paper Table 8) (default: 0.1)" in said
+    assert "frames sampled from a clip" in said and "share of the steps, linear" in said
+    assert "#" not in said
+
+
+def scripts():
+    """{"tools.export": what stands below its `if __name__ == "__main__":`, ...}."""
+    found = {}
+    for part in ("*.py", "common/*.py", "toy/*.py", "tools/*.py", "variants/*.py"):
+        for path in glob.glob(os.path.join(ROOT, part)):
+            with open(path, encoding="utf-8") as f:
+                _, main, end = f.read().partition('\nif __name__ == "__main__":')
+            if main:
+                name = os.path.relpath(path, ROOT)[:-3].replace(os.sep, ".")
+                found[name.removesuffix(".__main__")] = end
+    found.pop("common.clips", None)  # a process that decodes clips for the scripts
+    return found
+
+
+SCRIPTS = scripts()
+# {script: (flags, what the error says)}; there is nothing at ./nowhere. A script that is not named
+# here takes --data, --model and --out.
+WRONG = {
+    "tools.plan": ("--shape 9b", "9b"),
+    "tools.bench": ("--cpu --n x", "argument --n: invalid int value: 'x'"),
+    "tools.shapes": ("--shape 9b", "9b"),
+    "sample": ("--model ./nowhere --question q --video ./nowhere", "./nowhere: no such"),
+    "tools.clips": ("--data ./nowhere.json", "./nowhere.json: No such file"),
+    "tools.export": ("./nowhere --out x", "./nowhere: no such folder"),
+    "common.judge": ("./nowhere --model m", "./nowhere/settings.json: no such file"),
+    "common.report": ("./nowhere", "./nowhere"),
+    "tools.pictures": ("--model ./nowhere --data ./nowhere", "./nowhere"),
+}
+
+
+def run(script, monkeypatch, capsys, *argv):
+    """A script as the command line runs it -> its exit code, stdout and stderr."""
+    monkeypatch.setattr(sys, "argv", [script, *argv])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
+    return end.value.code, *capsys.readouterr()
+
+
+def damaged(world, folder):
+    """The world's test rows, three of the eight without an answer -> their file."""
+    with open(world["test"]) as f:
+        records = [json.loads(line) for line in f]
+    for record in records[:3]:
+        record["answer"] = ""
+    path = os.path.join(folder, "damaged.jsonl")
+    with open(path, "w") as f:
+        f.writelines(json.dumps(record) + "\n" for record in records)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
+def test_an_error_is_one_line_and_code_2(script, world, tmp_path, monkeypatch, capsys):
+    """Breaks if a script does not end with run_script, or if a flag, a file or a model that is not
+    there ends it in a traceback or in a line that does not say what is wrong.
+    """
+    assert "run_script(" in SCRIPTS[script] or "errors_in_one_line(" in SCRIPTS[script]
+    monkeypatch.chdir(tmp_path)
+    argv, message = WRONG.get(script, ("--data ./nowhere", "./nowhere: No such file"))
+    faults = [(argv.split(), message)]
+    if script not in ("common.report", "common.page"):
+        positional = ["./nowhere"] if script in ("common.judge", "tools.export") else []
+        faults.append(([*positional, "--debut"], "arguments: --debut: did you mean --debug?"))
+    if script not in WRONG:
+        faults.append((["--data", damaged(world, tmp_path)], "3 of 8 records"))
+        data = ["--data", world["test"], "--out", "out"]
+        faults.append(([*data, "--model", "/nowhere"], "/nowhere: no such folder"))
+        faults.append(([*data, "--model", str(tmp_path)], "no model in this folder"))
+    for argv, message in faults:
+        code, _, err = run(script, monkeypatch, capsys, *argv)
+        lines = [line for line in err.splitlines() if "is out of date" not in line]
+        text = code if isinstance(code, str) else lines[-1]
+        assert code == 2 and message in text and len(lines) == 1, (argv, err)
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_files_that_a_library_reads(tmp_path, monkeypatch, capsys):
+    """Breaks if a file that is missing or damaged is said by pyarrow's traceback."""
+    damaged, gone = tmp_path / "damaged.parquet", tmp_path / "gone.parquet"
+    damaged.write_bytes(b"PAR1 and nothing else")
+    for path, message in ((damaged, "not a parquet file"), (gone, "No such file")):
+        code, _, err = run("sft", monkeypatch, capsys, "--data", str(path))
+        assert code == 2 and f"{path}: {message}" in err and len(err.splitlines()) == 1
+
+
+def test_debug_shows_where(tmp_path, monkeypatch):
+    """Breaks if --debug is taken for a value, or the traceback cannot be had."""
+    monkeypatch.setattr(sys, "argv", ["sft.py", "--data", str(tmp_path / "gone"), "--debug"])
+    with pytest.raises(FileNotFoundError):
+        runpy.run_module("sft", run_name="__main__", alter_sys=True)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch, capsys):
+    """Breaks if an error from inside a library, which its user cannot mend, loses its place."""
+
+    @dataclasses.dataclass
+    class Config:
+        n: int = 1
+
+    def library(config):
+        json.loads("{")
+
+    def user(config):
+        raise ValueError("n is 1,\n   expected 2")
+
+    with pytest.raises(json.JSONDecodeError):
+        run_script(library, Config, [])
+    with pytest.raises(SystemExit) as end:
+        run_script(user, Config, [])
+    assert end.value.code == 2 and capsys.readouterr().err == "n is 1, expected 2\n"

@@ -1,0 +1,230 @@
+"""Weights in parts, and adapters, over two processes: the training is that of one process."""
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_la_dapo import apart, changed_rows, loud  # noqa: F401  a fixture
+from test_la_dapo import settings as rl_settings
+from test_sft import read_log, settings, weights
+from transformers import Qwen3VLForConditionalGeneration
+
+import la_dapo
+import sft
+from variants import self_forcing
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+# A first step of AdamW is a sign. With this eps it is a smooth function of the gradient.
+SMOOTH = functools.partial(torch.optim.AdamW, eps=0.1)
+
+RUNS = """
+import functools, json, shutil, sys
+sys.path[:0] = {paths!r}
+import torch
+torch.set_num_threads(1)
+torch.optim.AdamW = functools.partial(torch.optim.AdamW, eps=0.1)
+import la_dapo, sft, test_machine
+from common.machine import leave, set_up_ranks
+rank, _, _ = set_up_ranks()
+for name, what in json.loads(sys.argv[1]):
+    if name == "undo":  # the last checkpoint of a run
+        if rank == 0:
+            shutil.rmtree(what + "/step_000002")
+        torch.distributed.barrier()
+    elif name == "parts":
+        test_machine.parts_of_a_model(what)
+    else:
+        script = dict(sft=sft, la_dapo=la_dapo)[name]
+        script.train(script.Config(**what))
+leave()
+"""
+
+
+def on_two_ranks(folder, *runs):
+    """One thing after another on two ranks: trainings, ("sft" or "la_dapo", config), and more."""
+    script = folder / "runs.py"
+    script.write_text(RUNS.format(paths=[ROOT, f"{ROOT}/tests", f"{ROOT}/tests/common"]))
+    runs = [(name, what if isinstance(what, str) else vars(what)) for name, what in runs]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    command = [*launch, str(script), json.dumps(runs)]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    assert run.returncode == 0, run.stderr[-6000:]
+
+
+def parts_of_a_model(folder):
+    """On each rank: half the bytes of a training's state; bf16 arithmetic is that of autocast."""
+    from common.machine import Calls, shard, whole, whole_copy, whole_weights
+    from model import load
+
+    ids = torch.arange(40)[None] % 7 + 150
+
+    def loss(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model.logits(model.hidden(ids)[0]).log_softmax(-1)[..., 160].mean()
+
+    (plain, _), (model, _) = load(folder), load(folder)
+    expected = loss(plain)
+    expected.backward()
+    run = shard(Calls(model), model, bf16=True)
+    assert not [p for p in model.parameters() if p.dtype != torch.float32]  # what is kept
+    got = run(loss)
+    got.backward()  # the mean over two ranks, whose halves are equal
+    assert abs(got - expected) < 2e-3 * abs(expected)
+    for (name, p), q in zip(plain.named_parameters(), model.parameters()):
+        if p.grad is not None and "language_model" in name:
+            assert (whole(q.grad) - p.grad).norm() < 0.03 * p.grad.norm(), name
+
+    trained = list(model.parameters())
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    optimizer.step()
+    moments = [x for state in optimizer.state.values() for x in state.values() if x.ndim]
+    state = [*model.parameters(), *(p.grad for p in trained if p.grad is not None), *moments]
+    own = sum(x.to_local().nbytes for x in state)
+    assert 0.45 < own / sum(x.nbytes for x in state) < 0.55
+
+    # to decode with: the weights as they are now, in bf16; what is saved is fp32
+    copy = whole_copy(model, bf16=True)
+    for (name, x), y in zip(whole_weights(model).items(), copy.state_dict().values()):
+        assert torch.equal(x.bfloat16(), y), name
+    before, after = loss(copy).item(), run(loss).item()
+    assert abs(before - after) < 1e-3 * abs(before) and after != got.item()
+
+
+SFT = dict(steps=2, global_batch=5, micro_batch=2, save_every=1, lr=1e-2)
+RL = dict(steps=2, groups=3, rollout_batch=1, kl=0.05, minibatches=2, micro_batch=1, lr=1e-3)
+RL |= dict(adjoint_terms=0, save_every=1)
+
+
+@pytest.fixture(scope="module")
+def trained(world, loud, tmp_path_factory):  # noqa: F811
+    """A folder of runs: "one" of a process that has all weights, the others of two with parts.
+
+    Five samples a step on two ranks: three and two, so the last micro-batch of the second rank is
+    empty, without pictures. Three groups a step in two minibatches: two and one. Held out: five
+    rows, again three and two.
+    """
+    folder = tmp_path_factory.mktemp("trained")
+    five = changed_rows(dict(data=world["test"]), "five.jsonl", lambda i, row: None, 5)
+    held_out = dict(eval_data=five)
+
+    def sft_run(name, **more):
+        return settings(world, folder / "sft" / name, **{**SFT, **held_out, **more})
+
+    def rl_run(name, **more):
+        return rl_settings(world, loud, folder / "rl" / name, **{**RL, **held_out, **more})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", SMOOTH)
+        sft.train(sft_run("one"))
+        sft.train(sft_run("one_lora", lora_rank=3))
+        la_dapo.train(rl_run("one"))
+        la_dapo.train(rl_run("one_lora", lora_rank=3))
+        for kind in ("sft", "rl"):
+            shutil.copytree(folder / kind / "one", folder / kind / "goes_on")
+            shutil.rmtree(folder / kind / "goes_on" / "step_000002")
+        on_two_ranks(
+            folder,
+            ("sft", sft_run("two", shard=True)),
+            ("sft", sft_run("two_ddp")),
+            ("sft", sft_run("stock", shard=True, gradient_checkpointing=True, latent_head="")),
+            ("sft", sft_run("goes_on", shard=True, resume=True)),
+            ("la_dapo", rl_run("two", shard=True, gradient_checkpointing=True)),
+            ("la_dapo", rl_run("goes_on", shard=True, resume=True)),
+            ("sft", sft_run("again", shard=True)),
+            ("undo", str(folder / "sft" / "again")),
+            ("sft", sft_run("again", shard=True, resume=True)),
+            ("parts", world["model"]),
+            ("sft", sft_run("two_lora", lora_rank=3)),
+            ("la_dapo", rl_run("two_lora", lora_rank=3)),
+            ("la_dapo", rl_run("two_ddp")),
+        )
+        shutil.copytree(folder / "sft" / "two", folder / "sft" / "alone")
+        shutil.rmtree(folder / "sft" / "alone" / "step_000002")
+        sft.train(sft_run("alone", resume=True))
+    return folder
+
+
+def assert_same(one, two, *figures):
+    """The same weights after two steps, which moved them far more; the same lines in the log."""
+    a, b = (weights(run / "step_000002") for run in (one, two))
+    moved = apart(a, weights(one / "step_000001"))
+    assert a.keys() == b.keys() and moved > 1e-4 and apart(a, b) < 1e-3 * moved
+    for x, y in zip(read_log(one), read_log(two)):
+        for name in figures:
+            assert x[name] == pytest.approx(y[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["two", "two_ddp", "goes_on", "again", "alone"])
+def test_sft_in_parts_is_sft(trained, name):
+    """Breaks if gradients are averaged once too often or not at all, a rank without pictures or
+    samples hangs, or the optimizer's state does not come back: on as many ranks, on more, on fewer.
+    """
+    figures = ("ce", "latent", "grad_norm", "eval_ce", "eval_latent")
+    assert_same(trained / "sft" / "one", trained / "sft" / name, *figures)
+    if name == "again":  # as many ranks: to the bit
+        a, b = (weights(trained / "sft" / run / "step_000002") for run in ("two", name))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["two", "two_ddp", "goes_on"])
+def test_la_dapo_in_parts_is_la_dapo(trained, name):
+    """Breaks if ranks with fewer groups hang or change the update, if the rollouts are made with
+    other weights, or if the reference is not what it was. With checkpointing.
+    """
+    figures = ("total", "ratio", "kl", "entropy", "grad_norm", "length", "groups")
+    figures += ("replay_rms", "eval_accuracy")
+    assert_same(trained / "rl" / "one", trained / "rl" / name, *figures)
+    log = read_log(trained / "rl" / "two")
+    assert log[1]["kl"] > 0 and log[0]["updates"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sft", "rl"])
+def test_adapters_on_two_ranks(trained, kind):
+    """Breaks if ranks begin with other adapters, or do not add up their gradients."""
+    assert_same(trained / kind / "one_lora", trained / kind / "two_lora", "grad_norm")
+
+
+@pytest.mark.slow
+def test_what_is_saved_in_parts_is_a_stock_folder(trained):
+    """Breaks if a part, or a name that FSDP gave, ends up in a checkpoint."""
+    folder = trained / "sft" / "stock" / "step_000002"
+    _, info = Qwen3VLForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    state = torch.load(folder / "trainer" / "trainer.pt", weights_only=True)["optimizer"]
+    saved = weights(folder)
+    assert len(state) > 20 and all(state[k]["exp_avg"].shape == saved[k].shape for k in state)
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+def test_a_batch_that_weighs_nothing(model, kl):
+    """Breaks if what a rank runs along with the others has a loss, a gradient or a figure."""
+    config = la_dapo.Config(kl=kl)
+    batch = la_dapo.no_batch(96, "cpu")
+    if kl:
+        batch.ref = la_dapo.replayed(model, batch, config).logprobs.detach()
+    loss, figures = la_dapo.policy_loss(model, batch, la_dapo.Counts(7, 3, 1), config)
+    loss.backward()
+    assert loss == 0 and not any(figures.values())
+    grads = {n: p.grad for n, p in model.named_parameters() if "visual" not in n}
+    assert all(grad is not None and not grad.any() for grad in grads.values())
+
+
+def test_what_does_not_go_with_shard_is_refused():
+    """Breaks if ranks would wait for each other for ever."""
+    with pytest.raises(ValueError, match="adjoint_terms"):
+        la_dapo.Config(shard=True, adjoint_terms=1)
+    with pytest.raises(ValueError, match="shard"):
+        self_forcing.Config(shard=True)
+    config = sft.Config(shard=True)
+    assert not dataclasses.replace(config, shard=False).shard

@@ -1,0 +1,62 @@
+"""evaluate.py against its plain twin: the same responses, whatever the spans are fed."""
+
+import functools
+
+import pytest
+import twin
+from twin_world import CHAIN, in_double, read_lines, records_with_futures, save_model, speak
+
+import evaluate
+
+SETTINGS = dict(
+    workers=0, system="watch", image_max_tokens=2, l_max=4, batch=3, seed=2, max_new_tokens=17,
+    max_latents=3, report=0,
+)  # fmt: skip
+
+# what comes next is nearly a tie, so that what is fed decides
+NEAR_TIES = CHAIN | {
+    "assistant": {"<reason>": 0.35, "<|latent_start|>": 0.6},
+    "left": {"</reason>": 0.9},
+    "moves": {"left": 0.3, "right": 0.3, "up": 0.3},
+    "hits": {"red": 0.25, "blue": 0.25, "green": 0.25},
+    "<reason>": {"moves": 0.45, "hits": 0.45},
+    "</reason>": {"<|latent_start|>": 0.45, "<answer>": 0.45},
+    "<|latent_start|>": {"<|latent_end|>": 0.3, "red": 0.3},
+    "<|latent_end|>": {"<reason>": 0.32, "<answer>": 0.32, "<|latent_start|>": 0.3},
+    "<answer>": {"red": 0.25, "blue": 0.25, "green": 0.25},
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("twin_evaluate")
+    change = functools.partial(speak, chain=NEAR_TIES, context=0.6)
+    return dict(data=records_with_futures(folder), model=save_model(folder / "m", 0, 48, change))
+
+
+def both(world, out, latents):
+    """Both evaluations -> the lines of samples.jsonl, the accuracy, the twin's lines."""
+    config = evaluate.Config(**world, **SETTINGS, out=str(out), latents=latents)
+    with in_double():
+        table = evaluate.evaluate(config)
+        expected = twin.evaluate(config)
+    lines = {line["id"]: line for line in read_lines(out / "samples.jsonl")}
+    return lines, table["all"]["accuracy"], expected
+
+
+KINDS = ("generated", "zero", "noise", "shuffled", "true", "pause", "none")
+
+
+def test_same_responses(world, tmp_path):
+    """Breaks if a span is fed anything else than asked for, for one row or for all: another row's
+    futures, one about the same clip, the wrong frame of several, noise of another scale.
+    """
+    responses = {}
+    for kind in KINDS:
+        lines, accuracy, expected = both(world, tmp_path / kind, kind)
+        for line in expected:
+            assert {k: lines[line["id"]][k] for k in line} == line, kind
+        assert accuracy == pytest.approx(sum(line["right"] for line in expected) / len(expected))
+        responses[kind] = [(line["response"], line["latents"]) for line in expected]
+        print(kind, accuracy, [line["latents"] for line in expected], responses[kind])
+    assert len(set(map(tuple, responses.values()))) == len(KINDS), "each kind answers differently"

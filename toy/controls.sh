@@ -1,0 +1,66 @@
+# The rows of docs/results.md beside the demo's: controls, ablations of the rewards, variants.
+#
+#     bash toy/controls.sh [OUT] [SEED] [ROW...]      # after toy/demo.sh; no ROW = all
+#     python -m toy.table runs/toy/seed_*
+#
+# A row is a training, named by its folder in OUT/seed_SEED, and its answers to the held-out
+# questions. CPU seconds stand beside each in the table. The titles are in toy/table.py.
+
+OUT=${1:-runs/toy} SEED=${2:-0} ROWS=("${@:3}")
+source toy/stage.sh
+
+# row NAME COMMAND...: a training, if it is wanted, and its score with its spans fed FED
+row() {
+  local name=$1
+  shift
+  if ! wanted "$name"; then return; fi
+  stage "$name" python "$@" --seed "$SEED" --out "$home/$name" --resume
+  score "$name" --latents "${FED:-generated}" --max_latents "${LONGEST:-2}"
+}
+
+base=$home/base latent=$home/latent text=$home/text
+train=$data/train.jsonl      # 200 clips with chains of future frames
+answers=$data/prompts.jsonl  # the questions of all 3,000 clips, which RL sees: answers alone
+half=$((SFT_STEPS / 2)) twice=$((SFT_STEPS * 2))
+longer=$((SFT_STEPS * 21 / 10))  # what the time of the RL run buys
+
+sft_rows() {
+  set -- --config toy/sft.json  # of sft.py and its variants
+
+  # on the annotated clips: does the length of a span help, do more steps, do more annotations?
+  FED=pause row pause -m variants.pause_tokens "$@" --lam 0 --steps "$SFT_STEPS" \
+    --model "$base" --data "$train"
+  row latent+self -m variants.self_forcing "$@" --self_forcing 0.5 --self_forcing_passes 3 \
+    --steps "$SFT_STEPS" --model "$base" --data "$train"
+  row latent-stop sft.py "$@" --no-stop_term --steps "$SFT_STEPS" --model "$base" --data "$train"
+  row latent-long sft.py "$@" --steps "$longer" --model "$base" --data "$train"
+  row latent-long-all sft.py "$@" --steps "$longer" --model "$base" --data "$data/all.jsonl"
+
+  # on the answers that RL sees: no chain, no reward
+  row answers-half sft.py "$@" --no-spans --steps "$half" --model "$base" --data "$answers"
+  row answers sft.py "$@" --no-spans --steps "$SFT_STEPS" --model "$base" --data "$answers"
+  row answers-twice sft.py "$@" --no-spans --steps "$twice" --model "$base" --data "$answers"
+  row latent-answers sft.py "$@" --no-spans --steps "$half" --model "$latent" --data "$answers"
+
+  # the same with a span before the answer: of pause tokens, of latent SFT's own latents
+  set -- -m variants.video_latent --config variants/video_latent.json --data "$answers"
+  FED=pause LONGEST=3 row answers-pause "$@" --pause --steps "$SFT_STEPS" --model "$base"
+  LONGEST=3 row latent-answers-spans "$@" --steps "$half" --model "$latent"
+}
+
+rl_rows() {
+  set -- --config toy/rl.json --steps "$RL_STEPS" --data "$answers"  # of la_dapo.py and its variants
+  row constants la_dapo.py "$@" --adjoint_terms 0 --model "$latent"  # as published
+  row dapo la_dapo.py "$@" --lambda_c 0 --lambda_d 0 --model "$latent"
+  row dapo+ctr la_dapo.py "$@" --lambda_d 0 --model "$latent"
+  row dapo+div la_dapo.py "$@" --lambda_c 0 --model "$latent"
+  row text-rl la_dapo.py "$@" --model "$text"
+  row own-path -m variants.own_path "$@" --model "$latent"
+  set -- "$@" --adjoint_terms 0 --latent_sigma 0.1 --no-share --prompts 64
+  row noise -m variants.noisy_latents "$@" --density mean --model "$latent"
+  row noise-sum -m variants.noisy_latents "$@" --density sum --model "$latent"
+}
+
+at_once sft_rows rl_rows
+check_rows ""
+python -m toy.table "$home"
