@@ -17,7 +17,7 @@ test: .venv/ready
 test-slow: .venv/ready
 	.venv/bin/python -m pytest -q -m slow
 
-# 150 small wrong edits, each of which a test must catch (tests/mutations.py); about 20 minutes
+# small wrong edits, each of which a test must catch (tests/mutations.py); about 20 minutes
 mutations: .venv/ready
 	.venv/bin/python -m tests.mutations
 
