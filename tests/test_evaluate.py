@@ -15,7 +15,7 @@ import evaluate
 import latent_decode
 from common import machine
 from common import run as runs
-from common.formats import Clip, Frame, Row, read_records, read_rows
+from common.formats import Clip, Frame, Row, read_rows
 from common.report import as_text, score_rows
 from evaluate import clip_of, summarise
 from model import load

@@ -22,7 +22,7 @@ sys.path[:0] = {paths!r}
 import torch
 torch.set_num_threads(1)
 import la_dapo, sft
-from common.runs import leave
+from common.machine import leave
 from twin_world import in_double
 scripts = dict(sft=sft, la_dapo=la_dapo)
 with in_double():

@@ -27,14 +27,15 @@ from tools.pretended import HAS_CUDA, PretendedGPU  # first: it has to come befo
 
 import torch  # isort: skip
 
+from common.groups import Batch
+from common.shard import Whole, shard
+
 import la_dapo
 import latent_decode
-from common.flags import run_script
-from common.groups import Batch
+from common.cli import run_script
 from common.lora import add_adapters, frozen_alone
-from common.runs import write_json
-from common.shard import Whole, shard
-from latent_decode import generate, replay
+from common.run import write_json
+from latent_decode import generate
 from sft import sft_loss
 from tools import shapes
 

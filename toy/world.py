@@ -35,8 +35,8 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-from common.clips import key_frame_positions, read_clip
 from common.cli import run_script
+from common.clips import key_frame_positions, read_clip
 from common.run import write_json
 
 SIZE, WALL, BALL = 160, 12, 13  # pixels: side of the picture, thickness of a wall, ball's radius

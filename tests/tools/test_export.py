@@ -12,7 +12,7 @@ from test_sft import settings
 import evaluate
 import sft
 from common.folder import SETTINGS, trained_with
-from common.pictures import Painter
+from common.painter import Painter
 from model import load
 from tests.conftest import TINY_DATA
 from tools import export
