@@ -284,7 +284,8 @@ def load(folder, latent_head=None, cls=FutureL1, **kwargs):
 
     latent_head: None keeps what the folder has; "linear" adds one, starting as the identity. cls: a
     subclass with more or other layers. kwargs go to transformers (dtype=, attn_implementation=).
-    Raises ValueError if weights are missing or left over, or if config and tokenizer disagree on a token's id.
+    Raises ValueError if weights are missing or left over, or if config and tokenizer disagree on a
+    token's id.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = add_latent_tokens(tokenizer)
