@@ -7,14 +7,13 @@ import os
 import numpy as np
 import pytest
 import torch
-from common.report import about
 from scripted import FB, futurebench, line, play, settings
 
 import evaluate
 import latent_decode
 from common.benchmarks import read_benchmark
 from common.formats import Clip, Row
-from common.report import as_text, score_rows
+from common.report import about, as_text, score_rows
 from common.results import bootstrap, wilson
 from evaluate import summarise
 

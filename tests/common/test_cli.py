@@ -164,7 +164,7 @@ def test_an_error_is_one_line_and_code_2(script, world, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     argv, message = WRONG.get(script, ("--data ./nowhere", "./nowhere: No such file"))
     faults = [(argv.split(), message)]
-    if script not in ("common.report", "common.page"):
+    if script not in ("common.report", "toy.table"):
         positional = ["./nowhere"] if script in ("common.judge", "tools.export") else []
         faults.append(([*positional, "--debut"], "arguments: --debut: did you mean --debug?"))
     if script not in WRONG:
