@@ -129,16 +129,17 @@ class Judge:
     def complete(self, messages):
         """Chat messages -> the server's completion, with the first of OPTIONS that it accepts."""
         refusals = self.openai.BadRequestError, self.openai.UnprocessableEntityError
-        for i, options in enumerate(self.options):
+        left = self.options  # other threads may shorten it meanwhile
+        for i, options in enumerate(left):
             try:
                 completion = self.client.chat.completions.create(
                     model=self.model, messages=messages, **options
                 )
             except refusals:
-                if options is self.options[-1]:
+                if options is left[-1]:
                     raise
             else:
-                self.options = self.options[i:]
+                self.options = left[i:]
                 return completion
 
 

@@ -285,6 +285,18 @@ def test_what_a_server_does_not_know_is_left_out(server, refused):
     assert asker([ITEM]) == [True] and len(server.requests) == 1 + len(refused)
     assert asker([ITEM]) == [True] and len(server.requests) == 2 + len(refused)
 
+    # four threads that are refused at once leave out no more than one does
+    gate, asker.options = threading.Barrier(4), OPTIONS
+
+    def reply(body, nth):
+        if nth == 0:
+            gate.wait(5)
+        return chat(YES) if known(body) else (400, REFUSED)
+
+    server.reply = reply
+    assert asker([("q", "g", str(i)) for i in range(4)]) == [True] * 4
+    assert asker.options == OPTIONS[len(refused) :]
+
 
 def test_one_refused_item_changes_no_other(server):
     """Breaks if a question that the server refuses (too long, say) turns off temperature 0 for the
