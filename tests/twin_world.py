@@ -197,7 +197,7 @@ class AskedInTurn:
 def judge_server():
     """Yields the url of a chat server that answers with VERDICTS, and the requests it has had.
 
-    Where the verdict is None it refuses (403), which no client repeats. Requests come one at a time.
+    Where the verdict is None it refuses (403), which no client repeats. One request at a time.
     """
     requests = []
 
