@@ -698,28 +698,29 @@ def final_answer(text):
 def probe(config, numbers):
     """How many of n rollouts are right without the future, p_t, and with it, p_v. Sec. 3.2.
 
-    numbers: {seed: uniform numbers (rows, T)}. `batch` neighbours of the pool share a seed, made of
-    the config's and their ids. Their rows: n under (t), n under (v), of one after another.
+    numbers: {seed: uniform numbers (rows, T)}. `batch` neighbours of the pool share a seed under
+    each condition, made of the config's, the condition's name and their ids: n rows for each.
     """
     rows = read_rows(config.data, config.media_root or None)
     model, tokenizer = load(config.model)
     lines = []
     for start in range(0, len(rows), config.batch):
         block = rows[start : start + config.batch]
-        text = json.dumps([config.seed, *(row.id for row in block)])
-        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-        u = iter(numbers[seed])
-        for row in block:
-            right, no_answer = [], 0
-            for condition in (row, with_future(row)):
-                sample = encode(condition, tokenizer, config, False)
-                rollouts = [
-                    roll_out(model, sample, next(u), config) for _ in range(config.rollouts)
-                ]
+        new = {row.id: dict(id=row.id, no_answer=0) for row in block}
+        for name in ("t", "v"):
+            text = json.dumps([config.seed, name, *(row.id for row in block)])
+            seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+            u = iter(numbers[seed])
+            for row in block:
+                asked = with_future(row) if name == "v" else row
+                sample = encode(asked, tokenizer, config, False)
+                own = [next(u) for _ in range(config.rollouts)]  # n of (T,)
+                rollouts = [roll_out(model, sample, x, config) for x in own]
                 answers = [final_answer(tokenizer.decode(r.tokens)) for r in rollouts]
-                right.append(sum(is_right(f"<answer>{a}</answer>", row) for a in answers))
-                no_answer += answers.count("")
-            lines.append(dict(id=row.id, p_t=right[0], p_v=right[1], no_answer=no_answer))
+                right = sum(is_right(f"<answer>{a}</answer>", row) for a in answers)
+                new[row.id][f"p_{name}"] = right
+                new[row.id]["no_answer"] += answers.count("")
+        lines += new.values()
     return lines
 
 
