@@ -9,7 +9,7 @@ import sft
 # every number differs from 0, from 1 and from the others, so that none can be lost or exchanged
 SETTINGS = dict(
     seed=3, steps=4, global_batch=7, micro_batch=3, workers=0, save_every=100, system="watch",
-    lr=2e-3, warmup=0.5, beta1=0.8, beta2=0.95, weight_decay=0.3, clip=14.0, lam=0.4, l_max=4,
+    lr=2e-3, warmup=0.5, beta2=0.95, weight_decay=0.3, clip=14.0, lam=0.4, l_max=4,
     image_max_tokens=2,
 )  # fmt: skip
 

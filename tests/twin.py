@@ -149,7 +149,7 @@ def sft(config):
     """The whole of sft.py -> the weights after the last step, a dict of figures for each step."""
     rows = read_rows(config.data, config.media_root or None)
     model, tokenizer = load(config.model, config.latent_head)
-    optimizer = adamw(model, config.lr, (config.beta1, config.beta2), config.weight_decay)
+    optimizer = adamw(model, config.lr, (0.9, config.beta2), config.weight_decay)
 
     # every epoch is another permutation of the rows; a step takes the next `global_batch` of them
     total = config.steps * config.global_batch or round(len(rows) * config.epochs)
@@ -513,7 +513,7 @@ def la_dapo(config, numbers, judge=None):
     rows = read_rows(config.data, config.media_root or None)
     model, tokenizer = load(config.model)
     reference, _ = load(config.model)
-    optimizer = adamw(model, config.lr, (0.9, 0.999), 0.0)
+    optimizer = adamw(model, config.lr, (0.9, config.beta2), 0.0)
     steps = config.steps or max(1, int(len(rows) * config.epochs) // config.groups)
     begin, figures, more = 0, [], []  # begin: the batch of prompts that comes next
     for step in range(steps):
@@ -629,7 +629,6 @@ def rollout_loss(model, reference, group, i, config, sums, n):
             entropy=held[t][1].item() / n,
             replay_ms=(new[t][0].item() - rollout.logp[t]) ** 2 / n,
         )
-        sums["ratio_max"] = max(sums["ratio_max"], r.item())
     if config.adjoint_terms > 0 and len(recorded):
         surrogate = surrogate + through_latents(
             surrogate, predicted, recorded, config.adjoint_terms
@@ -669,11 +668,11 @@ def figures_of(groups, config, c):
 
 
 def summary(sums, updates):
-    """What the log says of a step's updates: means over them, and the largest ratio of all."""
+    """What the log says of a step's updates: means over them."""
     names = ("loss", "kl", "ratio", "clip_fraction", "entropy")
     out = {name: sums[name] / updates for name in names}
     out["replay_rms"] = math.sqrt(sums["replay_ms"] / updates)
-    return dict(out, ratio_max=sums["ratio_max"], updates=updates)
+    return dict(out, updates=updates)
 
 
 # ----------------------------------------------------------------------------------------- curation
@@ -699,28 +698,29 @@ def final_answer(text):
 def probe(config, numbers):
     """How many of n rollouts are right without the future, p_t, and with it, p_v. Sec. 3.2.
 
-    numbers: {seed: uniform numbers (rows, T)}. `batch` neighbours of the pool share a seed, made of
-    the config's and their ids. Their rows: n under (t), n under (v), of one after another.
+    numbers: {seed: uniform numbers (rows, T)}. `batch` neighbours of the pool share a seed under
+    each condition, made of the config's, the condition's name and their ids: n rows for each.
     """
     rows = read_rows(config.data, config.media_root or None)
     model, tokenizer = load(config.model)
     lines = []
     for start in range(0, len(rows), config.batch):
         block = rows[start : start + config.batch]
-        text = json.dumps([config.seed, *(row.id for row in block)])
-        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-        u = iter(numbers[seed])
-        for row in block:
-            right, no_answer = [], 0
-            for condition in (row, with_future(row)):
-                sample = encode(condition, tokenizer, config, False)
-                rollouts = [
-                    roll_out(model, sample, next(u), config) for _ in range(config.rollouts)
-                ]
+        new = {row.id: dict(id=row.id, no_answer=0) for row in block}
+        for name in ("t", "v"):
+            text = json.dumps([config.seed, name, *(row.id for row in block)])
+            seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+            u = iter(numbers[seed])
+            for row in block:
+                asked = with_future(row) if name == "v" else row
+                sample = encode(asked, tokenizer, config, False)
+                own = [next(u) for _ in range(config.rollouts)]  # n of (T,)
+                rollouts = [roll_out(model, sample, x, config) for x in own]
                 answers = [final_answer(tokenizer.decode(r.tokens)) for r in rollouts]
-                right.append(sum(is_right(f"<answer>{a}</answer>", row) for a in answers))
-                no_answer += answers.count("")
-            lines.append(dict(id=row.id, p_t=right[0], p_v=right[1], no_answer=no_answer))
+                right = sum(is_right(f"<answer>{a}</answer>", row) for a in answers)
+                new[row.id][f"p_{name}"] = right
+                new[row.id]["no_answer"] += answers.count("")
+        lines += new.values()
     return lines
 
 

@@ -197,7 +197,7 @@ class AskedInTurn:
 def judge_server():
     """Yields the url of a chat server that answers with VERDICTS, and the requests it has had.
 
-    Where the verdict is None it refuses, so that nobody asks again. Requests come one at a time.
+    Where the verdict is None it refuses (403), which no client repeats. One request at a time.
     """
     requests = []
 
@@ -205,11 +205,12 @@ def judge_server():
         def do_POST(self):
             requests.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
             reply = VERDICTS[(len(requests) - 1) % len(VERDICTS)]
-            message = dict(role="assistant", content=reply)
+            text = f'{{"right": {str(reply == "yes").lower()}}} {reply}'  # as JSON and in a word
+            message = dict(role="assistant", content=text)
             choices = [dict(index=0, finish_reason="stop", message=message)]
             answer = dict(id="1", object="chat.completion", created=0, model="m", choices=choices)
             data = json.dumps(answer).encode()
-            self.send_response(400 if reply is None else 200)
+            self.send_response(403 if reply is None else 200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
