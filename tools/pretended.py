@@ -197,7 +197,9 @@ class PretendedGPU(TorchDispatchMode):
         )
         torch.UntypedStorage.resize_ = lambda x, size: self.resize(x, size)
         torch.tensor, torch.cuda.is_current_stream_capturing = self.tensor, lambda: False
-        FakeTensor.is_cuda = True  # also where the device is called "cpu": the code takes CUDA's way
+        FakeTensor.is_cuda = (
+            True  # also where the device is called "cpu": the code takes CUDA's way
+        )
         FakeTensor.tolist = lambda x: self.tolist(x)
         F.scaled_dot_product_attention = self.attend
         shared_prefix.causal = lambda q, k, v, scale: self.attend(q, k, v, None, 0, True, scale)

@@ -10,7 +10,7 @@ import torch
 
 from sft import sft_loss
 from tools import rehearse, shapes
-from tools.live import peak_of
+from tools.bench import peak_of
 from tools.pretended import PretendedGPU
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -67,7 +67,9 @@ def test_flops_are_counted_as_by_hand():
         fake = rehearse.Rehearsal(rehearse.Config(**TINY), gpu)
         ids = torch.ones(1, T, dtype=torch.long)
         gpu.begin()
-        fake.train_on(lambda model: model.logits(model.hidden(ids)[0][0, :words]).logsumexp(-1).sum())
+        fake.train_on(
+            lambda model: model.logits(model.hidden(ids)[0][0, :words]).logsumexp(-1).sum()
+        )
         flops = gpu.flops
     counts, w = shapes.weights("tiny"), shapes.widths("tiny")
     # a weight: 2 FLOPs a token forward, 4 backward; attention: 2 products forward, 5 backward
