@@ -24,7 +24,7 @@ mutations: .venv/ready
 # one GPU of 80 GB, at most 9 minutes in all; a failed test does not keep the bench from running
 gpu: .venv/ready
 	@began=$$(date +%s); .venv/bin/python -m pytest -q -m cuda; tests=$$?; \
-	.venv/bin/python -m tools.bench --gpu --began $$began --out bench.json && exit $$tests
+	.venv/bin/python -m tools.bench --minutes 8 --began $$began --out bench.json && exit $$tests
 
 lint: .venv/ready
 	.venv/bin/ruff check

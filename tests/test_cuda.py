@@ -18,15 +18,16 @@ from common import shared_prefix
 from common.shared_prefix import Layout, causal
 from latent_decode import generate, replay, token_logprobs
 from tests.common import test_shared_prefix as by_hand
-from tools import bench_gpu, ways
-from tools.shapes import make, prompt, random_group
+from sft import sft_loss
+from tools import bench
+from tools.shapes import make, prompt, random_group, sft_sample
 
 DEVICE = "cuda"
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-REAL = bench_gpu.Config(shape="2b", images=1, words=40, n=4, new_tokens=48, sft_tokens=400)
+REAL = bench.Config(shape="2b", images=1, words=40, n=4, new_tokens=48, sft_tokens=400)
 
 
 @pytest.fixture(autouse=True)
@@ -173,14 +174,18 @@ def test_flash_attn_agrees(P, monkeypatch):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_sft_steps_of_a_real_shape(checkpointing):
     """Breaks if a step does not run in fp32 weights and bf16 arithmetic, or does not learn."""
-    model = bench_gpu.make_trainable("2b", 3, DEVICE)
-    ways.checkpoint_activations(model, checkpointing)
-    step, _ = bench_gpu.sft_step(model, REAL, DEVICE)
+    model = bench.make_trainable("2b", 3, DEVICE)
+    bench.checkpoint_activations(model, checkpointing)
+    batch = sft_sample(REAL, DEVICE)
+    frames = batch.pop("future_pixel_values"), batch.pop("future_grid_thw")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     losses = []
     for _ in range(3):
         optimizer.zero_grad()
-        losses.append(float(step()))
+        with bench.autocast(model.device):
+            loss = sft_loss(model, latents=model.encode_frames(*frames), **batch)["loss"]
+        loss.backward()
+        losses.append(loss.item())
         optimizer.step()
     assert all(math.isfinite(loss) for loss in losses) and losses[2] < losses[0]
 
@@ -189,11 +194,11 @@ def test_an_rl_step_of_a_real_shape():
     """Breaks if rolling out and learning do not run as la_dapo.py does them, if the record and its
     replay part by more than bf16 explains, or if checkpointing changes the gradient.
     """
-    model, batch = bench_gpu.make_trainable("2b", 3, DEVICE), prompt(REAL, 1, DEVICE)
+    model, batch = bench.make_trainable("2b", 3, DEVICE), prompt(REAL, 1, DEVICE)
     settings = dict(max_new_tokens=48, n=4, temperature=0.9, top_p=0.99, cuda_graph=True)
-    with ways.autocast(model.device):
+    with bench.autocast(model.device):
         rollout = generate(model, batch, generator=torch.Generator().manual_seed(0), **settings)
-    with ways.autocast(model.device), torch.no_grad():
+    with bench.autocast(model.device), torch.no_grad():
         again = replay(model, batch, rollout, 0.9).logprobs
     error = (again - rollout.logprobs)[rollout.sampled]
     assert error.square().mean().sqrt() < 0.1
@@ -202,19 +207,21 @@ def test_an_rl_step_of_a_real_shape():
     rollout = random_group(REAL, model.config.text_config.hidden_size, DEVICE, shortest=0.5)
     advantages, gradients = torch.tensor([[1.0], [-1.0], [0.5], [-0.5]], device=DEVICE), []
     for checkpointing in (False, True):
-        ways.checkpoint_activations(model, checkpointing)
+        bench.checkpoint_activations(model, checkpointing)
         model.zero_grad()
-        loss = ways.update(model, batch, rollout, advantages, terms=8)
+        loss = bench.update(model, batch, rollout, advantages, terms=8)
         assert loss.isfinite()
         gradients.append(model.model.language_model.layers[0].mlp.up_proj.weight.grad.clone())
     assert gradients[0].isfinite().all() and gradients[0].norm() > 0
     assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[0].norm()
 
 
-def test_the_bench_in_small(tmp_path):
-    """Breaks if a measurement of tools/bench_gpu.py does not run on a GPU."""
-    sizes = dict(prompts=1, n=2, images=1, words=8, new_tokens=20, sft_tokens=300)
-    results = bench_gpu.main(bench_gpu.Config(shape="tiny", **sizes))
-    assert not results["missing"] and len(results["figures"]) == 10
-    for name, figures in results["figures"].items():
-        assert figures["GiB"] > 0, name
+def test_the_bench_in_small():
+    """Breaks if a measurement of tools/bench.py does not run on a GPU."""
+    sizes = dict(n=2, images=1, words=8, new_tokens=20, sft_tokens=300, rounds=1)
+    figures = bench.main(bench.Config(shape="tiny", decoder="tiny", **sizes))
+    cases = [case for name, case in figures.items() if name[:3] in ("dec", "SFT", "upd")]
+    assert [len(case) for case in cases] == [3, 2, 6]
+    for case in cases:
+        for name, figure in case.items():
+            assert figure["bytes"][0] > 0 and figure["seconds"], name

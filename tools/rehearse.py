@@ -20,7 +20,6 @@ are not counted. Source: ours.
 
 import contextlib
 import dataclasses
-from collections import Counter
 from unittest import mock
 
 from tools.pretended import HAS_CUDA, PretendedGPU  # first: it has to come before torch
@@ -34,6 +33,7 @@ import la_dapo
 import latent_decode
 from common.cli import run_script
 from common.lora import add_adapters, frozen_alone
+from common.machine import Calls, shard
 from common.run import write_json
 from latent_decode import generate
 from sft import sft_loss
@@ -83,7 +83,7 @@ class Rehearsal:
             if lora:
                 with mock.patch.object(torch.nn.Module, "_apply", moved):
                     add_adapters(self.model, lora)
-            self.module = Whole(self.model)
+            self.module = Calls(self.model)
             if config.shard:
                 self.module = shard(self.module, self.model, bf16=True)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -155,7 +155,7 @@ class Rehearsal:
         rollout = shapes.random_group(config, hidden, device)
         one = torch.ones(config.n, 1, dtype=torch.long, device=device)
         A = torch.randn(config.n, 1, device=device)
-        return Batch(prompts, rollout, torch.zeros_like(one[:, 0]), A, one)
+        return la_dapo.Batch(prompts, rollout, torch.zeros_like(one[:, 0]), A, one)
 
     def update(self, reference, terms=0):
         """The reference's log-probabilities, then the update of one group."""
@@ -170,9 +170,9 @@ class Rehearsal:
             return frozen_alone(self.model)
         with self.making("reference"):
             shape, layers = self.config.shape, self.config.layers
-            reference = Whole(shapes.make(shape, layers, torch.bfloat16, self.device).eval())
+            reference = Calls(shapes.make(shape, layers, torch.bfloat16, self.device).eval())
             reference.requires_grad_(False)
-            return shard(reference, reference.module, bf16=True) if self.config.shard else reference
+            return shard(reference, reference.model, bf16=True) if self.config.shard else reference
 
     def decode(self, steps):
         """A prompt's forward and first token; with more steps, the last of them alone.
@@ -199,8 +199,10 @@ class Rehearsal:
 
 
 def policy_loss(model, batch, config):
-    """`la_dapo.policy_loss` of one batch that is the whole step."""
-    return la_dapo.policy_loss(model, batch, batch.weight.sum(), config, Counter())
+    """`la_dapo.policy_loss` of one batch that is the whole update."""
+    tokens = batch.weight.sum().item()
+    counts = la_dapo.Counts(tokens, rollouts=len(batch.A), groups=1)
+    return la_dapo.policy_loss(model, batch, counts, config)[0]
 
 
 def moved(module, function, recurse=True):

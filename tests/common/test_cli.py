@@ -122,8 +122,8 @@ SCRIPTS = scripts()
 # {script: (flags, what the error says)}; there is nothing at ./nowhere. A script that is not named
 # here takes --data, --model and --out.
 WRONG = {
-    "tools.plan": ("--shape 9b", "9b"),
-    "tools.bench": ("--cpu --n x", "argument --n: invalid int value: 'x'"),
+    "tools.rehearse": ("--shape 9b", "9b"),
+    "tools.bench": ("--n x", "argument --n: invalid int value: 'x'"),
     "tools.shapes": ("--shape 9b", "9b"),
     "sample": ("--model ./nowhere --question q --video ./nowhere", "./nowhere: no such"),
     "tools.clips": ("--data ./nowhere.json", "./nowhere.json: No such file"),

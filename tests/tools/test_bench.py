@@ -1,147 +1,171 @@
-"""The bench in small, on a CPU: that it runs, and that its figures are what they say."""
+"""The bench in small, on a CPU: that it runs, and that both ways do the same work."""
 
+import dataclasses
 import json
 import time
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from common.cli import parse_config
-from tools import bench, bench_cpu, bench_gpu, plan, shapes, ways
-from tools.measure import Book, alternate, ratio
+from tools import bench, shapes
+from tools.shapes import make, prompt, random_group, special
 
-SMALL = dict(n=2, images=1, words=8, new_tokens=20, sft_tokens=300)
+CONFIG = bench.Config(
+    shape="tiny", decoder="tiny", n=3, images=1, words=6, new_tokens=20, sft_tokens=300
+)
 
 
-def test_each_command_has_its_flags():
-    """Breaks if the door leads to another command, or takes its flags for its own."""
-    argv = ["--plan", "--shape", "8b", "--gpus", "8"]
-    main, cls, rest = bench.command(argv)
-    assert main is plan.main and parse_config(cls, rest) == plan.Config(shape="8b", gpus=8)
-    assert bench.command(["--rounds", "3", "--cpu"]) == (
-        bench_cpu.main, bench_cpu.Config, ["--rounds", "3"],
-    )  # fmt: skip
-    assert bench.command(["--gpu", "--help"])[:2] == (bench_gpu.main, bench_gpu.Config)
-    with pytest.raises(SystemExit, match="expected one of --plan, --cpu, --gpu"):
-        bench.main(bench.Config())
+@pytest.fixture(scope="module")
+def tiny():
+    return bench.make_trainable("tiny", 0, "cpu")
+
+
+def gradient_of(model, work):
+    """work()'s loss, and the gradient it adds, by name."""
+    model.zero_grad()
+    loss = work()
+    return loss, {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+
+
+def check_equal(model, ours, theirs):
+    (loss, gradient), (other, others) = gradient_of(model, ours), gradient_of(model, theirs)
+    torch.testing.assert_close(loss, other, atol=1e-5, rtol=0)
+    assert gradient.keys() == others.keys() and len(gradient) > 10
+    for name in gradient:
+        error = (gradient[name].double() - others[name].double()).norm()
+        assert error <= 1e-4 * others[name].double().norm(), name
+
+
+def words_only(rollout, config):
+    """A rollout without spans."""
+    ids = special(config.shape)
+    spans = torch.isin(rollout.tokens, torch.tensor([*ids.latent_ids.values()]))
+    tokens = rollout.tokens.masked_fill(spans, 4321)
+    latents = [z[:0] for z in rollout.latents]
+    return dataclasses.replace(rollout, tokens=tokens, latents=latents)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_update_with_copied_prompts_is_the_same(tiny, checkpointing):
+    """Breaks if a baseline learns from padding, other words, or another place of a picture."""
+    batch = prompt(CONFIG, 1, "cpu")
+    rollout = words_only(random_group(CONFIG, 64, "cpu", shortest=0.25), CONFIG)
+    assert rollout.lengths.tolist() == [16, 18, 20]
+    group = tiny, batch, rollout, torch.tensor([[1.0], [-2.0], [0.5]])
+    bench.checkpoint_activations(tiny, checkpointing)
+    check_equal(tiny, lambda: bench.update(*group), lambda: bench.usual_update(*group))
+    bench.checkpoint_activations(tiny, False)
+
+
+def test_sft_of_a_padded_batch_is_the_same(tiny):
+    """Breaks if a label moves or padding is learnt, in the rows or in one of the two bench."""
+    batch = bench.rows_of(CONFIG, [270, 290, 301])
+    real = batch["attention_mask"].sum(1).tolist()
+    assert real == [270, 290, 301] and (batch["labels"] != -100).sum() == 90 + 96 + 100
+    check_equal(tiny, lambda: bench.sft(tiny, batch), lambda: bench.usual_sft(tiny, batch))
+
+
+def test_both_decode_the_words_that_were_asked_for():
+    """Breaks if a row ends early, a way decodes another number of words or another prompt, or the
+    policy is less sure than it says.
+    """
+    model = make("tiny").eval()
+    video = prompt(CONFIG, 1, "cpu", video=True)
+    assert (video["input_ids"] == special("tiny").video).sum() == 256
+    words = bench.make_sure(model, video)
+    ours, theirs = (f(model, video, 20, 3) for f in (bench.decode, bench.usual_decode))
+    P = video["input_ids"].shape[1]
+    assert ours.tokens.shape == (3, 20) and theirs.sequences.shape == (3, P + 20)
+    assert ours.lengths.tolist() == [20] * 3
+    assert (theirs.sequences[:, :P] == video["input_ids"]).all()
+    with torch.no_grad():
+        logits = model(**video).logits[0, -1]
+    top = (logits / 0.9).softmax(-1).topk(words).values.double().cumsum(0)
+    assert top[-1] >= 0.99 - 1e-5 and top[-2] < 0.99 + 1e-5 and words <= 1000
+
+
+@torch.no_grad()
+def test_no_span_opens():
+    """Breaks if our rollouts are latents in part, which transformers does not decode."""
+    model, text = make("tiny").eval(), prompt(dataclasses.replace(CONFIG, images=0), 1, "cpu")
+    model.lm_head.weight[special("tiny").latent_start] = model.hidden(**text)[0][0, -1]
+    rollout = bench.decode(model, text, 4, 2)
+    assert not sum(len(z) for z in rollout.latents) and rollout.sampled.all()
+
+
+def test_transformers_is_left_as_it_was(tiny):
+    """Breaks if the model stays of the other class after an error."""
+    with pytest.raises(KeyError), bench.stock(tiny):
+        assert type(tiny).__name__ == "Qwen3VLForConditionalGeneration"
+        raise KeyError
+    assert type(tiny).__name__ == "FutureL1"
 
 
 @pytest.mark.slow
-def test_the_ratios_of_a_cpu(tmp_path, capsys):
-    """Breaks if a part does not run, or a figure of docs/scale.md is gone."""
+def test_the_bench(tmp_path, capsys):
+    """Breaks if a case does not run, or a ratio is not that of its own round."""
     out, picture = tmp_path / "bench.json", tmp_path / "growth.png"
-    sizes = dict(shape="tiny", decoder="tiny", contexts="20,40", groups="1,2", rounds=1)
-    config = bench_cpu.Config(out=str(out), picture=str(picture), **sizes, **SMALL)
-    bench_cpu.main(config)
+    small = dict(contexts="20,40", groups="1,2", rounds=1, out=str(out), picture=str(picture))
+    bench.main(dataclasses.replace(CONFIG, **small))
     figures, text = json.loads(out.read_text()), capsys.readouterr().out
-    for comparison in (figures["update"], *figures["sft"].values()):
-        for name, figure in comparison.items():
-            if name != "lengths":
-                assert len(figure["seconds"]) == 1 and figure["seconds"][0] > 0
-                assert figure["bytes"] > 1e6, name
-    assert figures["update"]["ours"]["bytes"] < figures["update"]["prompt copied"]["bytes"]
-    growth = figures["growth"]
-    assert [[x for x, _ in points] for points in growth.values()] == [[20, 40], [1, 2], [1, 2]]
-    seconds = figures["decoding"]["ours"]["seconds"][0]
-    assert f"ours: {2 * 20 / seconds:.1f} tokens a second; 5 MiB by formula" in text
+    cases = [figures[name] for name in figures if name[:3] in ("dec", "SFT", "upd")]
+    assert [len(case) for case in cases] == [2, 2, 6]
+    update = cases[2]
+    assert update["ours"]["bytes"] < update["prompt copied"]["bytes"]
+    ratio = update["ours"]["seconds"][0] / update["prompt copied"]["seconds"][0]
+    assert f"{ratio:.2f} ({ratio:.2f} - {ratio:.2f})" in text
+    growth = figures["growth"].values()
+    assert [[x for x, _ in points] for points in growth] == [[20, 40], [1, 2], [1, 2]]
     assert picture.read_bytes()[:4] == b"\x89PNG"
-    assert "uneven rows of [150, 225, 300, 525] tokens" in text
 
 
-@pytest.mark.slow
-def test_the_gpu_bench_on_a_cpu(tmp_path, capsys, monkeypatch):
-    """Breaks if a part does not run where there is no GPU, or does not say so."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    out = tmp_path / "bench.json"
-    bench_gpu.main(bench_gpu.Config(shape="tiny", prompts=1, out=str(out), **SMALL))
-    book, text = json.loads(out.read_text()), capsys.readouterr().out
-    assert book["missing"] == {"tiny: decoding, captured": "not run: no GPU"}
-    assert len(book["figures"]) == 9
-    ours = book["figures"]["tiny: decoding"]
-    step, model = ours["ms a step"] / 1e3, shapes.weights("tiny")
-    assert step * 19 + ours["prompts_s"] == pytest.approx(2 * 20 / ours["tokens/s"])
-    read = 4 * (model.total - model.vision + 2 * 2 * 1024 * (258 + 8 + 2 * 10))
-    floor = read / book["card"]["bandwidth"]
-    assert ours["share of the floor"] == pytest.approx(floor / step)
-    sft = book["figures"]["tiny: SFT"]
-    flops = sft["share of the peak"] * book["card"]["peak"] * 300 / sft["tokens/s"]
-    # what follows the prompt: words, and the two ends of four spans
-    assert flops == pytest.approx(bench_gpu.sft_flops("tiny", 2, 300, 300 - 258 - 8 - 16))
-    assert all(figures.get("GiB") is None for figures in book["figures"].values())
-    assert "| CPU, fp32: no GPU's figures, torch" in text
-    assert "| decoding, captured | not run: no GPU |" in text
-    assert (
-        f"| update, prompt copied, s | {book['figures']['tiny: update, prompt copied']['s']:,.4g}"
-        in text
-    )
-
-
-def test_flops_are_those_of_the_products():
-    """Breaks if a matrix is not counted, or counted too often: forward and backward, exactly."""
-    config = bench_gpu.Config(shape="tiny", images=0, words=40)
-    model = bench_cpu.make_trainable("tiny")
-    batch = shapes.prompt(config, 1, "cpu")
-    batch["labels"] = batch["input_ids"].clone()
-    batch["labels"][:, :31] = -100
-    with FlopCounterMode(display=False) as counter:
-        ways.sft(model, batch)
-    products = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
-    attention = 6 * 2 * 8 * 128 * 40**2  # layers, width of queries, tokens
-    assert bench_gpu.sft_flops("tiny", 2, 40, 9) == products + attention
-
-
-def test_a_book_has_to_end(capsys):
-    """Breaks if a measurement begins too late, or one that fails takes the others with it."""
+def test_what_does_not_fit_or_comes_too_late():
+    """Breaks if a way without memory or time stops the others, or the ways do not take turns."""
+    turns = []
 
     def full():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def broken():
-        raise KeyError("x")
-
-    saved = []
-    book = Book(time.time() + 100, save=lambda book: saved.append(len(book.figures)))
-    assert book.measure("first", 50, lambda: dict(s=1.0)) == dict(s=1.0)
-    assert book.measure("second", 200, lambda: dict(s=2.0)) is None
-    assert book.measure("third", 10, full) is None and book.measure("fourth", 10, broken) is None
-    assert book.measure("fifth", 10, lambda: "a model") == "a model"
-    assert book.figures == {"first": dict(s=1.0)} and book.failed == ["fourth"]
-    assert book.missing == {
-        "second": "not run: no time left", "third": "out of memory", "fourth": "failed: KeyError",
-    }  # fmt: skip
-    assert saved == [1] * 4 and "KeyError: 'x'" in capsys.readouterr().err
+    works = {"a": lambda: turns.append("a"), "full": full, "b": lambda: turns.append("b")}
+    figures = bench.measured(works, "cpu", 2, time.time() + 100)
+    assert turns == ["a", "b", "a", "b", "a", "b"] and figures["full"] == "out of memory"
+    assert bench.measured(works, "cpu", 2, time.time() - 1)["a"] == "no time left"
+    figures["a"].update(seconds=[1, 6], bytes=(2**21, 2**22))
+    figures["b"].update(seconds=[2, 4], bytes=(2**20, 2**20))
+    rows = bench.table(figures, "b")
+    assert rows[0] == ["a", "3.5", "1.00 (0.50 - 1.50)", "2 (4)", "2.00"]
+    assert rows[1][:2] == ["full", "out of memory"]
 
 
-def test_a_failed_measurement_is_an_error_at_the_end(tmp_path, capsys, monkeypatch):
-    """Breaks if a run with a failure ends as if there were none, or without its other figures."""
-
-    def measure_decoding(config, shape, device, card, book):
-        book.measure(f"{shape}: decoding", 1, lambda: {}["gone"])
-        book.measure(f"{shape}: update", 1, lambda: dict(s=2.0, GiB=3.0, mark=" (9 of 36 layers)"))
-
-    monkeypatch.setattr(bench_gpu, "measure_decoding", measure_decoding)
-    monkeypatch.setattr(bench_gpu, "measure_trainings", lambda *args: None)
-    with pytest.raises(SystemExit, match="^failed: 8b: decoding$"):
-        bench_gpu.main(bench_gpu.Config(shape="2b,8b"[3:], out=str(tmp_path / "b.json")))
-    text = capsys.readouterr().out
-    assert (
-        "| update, GiB | 3 (9 of 36 layers) |" in text and "| decoding | failed: KeyError |" in text
-    )
+@pytest.mark.parametrize("shape", ["2b", "4b", "8b", "tiny"])
+def test_weights_are_those_of_the_model(shape):
+    """Breaks if a matrix, a bias or a tied layer is counted wrongly: all of them, exactly."""
+    model = shapes.make(shape, device="meta")
+    model.model.visual.requires_grad_(False)
+    counts = shapes.weights(shape)
+    assert counts.total == sum(p.numel() for p in model.parameters())
+    assert counts.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    layers = model.model.language_model.layers
+    matrices = [p.numel() for p in layers.parameters() if p.ndim == 2]
+    assert counts.matrices == sum(matrices) == counts.layer * len(layers)
 
 
-def test_ratios_are_of_the_same_round():
-    """Breaks if rounds are mixed, or the ways do not take turns."""
-    assert ratio([1, 6, 3], [2, 4, 3]) == (1, 0.5, 1.5)
-    turns = []
-    times = alternate({"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}, 2)
-    assert turns == ["a", "b"] * 2 and [len(x) for x in times.values()] == [2, 2]
+def test_peak_of_live_tensors():
+    """Breaks if what was freed still counts, or what is there at the same time does not."""
+
+    def step():
+        first = torch.ones(1000, 1000)
+        second = first + 1
+        del first
+        return second + 1
+
+    assert bench.peak_of(step) == pytest.approx(8e6, rel=0.01)
 
 
 @pytest.mark.parametrize("new_tokens, shortest", [(1, 1), (16, 1), (19, 0.5), (64, 0.25)])
 def test_a_group_holds_four_spans(new_tokens, shortest):
     """Breaks if a span overwrites another's end, or rows and latents do not belong together."""
-    config, ids = bench_cpu.Config(new_tokens=new_tokens, n=3), shapes.special("50m")
+    config, ids = bench.Config(shape="50m", new_tokens=new_tokens, n=3), shapes.special("50m")
     rollout = shapes.random_group(config, 8, "cpu", shortest)
     longest = max(16, new_tokens)
     assert rollout.lengths.tolist()[::2] == [max(16, int(shortest * longest)), longest]
@@ -169,7 +193,7 @@ def test_special_tokens_of_a_small_vocabulary():
     assert stock.vision_end_token_id == shapes.Special().vision_end
 
 
-@pytest.mark.parametrize("cls", [bench_gpu.Config, shapes.Config])
+@pytest.mark.parametrize("cls", [bench.Config, shapes.Config])
 def test_a_shape_that_is_none(cls):
     """Breaks if a misspelt shape is a KeyError deep inside."""
     with pytest.raises(ValueError, match="shape is '3b', expected one of 2b, 4b, 8b, tiny"):

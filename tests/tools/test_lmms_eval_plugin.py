@@ -108,7 +108,7 @@ def test_answers_of_a_task(plugin, folder, monkeypatch, capsys):
     )
     assert (model.config.num_frames, model.config.system, model.max_latents) == (2, "system", 2)
     responses = ["<reason> one </reason> <answer> B </answer>", "<answer> A </answer>"]
-    responses += ["<reason> two </reason>", "<answer> C next </answer>"]
+    responses += ["<reason> two </reason> </answer>", "<answer> C next </answer>"]
     asked = play(plugin, monkeypatch, tokenizer, responses)
     picture = Image.fromarray(frames(1, 64, 64)[0])
     visuals = [[str(folder / "0.mp4")], [picture], [str(folder / "gone.mp4")], None, [picture] * 2]

@@ -10,7 +10,7 @@ import torch
 
 from sft import sft_loss
 from tools import rehearse, shapes
-from tools.live import peak_of
+from tools.bench import peak_of
 from tools.pretended import PretendedGPU
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))

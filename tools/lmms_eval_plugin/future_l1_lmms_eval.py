@@ -136,7 +136,7 @@ class FutureL1(lmms):
         answer = answer_of(text)
         if answer is None:
             answer = self.tokenizer.decode(ids, skip_special_tokens=True)
-            for tag in ("<reason>", "</reason>", "<answer>"):
+            for tag in ("<reason>", "</reason>", "<answer>", "</answer>"):
                 answer = answer.replace(tag, " ")
         for term in [until] if isinstance(until, str) else until:
             if term.strip():  # not at a blank line, which is the default of many tasks
