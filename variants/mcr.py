@@ -90,16 +90,7 @@ class Config(la_dapo.Config):
         super().__post_init__()
         at_least(self, 0, "cost", "max_looks")
         at_least(self, 1, "max_turns")
-        without = (
-            "filter",
-            "kl",
-            "lambda_c",
-            "lambda_d",
-            "share",
-            "shard",
-            "cuda_graph",
-            "eval_data",
-        )
+        without = "filter kl lambda_c lambda_d share shard cuda_graph eval_data".split()
         if any(getattr(self, name) for name in without):
             raise ValueError(f"mcr: no {', '.join(without)}")
         if self.minibatches * self.inner_epochs != 1:

@@ -419,7 +419,7 @@ def test_a_run_that_goes_on_is_one_that_was_not_cut(world, looper, tmp_path):
 def test_two_processes_give_the_update_of_one(world, looper, tmp_path):
     """Breaks if the ranks play other loops, or wait for a rank that has no loop left."""
     more = dict(steps=2, rollout_batch=1, group_size=3, lr=1e-5)
-    more.update(groups=3, micro_batch=1)  # one rank has two groups, the other one
+    more.update(groups=5, micro_batch=1)  # of them, one rank has three, the other two
     one = straight_run(tmp_path, settings(world, looper, tmp_path / "one", **more))
     code, said = launch(tmp_path, 2, settings(world, looper, tmp_path / "two", **more))
     assert code == 0, said[-3000:]
