@@ -78,7 +78,6 @@ for row in $ROWS; do
     cue)                    command=("${opd[@]}" --privilege cue) ;;
     cue+module)             command=("${opd[@]}" --privilege cue --recovery) ;;
     none)                   command=("${opd[@]}" --privilege none) ;;
-    cue-kl)                 command=("${opd[@]}" --privilege cue --full_kl) ;;
     cue-adjoint)            command=("${opd[@]}" --privilege cue --adjoint_terms -1) ;;
     expert)                 command=("${opd[@]}" "${expert[@]}") ;;
     expert-adjoint)         command=("${opd[@]}" "${expert[@]}" --adjoint_terms -1) ;;
