@@ -24,8 +24,7 @@ The frame that is asked for is the last future frame of a record; a record that 
 `nothing` for a check. The rest of the future is not read here.
 
 Slow and plain: a turn is one `generate` of all rollouts that go on, over the whole context, encoded
-anew; the replay is one forward, each rollout by itself. What stays: clipped loss, latent gradient,
-the loop of steps.
+anew; the replay is one forward, each rollout by itself. What stays: clipped loss, latent gradient.
 
 Where this differs from InternVideo3 (arXiv 2606.12195, sec. 3.1):
  1. No outside tools and no memory but the context. Its prompts, budgets and schemas are not public:
@@ -33,29 +32,38 @@ Where this differs from InternVideo3 (arXiv 2606.12195, sec. 3.1):
  2. `check` says whether there is evidence, not whether the answer is right.
  3. The loop is trained. There, no stage trains it.
 Where this differs from la_dapo.py:
- 4. R has neither format nor latent rewards; all groups are kept: equally right rollouts still
-    differ in their looks. A is not divided by the group's deviation: where all are right, that
-    would make the smallest cost push as hard as an answer (`over_std` shows it).
- 5. kl = 0: the reference knows no transcripts. No --shard, --cuda_graph; no eval_data.
- 6. In the log `length` and `forced_stops` count the environment's tokens too; `looks` is new.
+ 4. R has neither format nor latent rewards. A is not divided by the group's deviation: where all
+    rollouts are right, that would make the smallest cost push as hard as an answer (`over_std`
+    shows it).
+ 5. A step plays `prompts` prompts once (0: `groups`) and makes one update. All judged groups are
+    kept, because equally right rollouts still differ in their looks: nothing is refilled, and low,
+    high and max_tries have no effect.
+ 6. kl = 0: the reference knows no transcripts. No --shard, --cuda_graph; no eval_data.
+ 7. In the log `length` and `forced_stops` count the environment's tokens too; `looks` is new.
 
 Axis letters: B prompts, n rollouts a prompt, R rows (rollouts), T tokens after the prompt, L tokens
 of the longest context, S of the tokens chosen, N latents, D hidden.
 """
 
 import dataclasses
+import math
+import os
 import re
+from collections import Counter
 from typing import NamedTuple
 
 import torch
-from common.groups import Group
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import la_dapo
 from common.cli import run_script
 from common.clips import ClipError, load_frames
-from common.formats import Frame
+from common.formats import Frame, Skipped
+from common.judge import judge_of
+from common.machine import Machine, set_sync
+from common.report import draw_curves
+from common.run import Run, read_ahead, rows_of, trim_log
 from data import Samples, Special, at_least, collate, model_inputs, to_device, tokenize, visual
 from latent_decode import Replay, Rollout, decisions, generate
 from rewards import span_lengths
@@ -82,9 +90,11 @@ class Config(la_dapo.Config):
         super().__post_init__()
         at_least(self, 0, "cost", "max_looks")
         at_least(self, 1, "max_turns")
-        without = "kl", "lambda_c", "lambda_d", "share", "shard", "cuda_graph", "eval_data"
+        without = "filter kl lambda_c lambda_d share shard cuda_graph eval_data".split()
         if any(getattr(self, name) for name in without):
             raise ValueError(f"mcr: no {', '.join(without)}")
+        if self.minibatches * self.inner_epochs != 1:
+            raise ValueError("mcr: one update a step")
 
     @property
     def label(self):
@@ -134,7 +144,7 @@ def user_turn(feedback, config):
     """
     images, content = [], [getattr(feedback, "word", "")]
     if isinstance(feedback, Shown):
-        images = load_frames([feedback.frame], config.budgets[0])
+        images = load_frames([feedback.frame], config.budgets.image)
         content = visual("<|image_pad|>", images[0][1])
     pieces = ["\n", Special("<|im_start|>"), "user\n", *content, Special("<|im_end|>")]
     return [*pieces, "\n", Special("<|im_start|>"), "assistant\n"], images
@@ -203,15 +213,15 @@ def contexts(episodes, side, device):
     return model_inputs(to_device(batch, device))
 
 
-def play(model, tokenizer, batch, config, n=1, **how):
+def play(model, tokenizer, samples, config, n=1, **how):
     """Each prompt n times, turn by turn, to the end -> [Episode], the n of a prompt together.
 
-    batch: `data.collate`'s, left-padded. how: `generate`'s temperature, generator, banned, ...
+    samples: encoded prompts. how: `generate`'s temperature, generator, banned, ...
     Without an action in a first turn, or with max_turns = 1, it is that `generate`. Source: ours.
     """
     how.update(max_new_tokens=config.max_new_tokens, max_latents=config.max_latents)
-    episodes = [Episode(sample) for sample in batch["samples"] for _ in range(n)]
-    live, inputs = episodes, model_inputs(to_device(batch, model.device))
+    episodes = [Episode(sample) for sample in samples for _ in range(n)]
+    live, inputs = episodes, contexts(episodes[::n], "left", model.device)
     for turn in range(config.max_turns):
         if turn:
             live = [episode for episode in live if episode.add_feedback(tokenizer, config)]
@@ -245,41 +255,41 @@ def answer(model, tokenizer, rows, config, batch=256, **how):
     """Play each row once, greedily -> [(row, its Episode)]. Rows that cannot be read are named."""
     samples, pairs = Samples(rows, tokenizer, config, train=False), []
     for i in range(0, len(rows), batch):
-        places = range(i, min(i + batch, len(rows)))
-        block = collate([samples[k] for k in places], tokenizer.pad_token_id or 0, side="left")
-        for where, why in block["skipped"]:
+        some = [samples[k] for k in range(i, min(i + batch, len(rows)))]
+        for where, why in (sample for sample in some if isinstance(sample, Skipped)):
             tqdm.write(f"skipped {where}: {why}")
-        if block["rows"]:
-            pairs += zip(block["rows"], play(model, tokenizer, block, config, **how))
+        readable = [sample for sample in some if not isinstance(sample, Skipped)]
+        if readable:
+            asked = [sample["row"] for sample in readable]
+            pairs += zip(asked, play(model, tokenizer, readable, config, **how))
     return pairs
 
 
-# ----------------------------------------------------------------------- what la_dapo.py is given
+# ---------------------------------------------------------------- roll out, score, advantages, loss
 
 
 @dataclasses.dataclass
-class Loops(Group):
+class Loops(la_dapo.Group):
     """A Group with its episodes."""
 
     episodes: list = None
 
 
-def roll_out(policy, batch, k, config, machine):
+def roll_out(model, tokenizer, samples, k, config):
     """`la_dapo.roll_out` of loops: batch k of the prompts -> a group each, not scored yet."""
-    if not batch["rows"]:
+    places = [i for i, sample in enumerate(samples) if not isinstance(sample, Skipped)]
+    if not places:
         return []
-    model, tokenizer, G, groups = policy.model, policy.tokenizer, config.group_size, []
+    readable, G, groups = [samples[i] for i in places], config.group_size, []
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + k)
     how = dict(temperature=config.temperature, top_p=config.top_p, generator=generator)
-    with machine.autocast():
-        episodes = play(model, tokenizer, batch, config, n=G, **how)
+    episodes = play(model, tokenizer, readable, config, n=G, **how)
     ids = model.config.latent_start_id, model.config.latent_id
-    for j, (sample, place) in enumerate(zip(batch["samples"], batch["kept"])):
+    for j, (sample, i) in enumerate(zip(readable, places)):
         own = episodes[j * G : (j + 1) * G]
         texts = tokenizer.batch_decode([episode.tokens for episode in own])
         spans = [span_lengths(episode.tokens, *ids) for episode in own]
-        place += k * config.rollout_batch
-        rollout = as_rollout(own, machine.device)
+        place, rollout = k * config.rollout_batch + i, as_rollout(own, model.device)
         groups.append(Loops(place, sample, rollout, texts, spans, episodes=own))
     return groups
 
@@ -294,11 +304,22 @@ def score_groups(groups, judge, config):
         group.parts["looks"] = looks
 
 
+def differences(rewards):
+    """A_i = R_i - mean R -> (G,). Source: ours.
+
+    rewards: G floats, None = unjudged: no part in the mean, and advantage 0.
+    """
+    known = [r for r in rewards if r is not None]
+    return torch.tensor([0.0 if r is None else r - sum(known) / len(known) for r in rewards])
+
+
 def replay_loops(model, batch, config):
     """A batch's transcripts in one forward -> latent_decode.Replay. Source: ours.
 
     Each is a sequence of its own: prompt, turns, feedback. Differentiable in weights and latents.
     """
+    if not batch.groups:  # it fills up, see `la_dapo.no_batch`
+        return la_dapo.replayed(model, batch, config)
     rollout, pairs = batch.rollout, zip(batch.prompt_of.tolist(), batch.members)
     episodes = [batch.groups[k].episodes[members[0]] for k, members in pairs]
     inputs = contexts(episodes, "right", batch.A.device)
@@ -314,36 +335,103 @@ def replay_loops(model, batch, config):
 
     # what was chosen there; the environment's tokens are not among it
     sampled, is_latent = rollout.sampled, rollout.tokens == model.config.latent_id
-    states, words = h[sampled], rollout.tokens[sampled]  # (S, D), (S,)
     zero = torch.zeros_like(rollout.tokens, dtype=wide)
-    chosen = decisions(model, states, words, config.temperature)  # (S,) each
-    logprob, entropy = (zero.masked_scatter(sampled, x) for x in chosen)  # (R, T)
-    return Replay(logprob, entropy, model.to_latent(h[is_latent]).to(wide), z, states)
+    chosen = decisions(model, h[sampled], rollout.tokens[sampled], config.temperature)  # (S,) each
+    logprobs, entropy = (zero.masked_scatter(sampled, x) for x in chosen)  # (R, T)
+    predicted = model.to_latent(h[is_latent]).to(wide)  # (N, D)
+    return Replay(logprobs=logprobs, entropy=entropy, predicted=predicted, latents=z)
 
 
-def differences(batch):
-    """A_i = R_i - mean R in the group of each row of a batch -> (R, 1). Source: ours."""
-    A = []
-    for k, members in zip(batch.prompt_of.tolist(), batch.members):
-        R = batch.groups[k].parts["total"]
-        judged = [value for value in R if value is not None]
-        A.append(R[members[0]] - sum(judged) / len(judged))
-    return batch.A.new_tensor(A)[:, None]
-
-
-def policy_loss(model, batch, n_tokens, config, figures):
-    """`la_dapo.policy_loss` on transcripts, with these advantages."""
-    if not config.over_std:
-        batch = dataclasses.replace(batch, A=differences(batch))
+def policy_loss(model, batch, counts, config):
+    """`la_dapo.policy_loss` on transcripts, without a KL."""
     new = replay_loops(model, batch, config)
-    loss, kl = la_dapo.clipped_loss(new, batch, n_tokens, config, figures)
-    return loss + kl + la_dapo.through_latents(loss, new, batch, config)
+    loss, _, figures = la_dapo.clipped_loss(new, batch, counts, config)
+    return loss + la_dapo.through_latents(loss, new, batch, config), figures
 
 
-def train(config, rows=None):
-    """`la_dapo.train` of loops -> path of the last checkpoint."""
-    return la_dapo.train(config, rows, policy_loss, roll_out=roll_out, score=score_groups)
+# --------------------------------------------------------------------------------------------- loop
+
+
+def train(config):
+    """LA-DAPO of loops -> path of the last checkpoint.
+
+    Raises SystemExit on a folder in use or bad input.
+    """
+    # the run's folder, the policy, the prompts in their order
+    machine = Machine(config.bf16)
+    rows = la_dapo.usable(rows_of(config), config)
+    steps, judge = la_dapo.count_steps(rows, config), judge_of(config)
+    run = Run(config, rows, machine, config.label)
+    torch.manual_seed(config.seed)
+    model, tokenizer = run.load()
+    model.model.visual.requires_grad_(False)
+    policy = machine.wrap(model, unused=model.latent_head is not None)
+    # matrices before vectors: the order decides how the gradient's norm is rounded
+    trained = sorted((p for p in model.parameters() if p.requires_grad), key=lambda p: p.ndim < 2)
+    betas = 0.9, config.beta2
+    optimizer = torch.optim.AdamW(trained, config.lr, betas, weight_decay=0.0, fused=True)
+    place = run.state["batch"] if run.state else 0  # the batch of prompts that comes next
+    size, hidden = config.rollout_batch, model.config.text_config.hidden_size
+    batches_a_step = -(-(config.prompts or config.groups) // size)
+    plan = la_dapo.prompt_batches(len(rows), size, place, config.seed, machine.rank, machine.world)
+    prompts = iter(read_ahead(Samples(rows, tokenizer, config, train=False), plan, config.workers))
+    run.start(model, optimizer, la_dapo.describe(config, rows, model, steps, machine))
+    rollouts_path = os.path.join(config.out, f"rollouts_{machine.rank}.jsonl")
+    trim_log(rollouts_path, run.first)
+
+    for step in run.steps(steps):
+        # play this rank's prompts to their ends, and score the transcripts
+        groups, skipped, began_at = [], [], place
+        for k in range(place, place + batches_a_step):
+            if k % machine.world == machine.rank:
+                samples = next(prompts)
+                with machine.autocast():
+                    groups += roll_out(model, tokenizer, samples, k, config)
+                skipped += [sample for sample in samples if isinstance(sample, Skipped)]
+        place += batches_a_step
+        score_groups(groups, judge, config)
+
+        # deviation 5: all judged groups are kept; deviation 4: how their rollouts compare
+        kept = [group for group in groups if group.verdict != "unjudged"]
+        compare = la_dapo.group_advantages if config.over_std else differences
+        for group in kept:
+            group.A = compare(group.parts["total"])
+        batches, counts = la_dapo.batches_of(kept, hidden, config, machine)
+
+        # one update: loss, backward, clip, step
+        lr, figures, norms = la_dapo.learning_rate(step, steps, config), Counter(), []
+        for batch in batches if counts.tokens else []:
+            set_sync(policy, last=batch is batches[-1])
+            with machine.autocast():
+                loss, logged = policy(policy_loss, batch, counts, config)
+            (loss * machine.world).backward()  # DDP averages the ranks' gradients
+            figures.update({name: float(value) for name, value in logged.items()})
+        if counts.tokens:
+            norms.append(torch.nn.utils.clip_grad_norm_(trained, config.clip).item())
+            for param_group in optimizer.param_groups:
+                param_group["lr"] = lr
+            if math.isfinite(norms[-1]):
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        # a line in the log, and now and then whole transcripts and a checkpoint
+        skipped, failures = run.skips(skipped, judge)
+        line = dict(step=step, lr=lr, prompts=[began_at * size, place * size])
+        line.update(la_dapo.update_figures(figures, norms, machine))
+        line.update(la_dapo.rollout_figures(groups, kept, kept, machine))
+        line.update(skipped=len(skipped), skipped_names=skipped, judge_failures=failures)
+        if step == 0 and not line["rollouts"]:
+            raise SystemExit(f"none of the first prompts could be used, e.g. {skipped[:1]}")
+        run.log(line, "total", "accuracy", "looks")
+        if run.due(step + 1, steps):
+            shown = step // config.save_every % config.group_size  # another rollout each time
+            la_dapo.write_rollouts(rollouts_path, step, groups, shown)
+            run.save(step + 1, model, tokenizer, optimizer, batch=place)
+            if machine.master:
+                curves = os.path.join(config.out, "rewards.png")
+                draw_curves(run.path, curves, la_dapo.CURVES)
+    return run.finish()
 
 
 if __name__ == "__main__":
-    run_script(lambda config: print("last checkpoint:", train(config)), Config)
+    run_script(train, Config)

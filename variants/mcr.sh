@@ -52,7 +52,7 @@ PYTHON
 words() { python - "$1" "$2" "$SEED" <<'PYTHON'; }
 import os, sys, torch
 from tokenizers import AddedToken
-from common.runs import newest
+from common.folder import newest
 from model import load
 from variants.mcr import WORDS
 
@@ -71,8 +71,8 @@ PYTHON
 play() { python - "$1" "$data/mcr_test_0.jsonl" "$2" "$3" "$SEED" <<'PYTHON'; }
 import os, sys, torch
 import numpy as np
+from common.folder import newest, write_json
 from common.formats import read_rows
-from common.runs import newest, write_json
 from model import load
 from rewards import accuracy_reward
 from toy.tiny import settings
@@ -122,7 +122,7 @@ loops() {
   for cost in $COSTS; do
     stage "mcr-cost-$cost" python -m variants.mcr --config toy/rl.json "${loop[@]}" --cost "$cost" \
       --steps "$REWARD_STEPS" --prompts 32 --rollout_batch 32 --group_size 8 --no-share \
-      --no-filter --lr 3e-4 --warmup_steps 5 --model "$home/mcr-loops" \
+      --lr 3e-4 --warmup_steps 5 --model "$home/mcr-loops" \
       --data "$data/mcr_prompts.jsonl" --out "$home/mcr-cost-$cost" "${common[@]}"
     loop_through "mcr-cost-$cost" 0
   done

@@ -15,18 +15,24 @@ the reward to say. A loop depends on the seed, the record and the number of its 
 
     python -m variants.mcr_sft --model DIR --data train.json --out runs/loops
 
-What stays: Eq. (1)-(3), teacher forcing, the loop of steps. Source: ours, after InternVideo3.
+What stays: Eq. (1)-(3), teacher forcing, the schedule. Source: ours, after InternVideo3.
 """
 
 import dataclasses
+import math
+import os
 import random
+
+import torch
 
 import sft
 from common.cli import run_script
 from common.clips import ClipError, load_frames
 from common.formats import Frame, RecordError, Skipped
-from common.run import rows_of
-from data import MERGE, Samples, Special, at_least, encode, tokenize
+from common.machine import Machine, set_sync, whole
+from common.report import draw_curves
+from common.run import Run, rows_of
+from data import MERGE, Samples, Special, at_least, encode, loader, tokenize
 from model import LATENT, LATENT_END, LATENT_START
 from variants.mcr import Said, Shown, environment, frames_in, user_turn
 
@@ -92,7 +98,7 @@ def encode_loop(row, tokenizer, config):
     """
     sample = encode(row, tokenizer, config, train=False)
     ids, labels, images = (list(sample[name]) for name in ("ids", "labels", "images"))
-    futures = load_frames(frames_in(row.response), config.budgets[1])
+    futures = load_frames(frames_in(row.response), config.budgets.future)
     grids = iter(grid for _, grid in futures)
     latent = tokenizer.convert_tokens_to_ids(LATENT)
 
@@ -128,11 +134,89 @@ class LoopSamples(Samples):
             return Skipped(self.rows[i].where, str(e))
 
 
-def train(config, rows=None):
-    """`sft.train` on loops made of rows -> path of the last checkpoint."""
-    rows = rows_of(config) if rows is None else rows
-    return sft.train(config, scripts(rows, config), samples=LoopSamples)
+def train(config):
+    """SFT on loops made of the rows -> path of the last checkpoint. The loop of sft.py.
+
+    Raises SystemExit on a folder in use or bad input.
+    """
+    # the run's folder, the loops in their order, the model
+    machine = Machine(config.bf16, config.shard)
+    rows = scripts(rows_of(config), config)
+    total = config.steps * config.global_batch or round(len(rows) * config.epochs)
+    if total < 1:
+        raise SystemExit(f"nothing to train on: {len(rows)} loops, {config.epochs} epochs")
+    order, steps = sft.sample_order(len(rows), total, config.seed), -(-total // config.global_batch)
+    run = Run(config, rows, machine, config.label)
+    torch.manual_seed(config.seed)
+    model, tokenizer = run.load(latent_head=config.latent_head or None)
+    if not config.lora_rank:
+        model.model.visual.requires_grad_(not config.freeze_vision)
+    latent_id = model.config.latent_id
+
+    # the loader is created before the random state is restored: it draws a number when it starts
+    samples = LoopSamples(rows, tokenizer, config)
+    sizes = config.global_batch, config.micro_batch, machine.rank, machine.world
+    plan = list(sft.micro_batches(order, run.first, steps, *sizes))
+    micro_steps = -(-config.global_batch // (config.micro_batch * machine.world))
+    batches = iter(loader(samples, plan, config.workers, pad_id=tokenizer.pad_token_id or 0))
+
+    # what Eq. (3) is divided by; the model over the ranks; AdamW with weight decay on matrices only
+    if run.state:
+        latent_var = run.state["latent_var"]
+    else:
+        latent_var = sft.measure_variance(model, samples, order, config, machine)
+    sums_of = machine.wrap(model, unused=not config.freeze_vision)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = dict(params=[p for p in trained if p.ndim >= 2], weight_decay=config.weight_decay)
+    vectors = dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.0)
+    betas = 0.9, config.beta2
+    optimizer = torch.optim.AdamW([matrices, vectors], lr=config.lr, betas=betas, fused=True)
+    run.start(model, optimizer, sft.describe(config, rows, model, steps, machine))
+
+    for step in run.steps(steps):
+        # the step's loops, and the counts of the whole step over all ranks
+        micro = [next(batches) for _ in range(micro_steps)]
+        skipped, _ = run.skips([skip for batch in micro for skip in batch["skipped"]])
+        counts = [sft.count(batch, latent_id, config) for batch in micro]
+        n_text, n_latent, n_tokens = (int(n) for n in machine.sum(map(sum, zip(*counts))))
+        if step == 0 and not n_text:
+            raise SystemExit(f"no loop of step 0 could be used, e.g. {skipped[:1]}")
+
+        # forward and backward, a micro-batch at a time
+        sums = torch.zeros(2, dtype=torch.float64)
+        for batch in micro if n_text else []:
+            set_sync(sums_of, last=batch is micro[-1])
+            batch, progress = sft.on_device(batch, machine), step / steps
+            with machine.autocast():
+                ce, latent = sums_of(
+                    sft.batch_sums, batch, sft.teacher_forcing, progress, latent_var, config
+                )
+            loss = ce / n_text + config.lam * latent / max(n_latent, 1)  # Eq. (1)
+            (loss * machine.world).backward()  # DDP and FSDP average the ranks' gradients
+            sums += torch.stack([ce, latent]).detach().double().cpu()
+
+        # clip and step, unless there was nothing to learn or the gradient is not finite
+        lr, norm = sft.learning_rate(step, steps, config), None
+        if n_text:
+            norm = whole(torch.nn.utils.clip_grad_norm_(trained, config.clip)).item()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        update_skipped = norm is None or not math.isfinite(norm)
+        if not update_skipped:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        # a line in the log, and now and then a checkpoint
+        means = sft.means_of(sums, n_text, n_latent, config, machine)
+        line = dict(step=step, lr=lr, tokens=n_tokens, latents=n_latent, **means)
+        line.update(grad_norm=norm, update_skipped=update_skipped, skipped=skipped)
+        run.log(line, "ce", "latent")
+        if run.due(step + 1, steps):
+            run.save(step + 1, model, tokenizer, optimizer, latent_var=latent_var)
+            if machine.master:
+                draw_curves(run.path, os.path.join(config.out, "loss.png"))
+    return run.finish()
 
 
 if __name__ == "__main__":
-    run_script(lambda config: print("last checkpoint:", train(config)), Config)
+    run_script(train, Config)

@@ -8,13 +8,13 @@
 # second question ends in a hint, by turns its cue and its answer; all rows start from it, too. First
 # it is asked the held-out questions without a hint and with either. CPU seconds are in the table.
 #
-# A model whose eyes are weak, whose vision tower is trained along:
+# A model whose eyes are weak, because it has learnt few captions:
 #
-#     CAPTION_STEPS=60 CHAINS=all EYES=--no-freeze_vision bash variants/opd.sh runs/toy 0 cue answer
+#     CAPTION_STEPS=60 CHAINS=all bash variants/opd.sh runs/toy 0 cue answer
 
 OUT=${1:-runs/toy} SEED=${2:-0} ROWS=${*:3}
 source toy/stage.sh
-: "${ROWS:=la-dapo answer cue cue+module none}" "${EYES:=--freeze_vision}" "${OPD_STEPS:=95}"
+: "${ROWS:=la-dapo answer cue cue+module none}" "${OPD_STEPS:=95}"
 : "${CAPTION_STEPS:=0}"  # of a captions model of its own; 0 = the demo's
 : "${CHAINS:=train}"     # what the teacher learns from: train (annotated clips) or all
 at=opd-$CAPTION_STEPS-$CHAINS-
@@ -78,7 +78,6 @@ for row in $ROWS; do
     cue)                    command=("${opd[@]}" --privilege cue) ;;
     cue+module)             command=("${opd[@]}" --privilege cue --recovery) ;;
     none)                   command=("${opd[@]}" --privilege none) ;;
-    cue-kl)                 command=("${opd[@]}" --privilege cue --full_kl) ;;
     cue-adjoint)            command=("${opd[@]}" --privilege cue --adjoint_terms -1) ;;
     expert)                 command=("${opd[@]}" "${expert[@]}") ;;
     expert-adjoint)         command=("${opd[@]}" "${expert[@]}" --adjoint_terms -1) ;;
@@ -86,7 +85,7 @@ for row in $ROWS; do
     expert-latents-adjoint) command=("${opd[@]}" "${expert[@]}" --lam 10 --adjoint_terms -1) ;;
     *) echo "$row is no row of this script" >&2; exit 2 ;;
   esac
-  stage "$at$row" python "${command[@]}" "$EYES" --model "$home/${at}teacher" \
+  stage "$at$row" python "${command[@]}" --model "$home/${at}teacher" \
     --data "$data/cued_prompts.jsonl" --out "$home/$at$row" "${common[@]}"
   ask "$at$row" "$home/$at$row"
 done

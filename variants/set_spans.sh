@@ -31,8 +31,8 @@ PYTHON
 decode() { python - "$1" "$data/joined_test.jsonl" "$2" "$3" <<'PYTHON'; }
 import os, sys
 import numpy as np
+from common.folder import newest, write_json
 from common.formats import answer_of, read_rows
-from common.runs import newest, write_json
 from data import DataConfig, Samples, collate, encode, model_inputs
 from model import load
 from rewards import pick

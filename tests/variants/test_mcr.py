@@ -5,12 +5,10 @@ import os
 import random
 import re
 import shutil
-from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from common.groups import prepare
 from test_la_dapo import apart, launch, log_of, straight_run, weights
 from test_la_dapo import settings as rl_settings
 from test_sft import settings as sft_settings
@@ -20,7 +18,6 @@ import la_dapo
 import sft
 from common.clips import pixels_of
 from common.formats import Frame, Row, read_rows
-from common.machine import Machine
 from data import Samples, collate, model_inputs
 from latent_decode import generate
 from model import LATENT, load
@@ -105,17 +102,17 @@ def settings(world, looper, out, **more):
 
 @pytest.fixture(scope="module")
 def played(world, looper):
-    """Four prompts, ten drawn rollouts each: (model, tokenizer, config, batch, episodes)."""
+    """Four prompts, ten drawn rollouts each: (model, tokenizer, config, samples, episodes)."""
     model, tokenizer = load(looper)
     config = settings(world, looper, "unused")
     samples = Samples(few_rows(world), tokenizer, config, train=False)
-    batch = collate([samples[i] for i in range(4)], 0, side="left")
+    samples = [samples[i] for i in range(4)]
     how = dict(temperature=0.8, generator=torch.Generator().manual_seed(4))
-    episodes = mcr.play(model.eval(), tokenizer, batch, config, n=10, **how)
+    episodes = mcr.play(model.eval(), tokenizer, samples, config, n=10, **how)
     assert {len(e.seen) for e in episodes} >= {0, 1, 2}
     imagined = [sum(len(z) > 0 for z in e.latents[:-1]) for e in episodes]
     assert max(imagined) > 1  # latents of two turns are fed again in a third
-    return model, tokenizer, config, batch, episodes
+    return model, tokenizer, config, samples, episodes
 
 
 FIVE, SIX = Frame("c.mp4", 5), Frame("c.mp4", 6)
@@ -156,16 +153,17 @@ def test_feedback_depends_on_what_was_seen():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_one_turn_is_the_ordinary_rollout(played, temperature):
     """Breaks if the loop changes what a model does that does not act: `generate` is the oracle."""
-    model, tokenizer, config, batch, _ = played
+    model, tokenizer, config, samples, _ = played
     how = dict(temperature=temperature, max_new_tokens=40, max_latents=config.max_latents, n=2)
 
     def seeded():
         return torch.Generator().manual_seed(5)
 
+    batch = collate(samples, 0, side="left")
     plain = generate(model, model_inputs(batch), generator=seeded(), **how)
     del how["max_new_tokens"], how["max_latents"]
     one = dataclasses.replace(config, max_turns=1)
-    episodes = mcr.play(model, tokenizer, batch, one, generator=seeded(), **how)
+    episodes = mcr.play(model, tokenizer, samples, one, generator=seeded(), **how)
     got = mcr.as_rollout(episodes, model.device)
     for name in ("tokens", "logprobs", "sampled"):
         for i, n in enumerate(plain.lengths.tolist()):
@@ -176,10 +174,10 @@ def test_one_turn_is_the_ordinary_rollout(played, temperature):
 
 def test_without_looks_nothing_is_shown(played):
     """Breaks if a look is answered that the budget does not allow."""
-    model, tokenizer, config, batch, _ = played
+    model, tokenizer, config, samples, _ = played
     none = dataclasses.replace(config, max_looks=0)
     how = dict(temperature=1.0, generator=torch.Generator().manual_seed(3))
-    episodes = mcr.play(model, tokenizer, batch, none, n=6, **how)
+    episodes = mcr.play(model, tokenizer, samples, none, n=6, **how)
     texts = tokenizer.batch_decode([episode.tokens for episode in episodes])
     assert not any(e.images or e.seen for e in episodes) and "image_pad" not in "".join(texts)
     answers = re.findall(
@@ -204,17 +202,17 @@ def logprobs_alone(model, episode, temperature):
     return torch.stack(values)
 
 
-def group_of(episodes, model, tokenizer, config):
-    """Scored groups of the four prompts, with advantages."""
-    policy = la_dapo.Policy(model, tokenizer, *[None] * 6)
-    batch = dict(samples=[e.sample for e in episodes[::10]], rows=[None], kept=range(4))
+def batch_of(episodes, model, tokenizer, config):
+    """The four prompts' groups, scored, with their advantages, as a Batch of la_dapo.py."""
+    samples = [episode.sample for episode in episodes[::10]]
     with pytest.MonkeyPatch.context() as m:
         m.setattr(mcr, "play", lambda *a, **k: episodes)
-        groups = mcr.roll_out(policy, batch, 0, config, Machine())
+        groups = mcr.roll_out(model, tokenizer, samples, 0, config)
     mcr.score_groups(groups, None, config)
     for group in groups:
-        group.A = la_dapo.group_advantages(group.parts["total"])
-    return groups
+        compare = la_dapo.group_advantages if config.over_std else mcr.differences
+        group.A = compare(group.parts["total"])
+    return la_dapo.batch_of(groups, torch.device("cpu"))
 
 
 def test_transcripts_replay(played):
@@ -224,14 +222,13 @@ def test_transcripts_replay(played):
     state is one off, or if a word of the environment counts as chosen.
     """
     model, tokenizer, config, _, episodes = played
-    groups = group_of(episodes, model, tokenizer, config)
-    batch = prepare(groups, True, torch.device("cpu"))
+    batch = batch_of(episodes, model, tokenizer, config)
     new = mcr.replay_loops(model, batch, config)
     torch.testing.assert_close(new.logprobs, batch.rollout.logprobs, atol=1e-4, rtol=0)
     torch.testing.assert_close(new.predicted, new.latents, atol=1e-4, rtol=0)
     assert len(new.latents) > 4 and (new.logprobs < -1e-3).sum() > 20
     for r, (k, members) in enumerate(zip(batch.prompt_of.tolist(), batch.members)):
-        episode = groups[k].episodes[members[0]]
+        episode = batch.groups[k].episodes[members[0]]
         alone, n = logprobs_alone(model, episode, 0.8), len(episode.tokens)
         torch.testing.assert_close(new.logprobs[r, :n], alone, atol=1e-4, rtol=0)
 
@@ -258,7 +255,7 @@ def test_words_of_the_environment_are_fed_and_not_learnt(played):
         assert all(p == 0 for p, c in zip(episode.logprobs, chosen) if not c)
         shown = tokens.count("<|image_pad|>")
         assert shown == len(episode.seen) == len(episode.images) and shown <= sum(feedback)
-    batch = prepare(group_of(episodes, model, tokenizer, config), True, torch.device("cpu"))
+    batch = batch_of(episodes, model, tokenizer, config)
     assert batch.weight[~batch.rollout.sampled].sum() == 0
     assert int(batch.weight.sum()) == sum(sum(episode.sampled) for episode in episodes)
 
@@ -270,13 +267,12 @@ def test_the_loss_does_not_see_feedback(played, over_std):
     """
     model, tokenizer, config, _, episodes = played
     config = dataclasses.replace(config, adjoint_terms=0, over_std=over_std)
-    groups = group_of(episodes, model, tokenizer, config)
-    batch, figures = prepare(groups, True, torch.device("cpu")), Counter()
+    batch = batch_of(episodes, model, tokenizer, config)
     n = int(batch.weight.sum())
-    loss = mcr.policy_loss(model, batch, n, config, figures)
+    loss, _ = mcr.policy_loss(model, batch, la_dapo.Counts(n, 40, 4), config)
     (gradient,) = torch.autograd.grad(loss, model.lm_head.weight)
     by_hand = 0.0
-    for group in groups:
+    for group in batch.groups:
         R = torch.tensor(group.parts["total"])
         scale = R.std() + 1e-6 if over_std else 1.0
         for A, episode in zip((R - R.mean()) / scale, group.episodes):
@@ -287,9 +283,13 @@ def test_the_loss_does_not_see_feedback(played, over_std):
 
 
 def test_reward_by_hand(played):
-    """Breaks if a look costs nothing, costs twice, or a right answer is worth another amount."""
+    """Breaks if a look costs nothing, costs twice, a right answer is worth another amount, or an
+    unjudged rollout counts in the mean.
+    """
+    assert mcr.differences([1.0, None, 0.5]).tolist() == [0.25, 0, -0.25]
     model, tokenizer, config, _, episodes = played
-    groups = group_of(episodes, model, tokenizer, dataclasses.replace(config, cost=0.25))
+    config = dataclasses.replace(config, cost=0.25)
+    groups = batch_of(episodes, model, tokenizer, config).groups
     assert len(groups) == 4
     for group in groups:
         for i, episode in enumerate(group.episodes):
@@ -384,9 +384,7 @@ def test_a_script_reads_as_the_loop_writes(world, looper):
 
 
 def test_training_is_logged_and_bad_settings_are_refused(world, looper, tmp_path):
-    """Breaks if the loop of la_dapo.py does not take loops, the looks are not logged, or a setting
-    that has no meaning here is accepted.
-    """
+    """Breaks if the looks are not logged, or a setting that has no meaning here is accepted."""
     start = sft_settings({**world, "model": looper}, tmp_path / "sft", mcr_sft.Config)
     mcr_sft.train(dataclasses.replace(start, steps=1))
     assert log_of(tmp_path / "sft")[0]["latents"] > 0
@@ -397,7 +395,10 @@ def test_training_is_logged_and_bad_settings_are_refused(world, looper, tmp_path
         assert line["replay_rms"] < 1e-3
     assert log_of(tmp_path / "a")[0]["looks"] > 0
     assert os.path.basename(done) == "step_000002"
-    for wrong in (dict(kl=0.1), dict(share=True), dict(cuda_graph=True), dict(eval_data="x")):
+    for wrong in (
+        *(dict(kl=0.1), dict(share=True), dict(cuda_graph=True), dict(eval_data="x")),
+        *(dict(filter=True), dict(minibatches=2)),
+    ):
         with pytest.raises(ValueError, match="^mcr: "):
             settings(world, looper, tmp_path, **wrong)
     with pytest.raises(ValueError, match="looks between 0 and 1"):
@@ -418,6 +419,7 @@ def test_a_run_that_goes_on_is_one_that_was_not_cut(world, looper, tmp_path):
 def test_two_processes_give_the_update_of_one(world, looper, tmp_path):
     """Breaks if the ranks play other loops, or wait for a rank that has no loop left."""
     more = dict(steps=2, rollout_batch=1, group_size=3, lr=1e-5)
+    more.update(groups=5, micro_batch=1)  # of them, one rank has three, the other two
     one = straight_run(tmp_path, settings(world, looper, tmp_path / "one", **more))
     code, said = launch(tmp_path, 2, settings(world, looper, tmp_path / "two", **more))
     assert code == 0, said[-3000:]
