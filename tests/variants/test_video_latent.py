@@ -2,14 +2,16 @@
 what they say.
 """
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from test_sft import assert_resumes, read_log, settings, weights
+from test_sft import SMALL, assert_resumes, read_log, settings, weights
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
+import evaluate
 import sft
 from common.formats import Skipped, read_rows
 from data import Samples, collate, model_inputs
@@ -478,6 +480,33 @@ def test_a_run_is_saved_and_continued(world, tmp_path):
     model, _ = load(folder, cls=Model)
     assert torch.equal(model.latent_head.w2.weight, weights(folder)["latent_head.w2.weight"])
     assert model.latent_head.w2.weight.abs().sum() > 0 and model.config.n_latents == 2
+
+
+def evaluation(world, out, **more):
+    """Settings of an evaluation of the tiny model."""
+    shown = {name: SMALL[name] for name in ("image_max_tokens", "l_max", "max_length", "system")}
+    own = dict(data=world["test"], out=str(out), workers=0, batch=4)
+    return evaluate.Config(**shown, **own, **more)
+
+
+def test_an_evaluation_has_spans_of_one_length(world, tmp_path):
+    """Breaks if evaluation lets a span stop by itself, or go on to the longest of other models."""
+    model, tokenizer = load(world["model"], cls=Model)
+    prepare(model, Config(n_latents=N))
+    c = model.config
+    with torch.no_grad():  # a span that opens would stop at once by itself
+        weight = model.lm_head.weight
+        weight[c.latent_start_id] *= 100
+        weight[c.latent_end_id] = 2 * weight[c.latent_start_id]
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    more = dict(model=str(tmp_path / "model"), max_new_tokens=24)
+    table = video_latent.evaluate_folder(evaluation(world, tmp_path / "eval", **more))["all"]
+    assert table["spans"] > 1
+    with open(tmp_path / "eval" / "samples.jsonl") as f:
+        lines = [json.loads(line) for line in f]
+    for line in lines:  # the last span may be cut off
+        assert (line["spans"] - 1) * N <= line["latents"] <= line["spans"] * N
 
 
 def test_settings_that_contradict_each_other():
