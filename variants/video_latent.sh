@@ -27,7 +27,7 @@ row() {
   if [ "$1" = sft.py ]; then asked=ask; fi
   if ! wanted "${name#video_}"; then return; fi
   stage "$name" python "$@" "${start[@]}" --out "$home/$name" --resume
-  for how in $fed; do "$asked" "$name-$how" "$home/$name" --latents "$how"; done
+  for how in $fed; do "$asked" "$name-$how" "$home/$name" --latents "$how" --max_latents 3; done
 }
 
 both="generated zero"
