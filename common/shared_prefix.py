@@ -16,9 +16,6 @@ lies after every real query, so no mask is needed, and on CUDA each call is a Fl
 PyTorch's own, or that of the flash-attn package where it is installed. A sample of SFT is a rollout
 of an empty prompt.
 
-*Training in passes* (`Prompts`, `Following`): what follows the prompts is fed several times, the
-prompts once, and the gradient of all passes arrives in them (variants/video_latent.py).
-
 *Decoding* (`DecodingCache`): the prompt's keys and values once a prompt, a small cache of its own
 for each row, one softmax over the scores against both.
 
@@ -174,44 +171,6 @@ class _Places:
         if self.start is not None:
             return x[None, self.start : self.start + T].transpose(1, 2)
         return x.index_select(0, self.index.flatten()).view(S, T, *x.shape[1:]).transpose(1, 2)
-
-
-class Prompts:
-    """Attention over prompts in one row without padding. Their keys and values are kept, with their
-    gradient, for `Following`. lengths: tokens of each prompt (B,).
-    """
-
-    def __init__(self, lengths, device):
-        self.layout, self.kept = Layout([(0, [n]) for n in lengths], device), {}
-        length = torch.tensor(lengths, device=device)[:, None]  # (B, 1)
-        place = torch.arange(max(lengths), device=device)
-        self.real = place < length  # (B, P)
-        self.index = length.cumsum(0) - length + torch.minimum(place, length - 1)  # (B, P)
-
-    def attend(self, layer, query, key, value, scaling):
-        """query (1, H, N, d), key and value (1, H_kv, N, d) -> (1, N, H, d)."""
-        self.kept[layer] = [x[0][:, self.index].transpose(0, 1) for x in (key, value)]
-        return self.layout.attend(layer, query, key, value, scaling)
-
-
-class Following:
-    """Attention of what follows kept Prompts, T tokens a row: a token sees its prompt and its row's
-    tokens so far. It can be fed again and again.
-    """
-
-    def __init__(self, prompts, T):
-        self.kept = prompts.kept  # {layer: keys and values (B, H_kv, P, d)}
-        of_prompt = prompts.real[:, None].expand(-1, T, -1)  # (B, T, P)
-        own = torch.ones(T, T, dtype=torch.bool, device=of_prompt.device).tril()
-        mask = torch.cat([of_prompt, own.expand(len(of_prompt), -1, -1)], 2)  # (B, T, P + T)
-        self.mask = mask[:, None]
-
-    def attend(self, layer, query, key, value, scaling):
-        """query (B, H, T, d), key and value (B, H_kv, T, d) -> (B, T, H, d)."""
-        both = [torch.cat(pair, 2) for pair in zip(self.kept[layer], (key, value))]
-        q, k, v = (_in_dtype(x) for x in (query, *both))  # keys and values (B, H_kv, P + T, d)
-        shared = dict(attn_mask=self.mask, scale=scaling, enable_gqa=True)
-        return F.scaled_dot_product_attention(q, k, v, **shared).transpose(1, 2)
 
 
 class DecodingCache:

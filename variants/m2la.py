@@ -31,7 +31,9 @@ to decode: the cache is read as it is, (W_UK,g' q_h) . c and W_UV,g (sum of p c)
     python -m variants.m2la ... --rank 448 --norm linear --no-heal   # only OUT/converted
     python -m variants.m2la --bench 2b --layers 2   # seconds of a decoding step, bytes of a token
 
-evaluate.py, la_dapo.py and sample.py read OUT/converted and OUT/step_N as they read other folders.
+    python -m variants.m2la evaluate --model runs/m2la --data test.json   # or runs/m2la/converted
+
+OUT/converted and OUT/step_N are loaded with `model.load(folder, cls=Model)`.
 
 Where this differs from the paper, which prints neither formula nor ranks nor script:
  1. Left out: the modality adapters (affine maps of c, one for text, one for vision), ranks by layer
@@ -46,7 +48,9 @@ G key heads, d head width, m components with RoPE (1), r rank, P + C cached plac
 """
 
 import dataclasses
+import math
 import os
+import sys
 import time
 
 import torch
@@ -54,11 +58,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
 
+import evaluate
 import sft
 from common.cli import run_script
 from common.folder import complete, describe_training, newest
-from common.machine import Machine
-from common.run import rows_of
+from common.machine import Machine, set_sync, whole
+from common.report import draw_curves
+from common.run import Run, held_out_rows, rows_of
 from common.shared_prefix import DecodingCache
 from data import Samples, loader, to_device
 from model import FutureL1
@@ -179,12 +185,13 @@ def scale_of(k, eps):
 
 
 class Model(FutureL1):
-    """FutureL1 with M2LA in its text layers, as its config says. Ours."""
+    """FutureL1 with M2LA in its text layers, if its config says so: `load(folder, cls=Model)`."""
 
     def __init__(self, config):
         super().__init__(config)
-        for layer in self.model.language_model.layers:
-            layer.self_attn = M2LA(layer.self_attn, **config.m2la)
+        settings = getattr(config, "m2la", None)
+        for layer in self.model.language_model.layers if settings else []:
+            layer.self_attn = M2LA(layer.self_attn, **settings)
 
 
 class Moments:
@@ -262,12 +269,12 @@ def convert(model, batches, config):
     batches: of `data.collate`; fed as SFT does, true latents included. Raises ValueError as M2LA
     and `fit` do, or for a Model.
     """
-    if isinstance(model, Model):
+    if getattr(model.config, "m2la", None):
         raise ValueError("this model's attention is converted already")
-    layers, step = model.model.language_model.layers, sft.Step(model, config)
+    layers = model.model.language_model.layers
     moments = [Moments(layer.self_attn) for layer in layers]
     for batch in batches:
-        step(to_device(batch, model.device))
+        sft.batch_sums(model, to_device(batch, model.device), sft.teacher_forcing, 0, 1, config)
     settings = dict(rank=config.rank, roped=config.roped, norm=config.norm)
     for layer, known in zip(layers, moments):
         known.watch.remove()
@@ -284,7 +291,8 @@ def write_converted(config, rows):
     machine.wait()
     if machine.master and not os.path.exists(folder):
         start = newest(config.model)
-        model, tokenizer = machine.load(start, True, latent_head=config.latent_head or None)
+        head = config.latent_head or None
+        model, tokenizer = machine.load(start, train=True, cls=Model, latent_head=head)
         order = sft.sample_order(len(rows), min(config.calibration, len(rows)), config.seed)
         plan = list(sft.micro_batches(order, 0, 1, len(order), config.micro_batch, 0, 1))
         samples = Samples(rows, tokenizer, config, spans=config.spans)
@@ -298,11 +306,113 @@ def write_converted(config, rows):
     return folder
 
 
-def train(config, rows=None):
-    """Convert, then heal by `sft.train` -> path of the last checkpoint; --no-heal: of the model."""
-    rows = rows_of(config) if rows is None else rows
+def train(config):
+    """Convert, then heal -> path of the last checkpoint; --no-heal: of the converted model."""
+    rows = rows_of(config)
     folder = write_converted(config, rows)
-    return sft.train(dataclasses.replace(config, model=folder), rows) if config.heal else folder
+    if config.heal:
+        return heal(dataclasses.replace(config, model=folder), rows)
+    print("converted:", folder)
+    return folder
+
+
+def heal(config, rows):
+    """SFT of a converted model -> path of the last checkpoint. The loop of sft.py.
+
+    Raises SystemExit on a folder in use or bad input.
+    """
+    # the run's folder, the rows in their order, the model
+    machine = Machine(config.bf16, config.shard)
+    held_out = held_out_rows(config)
+    total = config.steps * config.global_batch or round(len(rows) * config.epochs)
+    if total < 1:
+        raise SystemExit(f"nothing to train on: {len(rows)} rows, {config.epochs} epochs")
+    order, steps = sft.sample_order(len(rows), total, config.seed), -(-total // config.global_batch)
+    run = Run(config, rows, machine, config.label)
+    torch.manual_seed(config.seed)
+    model, tokenizer = run.load(cls=Model)
+    if not config.lora_rank:
+        model.model.visual.requires_grad_(not config.freeze_vision)
+    latent_id = model.config.latent_id
+
+    # the loader is created before the random state is restored: it draws a number when it starts
+    samples = Samples(rows, tokenizer, config, train=True, spans=config.spans)
+    sizes = config.global_batch, config.micro_batch, machine.rank, machine.world
+    plan = list(sft.micro_batches(order, run.first, steps, *sizes))
+    micro_steps = -(-config.global_batch // (config.micro_batch * machine.world))
+    batches = iter(loader(samples, plan, config.workers, pad_id=tokenizer.pad_token_id or 0))
+
+    # what Eq. (3) is divided by; the model over the ranks; AdamW with weight decay on matrices only
+    if run.state:
+        latent_var = run.state["latent_var"]
+    else:
+        latent_var = sft.measure_variance(model, samples, order, config, machine)
+    sums_of = machine.wrap(model, unused=not config.freeze_vision)  # a batch may lack pictures
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = dict(params=[p for p in trained if p.ndim >= 2], weight_decay=config.weight_decay)
+    vectors = dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.0)
+    betas = 0.9, config.beta2
+    optimizer = torch.optim.AdamW([matrices, vectors], lr=config.lr, betas=betas, fused=True)
+    run.start(model, optimizer, sft.describe(config, rows, model, steps, machine))
+
+    for step in run.steps(steps):
+        # the step's samples, and how many words and latents all ranks have
+        began = time.time()
+        micro = [next(batches) for _ in range(micro_steps)]
+        skipped, _ = run.skips([skip for batch in micro for skip in batch["skipped"]])
+        if step == 0 and machine.master:
+            sft.print_row(micro[0], tokenizer, latent_id)
+        counts = [sum(some) for some in zip(*(sft.count(b, latent_id, config) for b in micro))]
+        n_text, n_latent, n_tokens = (int(n) for n in machine.sum(counts))
+        if step == 0 and not n_text:
+            why = f"could be used, e.g. {skipped[0][1]}" if skipped else "has a word to learn"
+            raise SystemExit(f"no sample of step 0 {why}")
+
+        # forward and backward, a micro-batch at a time
+        sums = torch.zeros(2, dtype=torch.float64)
+        for batch in micro if n_text else []:
+            set_sync(sums_of, last=batch is micro[-1])
+            batch = sft.on_device(batch, machine)
+            with machine.autocast():
+                ce, latent = sums_of(
+                    sft.batch_sums, batch, sft.teacher_forcing, step / steps, latent_var, config
+                )
+            loss = ce / n_text + config.lam * latent / max(n_latent, 1)  # Eq. (1)
+            (loss * machine.world).backward()  # DDP and FSDP average the ranks' gradients
+            sums += torch.stack([ce, latent]).detach().double().cpu()
+
+        # clip and step, unless there was nothing to learn or the gradient is not finite
+        lr, norm = sft.learning_rate(step, steps, config), None
+        if n_text:
+            norm = whole(torch.nn.utils.clip_grad_norm_(trained, config.clip)).item()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        update_skipped = norm is None or not math.isfinite(norm)  # the norm is equal on all ranks
+        if not update_skipped:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        # a line in the log, and now and then a checkpoint
+        means = sft.means_of(sums, n_text, n_latent, config, machine)
+        line = dict(step=step, lr=lr, tokens=n_tokens, latents=n_latent, **means)
+        line.update(grad_norm=norm, update_skipped=update_skipped, skipped=skipped)
+        line.update(seconds=round(time.time() - began, 4))
+        if update_skipped:
+            why = "no sample could be used" if norm is None else "gradient is not finite"
+            run.say(f"step {step}: {why}, no update")
+        if held_out and run.due(step + 1, steps):
+            line.update(sft.held_out_loss(sums_of, held_out, tokenizer, latent_var, run))
+        run.log(line, "ce", "latent", "eval_loss")
+        if run.due(step + 1, steps):
+            run.save(step + 1, model, tokenizer, optimizer, latent_var=latent_var)
+            if machine.master:
+                draw_curves(run.path, os.path.join(config.out, "loss.png"))
+    return run.finish()
+
+
+def evaluate_folder(config):
+    """evaluate.py with a converted model -> {group: scores}."""
+    return evaluate.evaluate(config, *Machine(config.bf16).load(config.model, cls=Model))
 
 
 @torch.no_grad()
@@ -343,9 +453,13 @@ def bench(config):
 
 def main(config):
     if config.bench:
-        return bench(config)
-    print("last checkpoint:", train(config))
+        bench(config)
+    else:
+        train(config)
 
 
 if __name__ == "__main__":
-    run_script(main, Config)
+    if sys.argv[1:2] == ["evaluate"]:
+        run_script(evaluate_folder, evaluate.Config, sys.argv[2:])
+    else:
+        run_script(main, Config)

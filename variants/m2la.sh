@@ -13,13 +13,19 @@ source toy/stage.sh
 heal=(--config toy/sft.json --steps "$HEAL_STEPS" --lr 1e-3 --seed "$SEED")
 heal+=(--model "$home/latent" --data "$data/train.jsonl")
 
+# ask_converted: `ask` for a converted model
+ask_converted() {
+  stage "eval_$1" python -m variants.m2la evaluate --config toy/eval.json \
+    --data "$data/test.jsonl" --model "$2" --out "$home/eval_$1"
+}
+
 # row NORM RANK: a conversion, its healing, and the answers before and after
 row() {
   local name=m2la-$1-$2
   stage "$name" python -m variants.m2la "${heal[@]}" --norm "$1" --rank "$2" \
     --out "$home/$name" --resume
-  ask "$name-before" "$home/$name/converted"
-  ask "$name" "$home/$name"
+  ask_converted "$name-before" "$home/$name/converted"
+  ask_converted "$name" "$home/$name"
 }
 
 controls() {
@@ -30,8 +36,10 @@ controls() {
   stage "$name-converted" python -m variants.m2la "${heal[@]}" --rank 24 --no-heal \
     --out "$home/$name" --resume
   stage "$name-forgotten" python -c "
-import sys, torch, model
-model, _ = model.load(sys.argv[1])
+import sys, torch
+from model import load
+from variants.m2la import Model
+model, _ = load(sys.argv[1], cls=Model)
 torch.manual_seed(0)
 for layer in model.model.language_model.layers:
     attention = layer.self_attn
@@ -39,8 +47,8 @@ for layer in model.model.language_model.layers:
         torch.nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
 model.save_pretrained(sys.argv[1])" "$home/$name/converted"
   stage "$name" python -m variants.m2la "${heal[@]}" --rank 24 --out "$home/$name" --resume
-  ask "$name-before" "$home/$name/converted"
-  ask "$name" "$home/$name"
+  ask_converted "$name-before" "$home/$name/converted"
+  ask_converted "$name" "$home/$name"
 }
 
 exact() { for rank in ${RANKS:-72 48 36 24 12}; do row exact "$rank"; done; }

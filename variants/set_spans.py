@@ -39,8 +39,11 @@ cache, P prompt tokens, T new tokens, D hidden, V words.
 """
 
 import dataclasses
+import math
+import os
 import random
 import re
+import time
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -52,7 +55,10 @@ from transformers import DynamicCache
 
 import sft
 from common.cli import run_script
-from data import model_inputs
+from common.machine import Machine, set_sync, whole
+from common.report import draw_curves
+from common.run import Run, rows_of
+from data import Samples, loader, model_inputs
 from latent_decode import Rollout, choose_word
 from model import FutureL1
 
@@ -69,6 +75,8 @@ class Config(sft.Config):
         cut([[0]], self.schedule, random)  # raises ValueError for what is no schedule
         if self.stop_term or not self.spans:
             raise ValueError("a span's length is given: no --stop_term, and no --no-spans")
+        if self.eval_data or self.lora_rank:
+            raise ValueError("set spans: no --eval_data, no --lora_rank")
 
     @property
     def label(self):
@@ -76,7 +84,7 @@ class Config(sft.Config):
 
 
 def add_slots(model, n):
-    """Give a FutureL1 e_1 .. e_n, small random vectors. From now on it is saved as a `Model`."""
+    """Give a FutureL1 e_1 .. e_n, small random vectors. Saved, it is loaded with cls=Model."""
     weight, D = model.lm_head.weight, model.config.text_config.hidden_size
     model.config.variant, model.config.set_slots = "set_spans", n
     model.slots = nn.Embedding(n, D, dtype=weight.dtype, device=weight.device)
@@ -84,11 +92,12 @@ def add_slots(model, n):
 
 
 class Model(FutureL1):
-    """FutureL1 with the vectors of the queries: what `model.load` makes of a folder with them."""
+    """FutureL1 with the vectors of the queries, if its config has them: `load(cls=Model)`."""
 
     def __init__(self, config):
         super().__init__(config)
-        add_slots(self, config.set_slots)
+        if getattr(config, "set_slots", None):
+            add_slots(self, config.set_slots)
 
 
 def find_blocks(ids, c):
@@ -196,37 +205,117 @@ def two_streams(model, layout, latents, input_ids, attention_mask, cache=None, *
     return h, q[layout.query_order < FAR]
 
 
-class Step(sft.Step):
-    """The forward that DDP wraps, with queries."""
-
-    def __init__(self, model, config, latent_var=1.0):
-        super().__init__(model, config, latent_var)
-        if not hasattr(model, "slots"):
-            add_slots(model, config.slots)
-
-    def forward(self, batch, progress=0.0):
-        """-> the sums of Eq. (2) and Eq. (3)."""
-        model, config = self.model, self.config
-        e = model.lm_head.weight.new_zeros(0, model.lm_head.in_features)  # (N, D)
-        if "future_pixel_values" in batch:
-            e = model.encode_frames(batch["future_pixel_values"], batch["future_grid_thw"])
-        # cuts depend on seed, progress and id alone: one process and eight draw the same
-        draws = [random.Random(f"{config.seed} {progress!r} {row.id}") for row in batch["rows"]]
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        layout = lay_out(ids, mask, model.config, config.schedule, draws)
-        h, q = two_streams(model, layout, e, **model_inputs(batch))
-
-        # Eq. (2) from content, the state at t - 1 predicts the word at t; Eq. (3) from queries
-        has_label = batch["labels"][:, 1:] != -100  # (B, L - 1)
-        words, logits = batch["labels"][:, 1:][has_label], model.logits(h[:, :-1][has_label])
-        ce_sum = F.cross_entropy(logits, words, reduction="sum")
-        distance = (model.to_latent(q).float() - e.float()).pow(2).mean(-1)  # (N,) Eq. (3)
-        return ce_sum, distance.sum() / self.latent_var
+# -------------------------------------------------------------------------------------------- loop
 
 
-def train(config, rows=None):
-    """`sft.train` with this step -> path of the last checkpoint."""
-    return sft.train(config, rows, module=Step)
+def batch_sums(model, batch, progress, latent_var, config):
+    """A micro-batch -> its sums of Eq. (2) from content, and of Eq. (3) from the queries."""
+    e = model.lm_head.weight.new_zeros(0, model.lm_head.in_features)  # (N, D)
+    if "future_pixel_values" in batch:
+        e = model.encode_frames(batch["future_pixel_values"], batch["future_grid_thw"])
+    # cuts depend on seed, progress and id alone: one process and eight draw the same
+    draws = [random.Random(f"{config.seed} {progress!r} {row.id}") for row in batch["rows"]]
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    layout = lay_out(ids, mask, model.config, config.schedule, draws)
+    h, q = two_streams(model, layout, e, **model_inputs(batch))
+
+    # Eq. (2): the state at t - 1 predicts the word at t
+    has_label = batch["labels"][:, 1:] != -100  # (B, L - 1)
+    words, logits = batch["labels"][:, 1:][has_label], model.logits(h[:, :-1][has_label])
+    ce_sum = F.cross_entropy(logits, words, reduction="sum")
+    distance = (model.to_latent(q).float() - e.float()).pow(2).mean(-1)  # (N,) Eq. (3)
+    return ce_sum, distance.sum() / latent_var
+
+
+def train(config):
+    """SFT with queries -> path of the last checkpoint. The loop of sft.py.
+
+    Raises SystemExit on a folder in use or bad input.
+    """
+    # the run's folder, the rows in their order, the model with the vectors of its queries
+    machine = Machine(config.bf16, config.shard)
+    rows = rows_of(config)
+    total = config.steps * config.global_batch or round(len(rows) * config.epochs)
+    if total < 1:
+        raise SystemExit(f"nothing to train on: {len(rows)} rows, {config.epochs} epochs")
+    order, steps = sft.sample_order(len(rows), total, config.seed), -(-total // config.global_batch)
+    run = Run(config, rows, machine, config.label)
+    torch.manual_seed(config.seed)
+    model, tokenizer = run.load(cls=Model, latent_head=config.latent_head or None)
+    if not hasattr(model, "slots"):
+        add_slots(model, config.slots)
+    model.model.visual.requires_grad_(not config.freeze_vision)
+    latent_id = model.config.latent_id
+
+    # the loader is created before the random state is restored: it draws a number when it starts
+    samples = Samples(rows, tokenizer, config, train=True)
+    sizes = config.global_batch, config.micro_batch, machine.rank, machine.world
+    plan = list(sft.micro_batches(order, run.first, steps, *sizes))
+    micro_steps = -(-config.global_batch // (config.micro_batch * machine.world))
+    batches = iter(loader(samples, plan, config.workers, pad_id=tokenizer.pad_token_id or 0))
+
+    # what Eq. (3) is divided by; the model over the ranks; AdamW with weight decay on matrices only
+    if run.state:
+        latent_var = run.state["latent_var"]
+    else:
+        latent_var = sft.measure_variance(model, samples, order, config, machine)
+    sums_of = machine.wrap(model, unused=not config.freeze_vision)  # a batch may lack pictures
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = dict(params=[p for p in trained if p.ndim >= 2], weight_decay=config.weight_decay)
+    vectors = dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.0)
+    betas = 0.9, config.beta2
+    optimizer = torch.optim.AdamW([matrices, vectors], lr=config.lr, betas=betas, fused=True)
+    run.start(model, optimizer, sft.describe(config, rows, model, steps, machine))
+
+    for step in run.steps(steps):
+        # the step's samples, and how many words and latents all ranks have
+        began = time.time()
+        micro = [next(batches) for _ in range(micro_steps)]
+        skipped, _ = run.skips([skip for batch in micro for skip in batch["skipped"]])
+        if step == 0 and machine.master:
+            sft.print_row(micro[0], tokenizer, latent_id)
+        counts = [sum(some) for some in zip(*(sft.count(b, latent_id, config) for b in micro))]
+        n_text, n_latent, n_tokens = (int(n) for n in machine.sum(counts))
+        if step == 0 and not n_text:
+            why = f"could be used, e.g. {skipped[0][1]}" if skipped else "has a word to learn"
+            raise SystemExit(f"no sample of step 0 {why}")
+
+        # forward and backward, a micro-batch at a time
+        sums = torch.zeros(2, dtype=torch.float64)
+        for batch in micro if n_text else []:
+            set_sync(sums_of, last=batch is micro[-1])
+            arguments = sft.on_device(batch, machine), step / steps, latent_var, config
+            with machine.autocast():
+                ce, latent = sums_of(batch_sums, *arguments)
+            loss = ce / n_text + config.lam * latent / max(n_latent, 1)  # Eq. (1)
+            (loss * machine.world).backward()  # DDP and FSDP average the ranks' gradients
+            sums += torch.stack([ce, latent]).detach().double().cpu()
+
+        # clip and step, unless there was nothing to learn or the gradient is not finite
+        lr, norm = sft.learning_rate(step, steps, config), None
+        if n_text:
+            norm = whole(torch.nn.utils.clip_grad_norm_(trained, config.clip)).item()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        update_skipped = norm is None or not math.isfinite(norm)  # the norm is equal on all ranks
+        if not update_skipped:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        # a line in the log, and now and then a checkpoint
+        means = sft.means_of(sums, n_text, n_latent, config, machine)
+        line = dict(step=step, lr=lr, tokens=n_tokens, latents=n_latent, **means)
+        line.update(grad_norm=norm, update_skipped=update_skipped, skipped=skipped)
+        line.update(seconds=round(time.time() - began, 4))
+        if update_skipped:
+            why = "no sample could be used" if norm is None else "gradient is not finite"
+            run.say(f"step {step}: {why}, no update")
+        run.log(line, "ce", "latent")
+        if run.due(step + 1, steps):
+            run.save(step + 1, model, tokenizer, optimizer, latent_var=latent_var)
+            if machine.master:
+                draw_curves(run.path, os.path.join(config.out, "loss.png"))
+    return run.finish()
 
 
 # ---------------------------------------------------------------------------------------- decoding
@@ -346,4 +435,4 @@ def token_logprobs(model, batch, rollout, schedule, temperature):
 
 
 if __name__ == "__main__":
-    run_script(lambda config: print("last checkpoint:", train(config)), Config)
+    run_script(train, Config)

@@ -31,8 +31,9 @@ PYTHON
 decode() { python - "$1" "$data/joined_test.jsonl" "$2" "$3" <<'PYTHON'; }
 import os, sys
 import numpy as np
-from common.folder import newest, write_json
+from common.folder import newest
 from common.formats import answer_of, read_rows
+from common.run import write_json
 from data import DataConfig, Samples, collate, encode, model_inputs
 from model import load
 from rewards import pick
@@ -40,7 +41,7 @@ from variants import set_spans
 
 folder, data, schedule, out = sys.argv[1:]
 config = DataConfig(image_max_tokens=4, l_max=4, max_length=256, system="watch the ball")
-model, tokenizer = load(newest(folder))
+model, tokenizer = load(newest(folder), cls=set_spans.Model)
 model.eval()
 rows = sorted(read_rows(data), key=lambda row: len(row.question))
 right = {"all": []}

@@ -22,7 +22,10 @@ After pass i the first i latents are what decoding feeds, so N passes are exact,
 gradient, which runs through all of them. The prompt is read once; a pass is over what follows it.
 
     python -m variants.video_latent --model DIR --data train.json --align B
-    python evaluate.py --model RUN --data test.json                 # --latents zero, pause, ...
+    python -m variants.video_latent evaluate --model RUN --data test.json   # --latents zero, pause
+
+The length of a span is the model's (`n_latents` in its config.json): the model neither stops before
+it nor goes on after it.
 
 A model may well leave its latents unread (arXiv 2605.18445). So a few times in a training the log
 has the answer's loss with other latents: zeros, another row's.
@@ -43,17 +46,26 @@ J visual tokens of all, D hidden.
 
 import dataclasses
 import functools
+import math
+import os
+import sys
+import time
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+import evaluate
+import latent_decode
 import sft
 from common.cli import run_script
 from common.formats import Blank
-from common.run import rows_of
-from common.shared_prefix import Following, Prompts
-from data import at_least, model_inputs
+from common.machine import Machine, set_sync, whole
+from common.report import draw_curves
+from common.run import Run, rows_of
+from common.shared_prefix import Layout
+from common.shared_prefix import _in_dtype as in_dtype
+from data import Samples, at_least, loader, model_inputs
 from model import FutureL1
 
 
@@ -106,23 +118,99 @@ class Injection(torch.nn.Module):
 
 
 class Model(FutureL1):
-    """What `model.load` makes of a folder whose config says `variant: video_latent`."""
+    """FutureL1 with Eq. (a), if its config says so, and spans of one length: `load(cls=Model)`."""
+
+    one_length = False  # while decoding: a span does not stop by itself
 
     def __init__(self, config):
         super().__init__(config)
-        inject(self)
+        if getattr(config, "injected", False):
+            inject(self)
+
+    def logits(self, h):
+        """As FutureL1's. With `one_length`, to stop is never likely: only the longest span does."""
+        logits = super().logits(h)  # (..., V)
+        if self.one_length:
+            logits[..., self.config.latent_end_id] = -torch.inf
+        return logits
 
 
 def inject(model):
-    """Give a model Eq. (a) as its latent head. ValueError for another variant's model."""
-    if getattr(model.config, "variant", None) not in (None, "video_latent"):
-        raise ValueError(f"the model is variants/{model.config.variant}.py's: it takes no (a)")
+    """Give a model Eq. (a) as its latent head."""
     head = Injection(model.config.text_config.hidden_size)
     model.latent_head = head.to(model.lm_head.weight)  # its device and dtype
-    model.config.variant = "video_latent"
+    model.config.injected = True
+
+
+def prepare(model, config):
+    """Give a model Eq. (a) unless it has a head, and its spans' length, which its folder keeps."""
+    if model.latent_head is None:
+        inject(model)
+    model.config.variant, model.config.n_latents = "video_latent", config.n_latents
+
+
+# ----------------------------------------------------------------------------------------- decoding
+
+
+def generate(model, batch, **how):
+    """`latent_decode.generate` by a Model whose spans have `n_latents` latents -> Rollout. Ours.
+
+    The stop of a span is forced, and to go on has probability 1.
+    """
+    model.one_length = True
+    try:
+        return latent_decode.generate(model, batch, max_latents=model.config.n_latents, **how)
+    finally:
+        model.one_length = False
+
+
+def evaluate_folder(config):
+    """evaluate.py with a Model whose spans have one length -> {group: scores}."""
+    model, tokenizer = Machine(config.bf16).load(config.model, cls=Model)
+    model.one_length = True
+    config = dataclasses.replace(config, max_latents=model.config.n_latents)
+    return evaluate.evaluate(config, model, tokenizer)
 
 
 # ----------------------------------------------------------------------------------------- N passes
+
+
+class Prompts:
+    """Attention over prompts in one row without padding. Their keys and values are kept, with their
+    gradient, for `Following`. lengths: tokens of each prompt (B,).
+    """
+
+    def __init__(self, lengths, device):
+        self.layout, self.kept = Layout([(0, [n]) for n in lengths], device), {}
+        length = torch.tensor(lengths, device=device)[:, None]  # (B, 1)
+        place = torch.arange(max(lengths), device=device)
+        self.real = place < length  # (B, P)
+        self.index = length.cumsum(0) - length + torch.minimum(place, length - 1)  # (B, P)
+
+    def attend(self, layer, query, key, value, scaling):
+        """query (1, H, N, d), key and value (1, H_kv, N, d) -> (1, N, H, d)."""
+        self.kept[layer] = [x[0][:, self.index].transpose(0, 1) for x in (key, value)]
+        return self.layout.attend(layer, query, key, value, scaling)
+
+
+class Following:
+    """Attention of what follows kept Prompts, T tokens a row: a token sees its prompt and its row's
+    tokens so far. It can be fed again and again.
+    """
+
+    def __init__(self, prompts, T):
+        self.kept = prompts.kept  # {layer: keys and values (B, H_kv, P, d)}
+        of_prompt = prompts.real[:, None].expand(-1, T, -1)  # (B, T, P)
+        own = torch.ones(T, T, dtype=torch.bool, device=of_prompt.device).tril()
+        mask = torch.cat([of_prompt, own.expand(len(of_prompt), -1, -1)], 2)  # (B, T, P + T)
+        self.mask = mask[:, None]
+
+    def attend(self, layer, query, key, value, scaling):
+        """query (B, H, T, d), key and value (B, H_kv, T, d) -> (B, T, H, d)."""
+        both = [torch.cat(pair, 2) for pair in zip(self.kept[layer], (key, value))]
+        q, k, v = (in_dtype(x) for x in (query, *both))  # keys and values (B, H_kv, P + T, d)
+        shared = dict(attn_mask=self.mask, scale=scaling, enable_gqa=True)
+        return F.scaled_dot_product_attention(q, k, v, **shared).transpose(1, 2)
 
 
 class Sequences:
@@ -275,76 +363,156 @@ class Words:
         return h.new_zeros(len(h), h.shape[-1]).index_add(0, row, h_before) / count
 
 
-class Step(sft.Step):
-    """The forward that DDP wraps: Eq. (c)'s sums, in the place of Eq. (2)'s and (3)'s."""
-
-    def __init__(self, model, config, latent_var=1.0):
-        super().__init__(model, config, latent_var)
-        if model.latent_head is None:
-            inject(model)
-        model.config.min_latents = config.n_latents  # kept in its folder; decoding heeds it
-        self.progress = -1.0  # of the last forward
-
-    def forward(self, batch, progress=0.0):
-        """-> sum of the words' cross-entropies; sum over latents of alpha L_align + beta L_div."""
-        config, words = self.config, Words(self.model, batch)
-        sequences = Sequences(self.model, **model_inputs(batch))
-        z = sequences.unroll(0 if config.pause else config.n_latents)  # (B, N, D)
-        h = sequences.states(z)  # (B, L, D)
-        losses = words.losses(h)  # (n_text,)
-
-        readable = bool(batch["rows"])  # else one row without a span stands in
-        align = div = losses.new_zeros(len(z))
-        if config.alpha and readable:
-            align = self.alignment(batch, sequences, words, h, z)  # (B,)
-        if config.beta and readable:
-            div = diversity_loss(z)  # (B,)
-        if readable and self.training:
-            self.note(progress, sequences, words, z)
-            self.figures.update(align=align.mean().item(), div=div.mean().item())
-        latents = config.n_latents * (config.alpha * align + config.beta * div).sum()
-        unused = self.model.to_latent(z[:, :0]).sum()  # DDP wants the head in every backward
-        return losses.sum(), latents + unused
-
-    def alignment(self, batch, sequences, words, h, z):
-        """L_align of each row (B,), in the way that config.align names."""
-        config = self.config
-        if config.align == "A":
-            ids, mask = with_answer(batch, self.model.config)
-            inputs = dict(model_inputs(batch), input_ids=ids, attention_mask=mask)
-            with torch.no_grad():
-                taught = Sequences(self.model, **inputs).unroll(config.n_latents)  # (B, N, D)
-            return mean_distance(z, taught)
-        v, own = sequences.evidence()
-        if config.align == "B":
-            target = read_out(words.answer_states(h).detach(), v, own, config.tau)  # (B, D)
-            return mean_distance(z, target[:, None].expand_as(z))
-        c = own.to(v.dtype) @ v / own.sum(1, keepdim=True)  # (B, D)
-        return contrast(z.mean(1), c, config.tau)
-
-    @torch.no_grad()
-    def note(self, progress, sequences, words, z):
-        """Figures for the log: how alike a row's latents are and, now and then, `probe`'s."""
-        if progress != self.progress:  # the first forward of a step
-            now, before = (int(p * self.config.probes) for p in (progress, self.progress))
-            self.figures = {} if now == before else self.probe(sequences, words, z)
-            self.progress = progress
-        self.figures["cosine"] = pairwise_cosine(z).mean().nan_to_num().item()  # nan: N = 1
-
-    def probe(self, sequences, words, z):
-        """The answer's loss with z (B, N, D), with zeros, with another row's -> figures."""
-        fed, figures = dict(answer=z, answer_zero=0 * z, answer_swapped=z.roll(1, 0)), {}
-        for name, latents in fed.items():
-            losses = words.losses(sequences.states(latents))  # (n_text,)
-            figures[name] = losses[words.of_answer].mean().item()
-        return figures
+def alignment(model, batch, sequences, words, h, z, config):
+    """L_align of each row (B,), in the way that config.align names."""
+    if config.align == "A":
+        ids, mask = with_answer(batch, model.config)
+        inputs = dict(model_inputs(batch), input_ids=ids, attention_mask=mask)
+        with torch.no_grad():
+            taught = Sequences(model, **inputs).unroll(config.n_latents)  # (B, N, D)
+        return mean_distance(z, taught)
+    v, own = sequences.evidence()
+    if config.align == "B":
+        target = read_out(words.answer_states(h).detach(), v, own, config.tau)  # (B, D)
+        return mean_distance(z, target[:, None].expand_as(z))
+    c = own.to(v.dtype) @ v / own.sum(1, keepdim=True)  # (B, D)
+    return contrast(z.mean(1), c, config.tau)
 
 
-def train(config, rows=None):
-    """`sft.train` with this step, on rows without their chains -> path of the last checkpoint."""
-    rows = rows_of(config) if rows is None else rows
-    return sft.train(config, without_chain(rows, config.n_latents), module=Step)
+@torch.no_grad()
+def exchanged(sequences, words, z):
+    """The answer's loss with z (B, N, D), with zeros, with another row's -> figures."""
+    fed, figures = dict(answer=z, answer_zero=0 * z, answer_swapped=z.roll(1, 0)), {}
+    for name, latents in fed.items():
+        losses = words.losses(sequences.states(latents))  # (n_text,)
+        figures[name] = losses[words.of_answer].mean().item()
+    return figures
+
+
+def batch_sums(model, batch, probe, config):
+    """A micro-batch -> Eq. (c)'s sums, and figures for the log.
+
+    The sums are that of the words' cross-entropies, and over latents of alpha L_align + beta L_div.
+    probe: whether other latents are tried.
+    """
+    words, sequences = Words(model, batch), Sequences(model, **model_inputs(batch))
+    z = sequences.unroll(0 if config.pause else config.n_latents)  # (B, N, D)
+    h = sequences.states(z)  # (B, L, D)
+    losses = words.losses(h)  # (n_text,)
+    unused = model.to_latent(z[:, :0]).sum()  # DDP wants the head in every backward
+    if not batch["rows"]:  # one row without a span stands in
+        return losses.sum(), unused, {}
+
+    align = div = losses.new_zeros(len(z))
+    if config.alpha:
+        align = alignment(model, batch, sequences, words, h, z, config)  # (B,)
+    if config.beta:
+        div = diversity_loss(z)  # (B,)
+    latents = config.n_latents * (config.alpha * align + config.beta * div).sum()
+
+    cosine = pairwise_cosine(z.detach()).mean().nan_to_num().item()  # nan: N = 1
+    figures = dict(cosine=cosine, align=align.mean().item(), div=div.mean().item())
+    if probe:
+        figures.update(exchanged(sequences, words, z))
+    return losses.sum(), latents + unused, figures
+
+
+def probe_due(step, steps, probes):
+    """Whether other latents are tried at a step: `probes` times in a training, first in step 0."""
+    return step * probes // steps != (step - 1) * probes // steps
+
+
+def train(config):
+    """SFT on rows without their chains -> path of the last checkpoint. The loop of sft.py, without
+    targets: Eq. (c) in the place of Eq. (1).
+
+    Raises SystemExit on a folder in use or bad input.
+    """
+    # the run's folder, the rows in their order, the model with its head
+    machine = Machine(config.bf16)
+    rows = without_chain(rows_of(config), config.n_latents)
+    total = config.steps * config.global_batch or round(len(rows) * config.epochs)
+    if total < 1:
+        raise SystemExit(f"nothing to train on: {len(rows)} rows, {config.epochs} epochs")
+    order, steps = sft.sample_order(len(rows), total, config.seed), -(-total // config.global_batch)
+    run = Run(config, rows, machine, config.label)
+    torch.manual_seed(config.seed)
+    model, tokenizer = run.load(cls=Model, latent_head=config.latent_head or None)
+    prepare(model, config)
+    model.model.visual.requires_grad_(not config.freeze_vision)
+
+    # the loader is created before the random state is restored: it draws a number when it starts
+    samples = Samples(rows, tokenizer, config, train=True)
+    sizes = config.global_batch, config.micro_batch, machine.rank, machine.world
+    plan = list(sft.micro_batches(order, run.first, steps, *sizes))
+    micro_steps = -(-config.global_batch // (config.micro_batch * machine.world))
+    batches = iter(loader(samples, plan, config.workers, pad_id=tokenizer.pad_token_id or 0))
+
+    # the model over the ranks; AdamW with weight decay on matrices only
+    sums_of = machine.wrap(model, unused=not config.freeze_vision)  # a batch may lack pictures
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = dict(params=[p for p in trained if p.ndim >= 2], weight_decay=config.weight_decay)
+    vectors = dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.0)
+    betas = 0.9, config.beta2
+    optimizer = torch.optim.AdamW([matrices, vectors], lr=config.lr, betas=betas, fused=True)
+    run.start(model, optimizer, sft.describe(config, rows, model, steps, machine))
+
+    for step in run.steps(steps):
+        # the step's samples, and how many words and latents all ranks have
+        began = time.time()
+        micro = [next(batches) for _ in range(micro_steps)]
+        skipped, _ = run.skips([skip for batch in micro for skip in batch["skipped"]])
+        if step == 0 and machine.master:
+            sft.print_row(micro[0], tokenizer, model.config.latent_id)
+        counts = [sft.count(batch, model.config.latent_id, config) for batch in micro]
+        counts = [sum(some) for some in zip(*counts)]
+        n_text, n_latent, n_tokens = (int(n) for n in machine.sum(counts))
+        if step == 0 and not n_text:
+            why = f"could be used, e.g. {skipped[0][1]}" if skipped else "has a word to learn"
+            raise SystemExit(f"no sample of step 0 {why}")
+
+        # forward and backward, a micro-batch at a time; the first one may try other latents
+        sums, figures = torch.zeros(2, dtype=torch.float64), {}
+        for batch in micro if n_text else []:
+            set_sync(sums_of, last=batch is micro[-1])
+            probe = batch is micro[0] and probe_due(step, steps, config.probes)
+            with machine.autocast():
+                on_device = sft.on_device(batch, machine)
+                ce, latent, noted = sums_of(batch_sums, on_device, probe, config)
+            loss = ce / n_text + latent / max(n_latent, 1)  # Eq. (c): lam is 1
+            (loss * machine.world).backward()  # DDP averages the ranks' gradients
+            sums += torch.stack([ce, latent]).detach().double().cpu()
+            figures.update(noted)
+
+        # clip and step, unless there was nothing to learn or the gradient is not finite
+        lr, norm = sft.learning_rate(step, steps, config), None
+        if n_text:
+            norm = whole(torch.nn.utils.clip_grad_norm_(trained, config.clip)).item()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        update_skipped = norm is None or not math.isfinite(norm)  # the norm is equal on all ranks
+        if not update_skipped:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        # a line in the log, and now and then a checkpoint
+        means = sft.means_of(sums, n_text, n_latent, config, machine)
+        line = dict(step=step, lr=lr, tokens=n_tokens, latents=n_latent, **means, **figures)
+        line.update(grad_norm=norm, update_skipped=update_skipped, skipped=skipped)
+        line.update(seconds=round(time.time() - began, 4))
+        if update_skipped:
+            why = "no sample could be used" if norm is None else "gradient is not finite"
+            run.say(f"step {step}: {why}, no update")
+        run.log(line, "ce", "latent")
+        if run.due(step + 1, steps):
+            run.save(step + 1, model, tokenizer, optimizer)
+            if machine.master:
+                draw_curves(run.path, os.path.join(config.out, "loss.png"))
+    return run.finish()
 
 
 if __name__ == "__main__":
-    run_script(lambda config: print("last checkpoint:", train(config)), Config)
+    if sys.argv[1:2] == ["evaluate"]:
+        run_script(evaluate_folder, evaluate.Config, sys.argv[2:])
+    else:
+        run_script(train, Config)

@@ -14,13 +14,20 @@ source toy/stage.sh
 start=(--steps "$ANSWER_STEPS" --seed "$SEED" --model "$OUT/seed_0/base")
 start+=(--data "$data/prompts.jsonl")
 
+# ask_fixed: `ask` for a model whose spans have one length
+ask_fixed() {
+  stage "eval_$1" python -m variants.video_latent evaluate --config toy/eval.json \
+    --data "$data/test.jsonl" --model "$2" --out "$home/eval_$1" "${@:3}"
+}
+
 # row NAME FED COMMAND...: a training, if it is wanted, and its answers with its spans fed FED
 row() {
-  local name=$1 fed=$2
+  local name=$1 fed=$2 asked=ask_fixed
   shift 2
+  if [ "$1" = sft.py ]; then asked=ask; fi
   if ! wanted "${name#video_}"; then return; fi
   stage "$name" python "$@" "${start[@]}" --out "$home/$name" --resume
-  for how in $fed; do ask "$name-$how" "$home/$name" --latents "$how" --max_latents 3; done
+  for how in $fed; do "$asked" "$name-$how" "$home/$name" --latents "$how" --max_latents 3; done
 }
 
 both="generated zero"

@@ -9,9 +9,10 @@ import pytest
 import torch
 from test_latent_decode import EOS, ROWS, shuffle, spans
 from test_model import make_batch
-from test_sft import read_log, settings
+from test_sft import SMALL, read_log, settings
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
+import evaluate
 from common.run import rows_of
 from common.shared_prefix import DecodingCache, Layout
 from data import model_inputs
@@ -276,9 +277,9 @@ def test_a_converted_folder_is_a_folder_like_others(world, tmp_path):
     more = dict(rank=20, lr=1e-3, calibration=4)
     config = settings(world, tmp_path / "a", Config, **more, steps=2)
     last = m2la.train(config)
-    before, _ = load(os.path.join(config.out, "converted"))
-    after, _ = load(last)
-    assert type(before) is type(after) is Model
+    before, _ = load(os.path.join(config.out, "converted"), cls=Model)
+    after, _ = load(last, cls=Model)
+    assert before.config.m2la == after.config.m2la == dict(rank=20, roped=1, norm="exact")
     assert read_log(config.out)[0]["latents"] > 0
     for name, weight in before.named_parameters():
         moved = not torch.equal(weight, after.get_parameter(name))
@@ -289,13 +290,34 @@ def test_a_converted_folder_is_a_folder_like_others(world, tmp_path):
     plain, tokenizer = load(world["model"], latent_head="linear")
     ids = make_batch(tokenizer, ["moves right up", "the ball"])
     one = m2la.write_converted(settings(world, tmp_path / "b", Config, **more), rows_of(config))
-    torch.testing.assert_close(load(one)[0](**ids).logits, before(**ids).logits)
+    torch.testing.assert_close(load(one, cls=Model)[0](**ids).logits, before(**ids).logits)
     assert not torch.allclose(plain(**ids).logits, before(**ids).logits, atol=1e-3)
 
     config.resume = True
     shutil.rmtree(last)
-    again = load(m2la.train(config))[0].state_dict()
+    again = load(m2la.train(config), cls=Model)[0].state_dict()
     assert all(torch.equal(weight, again[name]) for name, weight in after.state_dict().items())
+
+
+def evaluation(world, out, **more):
+    """Settings of an evaluation of the tiny model."""
+    shown = {name: SMALL[name] for name in ("image_max_tokens", "l_max", "max_length", "system")}
+    own = dict(data=world["test"], out=str(out), workers=0, batch=4)
+    return evaluate.Config(**shown, **own, **more)
+
+
+def test_a_converted_folder_is_evaluated(world, tmp_path):
+    """Breaks if the evaluation loads another model than the converted one."""
+    config = settings(world, tmp_path / "a", Config, rank=20, calibration=4, heal=False)
+    folder = m2la.train(config)
+    table = m2la.evaluate_folder(
+        evaluation(world, tmp_path / "eval", model=folder, limit=4, max_new_tokens=8)
+    )
+    assert table["all"]["n"] == 4 and table["all"]["tokens"] > 0
+    with pytest.raises(ValueError, match="are missing from|have no place in"):
+        evaluate.evaluate(
+            evaluation(world, tmp_path / "plain", model=folder, limit=4, max_new_tokens=8)
+        )
 
 
 def test_the_bench_says_bytes_by_formula(capsys, monkeypatch):

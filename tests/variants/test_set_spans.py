@@ -19,8 +19,8 @@ from variants.set_spans import (
     FAR,
     Config,
     Model,
-    Step,
     add_slots,
+    batch_sums,
     cut,
     find_blocks,
     generate,
@@ -200,7 +200,7 @@ def test_the_loss_by_hand(slots, rows):
     plain = sft.sft_loss(slots, **inputs, labels=labels, latents=e)
     for schedule in ("ar", "one"):
         (_, q), _ = states(slots, (inputs, e), schedule)
-        ce, latent = Step(slots, Config(schedule=schedule), 2.0)(batch)
+        ce, latent = batch_sums(slots, batch, 0.0, 2.0, Config(schedule=schedule))
         by_hand = sum(((slots.to_latent(q[n]) - e[n]) ** 2).mean() for n in range(10)) / 2
         assert latent.item() == pytest.approx(by_hand.item(), rel=1e-5)
         assert (ce.item() == pytest.approx(plain["ce_sum"].item(), rel=1e-5)) == (schedule == "ar")
@@ -213,9 +213,10 @@ def test_with_one_latent_all_schedules_are_one(batch):
     model, b = batch
     blocks = [len(find_blocks(row, model.config)) for row in b["input_ids"].tolist()]
     assert {1, 3} == set(blocks)
+    add_slots(model, 32)
     expected = None
     for schedule in ("ar", "frame", "one", "random", "2"):
-        sums = torch.stack(Step(model, Config(schedule=schedule))(b, 0.5))
+        sums = torch.stack(batch_sums(model, b, 0.5, 1.0, Config(schedule=schedule)))
         expected = sums if expected is None else expected
         torch.testing.assert_close(sums, expected)
 
@@ -226,17 +227,18 @@ def test_a_run_resumes_with_the_same_cuts(world, tmp_path):
     more = dict(save_every=2, stop_term=False, schedule="random", slots=7)
     config = settings(world, tmp_path / "a", Config, **more, l_max=4, image_max_tokens=4)
     assert_resumes(set_spans.train, config)
-    model, _ = load(str(tmp_path / "a" / "step_000004"))
+    model, _ = load(str(tmp_path / "a" / "step_000004"), cls=Model)
     before = load_file(tmp_path / "a" / "step_000002" / "model.safetensors")["slots.weight"]
-    assert isinstance(model, Model) and not torch.equal(model.slots.weight, before)
+    assert model.config.set_slots == 7 and not torch.equal(model.slots.weight, before)
 
 
-def test_a_saved_model_is_loaded_with_its_slots(slots, tokenizer, tmp_path):
+def test_a_saved_model_is_loaded_with_its_slots(slots, tokenizer, world, tmp_path):
     """Breaks if the slots are lost, or a plain model gets some."""
     slots.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    model, _ = load(str(tmp_path))
-    assert isinstance(model, Model) and torch.equal(model.slots.weight, slots.slots.weight)
+    model, _ = load(str(tmp_path), cls=Model)
+    assert torch.equal(model.slots.weight, slots.slots.weight)
+    assert not hasattr(load(world["model"], cls=Model)[0], "slots")
 
 
 def test_random_cuts_depend_on_seed_progress_and_id_alone(slots, rows, monkeypatch):
@@ -254,7 +256,7 @@ def test_random_cuts_depend_on_seed_progress_and_id_alone(slots, rows, monkeypat
     def orders(progress=0.5, ids="abc", **more):
         batch = dict(inputs, labels=labels, future_grid_thw=None, future_pixel_values=e)
         batch["rows"] = [SimpleNamespace(id=k) for k in ids]
-        Step(slots, Config(schedule="random", **more))(batch, progress)
+        batch_sums(slots, batch, progress, 1.0, Config(schedule="random", **more))
         return seen[-1].query_order.tolist()
 
     assert orders() == orders() and orders(ids="xby")[1] == orders()[1]
@@ -269,6 +271,8 @@ def test_settings_without_a_meaning(slots, rows):
         (dict(stop_term=True), "no --stop_term"),
         (dict(spans=False), "no --no-spans"),
         (dict(schedule="two"), "schedule is 'two'"),
+        (dict(eval_data="x"), "no --eval_data"),
+        (dict(lora_rank=4), "no --lora_rank"),
     ):
         with pytest.raises(ValueError, match=said):
             Config(**wrong)

@@ -2,29 +2,34 @@
 what they say.
 """
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from test_sft import assert_resumes, read_log, settings, weights
+from test_sft import SMALL, assert_resumes, read_log, settings, weights
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
+import evaluate
 import sft
 from common.formats import Skipped, read_rows
 from data import Samples, collate, model_inputs
-from latent_decode import generate
 from model import load
 from variants import video_latent
 from variants.video_latent import (
     Config,
+    Model,
     Sequences,
-    Step,
+    batch_sums,
     contrast,
     diversity_loss,
+    generate,
     inject,
     mean_distance,
     pairwise_cosine,
+    prepare,
+    probe_due,
     read_out,
     with_answer,
     without_chain,
@@ -36,7 +41,7 @@ N = 3
 
 def encoded(world, n=N, train=True, rows=(0, 5, 10, 15), head=True):
     """A model, its tokenizer and rows of four groups about four clips, with a span of n each."""
-    model, tokenizer = load(world["model"])
+    model, tokenizer = load(world["model"], cls=Model)
     if head:
         inject(model)
     all_rows = without_chain(read_rows(world["data"]), n)
@@ -54,8 +59,15 @@ def answers(world):
     return model, tokenizer, collate(samples, 0)
 
 
-def step_of(model, **more):
-    return Step(model, Config(**{"n_latents": N, "alpha": 0.0, "beta": 0.0, **more}))
+def step_of(model, probe=False, **more):
+    """-> a function: a batch to its two sums; `.figures` are those of its last call."""
+    config = Config(**{"n_latents": N, "alpha": 0.0, "beta": 0.0, **more})
+
+    def step(batch):
+        *sums, step.figures = batch_sums(model, batch, probe, config)
+        return tuple(sums)
+
+    return step
 
 
 def grown(model, sample, n, to_latent):
@@ -84,17 +96,18 @@ def test_after_n_passes_the_latents_are_those_of_decoding(answers, world):
     model, tokenizer, batch = answers
     z = Sequences(model, **model_inputs(batch)).unroll(N)
 
-    model.config.min_latents = N
+    model.config.n_latents = N
     _, _, prompts = encoded(world, train=False)
     c, words = model.config, range(len(tokenizer))
     rollout = generate(
         model,
         model_inputs(collate(prompts, 0, side="left")),
         max_new_tokens=N + 2,
-        max_latents=N,
         banned=[i for i in words if i != c.latent_start_id],
     )
     assert rollout.tokens[:, 0].eq(c.latent_start_id).all()
+    assert rollout.tokens[:, 1 : N + 1].eq(c.latent_id).all() and not model.one_length
+    assert rollout.tokens[:, -1].eq(c.latent_end_id).all() and not rollout.sampled[:, -1].any()
     torch.testing.assert_close(z, torch.stack(rollout.latents), atol=2e-5, rtol=0)
 
     # one pass more changes nothing; after N - 1 the first N - 1 are right, the last is not
@@ -180,8 +193,7 @@ def test_the_head_by_hand_and_in_a_folder(world, tmp_path, dtype):
     expected = h.numpy() + (inner / (1 + np.exp(-inner))) @ w2.T
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    again, _ = load(str(tmp_path), dtype=dtype)
-    assert type(again) is video_latent.Model
+    again, _ = load(str(tmp_path), cls=Model, dtype=dtype)
     np.testing.assert_allclose(again.to_latent(h).detach(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -189,13 +201,11 @@ def test_a_head_that_is_there_stays(world):
     """Breaks if the linear head, the smaller alternative or an earlier training's, is replaced."""
     model, _ = load(world["model"], latent_head="linear")
     head = model.latent_head
-    assert step_of(model).model.latent_head is head and not hasattr(model.config, "variant")
+    prepare(model, Config())
+    assert model.latent_head is head and not hasattr(model.config, "injected")
     model, _ = load(world["model"])
-    model.config.variant = "m2la"
-    with pytest.raises(ValueError, match="m2la.py's"):
-        step_of(model)
-    model.config.variant = None
-    assert type(step_of(model).model.latent_head) is video_latent.Injection
+    prepare(model, Config(n_latents=7))
+    assert type(model.latent_head) is video_latent.Injection and model.config.n_latents == 7
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -375,8 +385,8 @@ def test_micro_batches_add_up(answers):
 def test_activations_that_are_made_again(answers):
     """Breaks if the kept keys of the prompts do not stand --gradient_checkpointing."""
     model, _, batch = answers
-    model.requires_grad_(True)
-    step, gradients = step_of(model, align="A", alpha=0.3, beta=0.2).train(), []
+    model.requires_grad_(True).train()
+    step, gradients = step_of(model, align="A", alpha=0.3, beta=0.2), []
     for again in (False, True):
         if again:
             options = dict(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -392,7 +402,7 @@ def test_activations_that_are_made_again(answers):
 def test_probes_exchange_the_latents(answers):
     """Breaks if the log's figures of zeros or of another row's latents are of something else."""
     model, _, batch = answers
-    step = step_of(model, probes=2)
+    step = step_of(model, probe=True)
     z = Sequences(model, **model_inputs(batch)).unroll(N).flatten(0, 1)
     ends = (batch["input_ids"] == model.config.latent_end_id).int().argmax(1)
     places = torch.arange(batch["labels"].shape[1])
@@ -401,7 +411,7 @@ def test_probes_exchange_the_latents(answers):
     def loss(z):
         return sft.sft_loss(model, **model_inputs(batch), labels=of_answer, latents=z)["ce"].item()
 
-    step(batch, 0.0)
+    step(batch)
     shifted = torch.cat([z[N:], z[:N]])  # row 0 is fed row 1's, ..., the last row 0's
     back = torch.cat([z[-N:], z[:-N]])
     assert step.figures["answer"] == pytest.approx(loss(z), rel=1e-4)
@@ -410,12 +420,13 @@ def test_probes_exchange_the_latents(answers):
     assert min(abs(swapped - loss(x)) for x in (shifted, back)) < 1e-4
     assert len({round(step.figures[f"answer{x}"], 5) for x in ("", "_zero", "_swapped")}) == 3
 
+    step = step_of(model)
+    step(batch)
+    assert "answer" not in step.figures
+
     # twice in a training: in its first step, and in the first of the second half
-    probed = []
-    for progress in (0.0, 0.25, 0.25, 0.5, 0.5, 0.75):
-        step(batch, progress)
-        probed.append("answer" in step.figures)
-    assert probed == [True, False, False, True, True, False]
+    assert [probe_due(k, 6, 2) for k in range(6)] == [True, False, False, True, False, False]
+    assert all(probe_due(k, 4, 20) for k in range(4))
 
 
 def test_pause_feeds_the_word(answers):
@@ -466,9 +477,36 @@ def test_a_run_is_saved_and_continued(world, tmp_path):
         assert line["loss"] == pytest.approx(line["ce"] + line["latent"])
 
     folder = str(tmp_path / "a" / "step_000004")
-    model, _ = load(folder)
+    model, _ = load(folder, cls=Model)
     assert torch.equal(model.latent_head.w2.weight, weights(folder)["latent_head.w2.weight"])
-    assert model.latent_head.w2.weight.abs().sum() > 0 and model.config.min_latents == 2
+    assert model.latent_head.w2.weight.abs().sum() > 0 and model.config.n_latents == 2
+
+
+def evaluation(world, out, **more):
+    """Settings of an evaluation of the tiny model."""
+    shown = {name: SMALL[name] for name in ("image_max_tokens", "l_max", "max_length", "system")}
+    own = dict(data=world["test"], out=str(out), workers=0, batch=4)
+    return evaluate.Config(**shown, **own, **more)
+
+
+def test_an_evaluation_has_spans_of_one_length(world, tmp_path):
+    """Breaks if evaluation lets a span stop by itself, or go on to the longest of other models."""
+    model, tokenizer = load(world["model"], cls=Model)
+    prepare(model, Config(n_latents=N))
+    c = model.config
+    with torch.no_grad():  # a span that opens would stop at once by itself
+        weight = model.lm_head.weight
+        weight[c.latent_start_id] *= 100
+        weight[c.latent_end_id] = 2 * weight[c.latent_start_id]
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    more = dict(model=str(tmp_path / "model"), max_new_tokens=24)
+    table = video_latent.evaluate_folder(evaluation(world, tmp_path / "eval", **more))["all"]
+    assert table["spans"] > 1
+    with open(tmp_path / "eval" / "samples.jsonl") as f:
+        lines = [json.loads(line) for line in f]
+    for line in lines:  # the last span may be cut off
+        assert (line["spans"] - 1) * N <= line["latents"] <= line["spans"] * N
 
 
 def test_settings_that_contradict_each_other():
