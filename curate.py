@@ -85,9 +85,8 @@ class Config(DataConfig):
     max_latents: int = 8  # longest span  # official: 2 * L_max
     # candidates generated together, n * batch rows; changes the random numbers  # ours
     batch: int = 4
-    # OpenAI-compatible server of the judge of open answers; "" = OpenAI's  # ours
-    judge_url: str = ""
-    judge_model: str = ""  # the judge's name there; "" = open answers must match exactly  # ours
+    judge_url: str = ""  # OpenAI-compatible server, for open answers; key: JUDGE_API_KEY  # ours
+    judge_model: str = ""  # its model; "" = no judge, open answers must match exactly  # ours
     cuda_graph: bool = False  # replay a captured decoding step  # ours
     # select
     k: int = 50000  # rows to choose; 0 = all that are kept  # paper sec. 3.2
@@ -235,8 +234,8 @@ def mark(rows, responses, judge=None):
 def score(rows, responses, judge=None):
     """Rows and {condition: the responses to each row} -> {id: what its line says}. Sec. 3.2.
 
-    A line: p_t and p_v, or unjudged (how many rollouts are) and the responses, {condition: [text]},
-    to be judged again. A rollout without an answer is wrong, and counted in no_answer.
+    A line: p_t and p_v, or unjudged (how many rollouts are) and the responses (texts under t, texts
+    under v), to be judged again. A rollout without an answer is wrong, and counted in no_answer.
     """
     marks = {c: mark(rows, responses[c], judge) for c in CONDITIONS}
     lines = {}
@@ -309,11 +308,12 @@ def probe(config, judge=None):
 
     # what earlier runs have done; responses without a verdict are judged again
     book = Book(config.out, "probe", rows, settings_of(config, FREE), machine)
-    waiting = {id: line for id, line in book.lines.items() if "unjudged" in line and id in rows}
     if judge and machine.master:
-        t = [line["responses"][0] for line in waiting.values()]
-        v = [line["responses"][1] for line in waiting.values()]
-        book.add(score([rows[id] for id in waiting], dict(t=t, v=v), judge))
+        usable = [row for row in rows.values() if isinstance(row, Row)]
+        waiting = [row for row in usable if "unjudged" in book.lines.get(row.id, {})]
+        t = [book.lines[row.id]["responses"][0] for row in waiting]
+        v = [book.lines[row.id]["responses"][1] for row in waiting]
+        book.add(score(waiting, dict(t=t, v=v), judge))
 
     # the model is loaded if anything is left to generate
     n, blocks, encode_row = config.rollouts, book.blocks(config.batch), None

@@ -4,12 +4,12 @@
     torchrun --nproc_per_node 8 evaluate.py --benchmark mcq --model DIR --data videomme.parquet
     python evaluate.py --benchmark twiffbench --model DIR --data Liu-Junhua/TwiFF-Bench
 
-TwiFF-Bench is judged after that: `python -m common.judge OUT --model NAME`, then the same
-command again, which finds all samples done, loads no model and shows the scores.
+TwiFF-Bench needs a judge: afterwards run `python -m common.judge OUT --model NAME`, then the same
+command again. It finds all samples done, loads no model and shows the scores.
 
-Without --benchmark: every format of data.py whose rows have options. Writes one line a sample to
-OUT/samples*.jsonl as it is done (a second run skips what is there), then OUT/summary.json,
-OUT/report.html and the table: scores by group and over all.
+Without --benchmark it takes every format of data.py whose rows have options. It writes a line for
+each sample to OUT/samples*.jsonl at once (a second run does what is missing), and at the end
+OUT/summary.json, OUT/report.html and a table: scores by group and over all.
 
 Readings of an answer, all of the first closed <answer>: `accuracy` counts what training rewards
 (rewards.pick); `strict` the only letter that stands alone in it, or an option's text; `official`,

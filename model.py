@@ -279,16 +279,17 @@ def add_latent_tokens(tokenizer):
     return {key: tokenizer.convert_tokens_to_ids(token) for key, token in LATENT_IDS.items()}
 
 
-def load(folder, latent_head=None, **kwargs):
+def load(folder, latent_head=None, cls=FutureL1, **kwargs):
     """A model folder or hub id, stock or ours -> (FutureL1, tokenizer). Source: ours.
 
-    latent_head: None keeps what the folder has; "linear" adds one, starting as the identity. kwargs
-    go to transformers (dtype=, attn_implementation=). Raises ValueError if weights are missing or
-    left over, or if config and tokenizer disagree on a token's id.
+    latent_head: None keeps what the folder has; "linear" adds one, starting as the identity. cls: a
+    subclass with more or other layers. kwargs go to transformers (dtype=, attn_implementation=).
+    Raises ValueError if weights are missing or left over, or if config and tokenizer disagree on a
+    token's id.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = add_latent_tokens(tokenizer)
-    model, info = FutureL1.from_pretrained(folder, output_loading_info=True, **kwargs)
+    model, info = cls.from_pretrained(folder, output_loading_info=True, **kwargs)
     for keys, fault in (
         (info["missing_keys"], "are missing from"),
         (info["unexpected_keys"], "have no place in the model, but are in"),

@@ -76,6 +76,7 @@ class Config(DataConfig):
     latent_head: str = ""  # "" = none (paper) | linear  # ours
     spans: bool = True  # --no-spans: text-only SFT, the paper's baseline
     stop_term: bool = False  # also train "do not stop yet" inside spans  # ours
+    freeze_vision: bool = True  # vision tower and merger  # paper Table 8
     # machine
     bf16: bool = True  # on CUDA; the CPU computes in fp32  # paper Table 8
     # recompute activations: less memory, about a third slower  # ours
@@ -263,7 +264,8 @@ def train(config, fed=teacher_forcing):
     torch.manual_seed(config.seed)
     # deviation 3: in fp32, because at lr 1e-5 most updates of a bf16 weight would round to nothing
     model, tokenizer = run.load(latent_head=config.latent_head or None)
-    model.model.visual.requires_grad_(False)  # Table 8: vision tower and merger are frozen
+    if not config.lora_rank:
+        model.model.visual.requires_grad_(not config.freeze_vision)
     latent_id = model.config.latent_id
 
     # the loader is created before the random state is restored: it draws a number when it starts
@@ -276,7 +278,7 @@ def train(config, fed=teacher_forcing):
     # what Eq. (3) is divided by; the model over the ranks; AdamW with weight decay on matrices only
     state = run.state or dict(latent_var=measure_variance(model, samples, order, config, machine))
     latent_var = state["latent_var"]
-    sums_of = machine.wrap(model)
+    sums_of = machine.wrap(model, unused=not config.freeze_vision)  # a batch may lack pictures
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = dict(params=[p for p in trained if p.ndim >= 2], weight_decay=config.weight_decay)
     vectors = dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.0)

@@ -127,7 +127,7 @@ def uniform_positions(num_frames, n):
     return np.linspace(0, num_frames - 1, min(n, num_frames)).round().astype(int).tolist()
 
 
-# --------------------------------------------------------------------------- frames of a clip
+# -------------------------------------------------------------------------------- frames of a clip
 
 
 def read_clip(path, choose):
@@ -206,8 +206,8 @@ def cut_to(budget, frames, source):
 def load_frames(frames, budget):
     """list of Frame -> list of (patches uint8 (P, 1536), grid (3,)), arrays; clips opened once.
 
-    They are kept in memory until CACHE_BYTES are full; from then on nothing is added. Until then
-    all eight key frames of a clip are cut at once. Raises ClipError. Source: ours.
+    They are cached until CACHE_BYTES are full; from then on nothing is added. Until then all eight
+    key frames of a clip are cut at once, because other rows ask for the others. Raises ClipError.
     """
     loaded = {frame: _cache[frame, budget] for frame in frames if (frame, budget) in _cache}
     for frame in frames:
@@ -254,7 +254,7 @@ def _keep(frame, budget, patches_and_grid):
 def pixels_of(frames):
     """Frames -> {Frame: uint8 (H, W, 3)}: the pictures, then all eight key frames of each clip.
 
-    Raises ClipError. Source: ours.
+    Raises ClipError.
     """
     pixels = {frame: read_image(frame.source)[0] for frame in frames if not frame.index}
     for clip in dict.fromkeys(frame.clip for frame in frames if frame.index):
@@ -266,7 +266,7 @@ def film(row):
     """The frames around a row -> [(label, role, uint8 (H, W, 3))]; role: seen | future | other.
 
     A row of key frames: all eight of its clip. A row of whole pictures: these. A clip that enters
-    as a video: eight frames spread over what the model saw of it. Raises ClipError. Source: ours.
+    as a video: eight frames spread over what the model saw of it. Raises ClipError.
     """
     seen = [part for part in row.prompt if isinstance(part, Frame)]
     future = [part for part in row.response if isinstance(part, Frame)]
@@ -282,7 +282,7 @@ def film(row):
 
 
 def jpeg(pixels, side):
-    """uint8 (H, W, 3) -> bytes of a JPEG, its longer side at most `side` pixels. Source: ours."""
+    """uint8 (H, W, 3) -> bytes of a JPEG, its longer side at most `side` pixels."""
     from PIL import Image
 
     image, out = Image.fromarray(pixels), io.BytesIO()
@@ -293,8 +293,7 @@ def jpeg(pixels, side):
 
 # ------------------------------------------------------------------------- the process that decodes
 
-
-PATIENCE = 600.0  # seconds without a word, after which the process is ended
+PATIENCE = 600.0  # seconds without an answer, after which the process is ended
 
 
 class DecoderError(Exception):
@@ -361,11 +360,8 @@ class Decoder:
         return f"it ended the reading process ({cause})"
 
 
-# ------------------------------------------------------------------------------- in that process
-
-
 def decord(path, choose):
-    """As `Decoder.read`, by decord."""
+    """As `Decoder.read`, by decord. This and what follows runs in the process itself."""
     import decord
 
     clip = decord.VideoReader(path, num_threads=1)
@@ -390,8 +386,7 @@ def pyav(path, choose):
     with av.open(path) as container:
         stream = container.streams.video[0]
         fps = _rate(stream.average_rate or 0)
-        shown = [packet for packet in container.demux(stream) if _is_shown(packet)]
-        times = [None if p.pts is None else float(p.pts * p.time_base) for p in shown]
+        times = [_time(packet) for packet in container.demux(stream) if _is_shown(packet)]
     for _ in range(2):
         clock = clock_of(times, fps)
         numbers = choose(clock, fps) if times else []
@@ -425,6 +420,11 @@ def _is_shown(packet):
     return packet.size > 0 and not packet.is_discard and (packet.pts is None or packet.pts >= 0)
 
 
+def _time(packet):
+    """When a packet's frame is shown, in seconds; None if the file does not say."""
+    return None if packet.pts is None else float(packet.pts * packet.time_base)
+
+
 def _rate(fps):
     """Frames a second, where a clip does not say: 24."""
     fps = float(fps)
@@ -452,7 +452,7 @@ DECODERS = dict(decord=decord, PyAV=pyav)
 
 
 def serve(requests, replies):
-    """Answer until the other side is gone. Whatever a damaged file provokes becomes a word."""
+    """Answer until the parent is gone. Whatever a damaged file raises is sent as a message."""
 
     def send(*message):
         pickle.dump(message, replies, protocol=5)

@@ -1,9 +1,11 @@
-"""A model's folder: where it is, and what lies in it beside the weights. Ours.
+"""A model's folder: where to find it, and what it holds besides the weights.
 
-future_l1.json              what the model was trained with; every script starts from it
-preprocessor_config.json    and other files of the processors, from the folder it started from:
-                            others (AutoProcessor, vLLM, lmms-eval) need them
-trainer/                    optimizer and random state of a run's checkpoint
+future_l1.json              what the model was trained with; every script takes its defaults here
+custom_generate/            common/custom_generate.py: with it transformers' `generate` imagines
+preprocessor_config.json    and the other files of the processors, from the base model's folder,
+                            because AutoProcessor, vLLM and lmms-eval need them
+painter/                    latents to pixels, if tools/pictures.py has taught it
+trainer/                    optimizer and random state, in a run's checkpoint
 """
 
 import contextlib
@@ -17,16 +19,9 @@ import shutil
 from transformers.utils import cached_file
 
 SETTINGS = "future_l1.json"
-# what the model sees and may do: trained with it, it is asked with it
-SHARED = (
-    "system",
-    "num_frames",
-    "image_max_tokens",
-    "video_max_tokens",
-    "l_max",
-    "max_latents",
-    "show_options",
-)
+# what the model sees and may do: it should be asked as it was trained
+SHARED = ("system", "num_frames", "image_max_tokens", "video_max_tokens", "l_max", "max_latents")
+SHARED += ("show_options",)
 PROCESSORS = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
@@ -34,9 +29,8 @@ PROCESSORS = (
     "chat_template.json",
     "chat_template.jinja",
 )
-PROCESSOR, VIDEO_PROCESSOR = "Qwen3VLProcessor", "Qwen3VLVideoProcessor"
-CELL_PIXELS = 32 * 32  # of a token
-# the layout of data.py, as a template for others
+TOKEN_PIXELS = 32 * 32  # what one visual token covers
+# the chat layout of data.py as a Jinja template
 CHAT = """{% for message in messages %}<|im_start|>{{ message.role }}
 {% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}\
 {% if 'image' in part or part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>\
@@ -48,16 +42,16 @@ MB = 2**20
 
 
 def checkpoints(folder):
-    """The complete step_* folders of a run, oldest first. Half-written ones have another name."""
+    """The step_* folders of a run, oldest first. A half-written one still has another name."""
     paths = glob.glob(os.path.join(glob.escape(folder), "step_*"))
     complete = [path for path in paths if path.rsplit("_", 1)[1].isdigit()]
     return sorted(complete, key=lambda path: int(path.rsplit("_", 1)[1]))
 
 
 def newest(folder):
-    """A model's folder or hub id as it is; a run's folder -> its newest checkpoint.
+    """A run's folder -> its newest checkpoint; a model's folder or a hub id stays as it is.
 
-    Raises SystemExit if it is empty, is a path where nothing is, or is a folder without a model.
+    Raises SystemExit for an empty name, a path that does not exist, and a folder without a model.
     """
     if not folder:
         raise SystemExit("--model is missing: a model's folder, a run's folder or a hub id")
@@ -72,9 +66,9 @@ def newest(folder):
 
 
 def is_hub_id(name):
-    """Whether a name that is no folder here may be one of the hub's: one slash at most.
+    """Whether a name that is no local folder can be a hub id, which has one slash at most.
 
-    What would lie in a folder that is here, or in runs/, is a path that is mistyped.
+    A name below runs/ or below a local folder is taken for a mistyped path.
     """
     first = name.split("/")[0]
     here = "/" in name and (first == "runs" or os.path.isdir(first))
@@ -83,7 +77,7 @@ def is_hub_id(name):
 
 @contextlib.contextmanager
 def one_line_if_missing(name):
-    """Turns the OSError of a model that cannot be found into a SystemExit of one line."""
+    """Turn the OSError for a model that cannot be found into a SystemExit of one line."""
     try:
         yield
     except OSError as e:
@@ -92,11 +86,11 @@ def one_line_if_missing(name):
 
 
 def model_fingerprint(folder):
-    """What a model's folder or hub id holds -> hash.
+    """A model's folder or hub id -> a hash of its config.json and weights.
 
-    config.json as a whole; of each weight file its name, its size, its first and its last MB. So a
-    folder of 16 GB takes no longer than one of 16 MB, and a change in the middle of a file alone is
-    not seen. Raises SystemExit if there is no such model.
+    Each weight file counts with its name, its size, its first MB and its last MB, so that 16 GB
+    take no longer than 16 MB. A change in the middle of a file alone goes unnoticed. Raises
+    SystemExit if there is no such model.
     """
     with one_line_if_missing(folder):
         config = cached_file(folder, "config.json")
@@ -114,23 +108,19 @@ def model_fingerprint(folder):
     return digest.hexdigest()
 
 
-# --------------------------------------------------------------- what it was trained with, and more
+# ------------------------------------------------------------------ what the model was trained with
 
 
 def file_of(model, name):
-    """A file of a model's folder or hub id -> its path here, or None if it has none."""
-    if os.path.isdir(model):
-        path = os.path.join(model, name)
-        return path if os.path.exists(path) else None
+    """A file in a model's folder or hub id -> its local path, or None if there is none."""
     silent = ("missing_entries", "connection_errors", "gated_repo")
-    options = {f"_raise_exceptions_for_{what}": False for what in silent}
-    return cached_file(model, name, **options)
+    return cached_file(model, name, **{f"_raise_exceptions_for_{what}": False for what in silent})
 
 
 def trained_with(model):
-    """What a model's folder, run's folder or hub id was trained with -> its future_l1.json, or {}.
+    """The future_l1.json of a model's folder, a run's folder or a hub id as a dict; {} if none.
 
-    Raises SystemExit if the file cannot be read.
+    Raises SystemExit if the file is not JSON.
     """
     if os.path.isdir(model):
         model = (checkpoints(model) or [model])[-1]
@@ -155,8 +145,9 @@ def read_json(path):
 def describe_training(config, start, resumed, **facts):
     """The future_l1.json of a model that `config` trains from the folder or hub id `start`.
 
-    The settings it has in common with every script; `base`, where the first training began; a list
-    of the trainings. facts: of this training, the last. resumed: `start` is a checkpoint of it.
+    It holds the settings that all scripts share; `base`, the model the first training began with;
+    and a list of all trainings. facts: what is recorded about this training, the last in the list.
+    resumed: `start` is a checkpoint of this training.
     """
     before = trained_with(start)
     settings = {name: getattr(config, name) for name in SHARED if hasattr(config, name)}
@@ -164,54 +155,58 @@ def describe_training(config, start, resumed, **facts):
     earlier = before.get("trainings", [])
     this = dict(facts, data=os.path.basename(config.data))
     trainings = [*(earlier[:-1] if resumed else earlier), this]
-    base = before.get("base", plain_name(config.model))
-    return dict(settings, base=base, trainings=trainings, scores={})
+    # a local folder is recorded by its name, because its path is nobody else's business
+    local = os.path.isdir(config.model)
+    name = os.path.basename(os.path.normpath(config.model)) if local else config.model
+    return dict(settings, base=before.get("base", name), trainings=trainings, scores={})
 
 
 def add_scores(model, name, scores):
-    """Note in a model's folder what it scored on `name`, if it is ours and can be written."""
+    """Record a model's scores on the benchmark `name` in its folder, if it has a future_l1.json."""
     path = os.path.join(model, SETTINGS)
     if not os.access(path, os.W_OK):
         return
     about = trained_with(model)
     figures = ("n", "accuracy", "strict", "official", "chain", "answer", "average")
     about.setdefault("scores", {})[name] = {k: scores[k] for k in figures if k in scores}
-    write_settings(path, about)
+    write_json(path, about)
 
 
-def write_settings(path, about):
-    """Write a future_l1.json as a whole or not at all."""
+def write_json(path, content):
+    """Write a JSON file under a temporary name, then rename it."""
     with open(path + ".part", "w", encoding="utf-8") as f:
-        json.dump(about, f, indent=1, ensure_ascii=False)
+        json.dump(content, f, indent=1, ensure_ascii=False)
     os.replace(path + ".part", path)
 
 
-def plain_name(model):
-    """A hub id as it is, of a folder its name: what others may read."""
-    return os.path.basename(os.path.normpath(model)) if os.path.isdir(model) else model
-
-
 def own_processors(settings):
-    """{file: text}: Qwen3-VL's processors, with the pixel budgets of `settings`; the template."""
-    shared = dict(patch_size=16, temporal_patch_size=2, merge_size=2, processor_class=PROCESSOR)
-    shared.update(image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    image_cells = settings.get("image_max_tokens", 256)
-    video_cells = 2 * settings.get("video_max_tokens", 4096)  # a token covers two frames
-    texts = {"chat_template.jinja": CHAT}
-    for file, kind, name, cells in (
-        ("preprocessor_config.json", "image_processor_type", "Qwen2VLImageProcessor", image_cells),
-        ("video_preprocessor_config.json", "video_processor_type", VIDEO_PROCESSOR, video_cells),
-    ):
-        size = dict(shortest_edge=CELL_PIXELS, longest_edge=cells * CELL_PIXELS)
-        texts[file] = json.dumps({kind: name, "size": size, **shared}, indent=1)
-    return texts
+    """{file: text} of Qwen3-VL's processors with the pixel budgets of `settings`, and CHAT."""
+    shared = dict(patch_size=16, temporal_patch_size=2, merge_size=2)
+    shared.update(image_mean=[0.5] * 3, image_std=[0.5] * 3, processor_class="Qwen3VLProcessor")
+    images = dict(shared, image_processor_type="Qwen2VLImageProcessor")
+    images["size"] = pixels(settings.get("image_max_tokens", 256))
+    videos = dict(shared, video_processor_type="Qwen3VLVideoProcessor")
+    videos["size"] = pixels(2 * settings.get("video_max_tokens", 4096))  # a token covers two frames
+    return {
+        "chat_template.jinja": CHAT,
+        "preprocessor_config.json": json.dumps(images, indent=1),
+        "video_preprocessor_config.json": json.dumps(videos, indent=1),
+    }
+
+
+def pixels(tokens):
+    """The size of a picture of at most so many visual tokens, as processors write it."""
+    return dict(shortest_edge=TOKEN_PIXELS, longest_edge=tokens * TOKEN_PIXELS)
 
 
 def complete(folder, start, settings):
-    """Put into a saved model's folder what others need: `settings`, and the processors of `start`.
+    """Add to the folder of a saved model what others need to use it.
 
-    start: the folder or hub id that the model was made from; what it lacks is written as this
-    project reads pictures and lays out a chat. A file that the tokenizer has written is left.
+    `settings` become its future_l1.json, and max_latents goes into config.json as well, where
+    custom_generate reads it. start: the folder or hub id that the model was made from. The files of
+    its processors are copied; those it lacks are written so that they do what this project does. A
+    file that the tokenizer has written stays. A variant gets no custom_generate, because it decodes
+    otherwise.
     """
     for name in PROCESSORS:
         source = file_of(start, name)
@@ -224,4 +219,13 @@ def complete(folder, start, settings):
         if not os.path.exists(os.path.join(folder, name)):
             with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
                 f.write(text)
-    write_settings(os.path.join(folder, SETTINGS), settings)
+
+    config = read_json(os.path.join(folder, "config.json"))
+    if not config.get("variant"):
+        os.makedirs(os.path.join(folder, "custom_generate"), exist_ok=True)
+        target = os.path.join(folder, "custom_generate", "generate.py")
+        shutil.copyfile(os.path.join(os.path.dirname(__file__), "custom_generate.py"), target)
+    if "max_latents" in settings:
+        config["max_latents"] = settings["max_latents"]
+        write_json(os.path.join(folder, "config.json"), config)
+    write_json(os.path.join(folder, SETTINGS), settings)

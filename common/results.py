@@ -200,7 +200,7 @@ def walk(book, blocks, encode_row, workers):
     encode_row(row) -> anything but a Skipped. What cannot be read gets its line here and is left
     out; a block is left out if every row of it that can be read has its line.
     """
-    mine = book.machine.share(blocks)
+    mine = book.machine.my_part(blocks)
     ahead = DataLoader(
         [[book.rows[id] for id in block] for block in mine],
         batch_size=None,  # a block is a batch

@@ -298,7 +298,8 @@ def test_settings_and_pools_do_not_mix(world, probed, tmp_path):
     as it is.
     """
     before = open(os.path.join(probed, "probe.jsonl"), "rb").read()
-    for change in (dict(rollouts=3), dict(seed=1), dict(temperature=1.0), dict(judge_model="x")):
+    judge = dict(judge_model="x", judge_url="http://x/v1")
+    for change in (dict(rollouts=3), dict(seed=1), dict(temperature=1.0), judge):
         with pytest.raises(SystemExit, match="other values of " + next(iter(change))):
             curate.probe(config(world, probed, **change))
 

@@ -87,7 +87,7 @@ MARKED = ["data.py", "common/formats.py", "common/clips.py"]
 
 @pytest.mark.parametrize("file", MARKED)
 def test_each_deviation_is_marked_where_it_happens(file):
-    """Breaks if a numbered difference of a docstring has no line, or a line no number there."""
+    """Breaks if a numbered difference of a docstring has no line, or a line no such number."""
     source = text_of(file)
     listed = re.findall(r"^ ?(\d+)\. ", ast.get_docstring(ast.parse(source), clean=False), re.M)
     assert listed == [str(n + 1) for n in range(len(listed))] and listed

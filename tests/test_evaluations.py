@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from common.summary import about
+from common.report import about
 from scripted import FB, futurebench, line, play, settings
 
 import evaluate

@@ -549,9 +549,10 @@ def test_repetitive_is_minus_one_and_wrong():
         total = [1 + 0.2 * c[0], -0.9 + 0.1 + 0.2 * c[1], 1 + 0.2 * c[2]]
         assert found["contrastive"] == pytest.approx(c, abs=1e-5)
         assert found["total"] == pytest.approx(total, abs=1e-5)
-    exactly = "x x x x x"  # 0.5 itself is not over 0.5
+    exactly = "no no no no <answer>no</answer>"  # 0.5 itself is not over 0.5
     assert repetition_score(exactly) == 0.5
-    assert score_group([exactly], [None], [[]], "red")["accuracy"] == [0]
+    found = score_group([exactly], [None], [[]], "no")
+    assert found["accuracy"] == [1] and found["correct"] == [True]
 
 
 def test_verdicts():

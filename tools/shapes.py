@@ -8,6 +8,7 @@ Weights and words are random: only what a step costs can be seen with them.
 import dataclasses
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer, Qwen3VLConfig
 
@@ -246,6 +247,23 @@ def prompt(config, rows, device, latents=0, length=0, video=False):
     return batch
 
 
+def sft_sample(config, device):
+    """A sample of SFT with four future frames of four latents -> what `sft.sft_loss` takes, and the
+    frames (future_pixel_values, future_grid_thw). What follows the prompt carries labels.
+
+    config: as `prompt` reads it, and its `sft_tokens`.
+    """
+    batch = prompt(config, 1, device, latents=16, length=config.sft_tokens)
+    ids = batch["input_ids"]
+    labels = ids.masked_fill(ids == special(config.shape).latent, -100)
+    labels[:, : config.images * 258 + config.words] = -100
+    frames = dict(
+        future_pixel_values=torch.randn(4 * 16, 1536, device=device),
+        future_grid_thw=torch.tensor([[1, 4, 4]] * 4, device=device),
+    )
+    return dict(batch, labels=labels, **frames)
+
+
 def random_group(config, hidden, device, shortest=1.0):
     """A rollout of n random rows, each with 4 spans of 2 latents.
 
@@ -253,12 +271,13 @@ def random_group(config, hidden, device, shortest=1.0):
     """
     ids, longest = special(config.shape), max(config.new_tokens, 16)
     span = torch.tensor([ids.latent_start, ids.latent, ids.latent, ids.latent_end])
-    lengths = torch.linspace(max(16, shortest * longest), longest, config.n).long()
+    lengths = np.linspace(max(16, shortest * longest), longest, config.n).astype(int).tolist()
     tokens = torch.full((config.n, longest), ids.eos)
-    for row, length in zip(tokens, lengths.tolist()):
+    for row, length in zip(tokens, lengths):
         row[:length] = torch.randint(1000, 9000, (length,))
         for k in range(4):
             row[k * length // 4 :][:4] = span
+    lengths = torch.tensor(lengths)
     sampled = torch.arange(longest) < lengths[:, None]  # (n, length)
     return Rollout(
         tokens.to(device),

@@ -74,10 +74,9 @@ ablate() {  # does the answer depend on what is imagined?
 }
 
 draw() {  # the painter of the base model, and what LA-DAPO's model imagines
-  trained=$(ls -d "$home"/la-dapo/step_* | tail -n 1)
-  cp -r "$(ls -d "$home"/base/step_* | tail -n 1)/painter" "$trained/"
-  python -m tools.pictures --config toy/pictures.json --model "$trained" \
-    --data "$data/test.jsonl" --out "$home/pictures"
+  cp -r "$(newest "$home/base")/painter" "$(newest "$home/la-dapo")/" &&
+    python -m tools.pictures --config toy/pictures.json --model "$home/la-dapo" \
+      --data "$data/test.jsonl" --out "$home/pictures"
 }
 
 score_all() {

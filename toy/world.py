@@ -37,7 +37,6 @@ from tqdm import tqdm
 
 from common.cli import run_script
 from common.clips import key_frame_positions, read_clip
-from common.report import axes
 from common.run import write_json
 
 SIZE, WALL, BALL = 160, 12, 13  # pixels: side of the picture, thickness of a wall, ball's radius
@@ -378,13 +377,16 @@ def same_number(pool, selected, seed, folder):
     write_rows(os.path.join(folder, "random.jsonl"), [records[i] for i in order[: len(chosen)]])
 
 
-def draw_key_frames(clip, titles, png):
-    """The eight key frames of a clip in a row, under titles {index: text}, else their numbers."""
-    frames, *_ = read_clip(clip, key_frame_positions)
-    fig, places = axes(8, 11, 1.7)
-    for i, (place, frame) in enumerate(zip(places, frames), 1):
-        place.imshow(frame)
-        place.set(xticks=[], yticks=[], title=titles.get(i, f"{i}"))
+def draw_key_frames(clip, png):
+    """The eight key frames of a clip in a row, under what they are to the 3-hop question."""
+    from matplotlib.figure import Figure  # here alone: it takes a while to import
+
+    frames, _, _ = read_clip(clip, key_frame_positions)
+    titles = {3: "3 seen", 4: "4 seen", 5: "5 future", 6: "6 future", 7: "7 future"}
+    fig = Figure(figsize=(11, 1.7), layout="constrained")
+    for i, (ax, frame) in enumerate(zip(fig.subplots(1, 8), frames), 1):
+        ax.imshow(frame)
+        ax.set(xticks=[], yticks=[], title=titles.get(i, f"{i}"))
     fig.savefig(png, dpi=120)
 
 
@@ -394,8 +396,7 @@ def main(config):
     claim(config)
     if not os.path.exists(picture):
         make_world(config)
-        titles = {3: "3 seen", 4: "4 seen", 5: "5 future", 6: "6 future", 7: "7 future"}
-        draw_key_frames(os.path.join(config.out, "clips", "0.mp4"), titles, picture)
+        draw_key_frames(os.path.join(config.out, "clips", "0.mp4"), picture)
     print(f"{config.out}: {config.clips} training clips, {config.eval_clips} held-out ones")
 
 

@@ -108,11 +108,11 @@ def find_places(layout, visual):
 def add_recovery(model, every=5):
     """Give a FutureL1 the module, behind its layers 0, every, 2 every, ...: it changes nothing yet.
 
-    From now on it is saved as a `Model`.
+    What is saved from now on is loaded with cls=Model.
     """
     text, c = model.model.language_model, model.config.text_config
     where = range(0, len(text.layers), every)
-    model.config.variant, model.config.cue_every = "cue_recovery", every
+    model.config.cue_every = every
     recovery = Recovery(c.hidden_size, c.num_attention_heads, len(where), c.rms_norm_eps)
     model.recovery = recovery.to(model.lm_head.weight)
 
@@ -148,8 +148,9 @@ def _behind(recovery, k, layer, args, inputs, h):
 
 
 class Model(FutureL1):
-    """FutureL1 with the module: what `model.load` makes of a folder that has it."""
+    """FutureL1 with the module, if its config says so: `model.load(folder, cls=Model)`."""
 
     def __init__(self, config):
         super().__init__(config)
-        add_recovery(self, config.cue_every)
+        if getattr(config, "cue_every", None):
+            add_recovery(self, config.cue_every)

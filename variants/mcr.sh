@@ -69,17 +69,17 @@ PYTHON
 
 # play MODEL OUT T: the held-out questions in loops, greedy (T 0) or drawn; accuracy and looks
 play() { python - "$1" "$data/mcr_test_0.jsonl" "$2" "$3" "$SEED" <<'PYTHON'; }
-import json, os, sys, torch
+import os, sys, torch
 import numpy as np
 from common.formats import read_rows
 from common.runs import newest, write_json
 from model import load
 from rewards import accuracy_reward
+from toy.tiny import settings
 from variants import mcr
 
 folder, data, out, temperature, seed = sys.argv[1:]
-with open("toy/eval.json") as f:
-    shown = {k: v for k, v in json.load(f).items() if k in ("image_max_tokens", "l_max", "system")}
+shown = {name: settings("eval")[name] for name in ("image_max_tokens", "l_max", "system")}
 config = mcr.Config(**shown, max_new_tokens=64, max_latents=2, max_turns=8, max_looks=4)
 model, tokenizer = load(newest(folder))
 how = {}

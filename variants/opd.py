@@ -18,7 +18,6 @@ from X, so that I(y_n; S | X, y_<n) = 0, Eq. (1): what it teaches can be learnt.
 
 -A_n is one sample of KL(p, p_T) at step n. The gradient is that of the sum of these KLs with the
 visited states held constant: how a word changes what comes after it is not seen (no return-to-go).
---full_kl     the KL itself, over all words, or over stop and continue: no sampling. Ours.
 --gate        StreamOPD's weights (arXiv 2608.16320): A <- w A, w = clip(1 + g~ / 2, 0, 2). g is a
               response's mean of log p_T(. | X, S) - log p_T(. | X), g~ standardised over a group.
 --lam         adds lam sum ||z - z_T||^2 / sum ||z_T||^2, z_T what the teacher would imagine. Ours.
@@ -40,26 +39,21 @@ import dataclasses
 import math
 import os
 from collections import Counter
-from typing import NamedTuple
 
 import torch
-from common.checkpoint import make_optimizer
-from common.groups import Harvest, RolloutLog, check_readable, load_prompts, log_line, prepare
-from torch.utils.checkpoint import checkpoint
 
 import la_dapo
 from common.cli import run_script
-from common.machine import Machine
+from common.formats import Skipped
+from common.machine import Machine, set_sync
 from common.report import draw_curves
-from common.run import Run, rows_of
-from data import DataConfig, at_least, collate, model_inputs, tokenize
-from latent_decode import LOGITS
-from model import log_continue
+from common.run import Run, read_ahead, rows_of
+from data import DataConfig, Samples, at_least, collate, model_inputs, tokenize
 from rewards import pick, score_group
-from variants.cue_recovery import add_recovery
+from variants.cue_recovery import Model, add_recovery
+from variants.noisy_latents import each_alone
 
 CURVES = (("accuracy",), ("gap",), ("latent",), ("entropy",), ("grad_norm",))
-FIGURES = ("loss", "gap", "entropy", "latent")
 
 
 @dataclasses.dataclass
@@ -87,7 +81,6 @@ class Config(DataConfig):
     # objective
     average: str = "trajectory"  # weights: trajectory, 1/|y| (paper) | token, all alike (official)
     eps: float = 0.2  # official
-    full_kl: bool = False  # the KL itself, over the vocabulary  # ours
     lam: float = 0.0  # weight of the distance to the teacher's latents  # ours
     gate: bool = False  # weigh a rollout by what the cue tells of it  # StreamOPD
     inner_epochs: int = 1  # updates from the same rollouts  # ours
@@ -100,23 +93,19 @@ class Config(DataConfig):
     lr: float = 1e-6  # paper Table 3
     warmup_steps: int = 0  # linear  # ours
     final_lr: float = 1.0  # share of lr at the last step, reached linearly  # ours
-    beta1: float = 0.9  # AdamW's default
     beta2: float = 0.999  # AdamW's default
-    weight_decay: float = 0.0  # ours
     clip: float = 1.0  # gradient norm  # ours
-    freeze_vision: bool = True  # vision tower and merger  # as in SFT
     # machine
     bf16: bool = True  # on CUDA; the CPU computes in fp32  # ours
     gradient_checkpointing: bool = False  # recompute activations: less memory, slower  # ours
     save_every: int = 10  # steps between checkpoints; the last two are kept  # ours
-    sample_every: int = 10  # steps between whole rollouts written to rollouts_*.jsonl  # ours
     track: str = ""  # also log to wandb | trackio, a package that is installed  # ours
     lora_rank = 0  # no flag: all weights are trained
 
     def __post_init__(self):
         super().__post_init__()
         at_least(self, 1, "prompts", "group_size", "rollout_batch", "max_new_tokens")
-        at_least(self, 1, "inner_epochs", "micro_batch", "save_every", "sample_every")
+        at_least(self, 1, "inner_epochs", "micro_batch", "save_every")
         at_least(self, 0, "steps", "max_latents", "warmup_steps")
         at_least(self, -1, "adjoint_terms")
         if self.privilege not in ("cue", "answer", "none"):
@@ -170,182 +159,160 @@ def token_weights(sampled, average, n_rollouts, n_tokens):
     return sampled / sampled.sum(1, keepdim=True).clamp(min=1) / n_rollouts
 
 
-def reverse_kl(logp, logq, in_span, stop):
-    """KL(p, q) of the choice there was at each position -> (S,). Source: ours.
-
-    logp, logq (S, V). in_span (S,) bool: there the choice is to stop, with the id `stop`, or not.
-    """
-
-    def events(logp):
-        return torch.stack([logp[:, stop], log_continue(logp[:, stop])], -1)  # (S, 2)
-
-    words, p, q = (logp.exp() * (logp - logq)).sum(-1), events(logp), events(logq)
-    return torch.where(in_span, (p.exp() * (p - q)).sum(-1), words)
-
-
 def gate(g):
     """g, what the cue tells of each rollout (B, G) -> StreamOPD's w = clip(1 + g~ / 2, 0, 2)."""
     mean, std = g.mean(1, keepdim=True), g.std(1, correction=0, keepdim=True)
     return (1 + 0.5 * (g - mean) / (std + 1e-4)).clamp(0, 2)
 
 
-# ------------------------------------------------------------------------------------------- update
-
-
-class Pair(NamedTuple):
-    """Who learns from whom."""
-
-    model: torch.nn.Module  # the student
-    tokenizer: object
-    teacher: torch.nn.Module
-    feed: None = None  # la_dapo.roll_out: latents are the model's own
+# --------------------------------------------------------------------------------------------- loss
 
 
 @torch.no_grad()
-def ask_teacher(pair, batch, config):
+def ask_teacher(teacher, tokenizer, batch, config):
     """What the teacher makes of a batch's rollouts -> its Replay, the weight w of each (R, 1)."""
-    samples = [hinted(group.sample, pair.tokenizer, config) for group in batch.groups]
+    samples = [hinted(group.sample, tokenizer, config) for group in batch.groups]
     prompts = model_inputs(collate(samples, 0, side="left"))  # pads are masked
-    told = la_dapo.replayed(pair.teacher, dataclasses.replace(batch, prompts=prompts), config)
+    told = la_dapo.replayed(teacher, dataclasses.replace(batch, prompts=prompts), config)
     if not config.gate:
         return told, torch.ones_like(batch.A)
-    plain = la_dapo.replayed(pair.teacher, batch, config)
+    plain = la_dapo.replayed(teacher, batch, config)
     g = (told.logprobs - plain.logprobs).sum(1) / batch.weight.sum(1).clamp(min=1)  # (R,)
     return told, gate(g.view(-1, config.group_size)).view(-1, 1)
 
 
-def opd_loss(pair, batch, teacher, weight, size, config, figures):
-    """A batch's share of L, Eq. (7); weight (R, T), size: sum ||z_T||^2 of the step."""
-    new = la_dapo.replayed(pair.model, batch, config)
+def opd_loss(model, batch, told, weight, size, config):
+    """A batch's share of L, Eq. (7), and figures for the log.
+
+    told: the teacher's Replay. weight (R, T). size: sum ||z_T||^2 of the step.
+    """
+    new = la_dapo.replayed(model, batch, config)
     # with one update a step the policy has not moved: what differs is only the decoder's kernels
     old = new.logprobs.detach() if config.inner_epochs == 1 else batch.rollout.logprobs
-    A = advantages(teacher.logprobs, old)  # (R, T)
-    if config.full_kl:
-        kl = full_kl(pair, new, teacher, batch, config)  # (S,)
-        each = torch.zeros_like(A).masked_scatter(batch.rollout.sampled, kl)
-    else:
-        each, _ = la_dapo.clipped_surrogate(new.logprobs, old, A, config.eps, config.eps)
-    error = (new.predicted - teacher.predicted).square().sum() / max(size, 1e-12)
+    A = advantages(told.logprobs, old)  # (R, T)
+    each, _ = la_dapo.clipped_surrogate(new.logprobs, old, A, config.eps, config.eps)  # (R, T)
+    error = (new.predicted - told.predicted).square().sum() / max(size, 1e-12)
     loss = (each * weight).sum() + (config.lam * error if config.lam else 0)
-    for name, value in dict(loss=each.detach(), gap=A, entropy=new.entropy).items():
-        figures[name] += (value * weight).sum().item()
-    figures["latent"] += error.item()
-    return loss + la_dapo.through_latents(loss, new, batch, config)
-
-
-def full_kl(pair, new, teacher, batch, config):
-    """KL(p, p_T) at each visited position (S,); logits are in memory a piece at a time. Ours."""
-    c, token = pair.model.config, batch.rollout.tokens[batch.rollout.sampled]  # (S,)
-    in_span = (token == c.latent_id) | (token == c.latent_end_id)
-
-    def piece(h, h_teacher, in_span):
-        logp = (pair.model.logits(h) / config.temperature).log_softmax(-1)  # (S', V)
-        logq = (pair.teacher.logits(h_teacher) / config.temperature).log_softmax(-1)
-        return reverse_kl(logp, logq, in_span, c.latent_end_id)
-
-    pieces = zip(*(x.split(LOGITS) for x in (new.states, teacher.states, in_span)))
-    return torch.cat([checkpoint(piece, *some, use_reentrant=False) for some in pieces])
-
-
-def update(pair, optimizer, groups, lr, config, machine):
-    """All updates of a step from this rank's rollouts (may be none) -> figures of all ranks."""
-    parts = [groups[i : i + config.micro_batch] for i in range(0, len(groups), config.micro_batch)]
-    batches = [prepare(part, False, machine.device) for part in parts]
-    sampled = [row for batch in batches for row in batch.rollout.sampled]
-    with machine.autocast():
-        views = [ask_teacher(pair, batch, config) for batch in batches]
-    size = sum(teacher.predicted.square().sum() for teacher, _ in views)
-    *counts, size = machine.sum([len(sampled), sum(row.sum() for row in sampled), size])
-
-    figures = Counter()
-    for _ in range(config.inner_epochs):
-        for batch, (teacher, w) in zip(batches, views):
-            weight = w * token_weights(batch.rollout.sampled, config.average, *counts)
-            with machine.autocast():
-                loss = opd_loss(pair, batch, teacher, weight, size, config, figures)
-            loss.backward()
-        norm = machine.step(optimizer, lr, config.clip)
-    sums = machine.sum([figures[name] / config.inner_epochs for name in FIGURES])
-    return dict(zip(FIGURES, sums), grad_norm=norm, updates_skipped=int(not math.isfinite(norm)))
+    figures = dict(
+        loss=(each.detach() * weight).sum(),
+        gap=(A * weight).sum(),
+        entropy=(new.entropy * weight).sum(),
+        latent=error.detach(),
+    )
+    return loss + la_dapo.through_latents(loss, new, batch, config), figures
 
 
 # --------------------------------------------------------------------------------------------- loop
 
 
-def collect(pair, batches, first, config, machine):
-    """Roll out a step's prompts -> Harvest, the batch of prompts that is next."""
-    harvest, end = Harvest(), first + -(-config.prompts // config.rollout_batch)
-    for k in range(first, end):
-        if k % machine.world != machine.rank:
-            continue
-        batch = next(batches)
-        with harvest.tally.clock("rollout"):
-            groups = la_dapo.roll_out(pair, batch, k, config, machine)
-        for group in groups:  # what they earn is for the log
-            row, rollouts = group.sample["row"], (group.texts, group.rollout.latents, group.spans)
-            known = row.options and pick(row.answer, row.options) is not None
-            group.parts = score_group(*rollouts, row.answer, row.options if known else None)
-            group.verdict, group.slot, group.A = "kept", 0, torch.zeros(config.group_size)
-        harvest.groups += groups
-        harvest.skipped += batch["skipped"]
-    harvest.count()
-    return harvest, end
-
-
 def load_pair(run):
-    """-> Pair. Raises SystemExit if they do not fit, or the teacher is not that of the start."""
-    c, (model, tokenizer) = run.config, la_dapo.load_model(run)
+    """-> the student, its tokenizer, the frozen teacher.
+
+    Raises SystemExit if they do not fit, or the teacher is not the one the run began with.
+    """
+    c, (model, tokenizer) = run.config, run.load(cls=Model)
     if c.recovery and not hasattr(model, "recovery"):
         add_recovery(model)
     folder = run.start_folder(c.teacher)
-    teacher, words = run.machine.load(folder)
+    teacher, words = run.machine.load(folder, cls=Model)
     same_width = model.lm_head.in_features == teacher.lm_head.in_features
     if not same_width or tokenizer.get_vocab() != words.get_vocab():
         raise SystemExit(f"{folder}: a teacher needs the student's hidden size and its tokenizer")
-    return Pair(model, tokenizer, teacher.requires_grad_(False))
+    return model, tokenizer, teacher.requires_grad_(False)
 
 
-def train(config, rows=None):
-    """Run the distillation on rows, default those of config.data -> path of the last checkpoint.
+def train(config):
+    """Run the distillation -> path of the last checkpoint.
 
     Raises SystemExit on a folder in use or bad input.
     """
+    # the run's folder, student and teacher, the prompts in their order
     machine = Machine(config.bf16)
-    rows = rows_of(config) if rows is None else rows
+    rows = rows_of(config)
     run = Run(config, rows, machine, config.label)
-    pair = load_pair(run)
+    torch.manual_seed(config.seed)
+    model, tokenizer, teacher = load_pair(run)
+    model.model.visual.requires_grad_(False)
     hints = sum(bool(hint(row, config)) for row in rows)
     steps = config.steps or int(len(rows) * config.epochs) // config.prompts
     if not steps or not (hints or config.privilege == "none"):
         raise SystemExit(f"{len(rows)} rows, {hints} with a hint ({config.privilege}): too few")
-    optimizer, _ = make_optimizer(pair.model, config)
+    student = machine.wrap(model, unused=True)  # without adjoint_terms a head has no gradient
+    # matrices before vectors: the order decides how the gradient's norm is rounded
+    trained = sorted((p for p in model.parameters() if p.requires_grad), key=lambda p: p.ndim < 2)
+    betas = 0.9, config.beta2
+    optimizer = torch.optim.AdamW(trained, config.lr, betas, weight_decay=0.0, fused=True)
     place = run.state["batch"] if run.state else 0  # the batch of prompts that comes next
-    batches = load_prompts(rows, pair.tokenizer, place, config, machine)
+    size, hidden = config.rollout_batch, model.config.text_config.hidden_size
+    batches_a_step = -(-config.prompts // size)
+    plan = la_dapo.prompt_batches(len(rows), size, place, config.seed, machine.rank, machine.world)
+    prompts = iter(read_ahead(Samples(rows, tokenizer, config, train=False), plan, config.workers))
     text = f"{config.label}: {len(rows)} prompts, {hints} with a hint, {steps} steps"
-    run.start(pair.model, optimizer, f"{text} of {config.prompts} x {config.group_size}")
-    rollouts = RolloutLog(run)
+    run.start(model, optimizer, f"{text} of {config.prompts} x {config.group_size}")
 
-    for step in run.log.steps(steps, run.name):
-        # the student answers
-        harvest, end = collect(pair, batches, place, config, machine)
-        skipped, _ = run.log.skips(harvest.skipped)
-        tally = harvest.tally.over(machine)
-        check_readable(step, tally, skipped)
+    for step in run.steps(steps):
+        # the student answers; what its answers earn is for the log alone
+        groups, skipped = [], []
+        for k in range(place, place + batches_a_step):
+            if k % machine.world == machine.rank:
+                samples = next(prompts)
+                with machine.autocast():
+                    groups += la_dapo.roll_out(model, tokenizer, samples, k, config)
+                skipped += [sample for sample in samples if isinstance(sample, Skipped)]
+        place += batches_a_step
+        for group in groups:
+            row = group.sample["row"]
+            options = row.options if pick(row.answer, row.options or []) is not None else None
+            rollouts = group.texts, group.rollout.latents, group.spans
+            group.parts = score_group(*rollouts, row.answer, options)
+            group.verdict, group.A = "kept", torch.zeros(config.group_size)
 
-        # the teacher scores, and the student learns
-        lr = la_dapo.schedule(step, steps, config)
-        with tally.clock("update"):
-            figures = update(pair, optimizer, harvest.groups, lr, config, machine)
+        # the teacher scores every rollout, equal ones too
+        batches, counts = la_dapo.batches_of(groups, hidden, config, machine, each_alone)
+        real = [batch for batch in batches if batch.groups]  # the others fill up, see batches_of
+        with machine.autocast():
+            views = [ask_teacher(teacher, tokenizer, batch, config) for batch in real]
+        (z_size,) = machine.sum([sum(told.predicted.square().sum() for told, _ in views)])
 
-        line = dict(step=step, lr=lr, **figures, **log_line(tally, skipped, {}))
-        run.log.write(line, gap=line["gap"], accuracy=line["accuracy"])
-        rollouts.write(step, harvest.groups)
-        place, trained = end, (pair.model, pair.tokenizer, optimizer)
-        due = run.save_if_due(step + 1, steps, *trained, batch=end)
-        if due and machine.master:
-            draw_curves(run.log.path, os.path.join(config.out, "opd.png"), CURVES)
-    return run.checkpoint
+        # the student learns: loss, backward, clip, step
+        lr, figures, norms = la_dapo.learning_rate(step, steps, config), Counter(), []
+        for _ in range(config.inner_epochs):
+            for i, batch in enumerate(batches):
+                set_sync(student, last=i == len(batches) - 1)
+                sampled = batch.rollout.sampled
+                weight = token_weights(sampled, config.average, counts.rollouts, counts.tokens)
+                if i < len(views):
+                    told, w = views[i]
+                    arguments = batch, told, w * weight, z_size
+                else:
+                    with torch.no_grad():
+                        told = la_dapo.replayed(teacher, batch, config)
+                    arguments = batch, told, weight, z_size
+                with machine.autocast():
+                    loss, logged = student(opd_loss, *arguments, config)
+                (loss * machine.world).backward()  # DDP averages the ranks' gradients
+                figures.update({name: float(value) for name, value in logged.items()})
+            norms.append(torch.nn.utils.clip_grad_norm_(trained, config.clip).item())
+            for param_group in optimizer.param_groups:
+                param_group["lr"] = lr
+            if math.isfinite(norms[-1]):
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        # a line in the log, and now and then a checkpoint
+        skipped, _ = run.skips(skipped)
+        line = dict(step=step, lr=lr, **la_dapo.update_figures(figures, norms, machine))
+        line.update(la_dapo.rollout_figures(groups, groups, groups, machine))
+        line.update(skipped=len(skipped), skipped_names=skipped)
+        if step == 0 and not line["rollouts"]:
+            raise SystemExit(f"none of the first prompts could be used, e.g. {skipped[:1]}")
+        run.log(line, "gap", "accuracy")
+        if run.due(step + 1, steps):
+            run.save(step + 1, model, tokenizer, optimizer, batch=place)
+            if machine.master:
+                draw_curves(run.path, os.path.join(config.out, "opd.png"), CURVES)
+    return run.finish()
 
 
 if __name__ == "__main__":
-    run_script(lambda config: print("last checkpoint:", train(config)), Config)
+    run_script(train, Config)

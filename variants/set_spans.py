@@ -47,14 +47,13 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from common.sampling import choose_word
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 import sft
 from common.cli import run_script
 from data import model_inputs
-from latent_decode import Rollout
+from latent_decode import Rollout, choose_word
 from model import FutureL1
 
 FAR = 2**40  # the order of padding: nobody sees it

@@ -9,8 +9,11 @@ import sys
 
 import pytest
 
+import evaluate
+import la_dapo
 import sft
 from common.cli import parse_config, run_script
+from common.folder import SETTINGS
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -44,6 +47,61 @@ def test_help_shows_the_comments(capsys):
     assert "weight of the latent term, Eq. (1) (paper Table 8) (default: 0.1)" in said
     assert "frames sampled from a clip" in said and "share of the steps, linear" in said
     assert "#" not in said
+
+
+def folder_with(tmp_path, **about):
+    """A model's folder that records what the model was trained with -> its path."""
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    (tmp_path / "m" / SETTINGS).write_text(json.dumps(about))
+    return str(tmp_path / "m")
+
+
+def test_precedence(tmp_path, capsys):
+    """Breaks if one of flag, --config, protocol, folder and dataclass overrides an earlier one, or
+    an override is silent.
+    """
+    about = dict(system="watch", l_max=3, max_latents=5, num_frames=7, image_max_tokens=9, lr=1)
+    model = folder_with(tmp_path, **about, video_max_tokens=11)
+    config = parse_config(evaluate.Config, ["--model", model])
+    assert (config.system, config.l_max, config.max_latents) == ("watch", 3, 5)
+    assert (config.num_frames, config.image_max_tokens, config.video_max_tokens) == (7, 9, 11)
+    assert config.max_new_tokens == 2048 and capsys.readouterr().err == ""
+
+    config = parse_config(evaluate.Config, ["--model", model, "--benchmark", "futurebench"])
+    assert (config.num_frames, config.video_max_tokens, config.l_max) == (32, 12288, 3)
+    assert "num_frames is 32, the model was trained with 7" in capsys.readouterr().err
+
+    saved = tmp_path / "settings.json"
+    saved.write_text(json.dumps(dict(model=model, l_max=2, num_frames=20, written=1.5, limit=4)))
+    for path in (saved, tmp_path):
+        argv = ["--config", str(path), "--benchmark", "futurebench", "--num-frames", "8"]
+        config = parse_config(evaluate.Config, argv)
+        assert (config.model, config.limit, config.l_max, config.num_frames) == (model, 4, 2, 8)
+        assert config.video_max_tokens == 12288 and config.image_max_tokens == 9
+    assert "l_max is 2, the model was trained with 3" in capsys.readouterr().err
+
+    assert parse_config(sft.Config, ["--model", model]).lr == 1e-5  # what is not shared stays
+    assert parse_config(la_dapo.Config, ["--model", model]).max_latents == 5
+    assert parse_config(evaluate.Config, []).l_max == 4
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "not JSON"),
+        ("[1]", "expected an object, found list"),
+        ('{"lambda": 1}', "this script has no flag lambda"),
+        ('{"steps": "many"}', "steps should be int, found 'many'"),
+        ('{"spans": 1}', "spans should be bool, found 1"),
+    ],
+)
+def test_saved_values_that_do_not_fit(content, message, tmp_path):
+    """Breaks if a misspelt or mistyped value of a file is taken in silence."""
+    path = tmp_path / "c.json"
+    path.write_text(content)
+    with pytest.raises(SystemExit, match=message):
+        parse_config(sft.Config, ["--config", str(path)])
 
 
 def scripts():

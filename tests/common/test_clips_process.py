@@ -1,4 +1,4 @@
-"""What reads clips may die: that costs a clip, not the run."""
+"""common/clips.py: the process that decodes may die, and that costs a clip, not the run."""
 
 import dataclasses
 import json
@@ -50,9 +50,13 @@ def fatal(world, stand_in_decord, tmp_path):
     return str(path)
 
 
-def log_of(out):
-    with open(os.path.join(out, "log.jsonl")) as f:
+def read_lines(path):
+    with open(path) as f:
         return [json.loads(line) for line in f]
+
+
+def log_of(out):
+    return read_lines(os.path.join(out, "log.jsonl"))
 
 
 @pytest.mark.slow  # whole trainings
@@ -88,17 +92,16 @@ def test_la_dapo_goes_on(world, fatal, tmp_path):
     assert len(names) >= 4 and all(SAID in why for _, why in names)
 
 
-@pytest.mark.slow  # whole trainings
-@pytest.mark.parametrize("workers", [0, 1])
-def test_curate_and_evaluate_go_on(workers, world, fatal, tmp_path):
+@pytest.mark.slow  # whole runs
+def test_curate_and_evaluate_go_on(world, fatal, tmp_path):
     """As test_sft_goes_on; each line says what became of its row."""
-    shared = dict(model=world["model"], data=fatal, max_new_tokens=6, workers=workers)
-    shared.update(TINY_DATA, max_bad=0.6)
+    shared = dict(model=world["model"], data=fatal, max_new_tokens=6)
+    shared.update(TINY_DATA, max_bad=0.6, workers=1)
     for _ in range(2):  # the second run tries again what could not be read
         evaluate.evaluate(evaluate.Config(**shared, out=str(tmp_path / "e"), batch=3))
         curate.probe(curate.Config(**shared, out=str(tmp_path / "c"), rollouts=2))
         for path in ("e/samples.jsonl", "c/probe.jsonl"):
-            lines = [json.loads(line) for line in open(tmp_path / path)]
+            lines = read_lines(tmp_path / path)
             assert [SAID in line.get("skipped", "") for line in lines].count(True) == 4
             assert len(lines) == 8
 

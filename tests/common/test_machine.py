@@ -124,6 +124,7 @@ def trained(world, loud, tmp_path_factory):  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim, "AdamW", SMOOTH)
         sft.train(sft_run("one"))
+        sft.train(sft_run("one_vision", freeze_vision=False))
         sft.train(sft_run("one_lora", lora_rank=3))
         la_dapo.train(rl_run("one"))
         la_dapo.train(rl_run("one_lora", lora_rank=3))
@@ -134,6 +135,8 @@ def trained(world, loud, tmp_path_factory):  # noqa: F811
             folder,
             ("sft", sft_run("two", shard=True)),
             ("sft", sft_run("two_ddp")),
+            ("sft", sft_run("two_vision", shard=True, freeze_vision=False)),
+            ("sft", sft_run("two_vision_ddp", freeze_vision=False)),
             ("sft", sft_run("stock", shard=True, gradient_checkpointing=True, latent_head="")),
             ("sft", sft_run("goes_on", shard=True, resume=True)),
             ("la_dapo", rl_run("two", shard=True, gradient_checkpointing=True)),
@@ -173,6 +176,13 @@ def test_sft_in_parts_is_sft(trained, name):
     if name == "again":  # as many ranks: to the bit
         a, b = (weights(trained / "sft" / run / "step_000002") for run in ("two", name))
         assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["two_vision", "two_vision_ddp"])
+def test_a_vision_tower_that_is_trained_in_parts(trained, name):
+    """Breaks if a rank without pictures takes no part in the gradients of the vision tower."""
+    assert_same(trained / "sft" / "one_vision", trained / "sft" / name, "ce", "grad_norm")
 
 
 @pytest.mark.slow

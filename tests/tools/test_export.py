@@ -1,5 +1,6 @@
 """A folder to give away."""
 
+import filecmp
 import os
 
 import pytest
@@ -11,6 +12,7 @@ from test_sft import settings
 import evaluate
 import sft
 from common.folder import SETTINGS, trained_with
+from common.painter import Painter
 from model import load
 from tests.conftest import TINY_DATA
 from tools import export
@@ -24,18 +26,21 @@ def run(world, tmp_path_factory):
 
 
 def test_round_trip(world, run, tmp_path, capsys):
-    """Breaks if weights, settings or the head are lost, trainer state goes along, or the card
-    leaves out what the model was made from.
+    """Breaks if weights, settings, the head or the painter are lost, trainer state goes along, or
+    the card leaves out what the model was made from.
     """
     shared = dict(data=world["test"], max_new_tokens=6, workers=0, **TINY_DATA)
     scores = evaluate.evaluate(evaluate.Config(model=run, out=str(tmp_path / "eval"), **shared))
     out = str(tmp_path / "given")
     config = export.Config(run, out, licence="apache-2.0", base="Qwen/Qwen3-VL-2B-Instruct")
     config.evals = str(tmp_path / "eval")
+    Painter(96).save(os.path.join(run, "step_000001"))
     export.export(config)
     source = os.path.join(run, "step_000001")
-    assert "MB, made from" in capsys.readouterr().out
+    assert "given: made from" in capsys.readouterr().out
     assert trained_with(out) == trained_with(source) and "trainer" not in os.listdir(out)
+    painter = os.path.join("painter", "painter.safetensors")
+    assert filecmp.cmp(os.path.join(source, painter), os.path.join(out, painter), shallow=False)
     before, after = (load_file(os.path.join(f, "model.safetensors")) for f in (source, out))
     assert before.keys() == after.keys()
     for name, weight in after.items():
@@ -48,16 +53,16 @@ def test_round_trip(world, run, tmp_path, capsys):
     for text in ("base_model: Qwen/Qwen3-VL-2B-Instruct\n", "license: apache-2.0\n", "# given\n"):
         assert text in card
     accuracy = f"accuracy {scores['all']['accuracy']:.4g}"
-    assert "It needs the Future-L1 scripts to imagine" in card and accuracy in card
+    assert "custom_generate=FOLDER, trust_remote_code=True" in card and accuracy in card
     assert f"| latent | {os.path.basename(world['data'])} | 1 | ce " in card
     assert trained_with(out)["trainings"][0]["commit"] in card
 
 
 def test_the_card_of_a_variant():
-    """Breaks if the card of a folder with other layers says that vLLM loads it."""
+    """Breaks if the card of a folder with other layers says that transformers runs it."""
     plain, other = (export.card({}, export.Config(out="x"), v) for v in (None, "m2la"))
-    assert "vLLM and others load the folder" in plain and "variants/m2la.py" not in plain
-    assert "vLLM" not in other and "variants/m2la.py" in other
+    assert "custom_generate=FOLDER" in plain and "variants/m2la.py" not in plain
+    assert "custom_generate=FOLDER" not in other and "variants/m2la.py" in other
 
 
 def test_what_cannot_be_exported(world, run, tmp_path):

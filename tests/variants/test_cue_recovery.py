@@ -14,7 +14,7 @@ from common.shared_prefix import Layout
 from latent_decode import generate, token_logprobs
 from model import load
 from toy import tiny
-from variants.cue_recovery import Look, Recovery, add_recovery, find_places
+from variants.cue_recovery import Look, Model, Recovery, add_recovery, find_places
 
 
 @pytest.fixture
@@ -215,7 +215,7 @@ def test_checkpointed_layers_give_the_same_gradient(deep, tokenizer):
 def test_saved_and_loaded_again(deep, tokenizer, tmp_path):
     """Breaks if a folder does not bring its module back, or a copy of a model shares it."""
     batch = make_batch(tokenizer, ROWS)
-    again, _ = load(save(loud_recovery(deep), tokenizer, tmp_path))
+    again, _ = load(save(loud_recovery(deep), tokenizer, tmp_path), cls=Model)
     copied = copy.deepcopy(deep)
     with torch.no_grad():
         expected = deep(**batch).logits

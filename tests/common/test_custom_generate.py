@@ -1,0 +1,397 @@
+"""A folder that imagines in transformers' own terms: the same words and latents as here."""
+
+import filecmp
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_latent_decode import ROWS, shuffle
+from test_model import WIDE, log_softmax, make_batch, stock_of
+from transformers import AutoModelForImageTextToText, GenerationConfig, Qwen3VLProcessor
+
+import latent_decode
+from common import taste
+from common.clips import pixels_of
+from common.custom_generate import Imagined, choose, generate
+from common.folder import complete
+from common.formats import Frame
+from data import collate, encode, model_inputs
+from model import load
+from sample import Config
+from tools import export
+from toy import tiny
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+EOS = "<|im_end|> red blue green"  # several, so that rows finish at many different lengths
+
+
+# ------------------------------------------------------------ far from here: the shipped model
+
+ELSEWHERE = """
+import importlib.util, sys, torch
+from transformers import AutoModelForImageTextToText
+
+folder, inputs, outputs = sys.argv[1:]
+for name in ("model", "latent_decode", "common"):
+    assert importlib.util.find_spec(name) is None, name
+model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+how = dict(custom_generate=folder, trust_remote_code=True, max_new_tokens=48)
+answers = []
+for batch in torch.load(inputs):
+    out = model.generate(**batch, **how, return_dict_in_generate=True)
+    answers.append((out.sequences[:, batch["input_ids"].shape[1] :], out.latents))
+try:
+    model.generate(**batch, custom_generate=folder, trust_remote_code=False)
+except ValueError as e:
+    refused = str(e)
+
+# trusted at the load, the folder's way is the model's own
+model = AutoModelForImageTextToText.from_pretrained(
+    folder, dtype=torch.float32, trust_remote_code=True
+)
+ids = batch.pop("input_ids")
+answers.append((model.generate(ids, **batch, max_new_tokens=48)[:, ids.shape[1] :], None))
+torch.save((answers, refused), outputs)
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The shipped model as tools.export writes it: a linear latent head, bf16 weights."""
+    folder = tmp_path_factory.mktemp("exported") / "taste"
+    export.export(export.Config(os.path.join(taste.TASTE, "model"), str(folder)))
+    return str(folder)
+
+
+def shipped_questions(tokenizer):
+    """The eight questions, encoded as `sample.py` does."""
+    asked = [taste.shipped(Config(), number) for number in range(1, 9)]
+    return [encode(row, tokenizer, config, train=False) for row, config in asked]
+
+
+def test_far_from_this_repository(exported, tmp_path):
+    """Breaks if the exported folder needs anything of this repository, answers otherwise than
+    `sample.py`, alone or in a left-padded batch, imagines other latents, forgets max_latents or the
+    latent head, or runs its code without being trusted.
+    """
+    model, tokenizer = load(exported, dtype=torch.float32)
+    samples = shipped_questions(tokenizer)
+    uneven = samples[1], dict(samples[2], ids=samples[2]["ids"][3:])  # a shorter question
+    groups = [*([sample] for sample in samples), uneven]
+    batches = [model_inputs(collate(group, 0, side="left")) for group in groups]
+    assert not batches[-1]["attention_mask"].all()
+    inputs, outputs = str(tmp_path / "inputs.pt"), str(tmp_path / "outputs.pt")
+    torch.save(batches, inputs)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    env.update(HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1")
+    command = [sys.executable, "-c", ELSEWHERE, exported, inputs, outputs]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    answers, refused = torch.load(outputs)
+    assert "contains custom generation code" in refused
+    number = 0
+    for group, (sequences, latents) in zip([*groups, uneven], answers):
+        rollout, tokens, _ = latent_decode.ask(
+            model, tokenizer, group, max_new_tokens=48, max_latents=2
+        )
+        for r, expected in enumerate(tokens):
+            assert sequences[r, : len(expected)].tolist() == expected
+            assert (sequences[r, len(expected) :] == tokenizer.eos_token_id).all()
+            if latents:
+                torch.testing.assert_close(latents[r], rollout.latents[r], atol=1e-5, rtol=0)
+            number += len(rollout.latents[r])
+    assert number > 12
+
+
+class WithoutVideos(Qwen3VLProcessor):
+    """Qwen3-VL's processor where torchvision, which its video processor needs, is missing."""
+
+    def check_argument_for_proper_class(self, name, argument):
+        pass
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        from transformers import AutoImageProcessor, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        images = AutoImageProcessor.from_pretrained(folder)
+        return cls(images, tokenizer, None, chat_template=tokenizer.chat_template)
+
+
+def test_the_lines_of_the_card(exported, tmp_path, monkeypatch, capsys):
+    """Breaks if the card's lines do not run, or transformers' processors ask another question than
+    ours: other tokens, or pixels that differ by more than a grey level.
+    """
+    import transformers
+    from PIL import Image
+
+    row, config = taste.shipped(Config(), 2)
+    first, second = (part for part in row.prompt if isinstance(part, Frame))
+    pictures = pixels_of([first, second])
+    for name, frame in (("frame.png", first), ("second.png", second)):
+        Image.fromarray(pictures[frame]).save(tmp_path / name)
+    with open(os.path.join(exported, "README.md"), encoding="utf-8") as f:
+        lines = f.read().split("```python\n")[1].split("```")[0]
+    lines = lines.replace('FOLDER = "taste"', f'FOLDER = "{exported}"')
+    text = "".join(part for part in row.prompt if isinstance(part, str))
+    one = '{"type": "image", "path": "frame.png"}'
+    lines = lines.replace(one, f"{one}, {one.replace('frame', 'second')}")
+    lines = lines.replace("What happens next?", text.strip())
+    assert "trust_remote_code=True" in lines and config.system in lines
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(transformers, "AutoProcessor", WithoutVideos)
+    names = {}
+    exec(lines, names)
+    printed = capsys.readouterr().out
+
+    model, tokenizer = load(exported)
+    sample = encode(row, tokenizer, config, train=False)
+    ours = model_inputs(collate([sample], 0, side="left"))
+    theirs = names["inputs"]
+    assert theirs["input_ids"].tolist() == ours["input_ids"].tolist()
+    assert theirs["image_grid_thw"].tolist() == ours["image_grid_thw"].tolist()
+    torch.testing.assert_close(theirs["pixel_values"], ours["pixel_values"], atol=0.02, rtol=0)
+    _, _, [said] = latent_decode.ask(model, tokenizer, [sample], max_new_tokens=48, max_latents=2)
+    assert said in printed
+
+
+def test_every_folder_has_the_same_file(tmp_path):
+    """Breaks if the shipped copy falls behind, a saved folder lacks it or its max_latents, or a
+    variant's folder, which decodes otherwise, has it.
+    """
+    source = os.path.join(ROOT, "common", "custom_generate.py")
+    name = os.path.join("custom_generate", "generate.py")
+    assert filecmp.cmp(source, os.path.join(taste.TASTE, "model", name), shallow=False)
+    for variant in (None, "m2la"):
+        folder = tmp_path / str(variant)
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(dict(variant=variant)))
+        complete(str(folder), str(folder), dict(max_latents=6))
+        assert json.loads((folder / "config.json").read_text())["max_latents"] == 6
+        assert (folder / name).exists() == (variant is None)
+        assert variant or filecmp.cmp(source, folder / name, shallow=False)
+
+
+# ------------------------------------------------------------------- the same choices
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_greedy_equals_generate(model, tokenizer, head, tmp_path):
+    """Breaks if cache, padding, positions, spans, the longest span or the latent head, which is
+    read from a folder with several files of weights, are not those of `latent_decode.generate`.
+    """
+    batch, eos = make_batch(tokenizer, ROWS, "left"), tokenizer.convert_tokens_to_ids(EOS.split())
+    lengths = set()
+    for seed in (3, 4, 6):
+        folder = str(tmp_path / str(seed))
+        shuffle(model, seed, head and seed == 3).save_pretrained(folder, max_shard_size="500KB")
+        assert os.path.exists(os.path.join(folder, "model.safetensors.index.json"))
+        rollout = latent_decode.generate(
+            model, batch, max_new_tokens=30, max_latents=3, eos_token_id=eos
+        )
+        stock = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+        how = dict(max_new_tokens=30, max_latents=3, eos_token_id=eos, pad_token_id=eos[0])
+        out = generate(model=stock, **batch, **how, return_dict_in_generate=True)
+        assert isinstance(out, Imagined)
+        new = out.sequences[:, batch["input_ids"].shape[1] :]  # (6, tokens)
+        assert torch.equal(new, rollout.tokens[:, : new.shape[1]])
+        for ours, theirs in zip(rollout.latents, out.latents):
+            torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
+        lengths |= set(rollout.lengths.tolist())
+    assert len(lengths) > 4 and len(torch.cat(rollout.latents)) > 10
+
+
+def settings(**more):
+    """Greedy settings of `choose`."""
+    same = lambda _, scores: scores  # noqa: E731
+    return SimpleNamespace(**{**dict(do_sample=False, heat=same, cut=same), **more})
+
+
+def test_greedy_choices_of_both():
+    """Breaks if `choose` decides otherwise than `latent_decode.choose` among words, in a span, or
+    at the longest span.
+    """
+    config = SimpleNamespace(latent_id=3, latent_end_id=4, image_token_id=5, video_token_id=6)
+    R, V = 4000, 9
+    g = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(R, V, generator=g)
+    in_span, count = torch.rand(R, generator=g) < 0.5, torch.randint(0, 4, (R,), generator=g)
+    banned = torch.zeros(V)
+    banned[3:7] = -torch.inf
+    rule = latent_decode.Rule(2, 3, 4, banned, max_latents=3)
+    expected = latent_decode.choose(logits, in_span, count, torch.zeros(R), rule)[0]
+    found = choose(logits, in_span, count >= 3, config, settings())
+    assert torch.equal(found, expected) and len(found.unique()) == V - 2
+
+
+def probabilities(model, prompt, length, max_latents, temperature, top_p, eos):
+    """{tokens: probability} of all answers of at most `length` tokens, one forward a prefix."""
+    c, left = model.config, [((), torch.zeros(0, model.lm_head.in_features), None, 1.0)]
+    rest, answers = {k: v for k, v in prompt.items() if k != "attention_mask"}, {}
+    while left:
+        tokens, latents, span, p = left.pop()
+        if len(tokens) == length or tokens[-1:] == (eos,):
+            answers[tokens] = p
+            continue
+        ids = torch.cat([prompt["input_ids"], torch.tensor([tokens], dtype=torch.long)], 1)
+        with torch.no_grad():
+            h = model.hidden(**dict(rest, input_ids=ids), latents=latents)[0][0, -1]  # (D,)
+            choice = np.exp(log_softmax(model.logits(h) / temperature))  # (V,)
+        if span is not None:
+            stop = 1.0 if span == max_latents else choice[c.latent_end_id]
+            left.append(((*tokens, c.latent_end_id), latents, None, p * stop))
+            if stop < 1:
+                z = torch.cat([latents, model.to_latent(h)[None]])
+                left.append(((*tokens, c.latent_id), z, span + 1, p * (1 - stop)))
+            continue
+        choice[[c.latent_id, c.latent_end_id, c.image_token_id, c.video_token_id]] = 0
+        order = np.argsort(-choice)
+        before = np.cumsum(choice[order]) - choice[order]
+        kept = order[before < top_p * choice.sum()]
+        for word in kept.tolist():
+            opened = 0 if word == c.latent_start_id else None
+            left.append(((*tokens, word), latents, opened, p * choice[word] / choice[kept].sum()))
+    return answers
+
+
+def test_samples_have_the_distribution_of_generate():
+    """Breaks if words, stops, temperature or top-p are drawn otherwise than by
+    `latent_decode.generate`: both against the probability of every answer of three tokens.
+    """
+    tokenizer = tiny.make_tokenizer(["a b c"])
+    model = tiny.make_model(tokenizer, seed=0).eval()
+    c, eos = model.config, tokenizer.eos_token_id
+    torch.manual_seed(3)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.1)
+    prompt = make_batch(tokenizer, [["a", WIDE, "b"]])
+    temperature, top_p, N = 1.3, 0.8, 4000
+    how = dict(temperature=temperature, top_p=top_p, max_new_tokens=3, max_latents=1)
+    expected = probabilities(model, prompt, 3, 1, temperature, top_p, eos)
+    assert sum(expected.values()) == pytest.approx(1) and len(expected) > 50
+    spans = [p for tokens, p in expected.items() if c.latent_id in tokens]
+    assert 0.05 < sum(spans) < 0.95
+
+    # 4 rows of a prompt, in a batch of equal prompts
+    torch.manual_seed(0)
+    rows = make_batch(tokenizer, [["a", WIDE, "b"]] * (N // 4))
+    stock = stock_of(model)
+    theirs = generate(model=stock, **rows, **how, do_sample=True, num_return_sequences=4)
+    theirs = theirs[:, prompt["input_ids"].shape[1] :]
+    g = torch.Generator().manual_seed(0)
+    ours = latent_decode.generate(model, prompt, n=N, generator=g, **how).tokens
+    for found in (theirs, ours):
+        counts = dict.fromkeys(expected, 0)
+        for row in found.tolist():
+            end = row.index(eos) + 1 if eos in row else 3
+            counts[tuple(row[:end])] += 1  # KeyError: an answer that cannot happen
+        often = [tokens for tokens, p in expected.items() if N * p > 5]
+        chi2 = sum((counts[t] - N * expected[t]) ** 2 / (N * expected[t]) for t in often)
+        df = len(often) - 1
+        assert df > 10 and chi2 < df + 4 * (2 * df) ** 0.5
+
+
+# --------------------------------------------------------------------------- transformers' terms
+
+
+class Words(list):
+    """A streamer that keeps what it is given."""
+
+    def put(self, value):
+        self.append(value.flatten().tolist())
+
+    def end(self):
+        self.append("end")
+
+
+def test_streamer_criteria_and_configs(model, tokenizer):
+    """Breaks if a streamer misses a token, a stopping criterion or max_length is not heard, or a
+    generation config does not come before the model's own and after the arguments.
+    """
+    stock = stock_of(shuffle(model, 0))
+    batch = make_batch(tokenizer, [["watch", WIDE, "the ball"]])
+    ids = batch["input_ids"]
+    how = dict(model=stock, max_latents=3, eos_token_id=[])
+    words = Words()
+    out = generate(**batch, **how, max_new_tokens=12, streamer=words)
+    assert out[0, : ids.shape[1]].tolist() == ids[0].tolist() == words[0]
+    assert sum(words[1:-1], []) == out[0, ids.shape[1] :].tolist() and words[-1] == "end"
+    assert out.shape[1] == ids.shape[1] + 12
+
+    full = lambda ids, scores: torch.tensor([ids.shape[1] >= out.shape[1] - 4])  # noqa: E731
+    stopped = generate(**batch, **how, max_new_tokens=12, stopping_criteria=[full])
+    assert torch.equal(stopped, out[:, :-4])
+    for more in (
+        dict(max_length=ids.shape[1] + 5),
+        dict(generation_config=GenerationConfig(max_new_tokens=5)),
+        dict(generation_config=GenerationConfig(max_new_tokens=9), max_new_tokens=5),
+    ):
+        assert torch.equal(generate(**batch, **how, **more), out[:, : ids.shape[1] + 5])
+    third = out[0, ids.shape[1] + 2].item()
+    stock.generation_config.eos_token_id = third
+    del how["eos_token_id"]
+    ended = generate(batch.pop("input_ids"), **batch, **how, max_new_tokens=12)
+    assert ended.shape[1] <= ids.shape[1] + 3 and ended[0, -1] == third
+
+
+@pytest.mark.parametrize(
+    "asked, message",
+    [
+        (dict(num_beams=4), "not supported while the model imagines: num_beams"),
+        (dict(repetition_penalty=1.1, foo=3), "foo, repetition_penalty"),
+        (dict(assistant_model=object()), "assistant_model"),
+        (dict(logits_processor=[object()]), "logits_processor"),
+        (dict(negative_prompt_ids=torch.ones(1, 2)), "negative_prompt_ids"),
+        (dict(output_scores=True), "output_scores"),
+        (dict(synced_gpus=True), "synced_gpus"),
+        (dict(generation_config=GenerationConfig(num_beams=2)), "num_beams"),
+        (dict(max_new_tokens=0), "max_new_tokens=0"),
+        (dict(do_sample=True, top_p=1.5), "top_p"),
+        (dict(do_sample=True, temperature=0.0), "temperature"),
+        (dict(input_ids=None), "needs a prompt"),
+        (dict(attention_mask="right"), "left-padded"),
+    ],
+)
+def test_what_is_not_done_is_named(model, tokenizer, asked, message):
+    """Breaks if an argument that would change the answer is passed over in silence."""
+    batch = make_batch(tokenizer, [["watch the ball"], ["which wall does it hit ?"]], "left")
+    if asked.get("attention_mask") == "right":
+        asked = dict(attention_mask=batch["attention_mask"].flip(1))
+    with pytest.raises(ValueError, match=message):
+        generate(model=stock_of(model), **{**batch, "max_new_tokens": 3, **asked})
+
+
+def test_what_changes_nothing_is_accepted(model, tokenizer):
+    """Breaks if what transformers' callers pass by habit is refused, or changes the answer."""
+    stock, batch = stock_of(model), make_batch(tokenizer, [["watch", WIDE]])
+    plain = generate(model=stock, **batch, max_new_tokens=6)
+    habits = dict(use_cache=True, num_beams=1, top_k=0, repetition_penalty=1.0, synced_gpus=False)
+    habits.update(mm_token_type_ids=torch.zeros(1, 1), tokenizer=tokenizer, logits_processor=[])
+    habits.update(temperature=0.7, top_p=0.9, length_penalty=1.0, prefix_allowed_tokens_fn=None)
+    assert torch.equal(generate(model=stock, **batch, max_new_tokens=6, **habits), plain)
+
+
+def test_the_config_of_a_released_model(model, tokenizer):
+    """Breaks if a generation config such as Qwen3-VL's is refused, or its top-k is not heard: with
+    top_k 1 and no latents, sampling is greedy.
+    """
+    stock, batch = stock_of(shuffle(model, 3)), make_batch(tokenizer, ROWS, "left")
+    how = dict(model=stock, max_new_tokens=20, max_latents=0)
+    released = dict(do_sample=True, temperature=0.7, top_p=0.8, repetition_penalty=1.0)
+    sampled = generate(**batch, **how, generation_config=GenerationConfig(top_k=1, **released))
+    assert torch.equal(sampled, generate(**batch, **how))
+    sampled = generate(**batch, **how, generation_config=GenerationConfig(**released))
+    assert not torch.equal(sampled, generate(**batch, **how))
+
+
+def test_another_model_is_refused(model, tokenizer):
+    """Breaks if a model without latent tokens runs as if it imagined."""
+    stock = stock_of(model)
+    stock.config.latent_start_id = None
+    with pytest.raises(ValueError, match="no latent_start_id"):
+        generate(model=stock, **make_batch(tokenizer, [["watch"]]))
