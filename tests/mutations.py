@@ -112,6 +112,16 @@ def run_tests(edit, folder):
     return ""
 
 
+def check_intact(edits):
+    """Raises SystemExit if a test of the edits fails without any edit: it would catch nothing."""
+    tests = list(dict.fromkeys(test for edit in edits for test in edit.tests))
+    alone = [Edit("no edit", "", "", "", "", [test]) for test in tests]
+    with ThreadPoolExecutor(WORKERS) as pool:
+        failing = [name for name in pool.map(lambda edit: run_tests(edit, ROOT), alone) if name]
+    if failing:
+        raise SystemExit(f"these fail without any edit: {', '.join(failing)}")
+
+
 def try_all(edits, folder):
     """Run each edit in one of WORKERS copies below `folder` -> {name: result}, printed as it comes.
 
@@ -180,6 +190,7 @@ def main():
         return write_table(edits)
 
     chosen = [edits[name] for name in args.names] if args.names else list(edits.values())
+    check_intact(chosen)
     with tempfile.TemporaryDirectory() as folder:
         results = try_all(chosen, folder)
     missed = [name for name, result in results.items() if not result["caught"]]

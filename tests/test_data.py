@@ -66,6 +66,16 @@ def test_encode(height, width, n, film, words, data_config):
         assert words.convert_ids_to_tokens(sample["ids"]) == wanted and not sample["futures"]
 
 
+def test_observed_and_future_frames_have_budgets_of_their_own(film, words, data_config):
+    """Breaks if a future frame is as large as an observed one may be, or the other way round."""
+    sight = row(film("c.mp4"))  # 64 x 64 pixels
+    for seen, future in ((4, 1), (1, 4)):
+        config = dataclasses.replace(data_config, image_max_tokens=seen, l_max=future)
+        sample = data.encode(sight, words, config)
+        assert [int(grid.prod()) // 4 for _, grid in sample["images"]] == [seen] * 2
+        assert [int(grid.prod()) // 4 for _, grid in sample["futures"]] == [future] * 2
+
+
 def test_a_span_without_a_future(film, words, data_config):
     """Breaks if a span of fixed length loads a frame, or stays in text-only SFT."""
     sight = row(film("c.mp4", range(40), 64, 64))

@@ -204,8 +204,10 @@ def test_vectors_are_addressed_by_span_and_place():
     """Breaks if span m, place j is not fed frame min(m, M - 1)'s vector min(j, n_m - 1)."""
     one = [torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0]])]
     two = [torch.tensor([[5.0], [6.0], [7.0]])]
-    feed = evaluate.feed_of([one, two])
+    three = [torch.tensor([[value]]) for value in (8.0, 9.0, 10.0)]
+    feed = evaluate.feed_of([one, two, three])
     cases = {(0, 0, 0): 1, (0, 0, 1): 2, (0, 0, 9): 2, (0, 1, 0): 3, (0, 1, 4): 3, (0, 7, 1): 3}
+    cases |= {(2, 0, 0): 8, (2, 1, 2): 9, (2, 2, 0): 10, (2, 3, 1): 10}
     cases |= {(1, -1, 0): 5, (1, 0, 2): 7, (1, 0, 3): 7, (1, 5, 1): 6}
     row, span, count = torch.tensor(list(cases)).T
     h = torch.zeros(len(row), 1, dtype=torch.bfloat16)

@@ -167,6 +167,13 @@ def test_options_are_given_once(question, missing):
     assert row.options == ["one", "two"]
 
 
+def test_options_by_number_stand_in_the_order_of_their_numbers():
+    """Breaks if options that are given by number are sorted as words: 1, 10, 2."""
+    texts = {str(k): f"text {k}" for k in (10, 2, 3, 4, 5, 6, 7, 8, 9, 1)}
+    row = read_record(mcq(options=texts, answer="text 10"), "f:0")
+    assert row.options == [f"text {k}" for k in range(1, 11)]
+
+
 @pytest.mark.parametrize("answer, fault", [("x", False), ("B", False), ("z", True), ("C", True)])
 def test_an_answer_that_is_none_of_its_options(answer, fault):
     """Breaks if such a row is taken for a sound one, or the message does not say which."""
