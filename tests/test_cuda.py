@@ -17,8 +17,8 @@ import latent_decode
 from common import shared_prefix
 from common.shared_prefix import Layout, causal
 from latent_decode import generate, replay, token_logprobs
-from tests.common import test_shared_prefix as by_hand
 from sft import sft_loss
+from tests.common import test_shared_prefix as by_hand
 from tools import bench
 from tools.shapes import make, prompt, random_group, sft_sample
 

@@ -1,7 +1,7 @@
 """How fast, and in how much memory: our way beside the usual one, on a CPU or a GPU.
 
     python -m tools.bench --out bench.json --picture docs/growth.png     # a CPU: about 15 minutes
-    make gpu                                                             # a GPU: the tests, then this
+    make gpu                                                          # a GPU: the tests, then this
     python -m tools.bench --shape tiny --decoder tiny --rounds 1         # does it run at all
 
     case                   ours                                   the usual way
@@ -173,7 +173,7 @@ def usual_decode(model, batch, new_tokens, n):
         return model.generate(**batch, **settings, **sampling, **words)
 
 
-# ---------------------------------------------------------------------------- models and their input
+# --------------------------------------------------------------------------- models and their input
 
 
 def make_trainable(shape, layers, device):
@@ -221,7 +221,7 @@ def rows_of(config, lengths, device="cpu"):
     return batch
 
 
-# -------------------------------------------------------------------------------------- measurements
+# ------------------------------------------------------------------------------------- measurements
 
 
 def seconds(work, device="cpu"):
@@ -285,7 +285,7 @@ def measured(works, device, rounds, deadline):
     return figures
 
 
-# --------------------------------------------------------------------------------------------- cases
+# -------------------------------------------------------------------------------------------- cases
 
 
 def decoding_ways(config, model, device):
@@ -353,7 +353,7 @@ def growth(config, decoder, model):
     }
 
 
-# -------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def table(figures, base):

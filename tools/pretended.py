@@ -107,7 +107,7 @@ if PRETENDED:
     torch.cuda.is_bf16_supported = lambda *args, **kwargs: True
 
 
-# ---------------------------------------------------------------------------------------- the ledger
+# --------------------------------------------------------------------------------------- the ledger
 
 
 class Ledger:
@@ -156,7 +156,7 @@ class Ledger:
         return {kind: size for kind, size in parts.items() if size}
 
 
-# ------------------------------------------------------------------------------------------- the GPU
+# ------------------------------------------------------------------------------------------ the GPU
 
 # functions for which the host has to know numbers, and which of their arguments hold these
 LOOKS = {aten._local_scalar_dense: 0, aten.nonzero: 0, aten.bincount: 0, aten.equal: 0}
@@ -197,9 +197,7 @@ class PretendedGPU(TorchDispatchMode):
         )
         torch.UntypedStorage.resize_ = lambda x, size: self.resize(x, size)
         torch.tensor, torch.cuda.is_current_stream_capturing = self.tensor, lambda: False
-        FakeTensor.is_cuda = (
-            True  # also where the device is called "cpu": the code takes CUDA's way
-        )
+        FakeTensor.is_cuda = True  # also where the device is called "cpu": code takes CUDA's way
         FakeTensor.tolist = lambda x: self.tolist(x)
         F.scaled_dot_product_attention = self.attend
         shared_prefix.causal = lambda q, k, v, scale: self.attend(q, k, v, None, 0, True, scale)

@@ -11,7 +11,7 @@ decoding steps with full caches. Each line says what that takes on one GPU:
     GB       the peak of live tensors, and the smallest card of 24, 80 or 141 GB that it fits with a
              tenth left free, for CUDA's context, the kernels' workspaces and fragments
     TFLOP    all products and attention, the frozen tower and what checkpointing computes again too
-    seconds  those TFLOPs at `share` of `peak`: the time of the arithmetic, if it is never waited for
+    seconds  those TFLOPs at `share` of `peak`: the time of the arithmetic if nothing waits for it
     kernels  how many are launched; waits: how often the host waits for a number from the GPU
 
 Nothing here has been measured on a GPU. With --shard, or without a C++ compiler, kernels and waits
@@ -26,8 +26,6 @@ from tools.pretended import HAS_CUDA, PretendedGPU  # first: it has to come befo
 
 import torch  # isort: skip
 
-from common.groups import Batch
-from common.shard import Whole, shard
 
 import la_dapo
 import latent_decode
@@ -206,7 +204,7 @@ def policy_loss(model, batch, config):
 
 
 def moved(module, function, recurse=True):
-    """`Module._apply` by new parameters: torch swaps fake ones in place, which their memo forbids."""
+    """`Module._apply` by new parameters, because fake ones cannot be swapped in place."""
     for child in module.children():
         moved(child, function)
     for name, p in module._parameters.items():
@@ -248,8 +246,8 @@ def print_case(name, figures, config):
     """One case in a few lines."""
     card = figures["card"]
     fits = f"a card of {card} GB" if card else f"no card of {CARDS[-1]} GB"
-    print(f"\n{name}: {figures['bytes'] / 1e9:.1f} GB ({fits}), {figures['flops'] / 1e12:.1f} TFLOP, "
-          f"{figures['seconds']:.2f} s")  # fmt: skip
+    size, work = figures["bytes"] / 1e9, figures["flops"] / 1e12
+    print(f"\n{name}: {size:.1f} GB ({fits}), {work:.1f} TFLOP, {figures['seconds']:.2f} s")
     parts = sorted(figures["parts"].items(), key=lambda part: -part[1])
     print("  " + ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in parts if size > 5e6))
     for kind, (calls, n_shapes) in figures["attention"].items():

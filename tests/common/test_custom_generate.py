@@ -15,14 +15,13 @@ from test_model import WIDE, log_softmax, make_batch, stock_of
 from transformers import AutoModelForImageTextToText, GenerationConfig, Qwen3VLProcessor
 
 import latent_decode
-import sample
 from common.clips import pixels_of
 from common.custom_generate import Imagined, choose, generate
 from common.folder import complete
 from common.formats import Frame
 from data import collate, encode, model_inputs
 from model import load
-from sample import Config
+from sample import TASTE, Config, shipped
 from tools import export
 from toy import tiny
 
@@ -64,13 +63,13 @@ torch.save((answers, refused), outputs)
 def exported(tmp_path_factory):
     """The shipped model as tools.export writes it: a linear latent head, bf16 weights."""
     folder = tmp_path_factory.mktemp("exported") / "taste"
-    export.export(export.Config(os.path.join(sample.TASTE, "model"), str(folder)))
+    export.export(export.Config(os.path.join(TASTE, "model"), str(folder)))
     return str(folder)
 
 
 def shipped_questions(tokenizer):
     """The eight questions, encoded as `sample.py` does."""
-    asked = [sample.shipped(Config(), number) for number in range(1, 9)]
+    asked = [shipped(Config(), number) for number in range(1, 9)]
     return [encode(row, tokenizer, config, train=False) for row, config in asked]
 
 
@@ -131,7 +130,7 @@ def test_the_lines_of_the_card(exported, tmp_path, monkeypatch, capsys):
     import transformers
     from PIL import Image
 
-    row, config = sample.shipped(Config(), 2)
+    row, config = shipped(Config(), 2)
     first, second = (part for part in row.prompt if isinstance(part, Frame))
     pictures = pixels_of([first, second])
     for name, frame in (("frame.png", first), ("second.png", second)):
@@ -167,7 +166,7 @@ def test_every_folder_has_the_same_file(tmp_path):
     """
     source = os.path.join(ROOT, "common", "custom_generate.py")
     name = os.path.join("custom_generate", "generate.py")
-    assert filecmp.cmp(source, os.path.join(sample.TASTE, "model", name), shallow=False)
+    assert filecmp.cmp(source, os.path.join(TASTE, "model", name), shallow=False)
     for variant in (None, "m2la"):
         folder = tmp_path / str(variant)
         folder.mkdir()
