@@ -288,13 +288,12 @@ class Group:
 
 
 def roll_out(model, tokenizer, samples, k, config):
-    """Batch k of the prompts, encoded or Skipped -> a Group for each that could be read.
-
-    deviation 8: the seed and k decide what is sampled, whatever the number of ranks.
-    """
+    """Batch k of the prompts, encoded or Skipped -> a Group for each that could be read."""
     readable = [sample for sample in samples if not isinstance(sample, Skipped)]
     if not readable:
         return []
+    # deviation 8: the seed and k decide what is sampled, whatever the number of ranks
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + k)
     answers = ask(
         model,
         tokenizer,
@@ -306,7 +305,7 @@ def roll_out(model, tokenizer, samples, k, config):
         max_latents=config.max_latents,
         share=config.share,
         cuda_graph=config.cuda_graph,
-        generator=torch.Generator().manual_seed(config.seed * 1_000_003 + k),
+        generator=generator,
     )
     return groups_of(samples, answers, k, model.config, config)
 
@@ -436,10 +435,9 @@ def batches_of(groups, hidden, config, machine, distinct=distinct):
 
 
 def replayed(model, batch, config):
-    """A batch's rollouts fed again -> latent_decode.Replay.
-
-    deviation 4: with their latents, in `latent_decode.replay`.
-    """
+    """A batch's rollouts fed again -> latent_decode.Replay."""
+    # deviation 4: with their latents
+    # deviation 1: a latent step's log-probability is that of its decision (`latent_decode.decisions`)
     prompts = to_device(batch.prompts, batch.A.device)
     return replay(model, prompts, batch.rollout, config.temperature, batch.prompt_of)
 
@@ -487,6 +485,7 @@ def clipped_loss(new, batch, counts, config):
 
 def through_latents(loss, new, batch, config):
     """`adjoint_loss` with as many terms as the config wants and the longest response has."""
+    # deviation 2: without terms the latents are constants, as in the paper
     longest = max(len(z) for z in batch.rollout.latents)
     terms = longest if config.adjoint_terms < 0 else min(config.adjoint_terms, longest)
     return adjoint_loss(loss, new.predicted, new.latents, terms) if terms else 0.0

@@ -57,6 +57,7 @@ class FutureL1(Qwen3VLForConditionalGeneration):
     def add_latent_head(self):
         """A linear map from states to latents, at first the identity, the paper's method. Ours."""
         weight, D = self.lm_head.weight, self.config.text_config.hidden_size
+        # deviation 1: a tiny model's states and visual embeddings live on different scales
         self.config.latent_head = "linear"
         self.latent_head = nn.Linear(D, D, dtype=weight.dtype, device=weight.device)
         nn.init.eye_(self.latent_head.weight)
@@ -91,6 +92,7 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         path = os.path.join(folder, "config.json")
         with open(path) as f:
             config = json.load(f)
+        # deviation 2: weights of either project load in the other and in stock Qwen3-VL
         config["architectures"] = ["Qwen3VLForConditionalGeneration"]
         with open(path, "w") as f:
             json.dump(config, f, indent=2)
@@ -208,6 +210,7 @@ class FutureL1(Qwen3VLForConditionalGeneration):
             return self._with_latent_rows(self.lm_head(h), h)
         weight = self.lm_head.weight  # (V, D)
         rows = h.reshape(-1, h.shape[-1])
+        # deviation 4: the product is not rounded to bf16
         logits = _Fp32Product.apply(rows.to(narrow), weight.to(narrow))
         return self._with_latent_rows(logits.view(*h.shape[:-1], len(weight)), h)
 
@@ -244,6 +247,7 @@ def _put(x, where, rows, token, name):
 
     Raises ValueError if there is not one for each place.
     """
+    # deviation 3: counted before anything runs
     places, given = int(where.sum()), 0 if rows is None else len(rows)
     if places != given:
         raise ValueError(f"{places} {token} tokens in input_ids but {given} {name}")

@@ -71,6 +71,7 @@ class Config(DataConfig):
     weight_decay: float = 0.1  # on matrices  # paper Table 8
     clip: float = 1.0  # gradient norm  # paper Table 8
     # method
+    # deviation 4: the shipped script says 0.2, and l_max 32, left over from another project
     lam: float = 0.1  # weight of the latent term, Eq. (1)  # paper Table 8
     latent_loss: str = "mse"  # mse (paper) | nmse (over the targets' variance)  # ours
     latent_head: str = ""  # "" = none (paper) | linear  # ours

@@ -30,7 +30,7 @@ ROOT = os.path.dirname(curate.__file__)
 
 def config(world, out, **more):
     names = ("image_max_tokens", "l_max", "max_length", "system")
-    shared = {name: tiny.TINY[name] for name in names}
+    shared = {name: tiny.settings("sft")[name] for name in names}
     own = dict(model=world["model"], data=world["test"], out=str(out), workers=0)
     small = dict(batch=3, rollouts=2, max_new_tokens=6)
     return curate.Config(**{**shared, **own, **small, **more})

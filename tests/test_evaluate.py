@@ -37,7 +37,7 @@ def test_summary_is_micro_averaged_by_hand():
 
 def config(world, out, **more):
     names = ("image_max_tokens", "l_max", "max_length", "system")
-    shared = {name: tiny.TINY[name] for name in names}
+    shared = {name: tiny.settings("sft")[name] for name in names}
     own = dict(model=world["model"], data=world["test"], out=str(out), workers=0)
     return evaluate.Config(**{**shared, **own, "batch": 3, "max_new_tokens": 12, **more})
 

@@ -130,6 +130,10 @@ WRONG = {
     "tools.export": ("./nowhere --out x", "./nowhere: no such folder"),
     "common.judge": ("./nowhere --model m", "./nowhere/settings.json: no such file"),
     "common.report": ("./nowhere", "./nowhere"),
+    "common.painter": ("--model ./nowhere --data ./nowhere", "./nowhere"),
+    "toy.world": ("--clips x", "argument --clips: invalid int value: 'x'"),
+    "toy.tiny": ("--data ./nowhere --out x", "./nowhere"),
+    "toy.table": ("", "usage: python -m toy.table FOLDER"),
     "tools.pictures": ("--model ./nowhere --data ./nowhere", "./nowhere"),
 }
 

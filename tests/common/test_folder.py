@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 import shutil
-import sys
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from common.cli import parse_config
 from common.clips import pixels_of, resize_and_patchify
 from common.folder import PROCESSORS, SETTINGS, is_hub_id, newest, trained_with
 from common.formats import read_rows
-from common.machine import leave
 from common.run import read_lines
 from data import encode
 from model import load
@@ -206,29 +204,3 @@ def test_paths_and_hub_ids(name, hub, tmp_path, monkeypatch):
     else:
         with pytest.raises(SystemExit, match="no such folder"):
             newest(name)
-
-
-def test_trackers(world, tmp_path, monkeypatch):
-    """Breaks if --track does not reach the package that it names, or an absent one is a traceback.
-
-    The package is a stand-in with the three functions of wandb and trackio.
-    """
-    (tmp_path / "trackio.py").write_text(
-        "lines = []\n"
-        "def init(project, config): lines.append((project, config['steps']))\n"
-        "def log(line): lines.append(line['step'])\n"
-        "def finish(): lines.append('finished')\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    sft.train(settings(world, tmp_path / "a", steps=2, track="trackio"))
-    import trackio
-
-    assert trackio.lines == [("future-l1", 2), 0, 1]
-    leave()
-    leave()
-    assert trackio.lines[3:] == ["finished"]
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(SystemExit, match="--track wandb needs a package: pip install wandb"):
-        sft.train(settings(world, tmp_path / "b", steps=1, track="wandb"))
-    with pytest.raises(SystemExit, match="--track is 'paper', expected wandb or trackio"):
-        sft.train(settings(world, tmp_path / "c", steps=1, track="paper"))

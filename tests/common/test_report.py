@@ -120,7 +120,7 @@ def test_compare(scripted, tmp_path, monkeypatch):
     play(monkeypatch, tokenizer, FB)
     evaluate.evaluate(settings(folder, tmp_path, benchmark="futurebench", data=futurebench(folder)))
     text = report.compare([str(tmp_path)])
-    assert "| 0.500 (0.000 - 1.000) |" in text
+    assert "| 0.500 (0.095 - 0.905) |" in text
     assert "| generated |" in text and text.endswith("| 5/7 |")
     with pytest.raises(SystemExit, match="nowhere/summary.json: no such file"):
         report.compare(["nowhere"])

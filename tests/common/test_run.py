@@ -159,6 +159,11 @@ def test_a_tracker_gets_the_run(world, tmp_path, monkeypatch, name):
     assert (how["project"], how["name"], how["resume"]) == ("mine", "the_run", "allow")
     assert how["config"]["steps"] == 2 and how.get("id", "the_run") == "the_run"
     assert tracker.lines == [(0, 0), (1, 1)] and tracker.finished == 1
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit, match=f"--track {name}: pip install {name}"):
+        sft.train(settings(world, tmp_path / "b", steps=1, track=name))
+    with pytest.raises(SystemExit, match="--track is 'paper', expected wandb or trackio"):
+        sft.train(settings(world, tmp_path / "c", steps=1, track="paper"))
 
 
 def test_ranks_leave_together_and_before_the_interpreter_is_taken_down(tmp_path):
