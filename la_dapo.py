@@ -437,7 +437,7 @@ def batches_of(groups, hidden, config, machine, distinct=distinct):
 def replayed(model, batch, config):
     """A batch's rollouts fed again -> latent_decode.Replay."""
     # deviation 4: with their latents
-    # deviation 1: a latent step's log-probability is that of its decision (`latent_decode.decisions`)
+    # deviation 1: a latent step's log-probability is that of its decision, in `decisions` there
     prompts = to_device(batch.prompts, batch.A.device)
     return replay(model, prompts, batch.rollout, config.temperature, batch.prompt_of)
 
@@ -460,7 +460,8 @@ def clipped_loss(new, batch, counts, config):
     Latents are held constant.
     """
     recorded = batch.rollout.logprobs  # (R, T)
-    weight = batch.weight / counts.tokens  # (R, T) deviation 5: every chosen token counts 1/n
+    # deviation 5: every chosen token of the step counts 1/n
+    weight = batch.weight / counts.tokens  # (R, T)
     # deviation 9: with one update a step pi_old is this very forward; what differs from the record
     # is only the decoder's kernels
     one_update = config.minibatches * config.inner_epochs == 1

@@ -288,7 +288,8 @@ def train(config, fed=teacher_forcing):
     run.start(model, optimizer, describe(config, rows, model, steps, machine))
 
     for step in run.steps(steps):
-        # the step's samples; deviation 6: those that cannot be read are named
+        # the step's samples
+        # deviation 6: those that cannot be read are named, and the step goes on without them
         began = time.time()
         micro = [next(batches) for _ in range(micro_steps)]
         skipped, _ = run.skips([skip for batch in micro for skip in batch["skipped"]])
