@@ -41,8 +41,8 @@ reinforce() {
 }
 
 painter() {  # the vision tower is frozen from here on: one painter serves all models of the seed
-  stage painter python -m common.painter --config toy/pictures.json --steps "$PAINTER_STEPS" \
-    --seed "$SEED" --model "$home/base" --data "$data/captions.jsonl"
+  stage painter python -m common.painter --steps "$PAINTER_STEPS" --seed "$SEED" \
+    --model "$home/base" --data "$data/captions.jsonl"
 }
 
 curate() {
