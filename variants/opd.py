@@ -31,6 +31,8 @@ Where this differs from the paper:
 Where this differs from the official code:
  3. The weight is 1/|y|, as the paper writes it; official has `--average token`.
  4. The teacher's prompt is the student's with the hint's tokens put in, not a column of the data.
+ 5. With several updates a step, A_n compares with the decoder's record throughout; official takes
+    the current student's log-probabilities at each update.
 
 Axis letters: B prompts, R rows = B * G rollouts, T new tokens, S chosen tokens, V vocabulary.
 """
@@ -135,6 +137,7 @@ def hint(row, config):
 
 def hinted(sample, tokenizer, config):
     """An encoded prompt -> the teacher's: the hint's tokens at the end of the user's turn."""
+    # deviation 4: the hint's tokens are put into the student's prompt
     words = tokenize([hint(sample["row"], config)], tokenizer)
     ids, end = sample["ids"], tokenizer.convert_tokens_to_ids("<|im_end|>")
     turn = len(ids) - 1 - ids[::-1].index(end)
@@ -154,8 +157,10 @@ def token_weights(sampled, average, n_rollouts, n_tokens):
 
     n_rollouts, n_tokens: of the step, over all ranks; its weights add up to 1.
     """
+    # deviation 2: a forced stop is not among `sampled`
     if average == "token":
         return sampled / n_tokens
+    # deviation 3: 1/|y|
     return sampled / sampled.sum(1, keepdim=True).clamp(min=1) / n_rollouts
 
 
@@ -173,6 +178,7 @@ def ask_teacher(teacher, tokenizer, batch, config):
     """What the teacher makes of a batch's rollouts -> its Replay, the weight w of each (R, 1)."""
     samples = [hinted(group.sample, tokenizer, config) for group in batch.groups]
     prompts = model_inputs(collate(samples, 0, side="left"))  # pads are masked
+    # deviation 1: the teacher is fed the student's latents
     told = la_dapo.replayed(teacher, dataclasses.replace(batch, prompts=prompts), config)
     if not config.gate:
         return told, torch.ones_like(batch.A)
@@ -188,6 +194,7 @@ def opd_loss(model, batch, told, weight, size, config):
     """
     new = la_dapo.replayed(model, batch, config)
     # with one update a step the policy has not moved: what differs is only the decoder's kernels
+    # deviation 5: with several, the record is what A_n and the ratio compare with
     old = new.logprobs.detach() if config.inner_epochs == 1 else batch.rollout.logprobs
     A = advantages(told.logprobs, old)  # (R, T)
     each, _ = la_dapo.clipped_surrogate(new.logprobs, old, A, config.eps, config.eps)  # (R, T)
