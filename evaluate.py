@@ -85,7 +85,7 @@ class Config(DataConfig):
     video_max_tokens: int = 0  # of a video; 0 = 12288 for FutureBench, as official, else 4096
     batch: int = 8  # prompts decoded together on one rank  # ours
     max_new_tokens: int = 0  # 0 = 4096 for TwiFF-Bench, else 2048  # paper sec. 4
-    max_latents: int = 8  # longest span: 2 * l_max  # official
+    max_latents: int = 8  # longest span; a trained folder brings its own  # official
     latents: str = "generated"  # generated | zero | noise | shuffled | true | pause | none  # ours
     seed: int = 0  # noise and the bootstrap  # ours
     # samples shown in report.html, spread over the groups; 0 = only its tables  # ours

@@ -40,7 +40,7 @@ class Config(DataConfig):
     ask: int = 2  # the shipped question to ask, if no model, video, image and question are given
     strip: str = "imagined.png"  # where the strip goes; "" = no strip
     max_new_tokens: int = 2048  # paper sec. 4
-    max_latents: int = 8  # longest span: 2 * l_max  # official
+    max_latents: int = 8  # longest span; a trained folder brings its own  # official
     temperature: float = 0.0  # 0 = greedy
     top_p: float = 1.0  # with a temperature: the smallest set of words that has this probability
     seed: int = 0  # of the sampling

@@ -40,7 +40,7 @@ class Config(DataConfig):
     batch: int = 64  # prompts decoded together
     out: str = "pictures"  # where the drawings go
     max_new_tokens: int = 2048  # paper sec. 4
-    max_latents: int = 8  # longest span: 2 * l_max  # official
+    max_latents: int = 8  # longest span; a trained folder brings its own  # official
 
     def __post_init__(self):
         super().__post_init__()

@@ -77,7 +77,7 @@ class Config(DataConfig):
     temperature: float = 1.0  # of student and teacher  # ours
     top_p: float = 1.0  # on words; log-probabilities are of the full softmax  # ours
     max_new_tokens: int = 4096  # paper Table 3
-    max_latents: int = 8  # longest span: 2 * l_max  # Future-L1's
+    max_latents: int = 8  # longest span; a trained folder brings its own  # Future-L1's
     share: bool = False  # decode once what a group has in common, as in la_dapo.py  # ours
     cuda_graph: bool = False  # replay a captured decoding step; not with share  # ours
     # objective
