@@ -44,6 +44,7 @@ sft_rows() {
 
   # the same with a span before the answer: of pause tokens, of latent SFT's own latents
   set -- -m variants.video_latent --config variants/video_latent.json --data "$answers"
+  local EVALUATE="-m variants.video_latent evaluate"
   FED=pause LONGEST=3 row answers-pause "$@" --pause --steps "$SFT_STEPS" --model "$base"
   LONGEST=3 row latent-answers-spans "$@" --steps "$half" --model "$latent"
 }

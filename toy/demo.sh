@@ -73,15 +73,10 @@ ablate() {  # does the answer depend on what is imagined?
   done
 }
 
-draw() {  # the painter of the base model, and what LA-DAPO's model imagines
-  cp -r "$(newest "$home/base")/painter" "$(newest "$home/la-dapo")/" &&
-    python -m tools.pictures --config toy/pictures.json --model "$home/la-dapo" \
-      --data "$data/test.jsonl" --out "$home/pictures"
-}
-
 score_all() {
   score la-dapo
-  stage pictures draw
+  stage pictures python -m tools.pictures --config toy/pictures.json --model "$home/la-dapo" \
+    --data "$data/test.jsonl" --out "$home/pictures"
   score base
   score text
   for name in able chosen random; do

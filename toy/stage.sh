@@ -77,8 +77,10 @@ newest() { ls -d "$1"/step_* | tail -n 1; }
 
 # ask NAME MODEL [FLAG...]: a model's answers to the held-out questions, in OUT/seed_SEED/eval_NAME
 ask() {
-  stage "eval_$1" python evaluate.py --config toy/eval.json --data "$data/test.jsonl" \
-    --model "$2" --out "$home/eval_$1" "${@:3}"
+  # EVALUATE: the command of a variant whose folders need it, in place of evaluate.py
+  # shellcheck disable=SC2086  # several words are meant
+  stage "eval_$1" python ${EVALUATE:-evaluate.py} --config toy/eval.json \
+    --data "$data/test.jsonl" --model "$2" --out "$home/eval_$1" "${@:3}"
 }
 
 # score NAME [FLAG...]: the same of training NAME, and its report shows what the model imagines
