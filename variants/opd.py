@@ -15,6 +15,7 @@ from X, so that I(y_n; S | X, y_<n) = 0, Eq. (1): what it teaches can be learnt.
 
     python -m variants.opd --model runs/sft --data cues.json                       # self-distilled
     python -m variants.opd --model runs/sft --teacher runs/other --data cues.json --recovery
+    python -m variants.opd evaluate --model runs/opd --data test.jsonl     # as evaluate.py
 
 -A_n is one sample of KL(p, p_T) at step n. The gradient is that of the sum of these KLs with the
 visited states held constant: how a word changes what comes after it is not seen (no return-to-go).
@@ -40,10 +41,12 @@ Axis letters: B prompts, R rows = B * G rollouts, T new tokens, S chosen tokens,
 import dataclasses
 import math
 import os
+import sys
 from collections import Counter
 
 import torch
 
+import evaluate
 import la_dapo
 from common.cli import run_script
 from common.formats import Skipped
@@ -321,5 +324,13 @@ def train(config):
     return run.finish()
 
 
+def evaluate_folder(config):
+    """`evaluate.evaluate` of a folder that may have the recovery module."""
+    return evaluate.evaluate(config, *Machine(config.bf16).load(config.model, cls=Model))
+
+
 if __name__ == "__main__":
-    run_script(train, Config)
+    if sys.argv[1:2] == ["evaluate"]:
+        run_script(evaluate_folder, evaluate.Config, sys.argv[2:])
+    else:
+        run_script(train, Config)

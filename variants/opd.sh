@@ -87,6 +87,6 @@ for row in $ROWS; do
   esac
   stage "$at$row" python "${command[@]}" --model "$home/${at}teacher" \
     --data "$data/cued_prompts.jsonl" --out "$home/$at$row" "${common[@]}"
-  ask "$at$row" "$home/$at$row"
+  EVALUATE="-m variants.opd evaluate" ask "$at$row" "$home/$at$row"
 done
 python -m toy.table "$home"
