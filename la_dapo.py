@@ -75,7 +75,7 @@ import numpy as np
 import torch
 
 from common.cli import run_script
-from common.formats import Skipped, report_bad
+from common.formats import Skipped, no_option, report_bad
 from common.judge import judge_of
 from common.lora import frozen_alone
 from common.machine import Machine, set_sync, whole, whole_copy
@@ -83,7 +83,7 @@ from common.report import draw_curves
 from common.run import Run, aside, held_out_rows, in_order, read_ahead, rows_of, trim_log
 from data import DataConfig, Samples, at_least, collate, model_inputs, to_device
 from latent_decode import Rollout, ask, join, replay, take
-from rewards import Weights, accuracy_reward, ask_judge, pick, score_group, span_lengths
+from rewards import Weights, accuracy_reward, ask_judge, score_group, span_lengths
 
 
 @dataclasses.dataclass
@@ -626,12 +626,9 @@ def usable(rows, config):
 
     Raises SystemExit if they are more than the share max_bad.
     """
-    good = [row for row in rows if not row.options or pick(row.answer, row.options) is not None]
-    bad = [row for row in rows if row not in good]
-    reasons = [Skipped(r.where, f"the answer {r.answer!r} is none of {r.options}") for r in bad]
-    if bad:
-        report_bad(reasons, len(rows), config.max_bad)
-    return good
+    reasons = [no_option(row) for row in rows]
+    report_bad([reason for reason in reasons if reason], len(rows), config.max_bad)
+    return [row for row, reason in zip(rows, reasons) if reason is None]
 
 
 def count_steps(rows, config):

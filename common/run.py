@@ -70,10 +70,8 @@ def read_lines(path):
 
 def trim_log(path, first):
     """Drop what was logged from step `first` on, because it is about to be done again."""
-    kept = (
-        [line for line in read_lines(path) if line["step"] < first] if os.path.exists(path) else []
-    )
-    write(path, "".join(json.dumps(line) + "\n" for line in kept))
+    lines = read_lines(path) if os.path.exists(path) else []
+    write(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] < first))
 
 
 def lock(folder):
@@ -86,7 +84,7 @@ def lock(folder):
     file = open(os.path.join(folder, ".lock"), "a")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
+    except (BlockingIOError, PermissionError) as e:  # which of them depends on the system
         raise SystemExit(f"{folder}: another process is running in this folder") from e
     return file
 
@@ -159,11 +157,11 @@ def aside(model):
 def fingerprint(rows):
     """What a run was trained on: ids, questions, options, answers, texts and frames of all rows.
 
-    A frame counts by its path and index, or by its bytes.
+    A frame counts by its path and index, or by its bytes; a cue where there is one.
     """
     digest = hashlib.sha256()
     for row in rows:
-        parts = (row.id, row.question, row.options, row.answer, row.prompt, row.response)
+        parts = row.id, row.question, row.options, row.answer, row.prompt, row.response, row.cue
         digest.update(repr(parts).encode())
     return digest.hexdigest()
 

@@ -63,6 +63,7 @@ def test_a_checkpoint_holds_plain_values(world, tmp_path):
         dict(question="other ?"),
         dict(answer="other"),
         dict(options=["a", "c"]),
+        dict(cue="left"),
         dict(prompt=["see", Frame("a.mp4", 4), Clip("c.mp4")]),
         dict(prompt=["see", Frame("a.mp4", 3), Clip("c.mp4", 1.0)]),
         dict(response=["so", Frame(b"PNG other", 0)]),
