@@ -25,6 +25,7 @@ from common.formats import Frame, Row
 from common.judge import add_verdicts
 from common.results import paired_bootstrap, read_book
 from common.run import commit, read_lines, write, write_json
+from data import shown_prompt
 from model import LATENT_END, LATENT_START
 
 # -------------------------------------------------------------------------------- one evaluation
@@ -162,13 +163,14 @@ def page(summary, lines, rows):
     """
     by_id, fed = {row.id: row for row in rows}, summary["latents"]
     shown = [line for line in lines if "imagined" in line and line["id"] in by_id]
+    show_options = summary["show_options"]
     settings = [(k, json.dumps(summary[k], ensure_ascii=False)) for k in summary if k != "scores"]
     templates = Environment(loader=FileSystemLoader(os.path.dirname(__file__)), autoescape=True)
     return templates.get_template("report.html.jinja").render(
         title=f"{summary['benchmark'] or 'evaluation'}: {summary['model']}",
         summary=summary,
         scores=score_rows(summary["scores"]),
-        samples=[sample_of(by_id[line["id"]], line) for line in shown],
+        samples=[sample_of(by_id[line["id"]], line, show_options) for line in shown],
         imagined="imagined" if fed == "generated" else f"fed to the spans: {fed}",
         paper=paper_rows(summary),
         used=used(summary),
@@ -176,10 +178,10 @@ def page(summary, lines, rows):
     )
 
 
-def sample_of(row, line):
+def sample_of(row, line, show_options):
     """A row and its result line -> what the template shows of them, as a dict.
 
-    Pictures are (label, data: URL).
+    Pictures are (label, data: URL). The prompt is the one that the model saw with show_options.
     """
     info = line["imagined"]
     pictures, error = dict(seen=[], future=[], other=[]), info.get("error", "")
@@ -199,6 +201,7 @@ def sample_of(row, line):
         parts += [dict(span=f"span {k}{n}"), dict(words=text.partition(LATENT_END)[2])]
 
     good, verdict = verdict_of(line)
+    prompt = shown_prompt(row, show_options)
     rewards = (
         f"R_fmt {info.get('format', 0):.0f}, repetition {info.get('repetition', 0):.2f}, "
         f"R_div {info.get('diversity', 0):.3f}"
@@ -206,7 +209,7 @@ def sample_of(row, line):
     letters = [f"{name} {line[name] or '-'}" for name in ("strict", "official") if name in line]
     return dict(
         row=row,
-        asked="\n".join(part for part in row.prompt if isinstance(part, str)).strip(),
+        asked="\n".join(part for part in prompt if isinstance(part, str)).strip(),
         seen=pictures["seen"],
         painted=[(m, f"data:image/png;base64,{data}") for m, data in painted],
         came=pictures["future"],
