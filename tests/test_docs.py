@@ -55,6 +55,13 @@ def test_each_row_names_a_function_and_a_test(row):
     assert re.search(rf"^def {re.escape(test_name)}\(", text_of(test_file), re.M)
 
 
+def test_the_idea_in_readme_is_the_code():
+    """Breaks if README shows a decoding loop that is not, line for line, decode_slowly's."""
+    (shown,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    code = " ".join(text_of("latent_decode.py").split())
+    assert len(shown.splitlines()) > 8 and " ".join(shown.split()) in code
+
+
 def test_readme_repeats_rows_of_the_map():
     """Breaks if a row of README's short map is not, word for word, one of docs/map.md."""
     rows = map_rows(README)
@@ -84,6 +91,7 @@ def test_every_page_can_be_reached():
 # files whose lists of differences are marked at their lines
 MARKED = ["data.py", "common/formats.py", "common/clips.py", "model.py", "latent_decode.py"]
 MARKED += ["sft.py", "rewards.py", "la_dapo.py", "curate.py", "evaluate.py", "variants/opd.py"]
+MARKED += ["variants/mcr.py", "variants/cue_recovery.py", "variants/set_spans.py"]
 
 
 @pytest.mark.parametrize("file", MARKED)

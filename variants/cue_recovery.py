@@ -51,7 +51,7 @@ class Look(nn.Module):
         super().__init__()
         self.heads = heads
         self.q, self.k, self.v, self.o = (nn.Linear(D, D, bias=False) for _ in range(4))
-        nn.init.zeros_(self.o.weight)
+        nn.init.zeros_(self.o.weight)  # deviation 1: at step 0 the model is as it was
 
     def forward(self, sink, seen, real):
         """Normed sinks (B, D), normed visual states (B, M, D), which are no padding (B, M) bool ->
@@ -94,6 +94,7 @@ def find_places(layout, visual):
 
     A sequence is a prompt with what follows it, or, where the prompt is empty, a whole sample.
     """
+    # deviation 2: of several prompts in one row, each first token reads its own
     starts = [start for start, length in layout.prompts if length]
     starts += [start for start, _, number in layout.rollouts if not layout.prompts[number][1]]
     starts = torch.tensor(sorted(starts), device=visual.device)

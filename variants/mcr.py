@@ -69,6 +69,7 @@ from latent_decode import Replay, Rollout, decisions, generate
 from rewards import span_lengths
 
 WORDS = ("look", "imagine", "check", "seen", "unseen", "nothing")  # actions and feedback
+# deviation 1: these actions and their words are ours, because the published ones are not public
 ACTION = re.compile(
     r"<reason>\s*(?:look\s+(?P<frame>\d{1,3})|(?P<check>check))\s*</reason>\s*(?:<\|im_end\|>)?\s*$"
 )
@@ -90,6 +91,7 @@ class Config(la_dapo.Config):
         super().__post_init__()
         at_least(self, 0, "cost", "max_looks")
         at_least(self, 1, "max_turns")
+        # deviation 6: the reference knows no transcripts
         without = "filter kl lambda_c lambda_d share shard cuda_graph eval_data".split()
         if any(getattr(self, name) for name in without):
             raise ValueError(f"mcr: no {', '.join(without)}")
@@ -128,7 +130,7 @@ def environment(turn, row, seen, looks_left):
     action = ACTION.search(turn)
     if action is None:
         return None
-    if action["check"]:
+    if action["check"]:  # deviation 2: it says whether there is evidence, not whether it is right
         asked = frames_in(row.response)[-1:]
         return Said(("seen" if asked[0] in seen else "unseen") if asked else "nothing")
     clips = [frame.source for frame in frames_in(row.prompt) if frame.index]
@@ -358,6 +360,7 @@ def train(config):
     Raises SystemExit on a folder in use or bad input.
     """
     # the run's folder, the policy, the prompts in their order
+    # deviation 3: there, no stage trains the loop
     machine = Machine(config.bf16)
     rows = la_dapo.usable(rows_of(config), config)
     steps, judge = la_dapo.count_steps(rows, config), judge_of(config)
@@ -391,7 +394,8 @@ def train(config):
         place += batches_a_step
         score_groups(groups, judge, config)
 
-        # deviation 5: all judged groups are kept; deviation 4: how their rollouts compare
+        # deviation 5: all judged groups are kept
+        # deviation 4: how their rollouts compare
         kept = [group for group in groups if group.verdict != "unjudged"]
         compare = la_dapo.group_advantages if config.over_std else differences
         for group in kept:
@@ -418,6 +422,7 @@ def train(config):
         skipped, failures = run.skips(skipped, judge)
         line = dict(step=step, lr=lr, prompts=[began_at * size, place * size])
         line.update(la_dapo.update_figures(figures, norms, machine))
+        # deviation 7: length and forced_stops count the environment's tokens too
         line.update(la_dapo.rollout_figures(groups, kept, kept, machine))
         line.update(skipped=len(skipped), skipped_names=skipped, judge_failures=failures)
         if step == 0 and not line["rollouts"]:

@@ -159,6 +159,7 @@ def lay_out(ids, mask, c, schedule, draws=()):
 
 def sees(order, is_query, key_order, key_is_query):
     """Who sees whom: order and stream of tokens (B, L) and of keys (B, C) -> (B, L, C) bool."""
+    # deviation 2: one decoder, whose order is that of the sequence
     same_stream = key_is_query[:, None] == is_query[..., None]
     earlier = (key_order[:, None] < order[..., None]) & ~key_is_query[:, None]
     return earlier | ((key_order[:, None] == order[..., None]) & same_stream)
@@ -223,6 +224,8 @@ def batch_sums(model, batch, progress, latent_var, config):
     has_label = batch["labels"][:, 1:] != -100  # (B, L - 1)
     words, logits = batch["labels"][:, 1:][has_label], model.logits(h[:, :-1][has_label])
     ce_sum = F.cross_entropy(logits, words, reduction="sum")
+    # deviation 1: latents are continuous, so each has a squared error of its own
+    # deviation 3: a latent is read off its query
     distance = (model.to_latent(q).float() - e.float()).pow(2).mean(-1)  # (N,) Eq. (3)
     return ce_sum, distance.sum() / latent_var
 
@@ -394,6 +397,7 @@ def generate(
     batch: left-padded prompts, a row for each sample. blocks: those that each row may open, in
     order, as lengths of spans; one without room is not opened. Else as `latent_decode.generate`.
     """
+    # deviation 4: the lengths of the spans are given in `blocks`
     c, ids, mask = model.config, batch["input_ids"], batch["attention_mask"]
     layout, cache = lay_out(ids, mask, c, schedule), DynamicCache()
     h, _ = two_streams(model, layout, None, **model_inputs(batch), cache=cache)
