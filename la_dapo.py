@@ -50,8 +50,9 @@ Where this differs from the official code:
     group that came out equal are replayed once and counted.
  7. Every rank runs as many micro-batches as the fullest; what fills up weighs nothing.
  8. What is sampled depends on the seed and the place in the data, not on the number of ranks.
- 9. With one update a step, pi_old is this forward itself, as in official; the decoder's recorded
-    log-probabilities remain a check, whose RMS difference is logged as `replay_rms`.
+ 9. pi_old is the policy's forward before the step's first update, as in official; with one update
+    a step it is this forward itself. The decoder's recorded log-probabilities are only compared
+    with it: their RMS difference is logged as `replay_rms`.
 10. In the filter's mean a repetitive rollout counts 0 (official: -1).
 11. Weight decay is 0 (official: 0.01), and the vision tower is frozen (official trains it).
 12. Without a judge, open-ended answers must match exactly; the run reports how many there are.
@@ -364,6 +365,7 @@ class Batch:
     members: list = ()  # R lists: which rollouts of its group those are
     groups: list = ()
     ref: torch.Tensor | None = None  # (R, T) log-probabilities of the reference
+    old: torch.Tensor | None = None  # (R, T) of the policy before the step's first update
 
     @property
     def weight(self):
@@ -462,10 +464,8 @@ def clipped_loss(new, batch, counts, config):
     recorded = batch.rollout.logprobs  # (R, T)
     # deviation 5: every chosen token of the step counts 1/n
     weight = batch.weight / counts.tokens  # (R, T)
-    # deviation 9: with one update a step pi_old is this very forward; what differs from the record
-    # is only the decoder's kernels
-    one_update = config.minibatches * config.inner_epochs == 1
-    old = new.logprobs.detach() if one_update else recorded
+    # deviation 9: with one update a step pi_old is this very forward
+    old = new.logprobs.detach() if batch.old is None else batch.old
     bounds = config.eps_low, config.eps_high, config.dual_clip
     surrogate, r = clipped_surrogate(new.logprobs, old, batch.A, *bounds)  # (R, T)
     kl = torch.zeros_like(surrogate) if batch.ref is None else kl_k3(new.logprobs, batch.ref)
@@ -552,7 +552,8 @@ def train(config, policy_loss=policy_loss):
         del decoder
         kept = [group for group in worth if group.place in places]
 
-        # advantages; the reference's log-probabilities, a minibatch at a time
+        # advantages; log-probabilities of the reference, and of the policy if it is to move
+        # more than once
         began = time.time()
         for group in kept:
             group.A = group_advantages(group.parts["total"])
@@ -560,9 +561,12 @@ def train(config, policy_loss=policy_loss):
         for m in range(config.minibatches):
             part = [g for g in kept if places.index(g.place) % config.minibatches == m]
             batches, counts = batches_of(part, hidden, config, machine)
-            for batch in batches if reference is not None else []:
+            for batch in batches:
                 with torch.no_grad(), machine.autocast():
-                    batch.ref = reference(replayed, batch, config).logprobs
+                    if reference is not None:
+                        batch.ref = reference(replayed, batch, config).logprobs
+                    if config.minibatches * config.inner_epochs > 1:  # deviation 9
+                        batch.old = policy(replayed, batch, config).logprobs
             if counts.tokens:  # there may be fewer groups than minibatches
                 minibatches.append((batches, counts))
 

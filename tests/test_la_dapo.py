@@ -490,10 +490,10 @@ def test_ratio_one_gives_the_reinforce_gradient(model, tokenizer):
     )
 
 
-@pytest.mark.parametrize("minibatches, ratio", [(1, 1.0), (2, math.exp(0.1))])
-def test_what_the_ratio_compares_with(model, tokenizer, minibatches, ratio):
-    """Breaks if with one update a step the decoder's record enters the ratio, if with several it
-    does not, or if its difference is not logged. The record is off by 0.1 everywhere.
+@pytest.mark.parametrize("moved, ratio", [(None, 1.0), (0.2, math.exp(0.2))])
+def test_what_the_ratio_compares_with(model, tokenizer, moved, ratio):
+    """Breaks if the decoder's record, which is off by 0.1 here, enters the ratio, or if its
+    difference is not logged. moved: by how much the policy has moved since the first update.
     """
     batch, rollout = sampled(model, tokenizer, n=2)
     recorded = rollout.logprobs - 0.1 * rollout.sampled
@@ -504,8 +504,9 @@ def test_what_the_ratio_compares_with(model, tokenizer, minibatches, ratio):
         torch.arange(len(A)) // 2,
         A,
         torch.ones_like(A),
+        old=None if moved is None else rollout.logprobs - moved,
     )
-    config = la_dapo.Config(kl=0.0, temperature=0.9, minibatches=minibatches)
+    config = la_dapo.Config(kl=0.0, temperature=0.9)
     counts = Counts(int(rollout.sampled.sum()), 12, 6)
     _, figures = la_dapo.policy_loss(model, prepared, counts, config)
     assert figures["ratio"].item() == pytest.approx(ratio, abs=1e-5)
@@ -916,22 +917,26 @@ def test_equal_rollouts_are_replayed_once_and_counted(world, loud, tmp_path, mon
     assert moved > 1 and off < 1e-3 * moved
 
 
-def test_minibatches_make_the_clip_act(world, loud, tmp_path):
-    """Breaks if later updates of a step still see a ratio of 1."""
-    la_dapo.train(
-        settings(
-            world,
-            loud,
-            tmp_path / "a",
-            steps=1,
-            minibatches=2,
-            inner_epochs=3,
-            lr=2e-2,
-            adjoint_terms=0,
-        )
-    )
+def test_minibatches_make_the_clip_act(world, loud, tmp_path, monkeypatch):
+    """Breaks if later updates of a step still see a ratio of 1, or if they compare with what the
+    decoder recorded: its kernels round otherwise, here by as much as 0.1.
+    """
+    how = dict(steps=1, minibatches=2, inner_epochs=3, lr=2e-2, adjoint_terms=0)
+    first = la_dapo.train(settings(world, loud, tmp_path / "a", **how))
     (line,) = log_of(tmp_path / "a")
     assert line["updates"] == 6 and line["clip_fraction"] > 0.01
+
+    def rounded(*args):
+        groups = roll_out(*args)
+        for group in groups:
+            group.rollout.logprobs += 0.1
+        return groups
+
+    roll_out = la_dapo.roll_out
+    monkeypatch.setattr(la_dapo, "roll_out", rounded)
+    second = la_dapo.train(settings(world, loud, tmp_path / "b", **how))
+    assert all(map(torch.equal, weights(first).values(), weights(second).values()))
+    assert log_of(tmp_path / "b")[0]["replay_rms"] != line["replay_rms"]
 
 
 def ten_rows(world, name, broken, **more):
