@@ -80,7 +80,8 @@ def test_same_weights(world, tmp_path, more):
 
 def test_same_weights_in_single_precision(world, tmp_path):
     """Breaks if something is computed more coarsely than in fp32. AdamW divides a gradient by its
-    own size, so where that is small, rounding shows: 4e-3 of the way was measured.
+    own size, so a weight whose gradient is nearly zero moves by its rounding. With this seed there
+    is none (2e-5 of the way was measured); with seeds 1 to 5 it was 2e-5 to 3e-2.
     """
-    _, _, ratio = train_both(world, tmp_path, steps=3)
-    assert ratio < 1e-2
+    _, _, ratio = train_both(world, tmp_path, steps=3, seed=2)
+    assert ratio < 1e-3
