@@ -222,6 +222,7 @@ class DecodingCache:
 
         text: the language model. token (R,): what x stands for; only `SharedCache` reads it.
         """
+        self.unseen = self._unseen()  # the same for all layers
         out = text(
             inputs_embeds=x[:, None],  # (R, 1, D)
             position_ids=position.expand(3, -1, -1),
@@ -235,8 +236,8 @@ class DecodingCache:
         """query (R, H, 1, d), key and value (R, H_kv, 1, d) -> (R, 1, H, d)."""
         keys, values = self.write(layer, key, value)
         (R, H, _, d), H_kv = query.shape, key.shape[1]
-        q = query.to(keys[0].dtype).view(R, H_kv, H // H_kv, d) * scaling
-        out = self.mix(self.weights(self.products(q, keys)), values)  # (R, H_kv, g, d)
+        q = query.to(keys[0].dtype).view(R, H_kv, H // H_kv, d)
+        out = self.mix(self.weights(self.products(q, keys, scaling)), values)  # (R, H_kv, g, d)
         return out.reshape(R, 1, H, d)
 
     def write(self, layer, key, value):
@@ -245,31 +246,43 @@ class DecodingCache:
             own.index_copy_(2, self.place, new.to(own.dtype))
         return tuple(zip(self.prompt[layer], self.own[layer]))
 
-    def products(self, q, keys):
-        """q (R, H_kv, g, d) with the keys of its prompt, then its own -> (R, H_kv, g, P + C)."""
+    def products(self, q, keys, scaling):
+        """q (R, H_kv, g, d) with the keys of its prompt, then its own -> (R, H_kv, g, P + C).
+
+        Times `scaling`, and in fp32 where q and keys are bf16, as in FlashAttention: bf16 scores
+        between 16 and 32 are .125 apart, which is a factor of 1.13 in a weight.
+        """
+        narrow = torch.finfo(q.dtype).bits < 32
+        if not narrow:
+            q = q * scaling  # fewer numbers than the scores; in bf16 it would be rounded again
         (_, H_kv, g, d), (keys, own_keys) = q.shape, keys
         B, _, P, _ = keys.shape
         seats = self._to_seats(q).reshape(B, self.n, H_kv, g, d).transpose(1, 2)
-        score = (seats.flatten(2, 3) @ keys.transpose(2, 3)).view(B, H_kv, self.n, g, P)
-        score = self._to_rows(score.transpose(1, 2).flatten(0, 1))  # (R, H_kv, g, P)
-        return torch.cat([score, q @ own_keys.transpose(2, 3)], -1)
+        score = wide_product(seats.flatten(2, 3), keys.transpose(2, 3))
+        score = score.view(B, H_kv, self.n, g, P).transpose(1, 2).flatten(0, 1)
+        score = self._to_rows(score)  # (R, H_kv, g, P)
+        score = torch.cat([score, wide_product(q, own_keys.transpose(2, 3))], -1)
+        return score * scaling if narrow else score
 
     def weights(self, score):
         """Scores (R, H_kv, g, P + C) -> their softmax; 0 at padding and at places to come."""
-        P, wide = self.padding.shape[-1], torch.promote_types(score.dtype, torch.float32)
-        to_come = torch.arange(score.shape[-1] - P, device=score.device) > self.place  # (C,)
+        return score.masked_fill(self.unseen, -torch.inf).softmax(-1)
+
+    def _unseen(self):
+        """(R, 1, 1, P + C): a row's prompt's padding, and its own places that are still to come."""
+        to_come = torch.arange(self.own[0][0].shape[2], device=self.place.device) > self.place
         before = self.padding[self.prompt_of]  # (R, 1, 1, P)
-        hidden = torch.cat([before, to_come.expand(*before.shape[:3], -1)], -1)
-        return score.masked_fill(hidden, -torch.inf).to(wide).softmax(-1).to(score.dtype)
+        return torch.cat([before, to_come.expand(*before.shape[:3], -1)], -1)
 
     def mix(self, p, values):
         """Weights p (R, H_kv, g, P + C), values as `write` gives them -> (R, H_kv, g, d)."""
         (_, H_kv, g, _), (values, own_values) = p.shape, values
         B, _, P, d = values.shape
+        p = p.to(values.dtype)
         p, p_own = p[..., :P], p[..., P:]
         p = self._to_seats(p).reshape(B, self.n, H_kv, g, P).transpose(1, 2).flatten(2, 3)
-        out = (p @ values).view(B, H_kv, self.n, g, d).transpose(1, 2).flatten(0, 1)
-        return self._to_rows(out) + p_own @ own_values
+        out = wide_product(p, values).view(B, H_kv, self.n, g, d).transpose(1, 2).flatten(0, 1)
+        return (self._to_rows(out) + wide_product(p_own, own_values)).to(values.dtype)
 
     def _to_seats(self, x):
         """Rows (R, ...) -> seats (B * n, ...), empty ones 0."""
@@ -322,6 +335,17 @@ class SharedCache(DecodingCache):
             super().keep(self.reads[first])
         self.reads = reads
         return first
+
+
+def wide_product(a, b):
+    """a (..., m, k) @ b (..., k, n) -> (..., m, n), in fp32 where both are bf16."""
+    if torch.finfo(a.dtype).bits >= 32:
+        return a @ b
+    if a.is_cuda:
+        out = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
+        return out.view(*a.shape[:-1], b.shape[-1])
+    with torch.autocast(a.device.type, enabled=False):
+        return a.float() @ b.float()
 
 
 def _in_dtype(x):

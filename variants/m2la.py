@@ -167,11 +167,11 @@ class M2LA(nn.Module):
         keys, scales = cache.write(self.layer_idx, entry[:, None], t[:, None])
         q = torch.einsum("rghd,gdc->rghc", q.view(R, self.G, -1, d), self.up_k)
         q = torch.cat([q.reshape(R, 1, H, -1), q_r], -1).to(keys[0].dtype)  # (R, 1, H, r + m d)
-        score = cache.products(q * self.scaling, keys)  # (R, 1, H, P + C)
+        score = cache.products(q, keys, self.scaling)  # (R, 1, H, P + C)
         if self.exact:  # each head takes the t of its group
             one = torch.eye(self.G, dtype=q.dtype, device=q.device)
             one = one.repeat_interleave(H // self.G, 0)  # (H, G)
-            score = score * cache.products(one.expand(R, 1, H, -1), scales)
+            score = score * cache.products(one.expand(R, 1, H, -1), scales, 1.0)
         latents = tuple(key[..., : self.rank] for key in keys)
         c = cache.mix(cache.weights(score), latents)  # (R, 1, H, r)
         c = c.view(R, self.G, -1, self.rank).to(self.up_v.dtype)

@@ -126,6 +126,7 @@ def test_decoding_with_rows_that_leave(keep):
             cache.reserve(2)
         new = [torch.randn(R, heads, 1, D, dtype=torch.float64) for heads in (H, H_KV, H_KV)]
         q, k, v = (x[rows] for x in new)
+        cache.unseen = cache._unseen()
         out = cache.attend(0, q, k, v, SCALE)  # (R, 1, H, d)
         cache.place.add_(1)
         cache.used += 1
@@ -143,6 +144,28 @@ def test_decoding_with_rows_that_leave(keep):
         if step == 1 and keep:
             cache.keep(torch.tensor(keep))
             rows = keep
+
+
+def test_scores_in_decoding_are_not_rounded_to_bf16():
+    """Breaks if decoding rounds scores that FlashAttention keeps in fp32: samples would come from
+    another policy than the one that learns. Against float64 of the same bf16 numbers.
+    """
+    R, d, prompt = 8, 64, DynamicCache()
+    generator = torch.Generator().manual_seed(0)
+    shapes = (R, H, 1, d), (R, H_KV, 1, d), (R, H_KV, 1, d), (1, H_KV, 40, d), (1, H_KV, 40, d)
+    q, k, v, keys, values = (torch.randn(s, generator=generator).bfloat16() for s in shapes)
+    q = q * 8  # scores of trained models are large
+    prompt.update(keys, values, 0)
+    cache = DecodingCache(prompt, [40], R)
+    cache.reserve(3)
+    cache.unseen = cache._unseen()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = cache.attend(0, q, k, v, SCALE)
+    for i in range(R):
+        both = (torch.cat([x, own[i : i + 1]], 2) for x, own in ((keys, k), (values, v)))
+        expected = plain(*(x.double() for x in (q[i][None], *both)), [list(range(41))])
+        # weights and results are each rounded to 8 bits; rounded scores gave errors up to .04
+        assert (out[i].double() - expected).norm() < 4e-3 * expected.norm()
 
 
 def test_without_a_layout_it_says_so():
