@@ -1,6 +1,7 @@
 """Spans predicted as a set: all latents of a set at once, set after set.
 
-A fork of sft.py's loss, latent_decode.py's loop. Ours, after SAR (Liu et al., arXiv 2410.10511).
+A fork of sft.py, and of `latent_decode.decode_slowly`. Ours, after SAR (Liu et al., arXiv
+2410.10511).
 
     p(x) = prod_k p(X_k | X_<k)              a sequence x, cut into sets X_1 .. X_K      SAR
     m_n  = embedding of `<|latent|>` + e_n           the query of a block's latent n, e_n is learnt
@@ -35,7 +36,7 @@ Where this differs from the paper:
     hold latents of several, and then all that stands between these.
 
 Axis letters: B rows, L content tokens, Q queries of a row, N latents of all rows, C tokens in the
-cache, P prompt tokens, T new tokens, D hidden, V words.
+cache, D hidden, V words.
 """
 
 import dataclasses
@@ -43,7 +44,6 @@ import math
 import os
 import random
 import re
-import time
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -59,7 +59,7 @@ from common.machine import Machine, set_sync, whole
 from common.report import draw_curves
 from common.run import Run, rows_of
 from data import Samples, loader, model_inputs
-from latent_decode import Rollout, choose_word
+from latent_decode import ends_of, never_words
 from model import FutureL1
 
 FAR = 2**40  # the order of padding: nobody sees it
@@ -258,10 +258,10 @@ def train(config):
     batches = iter(loader(samples, plan, config.workers, pad_id=tokenizer.pad_token_id or 0))
 
     # what Eq. (3) is divided by; the model over the ranks; AdamW with weight decay on matrices only
-    if run.state:
-        latent_var = run.state["latent_var"]
-    else:
-        latent_var = sft.measure_variance(model, samples, order, config, machine)
+    state = run.state or dict(
+        latent_var=sft.measure_variance(model, samples, order, config, machine)
+    )
+    latent_var = state["latent_var"]
     sums_of = machine.wrap(model, unused=not config.freeze_vision)  # a batch may lack pictures
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = dict(params=[p for p in trained if p.ndim >= 2], weight_decay=config.weight_decay)
@@ -272,16 +272,12 @@ def train(config):
 
     for step in run.steps(steps):
         # the step's samples, and how many words and latents all ranks have
-        began = time.time()
         micro = [next(batches) for _ in range(micro_steps)]
         skipped, _ = run.skips([skip for batch in micro for skip in batch["skipped"]])
-        if step == 0 and machine.master:
-            sft.print_row(micro[0], tokenizer, latent_id)
-        counts = [sum(some) for some in zip(*(sft.count(b, latent_id, config) for b in micro))]
-        n_text, n_latent, n_tokens = (int(n) for n in machine.sum(counts))
+        counts = [sft.count(batch, latent_id, config) for batch in micro]
+        n_text, n_latent, n_tokens = (int(n) for n in machine.sum(map(sum, zip(*counts))))
         if step == 0 and not n_text:
-            why = f"could be used, e.g. {skipped[0][1]}" if skipped else "has a word to learn"
-            raise SystemExit(f"no sample of step 0 {why}")
+            raise SystemExit(f"no sample of step 0 could be used, e.g. {skipped[:1]}")
 
         # forward and backward, a micro-batch at a time
         sums = torch.zeros(2, dtype=torch.float64)
@@ -309,10 +305,6 @@ def train(config):
         means = sft.means_of(sums, n_text, n_latent, config, machine)
         line = dict(step=step, lr=lr, tokens=n_tokens, latents=n_latent, **means)
         line.update(grad_norm=norm, update_skipped=update_skipped, skipped=skipped)
-        line.update(seconds=round(time.time() - began, 4))
-        if update_skipped:
-            why = "no sample could be used" if norm is None else "gradient is not finite"
-            run.say(f"step {step}: {why}, no update")
         run.log(line, "ce", "latent")
         if run.due(step + 1, steps):
             run.save(step + 1, model, tokenizer, optimizer, latent_var=latent_var)
@@ -324,118 +316,53 @@ def train(config):
 # ---------------------------------------------------------------------------------------- decoding
 
 
-class Tables:
-    """B responses of up to T tokens while they are decoded. like (B, D): a state."""
-
-    def __init__(self, T, like):
-        B, D = like.shape
-        self.ids = torch.zeros(B, T, dtype=torch.long, device=like.device)
-        self.logprobs, self.sampled = like.new_zeros(B, T).float(), self.ids.bool()
-        self.z, self.done = like.new_zeros(B, T, D), self.sampled[:, 0].clone()
-        # of each row: tokens written, tokens fed, latents known
-        self.end, self.fed, self.known = self.ids.new_zeros(3, B)
-
-    def say(self, words, logprobs, blocks, c, ends):
-        """Write a word in each row whose tokens are all fed, and the block that it opens."""
-        ready = ~self.done & (self.fed == self.end)
-        self.done |= ready & (self.end == self.ids.shape[1])
-        rows = (ready & ~self.done).nonzero()[:, 0]
-        at = rows, self.end[rows]
-        self.ids[at], self.logprobs[at], self.sampled[at] = words[rows], logprobs[rows], True
-        self.end[rows] += 1
-        self.done[rows] = torch.isin(words[rows], ends)
-        for r in rows[words[rows] == c.latent_start_id].tolist():
-            start, z, end = c.latent_start_id, c.latent_id, c.latent_end_id
-            block = sum([[start, *[z] * n, end] for n in blocks[r].pop(0)], [])[1:]
-            self.ids[r, self.end[r] : self.end[r] + len(block)] = torch.tensor(block)
-            self.end[r] += len(block)
-
-
-def pack(marked, *tables):
-    """The marked (B, T) columns of tables (B, T), on the left (B, most); which are real."""
-    columns = (~marked).int().argsort(dim=1, stable=True)[:, : int(marked.sum(1).max())]
-    return [table.gather(1, columns) for table in tables], marked.gather(1, columns)
-
-
-def feed(model, tables, after, seen, cache, schedule):
-    """A pass: what is known and the next set's queries -> last states (B, D), orders (B, C).
-
-    after (B, 1): position of the first token. seen (B, C): the order of what is in the cache.
-    """
-    t = torch.arange(tables.ids.shape[1], device=seen.device).expand_as(tables.ids)  # (B, T)
-    fed, known, end = (x[:, None] for x in (tables.fed, tables.known, tables.end))  # (B, 1)
-    layout = lay_out(tables.ids, t < end, model.config, schedule)
-
-    # the queries of the next set, and content up to its first latent, or to the end
-    order = layout.query_order.masked_fill(t[:, : layout.slot.shape[1]] < known, FAR)  # (B, Q)
-    asked = (order < FAR) & (order == F.pad(order, (0, 1), value=FAR).amin(1, True))
-    stop = torch.cat([layout.place.masked_fill(~asked, FAR), end], 1).amin(1, True)  # (B, 1)
-    (at, order, ids), real = pack((t >= fed) & (t < stop), t, layout.order, tables.ids)
-    (of_query, place, slot), asking = pack(asked, *layout[1:])
-    layout = Layout(order.masked_fill(~real, FAR), of_query.masked_fill(~asking, FAR), place, slot)
-    z = tables.z[torch.arange(len(at))[:, None], at]  # (B, L, D)
-    z = z[real & (ids == model.config.latent_id)]  # (N, D)
-    embedded = model.embed(ids.masked_fill(~real, 0), z)
-    positions = (after + torch.cat([at, place], 1)).expand(3, -1, -1)  # (3, B, L + Q)
-    h, q = run_streams(model, embedded, positions, layout, seen, cache)
-
-    # queries leave the cache; what they predicted is content of the next pass
-    cache.crop(-q.shape[1])
-    row, k = asking.nonzero(as_tuple=True)
-    tables.z[row, place[row, k]] = model.to_latent(q[row, k])
-    tables.fed, tables.known = stop[:, 0], tables.known + asked.sum(1)
-    last = real.sum(1).clamp(min=1) - 1  # (B,)
-    return h[torch.arange(len(h)), last], torch.cat([seen, layout.order], 1)
-
-
 @torch.no_grad()
-def generate(
-    model, batch, blocks, schedule, *, max_new_tokens, temperature=0.0, top_p=1.0, generator=None
-):
-    """Continue each row of a batch -> Rollout; queries are not in it.
+def decode(model, prompt, blocks, schedule, max_new_tokens):
+    """Continue one prompt greedily, set after set -> tokens (list), latents (N, D).
 
-    batch: left-padded prompts, a row for each sample. blocks: those that each row may open, in
-    order, as lengths of spans; one without room is not opened. Else as `latent_decode.generate`.
+    prompt: HF-named tensors of one row without padding. blocks: those that the response may open,
+    in their order, as lengths of spans; one without room for it and a word is not opened.
     """
-    # deviation 4: the lengths of the spans are given in `blocks`
-    c, ids, mask = model.config, batch["input_ids"], batch["attention_mask"]
-    layout, cache = lay_out(ids, mask, c, schedule), DynamicCache()
-    h, _ = two_streams(model, layout, None, **model_inputs(batch), cache=cache)
-    after = mask.sum(1, keepdim=True) + model.model.rope_deltas  # (B, 1)
-    seen = layout.order - FAR // 2  # (B, P) before all that comes; padding still behind it
-    h, tables, blocks = h[:, -1], Tables(max_new_tokens, h[:, -1]), [list(b) for b in blocks]
-    ends = torch.tensor(model.generation_config.eos_token_id, device=ids.device).reshape(-1)
-    never = torch.zeros(len(h), model.lm_head.out_features, device=ids.device)  # (B, V)
-    never[:, [c.latent_id, c.latent_end_id, c.image_token_id, c.video_token_id]] = -torch.inf
+    c, cache, blocks = model.config, DynamicCache(), list(blocks)
+    ids, start = prompt["input_ids"], prompt["input_ids"].shape[1]
+    layout = lay_out(ids, prompt["attention_mask"], c, schedule)
+    h, latents = two_streams(model, layout, None, **prompt, cache=cache)  # (1, L, D), none yet
+    offset = model.model.rope_deltas
     while True:
-        sizes = [sum(b[0]) + 2 * len(b[0]) if b else FAR for b in blocks]
-        fits = tables.end + torch.tensor(sizes, device=ids.device) <= max_new_tokens
-        never[:, c.latent_start_id] = torch.where(fits, 0, -torch.inf)
-        logp = (model.logits(h).float() / (temperature or 1.0)).log_softmax(-1)  # (B, V)
-        u = torch.rand(len(h), generator=generator).to(h.device)
-        words = choose_word(logp + never, u, temperature, top_p)  # (B,)
-        tables.say(words, logp.gather(1, words[:, None])[:, 0], blocks, c, ends)
-        if tables.done.all():
-            break
-        h, seen = feed(model, tables, after, seen, cache, schedule)
-    last = tables.ids.gather(1, tables.end[:, None] - 1)[:, 0]  # (B,)
-    finish = ["eos" if ended else "length" for ended in torch.isin(last, ends)]
-    latents = [z[row == c.latent_id] for z, row in zip(tables.z, tables.ids)]
-    return Rollout(tables.ids, tables.sampled, latents, tables.logprobs, finish, tables.end)
+        # a word, and the block that it opens
+        # deviation 4: the lengths of the spans are given in `blocks`
+        room = sum(blocks[0]) + 2 * len(blocks[0]) if blocks else FAR
+        fits = ids.shape[1] - start + room < max_new_tokens
+        never = never_words(c) + [c.latent_start_id] * (not fits)
+        logits = model.logits(h[0, -1])  # (V,)
+        new = [int(logits.index_fill(0, torch.tensor(never), -torch.inf).argmax())]
+        if new == [c.latent_start_id]:
+            spans = [
+                [c.latent_start_id, *[c.latent_id] * n, c.latent_end_id] for n in blocks.pop(0)
+            ]
+            new = sum(spans, [])
+        fed, ids = ids.shape[1], torch.cat([ids, torch.tensor([new])], 1)
+        if new[-1] in ends_of(model) or ids.shape[1] - start == max_new_tokens:
+            return ids[0, start:].tolist(), latents
 
-
-def token_logprobs(model, batch, rollout, schedule, temperature):
-    """Log-probabilities (B, T) of the words that a rollout chose, with a gradient; 0 elsewhere."""
-    T, sampled = rollout.tokens.shape[1], rollout.sampled
-    ids = torch.cat([batch["input_ids"], rollout.tokens], 1)  # (B, P + T)
-    said = torch.arange(T, device=ids.device) < rollout.lengths[:, None]  # (B, T)
-    mask = torch.cat([batch["attention_mask"], said.long()], 1)
-    inputs = dict(model_inputs(batch), input_ids=ids, attention_mask=mask)
-    layout = lay_out(ids, mask, model.config, schedule)
-    h, _ = two_streams(model, layout, torch.cat(rollout.latents), **inputs)
-    logp = (model.logits(h[:, -T - 1 : -1][sampled]) / temperature).log_softmax(-1)  # (words, V)
-    chosen = logp.gather(1, rollout.tokens[sampled][:, None])[:, 0]  # (words,)
-    return torch.zeros_like(rollout.logprobs).masked_scatter(sampled, chosen)
+        # a pass for each set, with its queries and what stands before its first latent; then one
+        # for what is left
+        layout = lay_out(ids, torch.ones_like(ids), c, schedule)
+        sets = [cut(block, schedule) for block in find_blocks(new, c)]
+        for size in [*map(len, sum(sets, [])), 0]:
+            own = slice(len(latents), len(latents) + size)
+            queries = [field[:, own] for field in layout[1:]]  # order, place, slot, each (1, Q)
+            stop = int(queries[1][0, 0]) if size else ids.shape[1]
+            part = Layout(layout.order[:, fed:stop], *queries)
+            at = torch.cat([torch.arange(fed, stop), queries[1][0]])  # (L + Q,)
+            known = int((ids[0, :fed] == c.latent_id).sum())  # latents that were fed before
+            embedded = model.embed(ids[:, fed:stop], latents[known:])
+            positions = (at + offset).expand(3, -1, -1)  # (3, 1, L + Q)
+            h, q = run_streams(model, embedded, positions, part, layout.order[:, :fed], cache)
+            if size:  # queries leave the cache; what they predict is content of the next pass
+                cache.crop(-size)
+                latents = torch.cat([latents, model.to_latent(q[0])])
+            fed = stop
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ import numpy as np
 from common.folder import newest
 from common.formats import answer_of, read_rows
 from common.run import write_json
-from data import DataConfig, Samples, collate, encode, model_inputs
+from data import DataConfig, collate, encode, model_inputs
 from model import load
 from rewards import pick
 from variants import set_spans
@@ -43,22 +43,15 @@ folder, data, schedule, out = sys.argv[1:]
 config = DataConfig(image_max_tokens=4, l_max=4, max_length=256, system="watch the ball")
 model, tokenizer = load(newest(folder), cls=set_spans.Model)
 model.eval()
-rows = sorted(read_rows(data), key=lambda row: len(row.question))
 right = {"all": []}
-for i in range(0, len(rows), 250):
-    some = rows[i : i + 250]
-    prompts = [encode(row, tokenizer, config, train=False) for row in some]
-    spans = [encode(row, tokenizer, config)["ids"] for row in some]  # their lengths are given
-    blocks = [
-        [[len(span) for span in block] for block in set_spans.find_blocks(ids, model.config)]
-        for ids in spans
-    ]
-    batch = model_inputs(collate(prompts, tokenizer.pad_token_id, side="left"))
-    rollout = set_spans.generate(model, batch, blocks, schedule, max_new_tokens=48)
-    for row, tokens, n in zip(some, rollout.tokens, rollout.lengths):
-        answer = pick(answer_of(tokenizer.decode(tokens[:n])), row.options)
-        for group in (row.group, "all"):
-            right.setdefault(group, []).append(answer == pick(row.answer, row.options))
+for row in read_rows(data):
+    chain = encode(row, tokenizer, config)["ids"]  # the lengths of its spans are given
+    blocks = [list(map(len, block)) for block in set_spans.find_blocks(chain, model.config)]
+    prompt = model_inputs(collate([encode(row, tokenizer, config, train=False)], 0))
+    tokens, _ = set_spans.decode(model, prompt, blocks, schedule, max_new_tokens=48)
+    answer = pick(answer_of(tokenizer.decode(tokens)), row.options)
+    for group in (row.group, "all"):
+        right.setdefault(group, []).append(answer == pick(row.answer, row.options))
 scores = {group: dict(n=len(v), accuracy=float(np.mean(v))) for group, v in right.items()}
 os.makedirs(out, exist_ok=True)
 write_json(os.path.join(out, "summary.json"), dict(scores=scores))
