@@ -1,8 +1,8 @@
 """The backbone with a second output channel (paper sec. 3.1 and 3.2).
 
-`FutureL1` is transformers' Qwen3-VL plus one idea: between `<|latent_start|>` and `<|latent_end|>`
-the model does not choose a word. Its last hidden state (after the final norm) is fed back as the
-next input embedding.
+`FutureL1` is transformers' Qwen3-VL plus one idea, `TwoChannels`: between `<|latent_start|>` and
+`<|latent_end|>` the model does not choose a word. Its last hidden state (after the final norm) is
+fed back as the next input embedding.
 
     z_1 = h_p                  p = position of <|latent_start|>; z_1 is the input at p + 1
     z_{k+1} = h_{p+k}          so the state at t - 1 *predicts* the latent at t        sec. 3.1
@@ -22,6 +22,9 @@ Where this differs from the official code:
     unless it is given the folder's custom_generate/ (common/custom_generate.py).
  3. The number of latents is checked against the number of `<|latent|>` tokens before anything runs.
  4. What is learnt from or sampled from are logits in fp32 (`FutureL1.logits`), not rounded to bf16.
+Where this differs from both, which know the dense Qwen3-VL alone:
+ 5. `FutureL1MoE` has a mixture of experts (Qwen3-VL-30B-A3B). No loss balances its router in
+    training; the largest expert's share of the tokens is logged.
 
 Axis letters: B rows, T tokens, N latents (all rows together), D hidden, V vocabulary.
 """
@@ -31,7 +34,12 @@ import os
 
 import torch
 import torch.nn as nn
-from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    PreTrainedConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeForConditionalGeneration,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from common import shared_prefix
@@ -41,10 +49,10 @@ LATENT_START, LATENT, LATENT_END = "<|latent_start|>", "<|latent|>", "<|latent_e
 LATENT_IDS = dict(latent_start_id=LATENT_START, latent_id=LATENT, latent_end_id=LATENT_END)
 
 
-class FutureL1(Qwen3VLForConditionalGeneration):
-    """Qwen3-VL that reads latents at `<|latent|>` positions and can produce them.
+class TwoChannels:
+    """Makes a Qwen3-VL read latents at `<|latent|>` positions and produce them.
 
-    Source: paper sec. 3.1.
+    stock: the name of transformers' own class. Source: paper sec. 3.1.
     """
 
     def __init__(self, config):
@@ -93,7 +101,7 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         with open(path) as f:
             config = json.load(f)
         # deviation 2: weights of either project load in the other and in stock Qwen3-VL
-        config["architectures"] = ["Qwen3VLForConditionalGeneration"]
+        config["architectures"] = [self.stock]
         with open(path, "w") as f:
             json.dump(config, f, indent=2)
 
@@ -242,6 +250,19 @@ class FutureL1(Qwen3VLForConditionalGeneration):
         )
 
 
+class FutureL1(TwoChannels, Qwen3VLForConditionalGeneration):
+    """The dense model: Qwen3-VL 2B, 4B, 8B, 32B."""
+
+    stock = "Qwen3VLForConditionalGeneration"
+
+
+class FutureL1MoE(TwoChannels, Qwen3VLMoeForConditionalGeneration):
+    """The mixture of experts: Qwen3-VL-30B-A3B. Source: ours; transformers' layers."""
+
+    # deviation 5: the loss that balances the router is in stock's `forward` alone
+    stock = "Qwen3VLMoeForConditionalGeneration"
+
+
 def _put(x, where, rows, token, name):
     """x (B, T, D) with `rows` (N, D) at the places `where` (B, T), row by row in order.
 
@@ -283,14 +304,19 @@ def add_latent_tokens(tokenizer):
     return {key: tokenizer.convert_tokens_to_ids(token) for key, token in LATENT_IDS.items()}
 
 
-def load(folder, latent_head=None, cls=FutureL1, **kwargs):
-    """A model folder or hub id, stock or ours -> (FutureL1, tokenizer). Source: ours.
+def load(folder, latent_head=None, cls=None, **kwargs):
+    """A model folder or hub id, stock or ours -> (FutureL1 or FutureL1MoE, tokenizer). Ours.
 
     latent_head: None keeps what the folder has; "linear" adds one, starting as the identity. cls: a
     subclass with more or other layers. kwargs go to transformers (dtype=, attn_implementation=).
-    Raises ValueError if weights are missing or left over, or if config and tokenizer disagree on a
-    token's id.
+    Raises ValueError if the folder's model is of another type, if weights are missing or left over,
+    or if config and tokenizer disagree on a token's id.
     """
+    classes = {c.config_class.model_type: c for c in ([cls] if cls else [FutureL1, FutureL1MoE])}
+    kind = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+    if kind not in classes:
+        raise ValueError(f"{folder}: model_type is {kind!r}, expected {' or '.join(classes)}")
+    cls = classes[kind]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = add_latent_tokens(tokenizer)
     model, info = cls.from_pretrained(folder, output_loading_info=True, **kwargs)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextTopKRouter
 
 from common.folder import checkpoints, complete, describe_training, model_fingerprint, newest
 from common.formats import read_rows, report_bad
@@ -187,7 +188,7 @@ class Run:
         self.checkpoint = (checkpoints(config.out) or [None])[-1]
         self.state = self._read_state() if self.checkpoint else None
         self.first = self.state["step"] if self.state else 0
-        self.origin, self.shown, self.tracker = None, {}, None
+        self.origin, self.shown, self.tracker, self.routers = None, {}, None, []
         self.path = os.path.join(config.out, "log.jsonl")
 
     def _read_state(self):
@@ -254,6 +255,7 @@ class Run:
         if config.gradient_checkpointing:
             arguments = dict(use_reentrant=False)
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+        self.routers = count_tokens(model, self.machine.device)
         return model, tokenizer
 
     def start(self, model, optimizer, text):
@@ -293,7 +295,11 @@ class Run:
         return all_skipped, dict(all_failures)
 
     def log(self, line, *shown):
-        """Write a step's line; the fields named in `shown` also go beside the progress bar."""
+        """Write a step's line; the fields named in `shown` also go beside the progress bar.
+
+        All ranks call this together: of a mixture of experts the line gets `largest_expert`.
+        """
+        line.update(largest_expert(self.routers, self.machine))
         self.shown = {name: line[name] for name in shown if line.get(name) is not None}
         if not self.machine.master:
             return
@@ -360,6 +366,42 @@ class Run:
         if self.machine.master:
             print("last checkpoint:", self.checkpoint)
         return self.checkpoint
+
+
+def count_tokens(model, device):
+    """Make the routers of a mixture of experts count which tokens they send where -> the routers.
+
+    A dense model has none. A forward without gradients, such as a rollout's, does not count.
+    """
+    routers = [m for m in model.modules() if isinstance(m, Qwen3VLMoeTextTopKRouter)]
+
+    def count(router, inputs, output):
+        if torch.is_grad_enabled():
+            experts = output[2].flatten().float()  # (N * k,)
+            router.tokens += torch.histc(experts, router.num_experts, 0, router.num_experts - 1)
+
+    for router in routers:
+        router.tokens = torch.zeros(router.num_experts, device=device)
+        router.register_forward_hook(count)
+    return routers
+
+
+def largest_expert(routers, machine):
+    """{"largest_expert": share} of all ranks' tokens since the last call; {} of a dense model.
+
+    It is the largest share of a layer's tokens that go to one expert (a token goes to k of them):
+    k / experts where all are balanced, 1 where one expert gets every token.
+    """
+    if not routers:
+        return {}
+    tokens = machine.sum(torch.cat([router.tokens for router in routers]).tolist())
+    tokens = np.array(tokens).reshape(len(routers), -1)  # (layers, experts)
+    for router in routers:
+        router.tokens.zero_()
+    if not tokens.any():  # nothing was learnt from
+        return dict(largest_expert=None)
+    shares = tokens * routers[0].top_k / tokens.sum(1, keepdims=True)
+    return dict(largest_expert=float(shares.max()))
 
 
 def start_tracker(config):
