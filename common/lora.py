@@ -3,9 +3,9 @@
     W x  becomes  W x + 2 B (A x)        A: rank x in, random; B: out x rank, 0 at first
 
 for every matrix W of the language model's layers; in a mixture of experts for those of attention
-alone, because the experts' weights are no separate matrices and a layer has 128. Vision tower, embeddings, output layer and latent
-head stay as they are, but for the three latent tokens: a stock model has nothing of use in their
-rows, so no A and B could teach it to open a span.
+alone, because the experts' weights are no separate matrices and a layer has 128. Vision tower,
+embeddings, output layer and latent head stay as they are, but for the three latent tokens: a stock
+model has nothing of use in their rows, so no A and B could teach it to open a span.
 
     w_i  becomes  w_i + e_i              i one of the three; e_i: D numbers, 0 at first
 
