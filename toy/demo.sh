@@ -19,7 +19,7 @@ begin() {
   python -m toy.world --out "$data" --clips "$CLIPS" --annotated "$ANNOTATED" \
     --eval_clips "$EVAL_CLIPS" --eval_seed "$EVAL_SEED"
   stage untrained python -m toy.tiny --data "$data/captions.jsonl,$data/train.jsonl" \
-    --out "$home/untrained" --seed "$SEED"
+    --words "$words" --out "$home/untrained" --seed "$SEED"
   # a short training on captions of single frames stands in for Qwen3-VL's pretraining
   stage base python sft.py --config toy/captions.json --steps "$PRETRAIN_STEPS" --seed "$SEED" \
     --model "$home/untrained" --data "$data/captions.jsonl" --out "$home/base" --resume

@@ -19,6 +19,9 @@ data=$OUT/data            # clips and records, the same for all seeds
 home=$OUT/seed_$SEED      # what is trained and measured with this seed
 logs=$home/logs
 mkdir -p "$logs"
+# known to the tokenizer besides the rows' words; the last ones are never seen, but the size of the
+# vocabulary decides the random weights of the published tables
+words="system user assistant watch the ball THOUGHT 1: 2: 3: 4:"
 
 # one folder holds the results of one set of sizes
 sizes="$PRETRAIN_STEPS $SFT_STEPS $RL_STEPS $PAINTER_STEPS"

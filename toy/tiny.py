@@ -1,14 +1,15 @@
-"""A tiny tokenizer and a tiny random Qwen3-VL, for the embedded world and for the tests.
+"""A tiny tokenizer and a tiny random Qwen3-VL, for the embedded world and to try your own data.
 
-    python -m toy.tiny --data runs/toy/data/captions.jsonl,runs/toy/data/train.jsonl \
-        --out runs/toy/seed_0/untrained --seed 0
+    python -m toy.tiny --data my/train.jsonl,my/test.jsonl --out runs/my/untrained
 
-The tokenizer knows the words of the records, and Qwen's chat markup. The model is Qwen3-VL's
-architecture with half a million weights: one visual token a frame at 32 x 32 pixels.
+The tokenizer knows the words of the records, and Qwen's chat markup; any other word is <unk>. The
+model is Qwen3-VL's architecture with half a million weights. OUT also gets sft.json, rl.json,
+curate.json and eval.json, the settings that so small a model needs, each for the `--config` of its
+script: docs/data.md trains with them.
 
-How it is trained and asked stands in the settings beside this file (captions.json, sft.json,
-rl.json, curate.json, eval.json, pictures.json; each a script's `--config`). What differs there from
-the paper's settings, because the model is 10,000 times smaller and learns from scratch:
+The embedded world's own settings stand beside this file (captions.json, sft.json, rl.json,
+curate.json, eval.json, pictures.json); its frames are one token each. What differs in both from the
+paper's settings, because the model is 10,000 times smaller and learns from scratch:
  1. lr 2e-3 (RL 1e-4), beta2 0.98 (RL 0.99), no weight decay, no KL.
  2. A linear latent head; Eq. (3) over the variance of its targets, with lambda = 1: raw states do
     not fit visual embeddings at this size.
@@ -30,7 +31,8 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3VLConfig
 
 from common.cli import run_script
-from common.formats import read_records
+from common.formats import read_rows
+from common.run import write_json
 from model import FutureL1, add_latent_tokens
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -117,32 +119,47 @@ def make_model(tokenizer, seed, hidden=96, layers=2):
     return model
 
 
-def words_of(records):
-    """The texts of records of toy/world.py -> [text]."""
+def words_of(rows):
+    """What a model reads and writes of rows -> [text]."""
     texts = []
-    for record in records:
-        turns = [turn["value"].replace("<image>", " ") for turn in record["conversations"]]
-        texts += [record["answer"], *turns]
+    for row in rows:
+        parts = [*row.prompt, *row.response, row.answer, *(row.options or [])]
+        texts += [part for part in parts if isinstance(part, str)]
     return texts
+
+
+SYSTEM = "watch the clip and answer"
+# for records that are not the embedded world's: larger frames, fewer rows, longer answers
+OWN = dict(system=SYSTEM, image_max_tokens=4, l_max=4, num_frames=8, video_max_tokens=64)
+OWN |= dict(max_length=1024)
+ASKED = dict(max_new_tokens=128, max_latents=8)
+OWN_SETTINGS = {
+    "sft": dict(OWN, global_batch=16, micro_batch=16),
+    "rl": dict(OWN, **ASKED, groups=16, prompts=16, rollout_batch=16, micro_batch=16),
+    "curate": dict(OWN, **ASKED),
+    "eval": dict(OWN, **ASKED, batch=32),
+}
 
 
 @dataclass
 class Config:
     data: str = ""  # the records whose words it knows: files, with commas
-    words: str = "system user assistant watch the ball"  # of the chat, known too
+    words: str = "system user assistant watch the clip and answer"  # of the chat, known too
     out: str = "runs/toy/seed_0/untrained"  # the model's folder
     seed: int = 0  # of the random weights
 
 
 def main(config):
-    """Write the tokenizer and the random model to config.out, as a whole or not at all."""
+    """Write tokenizer, random model and settings to config.out, as a whole or not at all."""
     texts = [config.words]
     for path in filter(None, config.data.split(",")):
-        texts += words_of(read_records(path))
+        texts += words_of(read_rows(path))
     tokenizer, partial = make_tokenizer(texts), config.out + ".part"
     model = make_model(tokenizer, config.seed)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    for name, own in OWN_SETTINGS.items():
+        write_json(os.path.join(partial, f"{name}.json"), settings(name) | own)
     os.rename(partial, config.out)
     weights = sum(p.numel() for p in model.parameters())
     print(f"{config.out}: {len(tokenizer)} tokens, {weights:,} random weights")

@@ -62,7 +62,7 @@ python -m toy.world --out "$data" --clips "$CLIPS" --annotated "$ANNOTATED" \
   --eval_clips "$EVAL_CLIPS"
 [ -e "$data/joined_test.jsonl" ] || join
 stage untrained python -m toy.tiny --data "$data/captions.jsonl,$data/train.jsonl" \
-  --out "$home/untrained" --seed "$SEED"
+  --words "$words" --out "$home/untrained" --seed "$SEED"
 stage base python sft.py --config toy/captions.json --steps "$PRETRAIN_STEPS" \
   --model "$home/untrained" --data "$data/captions.jsonl" --out "$home/base" "${common[@]}"
 

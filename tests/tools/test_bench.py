@@ -7,6 +7,10 @@ import time
 import pytest
 import torch
 
+from common.formats import read_rows
+from data import DataConfig, collate, encode, model_inputs
+from model import load
+from tests.conftest import TINY_DATA
 from tools import bench, shapes
 from tools.shapes import make, prompt, random_group, special
 
@@ -200,10 +204,25 @@ def test_a_shape_that_is_none(cls):
         cls(shape="3b")
 
 
-def test_a_model_folder(world, tmp_path):
-    """Breaks if a model is written beside a tokenizer whose ids do not fit."""
+def test_a_model_folder(world, tmp_path, monkeypatch):
+    """Breaks if a model is written beside a tokenizer whose ids are not its own: it would read a
+    picture's place as a word.
+    """
     out = tmp_path / "model"
     config = shapes.Config(shape="tiny", layers=1, out=str(out), tokenizer=world["model"])
-    with pytest.raises(SystemExit, match="the latent tokens get .* expected"):
+    shapes.main(config)
+    model, tokenizer = load(str(out))
+    found = [getattr(model.config, name) for name in ("image_token_id", "video_token_id")]
+    found += [getattr(model.config, f"latent{name}_id") for name in ("_start", "", "_end")]
+    assert tokenizer.convert_ids_to_tokens(found) == (
+        "<|image_pad|> <|video_pad|> <|latent_start|> <|latent|> <|latent_end|>".split()
+    )
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    row = read_rows(world["data"])[0]
+    batch = collate([encode(row, tokenizer, DataConfig(**TINY_DATA))], 0)
+    e = model.encode_frames(batch["future_pixel_values"], batch["future_grid_thw"])
+    assert model.hidden(**model_inputs(batch), latents=e)[0].isfinite().all()
+
+    monkeypatch.setitem(shapes.SHAPES, "tiny", shapes.SHAPES["tiny"]._replace(vocabulary=20))
+    with pytest.raises(SystemExit, match=f"{len(tokenizer)} tokens, but tiny has room for 20"):
         shapes.main(config)
-    assert not out.exists()

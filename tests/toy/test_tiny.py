@@ -1,5 +1,8 @@
 """The tiny tokenizer is one like any other, and the settings are such as their scripts take."""
 
+import json
+import re
+
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -9,6 +12,7 @@ import evaluate
 import la_dapo
 import sft
 from common.cli import read_saved
+from common.formats import read_record
 from model import load
 from tools import pictures
 from toy import tiny
@@ -40,8 +44,33 @@ def test_the_command_knows_the_words_of_its_files(world, tmp_path):
         model, tokenizer = load(out)
         states.append(model.state_dict()["lm_head.weight"])
     assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
-    text = "watch the ball <reason> moves right up </reason> THOUGHT 1: hits yellow third x3 y23"
+    text = "watch the clip <reason> moves right up </reason> hits yellow third x3 y23"
     assert tokenizer.unk_token_id not in tokenizer(text).input_ids
+    for name, script in (("sft", sft), ("rl", la_dapo), ("curate", curate), ("eval", evaluate)):
+        saved = read_saved(f"{out}/{name}.json", script.Config)
+        assert script.Config(**saved).system == "watch the clip and answer"
+
+
+def test_each_format_gives_its_words():
+    """Breaks if words of a format, its options or the letters that are shown, are unknown."""
+    texts = []
+    with open("docs/data.md") as f:
+        for i, block in enumerate(re.findall(r"```json\n(.*?)```", f.read(), re.S)):
+            texts += tiny.words_of([read_record(json.loads(block), f"data.md:{i}")])
+    words = set(" ".join(texts).split())
+    assert {
+        "left",
+        "yellow",
+        "shelf.",
+        "water",
+        "A)",
+        "B",
+        "wall",
+        "sits",
+        "letter",
+        "wins.",
+    } <= words
+    assert not {"THOUGHT", "<image>", "<rimage>"} & words
 
 
 @pytest.mark.parametrize(
