@@ -79,7 +79,7 @@ from common.cli import run_script
 from common.formats import Skipped, no_option, report_bad
 from common.judge import judge_of
 from common.lora import frozen_alone
-from common.machine import Machine, set_sync, whole, whole_copy
+from common.machine import Machine, set_sync, whole
 from common.report import draw_curves
 from common.run import Run, aside, held_out_rows, in_order, read_ahead, rows_of, trim_log
 from data import DataConfig, Samples, at_least, collate, model_inputs, to_device
@@ -529,7 +529,7 @@ def train(config, policy_loss=policy_loss):
     for step in run.steps(steps):
         # roll out and score prompts until enough groups, of all ranks, are worth learning from
         groups, skipped, seconds, began_at = [], [], Counter(), place
-        decoder = whole_copy(model, machine.bf16) if machine.shard else model
+        decoder = machine.decoder(model)
         dropped = ("unjudged", "too hard", "too easy") if config.filter else ("unjudged",)
         for _ in range(config.max_tries):
             for k in range(place, place + batches_a_try):
@@ -621,7 +621,7 @@ def load_reference(run, model):
     if run.config.lora_rank:
         return frozen_alone(model)
     # deviation 13: the folder that the run began with
-    reference, _ = run.machine.load(run.start_folder())
+    reference, _ = run.machine.load(run.start_folder(), frozen=True)
     return run.machine.wrap(reference.requires_grad_(False))
 
 
@@ -752,7 +752,7 @@ def held_out_accuracy(model, tokenizer, rows, judge, run):
     rows of all ranks, or None if there is none.
     """
     config, machine, began = run.config, run.machine, time.time()
-    decoder = whole_copy(model, machine.bf16) if machine.shard else model
+    decoder = machine.decoder(model)
     size = config.rollout_batch * config.group_size  # as many rows together as in a rollout
     how = dict(max_new_tokens=config.max_new_tokens, max_latents=config.max_latents)
     right, judged, skipped = 0, 0, []

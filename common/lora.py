@@ -10,7 +10,8 @@ model has nothing of use in their rows, so no A and B could teach it to open a s
     w_i  becomes  w_i + e_i              i one of the three; e_i: D numbers, 0 at first
 
 in the embeddings, and in the output layer: the same e_i where these two are one matrix (2B, 4B),
-else another. W is in bf16 on CUDA, A, B and e in fp32: a weight takes 2 bytes, not 16.
+else another. On CUDA W is in bf16 (`common.machine.narrow`), embeddings, A, B and e are in fp32: a
+weight takes 2 bytes, not 16.
 
 A checkpoint is a plain folder, 2 B A added to W and e_i to w_i, in fp32; its trainer.pt has A, B
 and e, and the run goes on from these and the W that it began with. Source: Hu et al. 2021; the
@@ -53,12 +54,13 @@ class LatentRows(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        W, U = model.get_input_embeddings().weight, model.lm_head.weight  # (V, D)
+        W = model.get_input_embeddings().weight  # (V, D)
         ids = torch.tensor([getattr(model.config, key) for key in LATENT_IDS], device=W.device)
         self.register_buffer("ids", ids, persistent=False)
         zeros = torch.zeros(len(ids), W.shape[1], device=W.device)
         self.into = nn.Parameter(zeros)
-        self.out = self.into if U is W else nn.Parameter(zeros.clone())
+        tied = model.config.tie_word_embeddings  # in bf16 the output layer is a rounded copy
+        self.out = self.into if tied else nn.Parameter(zeros.clone())
         self.on = True
 
     def add_in(self, embedding, inputs, x):
@@ -67,7 +69,7 @@ class LatentRows(nn.Module):
             return x
         with torch.autocast(x.device.type, enabled=False):
             which = (inputs[0][..., None] == self.ids).float()  # (..., 3) one 1 or none
-            return (x + which @ self.into).to(x.dtype)
+            return x + which @ self.into  # in fp32: bf16 would round small e away
 
     def add_out(self, logits, h):
         """Logits (..., V) of states h (..., D), e h added to those of the three, in place."""

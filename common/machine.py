@@ -72,19 +72,29 @@ class Machine:
         """This rank's part of a list."""
         return items[self.rank :: self.world]
 
-    def load(self, folder, train=False, **kwargs):
+    def load(self, folder, train=False, frozen=False, **kwargs):
         """A model's folder, a run's folder or a hub id -> (model, tokenizer).
 
-        Weights are in fp32 to train; else in bf16 on CUDA, and in evaluation mode. A model that
-        will be sharded stays in the host's memory until then.
+        Weights are in fp32 to train; else in bf16 on CUDA, and in evaluation mode. frozen: a model
+        that computes as one that is trained, always under autocast: see `narrow`. A model that will
+        be sharded stays in the host's memory until then.
         """
+        # FSDP gathers all weights of what is trained in bf16, so plain bf16 is the same
+        under_autocast = self.bf16 and frozen and not self.shard
         dtype = torch.bfloat16 if self.bf16 and not train else torch.float32
+        dtype = torch.float32 if under_autocast else dtype
         attention = best_attention() if self.bf16 else "sdpa"
         folder = newest(folder)
         with one_line_if_missing(folder):
             model, tokenizer = load(folder, dtype=dtype, attn_implementation=attention, **kwargs)
+        model = narrow(model) if under_autocast else model
         model = model if self.shard else model.to(self.device)
         return model.train(train), tokenizer
+
+    def decoder(self, model):
+        """A model that is trained -> the one to roll out with: itself, or a copy of it in bf16."""
+        adapted = model.latent_rows is not None  # --lora_rank: its matrices are in bf16 already
+        return whole_copy(model, self.bf16) if self.shard or self.bf16 and not adapted else model
 
     def wrap(self, model, unused=False):
         """A model of `load` -> run, a module with run(f, *args, **kwargs) = f(model, ...).
@@ -163,6 +173,24 @@ def leave(code=0):
     os._exit(code)
 
 
+# ------------------------------------------------------------------------------------ bf16 weights
+
+
+def narrow(model):
+    """Round all matrices to bf16, in place, as autocast does in every product -> model.
+
+    Embeddings and vectors stay in fp32, and so does the sum from layer to layer. Under autocast the
+    model is then bit for bit the one with fp32 weights, in about half the memory: a policy and its
+    reference with equal weights have a KL of exactly 0. The output layer becomes a matrix of its
+    own where it was tied to the embeddings, so that it is not rounded at every token. Ours.
+    """
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if p.ndim >= 2 and not isinstance(module, torch.nn.Embedding):
+                setattr(module, name, torch.nn.Parameter(p.detach().bfloat16(), p.requires_grad))
+    return model
+
+
 # ---------------------------------------------------------------------------------- sharded weights
 
 
@@ -223,18 +251,20 @@ def whole_weights(model, dtype=None, to="cpu", keep=True):
 
 
 def whole_copy(model, bf16):
-    """A sharded FutureL1 -> a plain one with all weights on this rank, to decode with.
+    """A FutureL1 that is trained -> a frozen one with all weights on this rank, to decode with.
 
     Each rank decodes other prompts, token by token: gathering every layer for each token would take
-    longer than the layer. The copy costs 2 bytes per weight on CUDA, as long as it lives.
+    longer than the layer, and so would rounding fp32 weights to bf16. The copy costs 2 bytes per
+    weight on CUDA, as long as it lives; what stays in fp32 (`narrow`) is the model's own.
     """
     with torch.device("meta"):
         copy = type(model)(model.config)
-    dtype = torch.bfloat16 if bf16 else None
+    sharded = isinstance(next(model.parameters()), DTensor)
+    dtype = torch.bfloat16 if bf16 and sharded else None  # as FSDP gathers them
     copy.load_state_dict(whole_weights(model, dtype, model.device), assign=True)
     for own, theirs in zip(copy.modules(), model.modules()):
         own._buffers.update(theirs._buffers)  # of rotary positions; those are not sharded
     copy.generation_config = model.generation_config
     if bf16:
-        sum_in_fp32(copy)
+        sum_in_fp32(narrow(copy))
     return copy.requires_grad_(False).eval()

@@ -245,7 +245,7 @@ class Run:
         """
         config = self.config
         if config.lora_rank:
-            model, tokenizer = self.machine.load(self.start_folder(), **options)
+            model, tokenizer = self.machine.load(self.start_folder(), frozen=True, **options)
             add_adapters(model, config.lora_rank).train()
             if self.state:
                 put_adapters(model, self.state["adapters"])

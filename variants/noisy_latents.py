@@ -34,7 +34,7 @@ import la_dapo
 from common.cli import run_script
 from common.formats import Skipped
 from common.judge import judge_of
-from common.machine import Machine, set_sync, whole, whole_copy
+from common.machine import Machine, set_sync, whole
 from common.report import draw_curves
 from common.run import Run, read_ahead, rows_of
 from data import Samples
@@ -152,7 +152,7 @@ def train(config):
     for step in run.steps(steps):
         # roll out with noise and score, until enough groups are worth learning from
         groups, skipped, began_at = [], [], place
-        decoder = whole_copy(model, machine.bf16) if machine.shard else model
+        decoder = machine.decoder(model)
         dropped = ("unjudged", "too hard", "too easy") if config.filter else ("unjudged",)
         for _ in range(config.max_tries):
             for k in range(place, place + batches_a_try):

@@ -224,7 +224,7 @@ def load_pair(run):
     if c.recovery and not hasattr(model, "recovery"):
         add_recovery(model)
     folder = run.start_folder(c.teacher)
-    teacher, words = run.machine.load(folder, cls=Model)
+    teacher, words = run.machine.load(folder, frozen=True, cls=Model)
     same_width = model.lm_head.in_features == teacher.lm_head.in_features
     if not same_width or tokenizer.get_vocab() != words.get_vocab():
         raise SystemExit(f"{folder}: a teacher needs the student's hidden size and its tokenizer")

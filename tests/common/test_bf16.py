@@ -1,0 +1,92 @@
+"""bf16 arithmetic as on CUDA, by autocast on a CPU: which numbers have to be equal to the bit."""
+
+import types
+
+import pytest
+import torch
+from test_la_dapo import sampled
+from test_lora import tied
+from test_model import save
+
+import la_dapo
+from common.machine import Machine
+from common.run import Run
+from latent_decode import generate, token_logprobs
+
+
+@pytest.fixture
+def machine():
+    """A CPU that computes as CUDA does by default."""
+    machine = Machine()
+    machine.bf16 = True
+    return machine
+
+
+@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+def policy(request, model, tokenizer, machine, tmp_path):
+    """-> a policy in fp32, prompts and a rollout of it, its folder."""
+    model = tied(model) if request.param else model
+    batch, rollout = sampled(model, tokenizer, n=2)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim < 2:
+                p.mul_(1 + 0.1 * torch.randn_like(p))  # norms of trained models are not 1
+    save(model, tokenizer, tmp_path / "model")
+    model, _ = machine.load(tmp_path / "model", train=True)
+    return model, batch, rollout, tmp_path / "model"
+
+
+def run_of(machine, folder, **settings):
+    """What `load_reference` and `Run.load` read of a run."""
+    config = la_dapo.Config(**settings)
+    run = types.SimpleNamespace(config=config, machine=machine, state=None)
+    run.start_folder = lambda: folder
+    return run
+
+
+def test_the_kl_of_equal_models_is_0(policy, machine):
+    """Breaks if the KL's reference, or LoRA's frozen model, computes otherwise than the policy."""
+    model, batch, rollout, folder = policy
+    run = run_of(machine, folder, kl=0.1)
+    reference = la_dapo.load_reference(run, model)
+    adapted, _ = Run.load(run_of(machine, folder, lora_rank=3))
+    how = batch, rollout, 0.9
+    with torch.no_grad(), machine.autocast():
+        expected = token_logprobs(model, *how)
+        assert torch.equal(reference(token_logprobs, *how), expected)
+        assert torch.equal(token_logprobs(adapted, *how), expected)
+    with torch.no_grad():
+        assert (token_logprobs(model, *how) - expected).abs().max() > 1e-3  # it was bf16
+    sizes = {p.dtype for p in reference.model.parameters()}
+    assert sizes == {torch.float32, torch.bfloat16}
+
+
+def test_what_decodes_is_the_policy(policy, machine):
+    """Breaks if rollouts come from other numbers than the policy's under autocast, or if the copy
+    rounds its matrices at every token, or takes more than 2 bytes for each weight of them.
+    """
+    model, batch, _, folder = policy
+    copy, how = machine.decoder(model), dict(max_new_tokens=24, n=3, temperature=1.0, top_p=0.9)
+    with machine.autocast():
+        one, two = (
+            generate(m, batch, generator=torch.Generator().manual_seed(3), **how)
+            for m in (model, copy)
+        )
+    assert torch.equal(one.tokens, two.tokens) and torch.equal(one.logprobs, two.logprobs)
+    assert all(torch.equal(a, b) for a, b in zip(one.latents, two.latents))
+    assert any(len(z) for z in one.latents)
+    own = {p.data_ptr() for p in model.parameters()}
+    new = [p for p in copy.parameters() if p.data_ptr() not in own]
+    assert copy.lm_head.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in new} == {torch.bfloat16} and min(p.ndim for p in new) == 2
+    assert not any(p.requires_grad for p in copy.parameters())
+    assert model.lm_head.weight.dtype == torch.float32
+    machine.bf16 = False
+    assert machine.decoder(model) is model
+
+
+def test_a_reference_of_ranks_is_rounded_as_fsdp_rounds(policy, machine):
+    """Breaks if --shard's reference keeps in fp32 what the policy's ranks gather in bf16."""
+    machine.shard = True
+    reference, _ = machine.load(policy[3], frozen=True)
+    assert {p.dtype for p in reference.parameters()} == {torch.bfloat16}
