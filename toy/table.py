@@ -22,7 +22,7 @@ from common.report import draw_bars, draw_rl
 from common.run import read_lines, write
 from toy.world import read_jsonl
 
-GROUPS = ("1-hop", "2-hop", "3-hop", "interp")
+GROUPS = ("1-hop", "2-hop", "3-hop", "4-hop")
 
 # rows: an evaluation and its title, in the order of the table
 ROWS = {

@@ -3,27 +3,29 @@
     python -m toy.world --out runs/toy/data       # 4,000 clips and their records, in a minute
 
 The box is square and has four coloured walls. Where on a wall the ball hits, u in [0, 1], sets the
-angle of its rebound from the normal: phi = bend * (2u - 1). To name the third wall, a model has to
-carry the exact contact point through two bounces; the words "hits red" are not enough. Each clip
-shows six contacts, which fall on the key frames 2..7. The model sees frames 3 and 4 and is asked
-which wall comes next (1-hop), second (2-hop) or third (3-hop), or second when the frame of the
-third contact is shown too (interp).
+angle of its rebound from the normal: phi = bend * (2u - 1). To name the fourth wall, a model has to
+carry the exact contact point through three bounces; the words "hits red" are not enough. Each clip
+shows six contacts, which fall on the key frames 2..7. The model sees frames 2 and 3 and is asked
+which wall comes next (1-hop), second (2-hop), third (3-hop) or fourth (4-hop). A bounce needs the
+place of the one before it, and the tiny model has two layers. So a 4-hop answer takes more steps,
+one after the other, than one forward pass has.
 
 OUT/clips/N.mp4 are the clips: training clips count from 0, held-out ones from `eval_seed`. The
 records are in the Future-L1 training format:
 
     captions.jsonl          single frames and pairs in words, which stand in for pretraining
     train.jsonl             the four questions of a few clips, with chains of future frames: SFT
+    places.jsonl            the same; the chains also say in words where each contact is
     all.jsonl               the same of all training clips
     prompts.jsonl           the same without chains, the answers alone: RL
     test.jsonl              the four questions of the held-out clips
     curation_pool.jsonl     a pool for curation: a third of it asks for the future
     curation_able.jsonl     such questions about other clips, with and without the later frames
-    curation_test.jsonl     test.jsonl without interp
 
-Source: the world is ours; the four kinds of questions are FutureBench's.
+Source: ours. 1-, 2- and 3-hop are FutureBench's kinds of questions, 4-hop is ours.
 """
 
+import functools
 import json
 import math
 import os
@@ -62,15 +64,10 @@ BINS = 24  # a caption names the ball's place in words x0..x23, y0..y23
 
 # group, frames that are seen, frames that are to come, question
 QUESTIONS = (
-    ("1-hop", [3, 4], [5], "which wall does the ball hit next ?"),
-    ("2-hop", [3, 4], [5, 6], "which wall does the ball hit second ?"),
-    ("3-hop", [3, 4], [5, 6, 7], "which wall does the ball hit third ?"),
-    (
-        "interp",
-        [3, 4, 7],
-        [5, 6],
-        "the last picture is the third hit . which wall does the ball hit second ?",
-    ),
+    ("1-hop", [2, 3], [4], "which wall does the ball hit next ?"),
+    ("2-hop", [2, 3], [4, 5], "which wall does the ball hit second ?"),
+    ("3-hop", [2, 3], [4, 5, 6], "which wall does the ball hit third ?"),
+    ("4-hop", [2, 3], [4, 5, 6, 7], "which wall does the ball hit fourth ?"),
 )
 
 
@@ -181,13 +178,17 @@ def turns(images, question, answer=""):
     return [{"from": "human", "value": human}, {"from": "gpt", "value": answer}]
 
 
-def questions(seed, bend, video):
-    """The four rows of a clip, in the Future-L1 training format. path[k] is key frame k + 1."""
+def questions(seed, bend, video, places=False):
+    """The four rows of a clip, in the Future-L1 training format. path[k] is key frame k + 1.
+
+    places: the chain says before each wall where the ball is, in the words of the captions.
+    """
     path, rows = contacts(seed, bend), []
     for group, seen, future, text in QUESTIONS:
-        chain = f"THOUGHT 1: {heading(path[3], path[4])}"
+        chain = f"THOUGHT 1: {heading(path[2], path[3])}"
         for n, k in enumerate(future, 2):
-            chain += f" <image> THOUGHT {n}: hits {WALLS[path[k - 1][0]]}"
+            place = f"{place_words(path[k - 1])} " if places else ""
+            chain += f" <image> THOUGHT {n}: {place}hits {WALLS[path[k - 1][0]]}"
         row = dict(id=f"{seed}-{group}", video=video, image=seen, reasoning_image=future)
         row.update(group=group, conversations=turns(len(seen), text, chain))
         row.update(options=list(WALLS), answer=WALLS[path[future[-1] - 1][0]])
@@ -207,10 +208,10 @@ def prompts(seed, bend, video):
 def candidates(seed, bend, video):
     """Three rows of a clip for the curation. Ours.
 
-    Two are about what is visible, the last is one of 1-, 2- and 3-hop by turns.
+    Two are about what is visible, the last is one of the four questions by turns.
     """
-    path, hop = contacts(seed, bend), questions(seed, bend, video)[seed % 3]
-    way, wall = heading(path[2], path[3]), WALLS[path[3][0]]
+    path, hop = contacts(seed, bend), questions(seed, bend, video)[seed % 4]
+    way, wall = heading(path[1], path[2]), WALLS[path[2][0]]
     ways = ["moves right up", "moves right down", "moves left up", "moves left down"]
     rows = []
     for group, text, options, answer in (
@@ -219,7 +220,7 @@ def candidates(seed, bend, video):
     ):
         row = dict(hop, id=f"{seed}-{group}", group=group, options=options, answer=answer)
         row["conversations"] = turns(2, text, f"THOUGHT 1: {way} <image>")
-        rows.append(dict(row, reasoning_image=[5]))
+        rows.append(dict(row, reasoning_image=[4]))
     return [*rows, hop]
 
 
@@ -240,11 +241,6 @@ def reading(seed, bend, video):
             new = dict(row, id=f"{row['id']}-{name}", image=image, reasoning_image=[])
             rows.append(dict(new, conversations=turns(0, human)))
     return rows
-
-
-def hops(seed, bend, video):
-    """The questions without interp, which asks for what lies between two frames that are seen."""
-    return [row for row in questions(seed, bend, video) if row["group"] != "interp"]
 
 
 def place_words(contact):
@@ -283,7 +279,7 @@ class Config:
     clips: int = 3000  # training clips
     annotated: int = 200  # of these, clips whose questions have chains of future frames
     eval_clips: int = 1000  # held-out clips
-    eval_seed: int = 4_000_000  # the first of them; tuning used 1_000_000 and 2_000_000
+    eval_seed: int = 6_000_000  # the first of them; tuning used 1_000_000, 2_000_000, 5_000_000
     bend: float = 1.05  # rebound angle at the end of a wall, radians; -1.3 is easier
 
 
@@ -343,16 +339,16 @@ def make_world(config):
     training = range(config.clips)
     test = range(config.eval_seed, config.eval_seed + config.eval_clips)
     make_clips(os.path.join(config.out, "clips"), [*training, *test], config.bend)
-    half = config.clips // 2
+    annotated, half = training[: config.annotated], config.clips // 2
     kinds = dict(
         captions=(captions, training),
-        train=(questions, training[: config.annotated]),
+        train=(questions, annotated),
+        places=(functools.partial(questions, places=True), annotated),
         all=(questions, training),
         prompts=(prompts, training),
         test=(questions, test),
         curation_pool=(candidates, training[: min(400, half)]),
         curation_able=(reading, training[half:]),
-        curation_test=(hops, test),
     )
     paths = {}
     for name, (make, seeds) in kinds.items():
@@ -378,11 +374,11 @@ def same_number(pool, selected, seed, folder):
 
 
 def draw_key_frames(clip, png):
-    """The eight key frames of a clip in a row, under what they are to the 3-hop question."""
+    """The eight key frames of a clip in a row, under what they are to the 4-hop question."""
     from matplotlib.figure import Figure  # here alone: it takes a while to import
 
     frames, _, _ = read_clip(clip, key_frame_positions)
-    titles = {3: "3 seen", 4: "4 seen", 5: "5 future", 6: "6 future", 7: "7 future"}
+    titles = {2: "2 seen", 3: "3 seen"} | {k: f"{k} future" for k in (4, 5, 6, 7)}
     fig = Figure(figsize=(11, 1.7), layout="constrained")
     for i, (ax, frame) in enumerate(zip(fig.subplots(1, 8), frames), 1):
         ax.imshow(frame)

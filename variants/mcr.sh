@@ -3,10 +3,10 @@
 #     bash toy/demo.sh                      # makes the world and the captions model
 #     bash variants/mcr.sh [OUT] [SEED]     # some ten minutes; COSTS="0 0.05 0.2"
 #
-# The demo's questions, but at first one frame is seen, key frame 4; the others can be looked at. The
-# next wall is asked for, or the second, or the third: the picture of key frame 5, 6 or 7 shows it,
-# and who does not look has to imagine. Beside the loop: uniform looks, N of the frames 5..7 put into
-# the prompt whatever is asked. One model learns all N, by text-only SFT on the records' own chains,
+# The demo's questions, but at first one frame is seen, key frame 3; the others can be looked at. The
+# next wall is asked for, or the second, third, fourth: the picture of key frame 4, 5, 6 or 7 shows
+# it, and who does not look has to imagine. Beside the loop: uniform looks, N of the frames 4..7 put
+# into the prompt whatever is asked. One model learns all N, by text-only SFT on the records' own chains,
 # in as many steps as the loop.
 
 OUT=${1:-runs/toy} SEED=${2:-0}
@@ -25,7 +25,7 @@ from toy.world import read_jsonl, turns, write_rows
 def seen(row, shown=()):
     human, chain = (turn["value"] for turn in row["conversations"])
     asked = turns(1 + len(shown), human.replace("<image> ", ""), chain)
-    return dict(row, image=[4, *shown], conversations=asked)
+    return dict(row, image=[3, *shown], conversations=asked)
 
 def answer_alone(row):
     human = row["conversations"][0]["value"]
@@ -33,8 +33,7 @@ def answer_alone(row):
     return dict(row, reasoning_image=row["reasoning_image"][-1:], conversations=asked)
 
 def read(name):
-    rows = read_jsonl(f"{sys.argv[1]}/{name}.jsonl")
-    return [row for row in rows if row["group"] != "interp"]
+    return read_jsonl(f"{sys.argv[1]}/{name}.jsonl")
 
 def write(name, rows):
     write_rows(f"{sys.argv[1]}/mcr_{name}.jsonl", rows)
@@ -42,7 +41,7 @@ def write(name, rows):
 train, test, uniform = read("train"), read("test"), []
 write("loops", [seen(row) for row in train])
 write("prompts", [answer_alone(seen(row)) for row in read("all")])
-for n, shown in enumerate(([], [6], [5, 7], [5, 6, 7])):  # n looks, spread over what comes
+for n, shown in enumerate(([], [6], [5, 7], [4, 6, 7])):  # n looks, spread over what comes
     uniform += [dict(seen(row, shown), id=f"{row['id']}-{n}") for row in train]
     write(f"test_{n}", [seen(row, shown) for row in test])
 write("uniform", uniform)

@@ -23,7 +23,7 @@ def seeds(tmp_path):
     """Two seeds; the second has no RL yet."""
     folders = [tmp_path / "seed_0", tmp_path / "seed_1"]
     for folder, a in zip(folders, (0.1, 0.3)):
-        groups = {"1-hop": a, "2-hop": 0.5, "3-hop": 0.25, "interp": 1.0, "all": 0.5}
+        groups = {"1-hop": a, "2-hop": 0.5, "3-hop": 0.25, "4-hop": 1.0, "all": 0.5}
         leave(folder, "text", [(1.5, 0.25), (8.0, 0.5)], **groups)
         leave(folder, "latent_zero", **groups)
     leave(folders[0], "la-dapo", [(7.0, 0.0)], **dict(groups, all=1.0))
@@ -37,7 +37,7 @@ def test_a_table_by_hand(seeds):
     """
     lines = table.report(seeds).splitlines()
     assert lines[2:7] == [
-        "|  | 1-hop | 2-hop | 3-hop | interp | avg | CPU s |",
+        "|  | 1-hop | 2-hop | 3-hop | 4-hop | avg | CPU s |",
         "|---|---|---|---|---|---|---|",
         "| text-only SFT | 0.200 ± 0.141 | 0.500 ± 0.000 | 0.250 ± 0.000 | 1.000 ± 0.000 "
         "| 0.500 ± 0.000 | 10 ± 0 |",

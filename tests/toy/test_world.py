@@ -44,7 +44,7 @@ def test_the_pictures_show_what_the_answers_say(world):
     question another answer.
     """
     rows = read_rows(world["data"])
-    hop = {"1-hop": 5, "2-hop": 6, "3-hop": 7, "interp": 6}
+    hop = {"1-hop": 4, "2-hop": 5, "3-hop": 6, "4-hop": 7}
     checked = 0
     for row in rows:
         frames, _, _ = read_clip(row.prompt[0].source, key_frame_positions)
@@ -58,16 +58,27 @@ def test_the_pictures_show_what_the_answers_say(world):
 
 
 def test_rows_show_the_past_and_ask_for_the_future(world):
-    """Breaks if a future frame is in the prompt (but the last one of interp), or a span is
-    missing.
+    """Breaks if a future frame is in the prompt, a span is missing, or a chain that says places has
+    another place than the captions of that frame, or other frames.
     """
     for row in read_rows(world["data"]):
         seen = [p.index for p in row.prompt if not isinstance(p, str)]
         future = [p.index for p in row.response if not isinstance(p, str)]
-        assert seen == ([3, 4, 7] if row.group == "interp" else [3, 4])
-        assert future == {"1-hop": [5], "3-hop": [5, 6, 7]}.get(row.group, [5, 6])
+        assert seen == [2, 3] and future == list(range(4, 4 + int(row.group[0])))
         assert row.response[0].startswith("moves") and not isinstance(row.response[-1], tuple)
         assert row.response[-1] == f"hits {row.answer}"
+
+    folder, said = os.path.dirname(world["data"]), {}
+    for row in read_rows(os.path.join(folder, "captions.jsonl")):
+        if row.question.startswith("where"):
+            said[row.prompt[0]] = row.answer
+    bare = {row.id: row for row in read_rows(world["data"])}
+    for row in read_rows(os.path.join(folder, "places.jsonl")):
+        words = row.response[2::2]
+        assert [text.split(" hits ")[0] for text in words] == [said[f] for f in row.response[1::2]]
+        walls = ["hits " + text.split(" hits ")[1] for text in words]
+        assert walls == bare.pop(row.id).response[2::2] and row.prompt[-1] != ""
+    assert not bare
 
 
 def test_answers_are_balanced_and_training_and_test_clips_differ():
@@ -75,7 +86,7 @@ def test_answers_are_balanced_and_training_and_test_clips_differ():
     answers = []
     for seed in range(600):
         path = paddle.contacts(seed, paddle.Config.bend)
-        answers += [paddle.WALLS[wall] for wall, _ in path[4:7]]
+        answers += [paddle.WALLS[wall] for wall, _ in path[3:7]]
     shares = [answers.count(w) / len(answers) for w in paddle.WALLS]
     assert min(shares) > 0.2 and max(shares) < 0.3
     assert paddle.Config.eval_seed > paddle.Config.clips
@@ -84,7 +95,7 @@ def test_answers_are_balanced_and_training_and_test_clips_differ():
 
 def test_two_of_three_candidates_ask_for_what_is_visible(world, tmp_path):
     """Breaks if such an answer is not in the frames that are shown, or the pool does not take 1-,
-    2- and 3-hop by turns.
+    2-, 3- and 4-hop by turns.
     """
     clips = os.path.join(os.path.dirname(world["data"]), "clips")
     records = []
@@ -94,19 +105,19 @@ def test_two_of_three_candidates_ask_for_what_is_visible(world, tmp_path):
     paddle.write_rows(str(tmp_path / "pool.jsonl"), records)
     rows = read_rows(str(tmp_path / "pool.jsonl"))
     groups = []
-    for hop in ("1-hop", "2-hop", "3-hop") * 2:
+    for hop in ("1-hop", "2-hop", "3-hop", "4-hop", "1-hop", "2-hop"):
         groups += ["near", "move", hop]
     assert [row.group for row in rows] == groups
     for near, move in zip(rows[::3], rows[1::3]):
         frames, _, _ = read_clip(near.prompt[0].source, key_frame_positions)
-        (x0, y0, _), (x1, y1, wall) = ball(frames[2]), ball(frames[3])
+        (x0, y0, _), (x1, y1, wall) = ball(frames[1]), ball(frames[2])
         assert near.answer == wall
         way = f"{'right' if x1 > x0 else 'left'} {'up' if y1 < y0 else 'down'}"
         assert move.answer == f"moves {way}"
         for row in (near, move):
-            assert [p.index for p in row.prompt if not isinstance(p, str)] == [3, 4]
+            assert [p.index for p in row.prompt if not isinstance(p, str)] == [2, 3]
             assert row.answer in row.options
-            assert [p.index for p in row.response if not isinstance(p, str)] == [5]
+            assert [p.index for p in row.response if not isinstance(p, str)] == [4]
 
 
 def test_what_the_probed_model_learns(world):
@@ -152,22 +163,21 @@ def test_two_sets_of_one_size(tmp_path):
 
 
 def test_the_files_of_a_world(world):
-    """Breaks if RL or the pool's probe sees a chain, if all clips are annotated, or a test of the
-    curation asks for what lies between.
+    """Breaks if RL or the pool's probe sees a chain, or other clips than those meant are
+    annotated.
     """
     folder = os.path.dirname(world["data"])
     rows = {name: read_rows(os.path.join(folder, f"{name}.jsonl")) for name in FILES}
     assert {name: len(some) for name, some in rows.items()} == FILES
     assert not any(row.response for name in ("prompts", "captions") for row in rows[name])
     assert [row.answer for row in rows["prompts"]] == [row.answer for row in rows["all"]]
-    assert {row.group for row in rows["curation_test"]} == {"1-hop", "2-hop", "3-hop"}
     for row in rows["all"]:
         assert any(isinstance(part, Frame) for part in row.response)
 
 
 # six training clips, all annotated, and two held-out ones
-FILES = dict(captions=102, train=24, all=24, prompts=24, test=8)
-FILES.update(curation_pool=9, curation_able=18, curation_test=6)
+FILES = dict(captions=102, train=24, places=24, all=24, prompts=24, test=8)
+FILES.update(curation_pool=9, curation_able=18)
 
 
 def test_a_world_of_other_settings_is_refused(tmp_path, capsys):
