@@ -20,46 +20,57 @@ row() {
 
 base=$home/base latent=$home/latent text=$home/text
 train=$data/train.jsonl      # 200 clips with chains of future frames
-answers=$data/prompts.jsonl  # the questions of all 3,000 clips, which RL sees: answers alone
+answers=$data/prompts.jsonl  # the questions that RL sees, their answers alone
 half=$((SFT_STEPS / 2)) twice=$((SFT_STEPS * 2))
-longer=$((SFT_STEPS * 21 / 10))  # what the time of the RL run buys
+longer=$((SFT_STEPS * 21 / 10))  # SFT on the chains, in about the seconds of latent SFT and RL
+longest=$((SFT_STEPS * 7 / 2))   # on the answers, which are shorter
 
 sft_rows() {
   set -- --config toy/sft.json  # of sft.py and its variants
 
-  # on the annotated clips: does the length of a span help, do more steps, do more annotations?
+  # on the answers that RL sees: no chain, no reward
+  row answers sft.py "$@" --no-spans --steps "$SFT_STEPS" --model "$base" --data "$answers"
+  row answers-long sft.py "$@" --no-spans --steps "$longest" --model "$base" --data "$answers"
+  row latent-answers sft.py "$@" --no-spans --steps "$SFT_STEPS" --model "$latent" --data "$answers"
+  row answers-half sft.py "$@" --no-spans --steps "$half" --model "$base" --data "$answers"
+  row answers-twice sft.py "$@" --no-spans --steps "$twice" --model "$base" --data "$answers"
+
+  # on the annotated clips: words that say the exact place, spans without content, more steps
+  row places sft.py "$@" --no-spans --steps "$SFT_STEPS" --model "$base" --data "$data/places.jsonl"
   FED=pause row pause -m variants.pause_tokens "$@" --lam 0 --steps "$SFT_STEPS" \
     --model "$base" --data "$train"
+  row latent-long sft.py "$@" --steps "$longer" --model "$base" --data "$train"
+  row latent-long-all sft.py "$@" --steps "$longer" --model "$base" --data "$data/all.jsonl"
   row latent+self -m variants.self_forcing "$@" --self_forcing 0.5 --self_forcing_passes 3 \
     --steps "$SFT_STEPS" --model "$base" --data "$train"
   row latent-stop sft.py "$@" --no-stop_term --steps "$SFT_STEPS" --model "$base" --data "$train"
-  row latent-long sft.py "$@" --steps "$longer" --model "$base" --data "$train"
-  row latent-long-all sft.py "$@" --steps "$longer" --model "$base" --data "$data/all.jsonl"
 
-  # on the answers that RL sees: no chain, no reward
-  row answers-half sft.py "$@" --no-spans --steps "$half" --model "$base" --data "$answers"
-  row answers sft.py "$@" --no-spans --steps "$SFT_STEPS" --model "$base" --data "$answers"
-  row answers-twice sft.py "$@" --no-spans --steps "$twice" --model "$base" --data "$answers"
-  row latent-answers sft.py "$@" --no-spans --steps "$half" --model "$latent" --data "$answers"
-
-  # the same with a span before the answer: of pause tokens, of latent SFT's own latents
-  set -- -m variants.video_latent --config variants/video_latent.json --data "$answers"
+  # on the answers with a span before them: of latent SFT's own latents, of pause tokens
+  set -- -m variants.video_latent --config variants/video_latent.json --n_latents 4 \
+    --data "$answers"
   local EVALUATE="-m variants.video_latent evaluate"
-  FED=pause LONGEST=3 row answers-pause "$@" --pause --steps "$SFT_STEPS" --model "$base"
-  LONGEST=3 row latent-answers-spans "$@" --steps "$half" --model "$latent"
+  LONGEST=4 row latent-answers-spans "$@" --steps "$half" --model "$latent"
+  FED=pause LONGEST=4 row answers-pause "$@" --pause --steps "$SFT_STEPS" --model "$base"
 }
 
 rl_rows() {
   set -- --config toy/rl.json --steps "$RL_STEPS" --data "$answers"  # of la_dapo.py and its variants
   row constants la_dapo.py "$@" --adjoint_terms 0 --model "$latent"  # as published
+  row right -m variants.right_rollouts "$@" --high 1.1 --adjoint_terms 0 --model "$latent"
+  row text-rl la_dapo.py "$@" --model "$text"
   row dapo la_dapo.py "$@" --lambda_c 0 --lambda_d 0 --model "$latent"
   row dapo+ctr la_dapo.py "$@" --lambda_d 0 --model "$latent"
   row dapo+div la_dapo.py "$@" --lambda_c 0 --model "$latent"
-  row text-rl la_dapo.py "$@" --model "$text"
   row own-path -m variants.own_path "$@" --model "$latent"
-  set -- "$@" --adjoint_terms 0 --latent_sigma 0.1 --no-share --prompts 64
-  row noise -m variants.noisy_latents "$@" --density mean --model "$latent"
-  row noise-sum -m variants.noisy_latents "$@" --density sum --model "$latent"
+
+  # noisy latents, so that the rollouts of a group differ in what they imagine
+  set -- -m variants.noisy_latents "$@" --adjoint_terms 0 --latent_sigma 0.1 --no-share \
+    --prompts 64 --model "$latent"
+  row noise "$@"
+  row noise-none "$@" --lambda_c 0 --lambda_d 0
+  row noise-ctr "$@" --lambda_d 0
+  row noise-div "$@" --lambda_c 0
+  row noise-mean "$@" --density mean
 }
 
 at_once sft_rows rl_rows

@@ -81,7 +81,7 @@ score_all() {
   score text
   for name in able chosen random; do
     [ -e "$home/$name" ] || continue
-    ask "$name" "$home/$name" --data "$data/curation_test.jsonl"
+    ask "$name" "$home/$name"
   done
 }
 

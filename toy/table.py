@@ -28,6 +28,7 @@ GROUPS = ("1-hop", "2-hop", "3-hop", "4-hop")
 ROWS = {
     "base": "base (captions only)",
     "text": "text-only SFT",
+    "places": "text-only SFT, chains that say the exact place",
     "pause": "pause tokens (control)",
     "latent": "latent SFT",
     "latent+self": "latent SFT, self-forcing",
@@ -36,18 +37,23 @@ ROWS = {
     "latent-long-all": "latent SFT, longer, all clips annotated",
     "la-dapo": "RL: LA-DAPO with our gradient through the latents",
     "constants": "RL: LA-DAPO as published (latents held constant)",
+    "right": "SFT on its own right rollouts (rejection sampling)",
+    "text-rl": "RL from text-only SFT",
     "dapo": "RL: DAPO, our gradient",
     "dapo+ctr": "RL: DAPO + R_ctr, our gradient",
     "dapo+div": "RL: DAPO + R_div, our gradient",
-    "noise": "RL: noisy latents, mean over D",
-    "noise-sum": "RL: noisy latents, sum over D",
     "own-path": "RL: LA-DAPO, our gradient and the rewards' own path",
-    "text-rl": "RL from text-only SFT",
+    "noise": "RL: noisy latents, LA-DAPO",
+    "noise-ctr": "RL: noisy latents, DAPO + R_ctr",
+    "noise-div": "RL: noisy latents, DAPO + R_div",
+    "noise-none": "RL: noisy latents, DAPO",
+    "noise-mean": "RL: noisy latents, LA-DAPO, density a mean over D",
     "answers-half": "SFT on the answers that RL sees, half the steps",
     "answers": "SFT on the answers that RL sees",
     "answers-twice": "SFT on the answers that RL sees, twice the steps",
+    "answers-long": "SFT on the answers that RL sees, in the seconds of latent SFT and RL",
     "answers-pause": "SFT on the answers that RL sees, a span of pause tokens",
-    "latent-answers": "latent SFT, then SFT on the answers, half the steps, no spans",
+    "latent-answers": "latent SFT, then SFT on the answers, no spans",
     "latent-answers-spans": "latent SFT, then SFT on the answers, half the steps, own latents",
 }
 FED = {
@@ -168,7 +174,7 @@ def report(folders):
     parts = [f"Accuracy on the held-out clips, {len(folders)} seed(s)", main]
     if fed := tabulate(folders, FED):
         parts += ["Latent SFT, with its spans fed other vectors", fed]
-    if curated := tabulate(folders, CURATED, GROUPS[:3]):
+    if curated := tabulate(folders, CURATED):
         parts += ["Curation: a pool of which a third asks for the future", curated]
         parts += [as_list([curation_figures(folder) for folder in folders])]
     if errors := as_list([picture_errors(folder) for folder in folders]):
