@@ -22,8 +22,8 @@ base=$home/base latent=$home/latent text=$home/text
 train=$data/train.jsonl      # 200 clips with chains of future frames
 answers=$data/prompts.jsonl  # the questions that RL sees, their answers alone
 half=$((SFT_STEPS / 2)) twice=$((SFT_STEPS * 2))
-longer=$((SFT_STEPS * 21 / 10))  # SFT on the chains, in about the seconds of latent SFT and RL
-longest=$((SFT_STEPS * 7 / 2))   # on the answers, which are shorter
+# in about the seconds of latent SFT and RL: on chains, on answers; in those of RL: on answers
+longer=$((SFT_STEPS * 9 / 5)) longest=$((SFT_STEPS * 3)) more=$((SFT_STEPS * 4 / 3))
 
 sft_rows() {
   set -- --config toy/sft.json  # of sft.py and its variants
@@ -31,7 +31,7 @@ sft_rows() {
   # on the answers that RL sees: no chain, no reward
   row answers sft.py "$@" --no-spans --steps "$SFT_STEPS" --model "$base" --data "$answers"
   row answers-long sft.py "$@" --no-spans --steps "$longest" --model "$base" --data "$answers"
-  row latent-answers sft.py "$@" --no-spans --steps "$SFT_STEPS" --model "$latent" --data "$answers"
+  row latent-answers sft.py "$@" --no-spans --steps "$more" --model "$latent" --data "$answers"
   row answers-half sft.py "$@" --no-spans --steps "$half" --model "$base" --data "$answers"
   row answers-twice sft.py "$@" --no-spans --steps "$twice" --model "$base" --data "$answers"
 
@@ -65,7 +65,7 @@ rl_rows() {
 
   # noisy latents, so that the rollouts of a group differ in what they imagine
   set -- -m variants.noisy_latents "$@" --adjoint_terms 0 --latent_sigma 0.1 --no-share \
-    --prompts 64 --model "$latent"
+    --prompts 64 --steps $((RL_STEPS / 2)) --model "$latent"
   row noise "$@"
   row noise-none "$@" --lambda_c 0 --lambda_d 0
   row noise-ctr "$@" --lambda_d 0

@@ -12,7 +12,7 @@ export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1  # so small a model gains nothing fro
 : "${EVAL_SEED:=6000000}"    # the first of them
 : "${PRETRAIN_STEPS:=1500}"  # x 64 captions
 : "${SFT_STEPS:=600}"        # x 64 rows
-: "${RL_STEPS:=80}"          # x 256 prompts, 16 rollouts each
+: "${RL_STEPS:=80}"          # x 128 prompts, 16 rollouts each
 : "${PAINTER_STEPS:=400}"    # of what turns latents back into pixels
 
 data=$OUT/data            # clips and records, the same for all seeds

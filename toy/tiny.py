@@ -14,7 +14,7 @@ paper's settings, because the model is 10,000 times smaller and learns from scra
  2. A linear latent head; Eq. (3) over the variance of its targets, with lambda = 1: raw states do
     not fit visual embeddings at this size.
  3. The stop term: without it nothing teaches the model not to stop before its first latent.
- 4. RL takes 16 rollouts at temperature 1.2 of each of 256 prompts and keeps every group with both
+ 4. RL takes 16 rollouts at temperature 1.4 of each of 128 prompts and keeps every group with both
     outcomes: so low is the policy's entropy that few prompts have two. Rollouts are decoded
     together while they are equal (`share`).
  5. RL's gradient runs through the latents (`adjoint_terms` -1), which the paper holds constant.
