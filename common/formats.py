@@ -71,6 +71,11 @@ class Row:
     group: str = "all"  # what scores are split by
     cue: str = ""  # evidence in words, for a teacher's eyes alone (variants/opd.py)
 
+    @property
+    def futures(self):
+        """The Frames that really came, which the model is to imagine."""
+        return [part for part in self.response if isinstance(part, Frame)]
+
 
 class Skipped(NamedTuple):
     """A sample that could not be used, and why."""
