@@ -5,7 +5,8 @@
 Nothing here knows about training or generation; the scripts differ only in the arguments they pass.
 
 docs/data.md shows a record of each format; common/formats.py tells them apart by their keys:
-    future-l1    video, image, reasoning_image, conversations, answer; training JSON
+    future-l1    video, image, reasoning_image, conversations, answer; training JSON. Or observed
+                 and future in place of image and reasoning_image: a clip, and moments after it
     twiff        video, question, answer, question_images_index, ...; TwiFF-2.7M, Future-L1-50K
     twiff-bench  the same plus question_images, reasoning_images
     futurebench  id, question_type, video_path, qa {Question, Options, Answer}

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+import curate
 import data
 import sft
+from common import clips
 from common import run as runs
 from common.formats import ASK_LETTER, Blank, Clip, Frame, RecordError, Row, Skipped, read_record
 from data import Samples
@@ -134,6 +136,36 @@ def test_video_prompt(count, n, fps, numbers, stamps, film, words, data_config):
     assert grid.tolist() == [len(stamps), 4, 6]
     frames = torch.from_numpy(patches).reshape(-1, 24, 3, 2, 256)
     assert shown(frames.float().movedim(3, 1).flatten(0, 1)) == numbers
+
+
+def test_a_clip_and_moments_after_it(film, words, data_config):
+    """Breaks if a question about seconds 0 to 1 shows what comes later, if its future frames are
+    not those of their seconds, or curation or the report show others.
+    """
+    gpt = {"from": "gpt", "value": "THOUGHT 1: moves right <image> THOUGHT 2: hits red <image>"}
+    talk = [{"from": "human", "value": "which wall ?"}, gpt]
+    record = dict(video=film(), observed=[0, 1], future=[1.5, 3], conversations=talk, answer="red")
+    row = read_record(record, "f:0")  # 12 frames a second: numbers 0 to 12, then 18 and 36
+    config = dataclasses.replace(data_config, num_frames=4, l_max=1)
+    sample = data.encode(row, words, config)
+    pads = f"<|vision_start|> {'<|video_pad|> ' * 4}<|vision_end|> "
+    prompt = f"<|im_start|> user <0.2 seconds> {pads}<0.8 seconds> {pads}which wall ? <|im_end|>"
+    span = "<|latent_start|> <|latent|> <|latent_end|> "
+    reply = f"<reason> moves right </reason> {span}<reason> hits red </reason> {span}<answer> red"
+    text = " ".join(words.convert_ids_to_tokens(sample["ids"]))
+    assert prompt in text and reply in text
+
+    ((patches, _),) = sample["videos"]
+    frames = torch.from_numpy(patches).reshape(-1, 16, 3, 2, 256)
+    assert shown(frames.float().movedim(3, 1).flatten(0, 1)) == [0, 4, 8, 12]
+    assert [shown(p[None])[0] for p, _ in sample["futures"]] == [18, 36]
+    shown_to_v = data.encode(curate.with_future(row), words, config, train=False)
+    assert [shown(p[None])[0] for p, _ in shown_to_v["images"]] == [18, 36]
+    assert len(shown_to_v["videos"]) == 1
+    strip = clips.film(row)
+    assert [label for label, _, _ in strip[-3:]] == ["1.0 s", "1.5 s", "3.0 s"]
+    assert [role for _, role, _ in strip] == ["seen"] * 8 + ["future"] * 2
+    assert shown(picture for _, _, picture in strip[-3:]) == [12, 18, 36]
 
 
 SHOWN = "\nA) red\nB) blue"
