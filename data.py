@@ -171,6 +171,16 @@ def shown_prompt(row, show_options):
     return row.prompt
 
 
+def unshown_options(rows, config):
+    """A part of a run's first line: how many rows have options that their prompts do not show."""
+    count = 0
+    for row in rows:
+        prompt = shown_prompt(row, config.show_options)
+        text = "".join(part for part in prompt if isinstance(part, str))
+        count += not shows(text, row.options or [])
+    return f", {count} rows with options that are not shown" if count else ""
+
+
 def _prompt(row, config):
     """Row -> the pieces of its prompt, its images and its videos, (patches, grid) each."""
     prompt = shown_prompt(row, config.show_options)
