@@ -55,8 +55,9 @@ sft_rows() {
 
 rl_rows() {
   set -- --config toy/rl.json --steps "$RL_STEPS" --data "$answers"  # of la_dapo.py and its variants
-  row constants la_dapo.py "$@" --adjoint_terms 0 --model "$latent"  # as published
-  row right -m variants.right_rollouts "$@" --high 1.1 --adjoint_terms 0 --model "$latent"
+  row adjoint la_dapo.py "$@" --adjoint_terms -1 --model "$latent"  # ours, through the latents
+  row adjoint-1 la_dapo.py "$@" --adjoint_terms 1 --model "$latent"
+  row right -m variants.right_rollouts "$@" --high 1.1 --model "$latent"
   row text-rl la_dapo.py "$@" --model "$text"
   row dapo la_dapo.py "$@" --lambda_c 0 --lambda_d 0 --model "$latent"
   row dapo+ctr la_dapo.py "$@" --lambda_d 0 --model "$latent"
@@ -64,7 +65,7 @@ rl_rows() {
   row own-path -m variants.own_path "$@" --model "$latent"
 
   # noisy latents, so that the rollouts of a group differ in what they imagine
-  set -- -m variants.noisy_latents "$@" --adjoint_terms 0 --latent_sigma 0.1 --no-share \
+  set -- -m variants.noisy_latents "$@" --latent_sigma 0.1 --no-share \
     --prompts 64 --steps $((RL_STEPS / 2)) --model "$latent"
   row noise "$@"
   row noise-none "$@" --lambda_c 0 --lambda_d 0

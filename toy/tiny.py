@@ -17,7 +17,6 @@ paper's settings, because the model is 10,000 times smaller and learns from scra
  4. RL takes 16 rollouts at temperature 1.4 of each of 128 prompts and keeps every group with both
     outcomes: so low is the policy's entropy that few prompts have two. Rollouts are decoded
     together while they are equal (`share`).
- 5. RL's gradient runs through the latents (`adjoint_terms` -1), which the paper holds constant.
 
 Source: ours.
 """

@@ -73,7 +73,8 @@ for row in $ROWS; do
       ask "${at}the-expert" "$home/${at}the-expert" ;;
   esac
   case $row in
-    la-dapo)                command=(la_dapo.py --config toy/rl.json --steps "$OPD_STEPS") ;;
+    la-dapo)                command=(la_dapo.py --config toy/rl.json --steps "$OPD_STEPS")
+                            command+=(--adjoint_terms -1) ;;
     answer)                 command=("${opd[@]}" --privilege answer) ;;
     cue)                    command=("${opd[@]}" --privilege cue) ;;
     cue+module)             command=("${opd[@]}" --privilege cue --recovery) ;;

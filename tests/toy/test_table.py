@@ -41,8 +41,7 @@ def test_a_table_by_hand(seeds):
         "|---|---|---|---|---|---|---|",
         "| text-only SFT | 0.200 ± 0.141 | 0.500 ± 0.000 | 0.250 ± 0.000 | 1.000 ± 0.000 "
         "| 0.500 ± 0.000 | 10 ± 0 |",
-        "| RL: LA-DAPO with our gradient through the latents (1 of 2 seeds) | 0.300 | 0.500 "
-        "| 0.250 | 1.000 | 1.000 | 7 |",
+        "| RL: LA-DAPO (1 of 2 seeds) | 0.300 | 0.500 | 0.250 | 1.000 | 1.000 | 7 |",
         "| my-idea (1 of 2 seeds) | 0.750 |  |  |  | 0.750 |  |",
     ]
     assert lines[8] == "Latent SFT, with its spans fed other vectors"
