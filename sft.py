@@ -46,16 +46,7 @@ from common.cli import run_script
 from common.machine import Machine, set_sync, whole, without_ddp
 from common.report import draw_curves
 from common.run import Run, aside, held_out_rows, in_order, rows_of
-from data import (
-    DataConfig,
-    Samples,
-    at_least,
-    collate,
-    loader,
-    model_inputs,
-    to_device,
-    unshown_options,
-)
+from data import DataConfig, Samples, at_least, collate, loader, model_inputs, to_device
 from model import log_continue
 
 
@@ -104,11 +95,6 @@ class Config(DataConfig):
             raise ValueError(f"latent_loss is {self.latent_loss!r}, expected mse or nmse")
         if self.shard and self.lora_rank:
             raise ValueError("lora_rank: not with shard; each rank has the whole frozen model")
-        if self.latent_head and self.lora_rank:
-            raise ValueError(
-                "latent_head: not with lora_rank, which would freeze a new head as the identity; "
-                "a model that has one keeps it without this flag"
-            )
 
     @property
     def label(self):
@@ -200,12 +186,35 @@ def learning_rate(step, steps, config):
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
+def adamw(model, config):
+    """AdamW with weight decay on matrices only -> the optimizer, a list of what it trains.
+
+    Source: paper Table 8.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = dict(params=[p for p in trained if p.ndim >= 2], weight_decay=config.weight_decay)
+    vectors = dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.0)
+    betas = 0.9, config.beta2
+    return torch.optim.AdamW([matrices, vectors], config.lr, betas, fused=True), trained
+
+
 def target_variance(e):
     """Targets (N, D) -> their variance, a mean over D: the error of guessing their mean. Ours."""
     return (e.float() - e.float().mean(0)).pow(2).mean()
 
 
 # --------------------------------------------------------------------------------------------- data
+
+
+def order_of(rows, config):
+    """Which row is used at each place of the training, and the number of its steps.
+
+    Raises SystemExit if there is nothing to train on.
+    """
+    total = config.steps * config.global_batch or round(len(rows) * config.epochs)
+    if total < 1:
+        raise SystemExit(f"nothing to train on: {len(rows)} rows, {config.epochs} epochs")
+    return sample_order(len(rows), total, config.seed), -(-total // config.global_batch)
 
 
 def sample_order(n, total, seed):
@@ -271,10 +280,7 @@ def train(config, fed=teacher_forcing):
     # the run's folder, the rows in their order, the model
     machine = Machine(config.bf16, config.shard)
     rows, held_out = rows_of(config), held_out_rows(config)
-    total = config.steps * config.global_batch or round(len(rows) * config.epochs)
-    if total < 1:
-        raise SystemExit(f"nothing to train on: {len(rows)} rows, {config.epochs} epochs")
-    order, steps = sample_order(len(rows), total, config.seed), -(-total // config.global_batch)
+    order, steps = order_of(rows, config)
     run = Run(config, rows, machine, config.label)
     torch.manual_seed(config.seed)
     # deviation 3: in fp32, because at lr 1e-5 most updates of a bf16 weight would round to nothing
@@ -290,15 +296,11 @@ def train(config, fed=teacher_forcing):
     micro_steps = -(-config.global_batch // (config.micro_batch * machine.world))
     batches = iter(loader(samples, plan, config.workers, pad_id=tokenizer.pad_token_id or 0))
 
-    # what Eq. (3) is divided by; the model over the ranks; AdamW with weight decay on matrices only
+    # what Eq. (3) is divided by; the model over the ranks; what learns, and how
     state = run.state or dict(latent_var=measure_variance(model, samples, order, config, machine))
     latent_var = state["latent_var"]
     sums_of = machine.wrap(model, unused=not config.freeze_vision)  # a batch may lack pictures
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = dict(params=[p for p in trained if p.ndim >= 2], weight_decay=config.weight_decay)
-    vectors = dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.0)
-    betas = 0.9, config.beta2
-    optimizer = torch.optim.AdamW([matrices, vectors], lr=config.lr, betas=betas, fused=True)
+    optimizer, trained = adamw(model, config)
     run.start(model, optimizer, describe(config, rows, model, steps, machine))
 
     for step in run.steps(steps):
@@ -409,14 +411,11 @@ def describe(config, rows, model, steps, machine):
     """The run in one line."""
     weights = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    with_spans = sum(any(not isinstance(p, str) for p in row.response) for row in rows)
-    nothing = "; no row has a span: nothing teaches it to imagine"
     return (
-        f"{config.label} SFT: {len(rows)} rows, {with_spans} with spans"
-        f"{unshown_options(rows, config)}, {steps} steps x {config.global_batch} samples on "
+        f"{config.label} SFT: {len(rows)} rows, {steps} steps x {config.global_batch} samples on "
         f"{machine.world} ranks ({machine.device.type}), {config.micro_batch} a forward, seed "
         f"{config.seed}, {trained:,} parameters trained of {weights:,}, a checkpoint every "
-        f"{config.save_every} steps{nothing if config.spans and not with_spans else ''}"
+        f"{config.save_every} steps"
     )
 
 

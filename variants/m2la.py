@@ -11,15 +11,17 @@ Of a token x, key head g of G and query head h in its group, Qwen3-VL's attentio
 
 It is converted layer by layer, with sums of squares, not centred, over the tokens of some rows:
 
- 1. Rotation. mu_g: the number for which mu_g k_g is nearest to s_g k_g. At frequency f the G heads'
-    mu_g gain k_g are points in R^G, two a token; U_f are their principal axes, the largest first.
+Step 1, rotation. mu_g: the number for which mu_g k_g is nearest to s_g k_g. At frequency f the
+    G heads' mu_g gain k_g are points in R^G, two a token. U_f are their principal axes, the largest
+    first.
         k'_c[f] = sum_g U_f[g, c] mu_g gain k_g[f]         q'_h,c[f] = U_f[g, c] q_h[f]
-    RoPE turns a frequency of all heads by one angle: this alone changes no logit.
- 2. k_r = k'_1 keeps RoPE and is one key for all heads. k'_2 ... k'_G lose it: an approximation.
- 3. Balanced joint PCA. rho: mean size of a coordinate of k'_2 ... k'_G over that of v;
+    RoPE turns a frequency of all heads by one angle, so this step alone changes no logit.
+Step 2. k_r = k'_1 keeps RoPE and is one key for all heads. k'_2 ... k'_G lose it, which is an
+    approximation.
+Step 3, balanced joint PCA. rho: mean size of a coordinate of k'_2 ... k'_G over that of v.
         c = R' [k'_2 ... k'_G / rho ; v],   R: the r first principal axes,   W_UK, W_UV: back again
- 4. QK-norm. `exact` (ours): t_g = s_g / mu_g is cached too. `linear` (the paper's, as s hardly
-    varies): t_g = 1.
+Step 4, QK-norm. `exact` (ours): t_g = s_g / mu_g is cached too. `linear` (the paper's): t_g = 1,
+    because s hardly varies.
 
     [c ; k_r] = W_a x,   q_r,h = RoPE(U[g, 1] q_h),   v_g = W_UV,g c        caches r + d (+ G)
     logit = t_g (q_h . W_UK,g c + q_r,h . RoPE(k_r)) / sqrt(d)
@@ -64,12 +66,13 @@ from common.cli import run_script
 from common.folder import complete, describe_training, newest
 from common.machine import Machine, set_sync, whole
 from common.report import draw_curves
-from common.run import Run, held_out_rows, rows_of
+from common.run import Run, rows_of
 from common.shared_prefix import DecodingCache
 from data import Samples, loader, to_device
 from model import FutureL1
 from tools.shapes import make
 
+CALIBRATION = 128  # rows that the axes are found with, as TransMLA's 128 texts
 CONTEXTS = (1024, 8192, 32768)  # of the bench
 
 
@@ -80,7 +83,6 @@ class Config(sft.Config):
     rank: int = 0  # r; 0 = (G - m) d, which halves the cache  # InternVideo3: 896
     roped: int = 1  # m, components that keep RoPE  # InternVideo3
     norm: str = "exact"  # of keys: exact (ours) | linear (InternVideo3)
-    calibration: int = 128  # rows that the axes are found with  # TransMLA: 128 texts
     heal: bool = True  # --no-heal: only convert  # ours
     bench: str = ""  # a shape of tools/shapes.py: time it, and nothing else  # ours
     layers: int = 2  # of the bench; 0 = all  # ours
@@ -89,6 +91,8 @@ class Config(sft.Config):
         super().__post_init__()
         if self.norm not in ("exact", "linear"):
             raise ValueError(f"norm is {self.norm!r}, expected exact or linear")
+        if self.eval_data or self.lora_rank:
+            raise ValueError("m2la: no --eval_data, no --lora_rank")
 
     @property
     def label(self):
@@ -106,6 +110,7 @@ class M2LA(nn.Module):
         c, weight = attention.config, attention.q_proj.weight
         self.G, self.d = G, d = c.num_key_value_heads, attention.head_dim
         self.rank, self.roped, self.exact = rank or (G - roped) * d, roped, norm == "exact"
+        # deviation 2: the scale stays 1 / sqrt(d), and W_UK and W_UV are one a key head
         self.layer_idx, self.scaling = attention.layer_idx, attention.scaling
         self.eps = c.rms_norm_eps
         most = (2 * G - roped) * d
@@ -220,7 +225,8 @@ def rotate(attention, moments):
     """
     c, gain = attention.config, attention.k_norm.weight.double()
     G, d = c.num_key_value_heads, attention.head_dim
-    mu = moments.scaled / moments.yy.diagonal()[: G * d].view(G, d).sum(1)  # least squares
+    # deviation 2: one number a key head, by least squares, where the paper fits a linear map
+    mu = moments.scaled / moments.yy.diagonal()[: G * d].view(G, d).sum(1)
     scale = (mu[:, None] * gain).flatten()  # (G d,)
 
     # coordinates i and i + d / 2 of a head are a frequency's two
@@ -275,12 +281,12 @@ def convert(model, batches, config):
     moments = [Moments(layer.self_attn) for layer in layers]
     for batch in batches:
         sft.batch_sums(model, to_device(batch, model.device), sft.teacher_forcing, 0, 1, config)
+    # deviation 1: one rank for all layers, for words and pictures; no adapters, no pooling
     settings = dict(rank=config.rank, roped=config.roped, norm=config.norm)
     for layer, known in zip(layers, moments):
         known.watch.remove()
         layer.self_attn = fit(layer.self_attn, known, **settings)
-    model.config.decoded_by = "variants/m2la.py"
-    model.config.m2la, model.__class__ = settings, Model
+    model.config.variant, model.config.m2la, model.__class__ = "m2la", settings, Model
     return model
 
 
@@ -294,12 +300,11 @@ def write_converted(config, rows):
         start = newest(config.model)
         head = config.latent_head or None
         model, tokenizer = machine.load(start, train=True, cls=Model, latent_head=head)
-        order = sft.sample_order(len(rows), min(config.calibration, len(rows)), config.seed)
-        plan = list(sft.micro_batches(order, 0, 1, len(order), config.micro_batch, 0, 1))
+        some = sft.sample_order(len(rows), min(CALIBRATION, len(rows)), config.seed)
         samples = Samples(rows, tokenizer, config, spans=config.spans)
-        convert(model, loader(samples, plan, config.workers, pad_id=0), config)
-        model.save_pretrained(folder + ".part")
-        tokenizer.save_pretrained(folder + ".part")
+        convert(model, loader(samples, [[i] for i in some], config.workers, pad_id=0), config)
+        for part in (model, tokenizer):
+            part.save_pretrained(folder + ".part")
         about = describe_training(config, start, False, name="conversion", step=0)
         complete(folder + ".part", start, about)
         os.rename(folder + ".part", folder)
@@ -308,7 +313,10 @@ def write_converted(config, rows):
 
 
 def train(config):
-    """Convert, then heal -> path of the last checkpoint; --no-heal: of the converted model."""
+    """Convert, then heal -> path of the last checkpoint; --no-heal: of the converted model.
+
+    Raises SystemExit on a folder in use or bad input.
+    """
     rows = rows_of(config)
     folder = write_converted(config, rows)
     if config.heal:
@@ -318,22 +326,15 @@ def train(config):
 
 
 def heal(config, rows):
-    """SFT of a converted model -> path of the last checkpoint. The loop of sft.py.
-
-    Raises SystemExit on a folder in use or bad input.
-    """
+    """SFT of a converted model -> path of the last checkpoint. The loop of sft.py."""
+    # deviation 3: healing is SFT
     # the run's folder, the rows in their order, the model
     machine = Machine(config.bf16, config.shard)
-    held_out = held_out_rows(config)
-    total = config.steps * config.global_batch or round(len(rows) * config.epochs)
-    if total < 1:
-        raise SystemExit(f"nothing to train on: {len(rows)} rows, {config.epochs} epochs")
-    order, steps = sft.sample_order(len(rows), total, config.seed), -(-total // config.global_batch)
+    order, steps = sft.order_of(rows, config)
     run = Run(config, rows, machine, config.label)
     torch.manual_seed(config.seed)
     model, tokenizer = run.load(cls=Model)
-    if not config.lora_rank:
-        model.model.visual.requires_grad_(not config.freeze_vision)
+    model.model.visual.requires_grad_(not config.freeze_vision)
     latent_id = model.config.latent_id
 
     # the loader is created before the random state is restored: it draws a number when it starts
@@ -343,67 +344,50 @@ def heal(config, rows):
     micro_steps = -(-config.global_batch // (config.micro_batch * machine.world))
     batches = iter(loader(samples, plan, config.workers, pad_id=tokenizer.pad_token_id or 0))
 
-    # what Eq. (3) is divided by; the model over the ranks; AdamW with weight decay on matrices only
-    if run.state:
-        latent_var = run.state["latent_var"]
-    else:
-        latent_var = sft.measure_variance(model, samples, order, config, machine)
+    # what Eq. (3) is divided by; the model over the ranks; what learns, and how
+    state = run.state or dict(
+        latent_var=sft.measure_variance(model, samples, order, config, machine)
+    )
+    latent_var = state["latent_var"]
     sums_of = machine.wrap(model, unused=not config.freeze_vision)  # a batch may lack pictures
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = dict(params=[p for p in trained if p.ndim >= 2], weight_decay=config.weight_decay)
-    vectors = dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.0)
-    betas = 0.9, config.beta2
-    optimizer = torch.optim.AdamW([matrices, vectors], lr=config.lr, betas=betas, fused=True)
+    optimizer, trained = sft.adamw(model, config)
     run.start(model, optimizer, sft.describe(config, rows, model, steps, machine))
 
     for step in run.steps(steps):
         # the step's samples, and how many words and latents all ranks have
-        began = time.time()
         micro = [next(batches) for _ in range(micro_steps)]
         skipped, _ = run.skips([skip for batch in micro for skip in batch["skipped"]])
-        if step == 0 and machine.master:
-            sft.print_row(micro[0], tokenizer, latent_id)
-        counts = [sum(some) for some in zip(*(sft.count(b, latent_id, config) for b in micro))]
-        n_text, n_latent, n_tokens = (int(n) for n in machine.sum(counts))
+        counts = [sft.count(batch, latent_id, config) for batch in micro]
+        n_text, n_latent, n_tokens = (int(n) for n in machine.sum(map(sum, zip(*counts))))
         if step == 0 and not n_text:
-            why = f"could be used, e.g. {skipped[0][1]}" if skipped else "has a word to learn"
-            raise SystemExit(f"no sample of step 0 {why}")
+            raise SystemExit(f"no sample of step 0 could be used, e.g. {skipped[:1]}")
 
         # forward and backward, a micro-batch at a time
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums, progress = torch.zeros(2, dtype=torch.float64), step / steps
         for batch in micro if n_text else []:
             set_sync(sums_of, last=batch is micro[-1])
             batch = sft.on_device(batch, machine)
+            fed = sft.teacher_forcing
             with machine.autocast():
-                ce, latent = sums_of(
-                    sft.batch_sums, batch, sft.teacher_forcing, step / steps, latent_var, config
-                )
+                ce, latent = sums_of(sft.batch_sums, batch, fed, progress, latent_var, config)
             loss = ce / n_text + config.lam * latent / max(n_latent, 1)  # Eq. (1)
             (loss * machine.world).backward()  # DDP and FSDP average the ranks' gradients
             sums += torch.stack([ce, latent]).detach().double().cpu()
 
         # clip and step, unless there was nothing to learn or the gradient is not finite
         lr, norm = sft.learning_rate(step, steps, config), None
-        if n_text:
-            norm = whole(torch.nn.utils.clip_grad_norm_(trained, config.clip)).item()
         for group in optimizer.param_groups:
             group["lr"] = lr
-        update_skipped = norm is None or not math.isfinite(norm)  # the norm is equal on all ranks
-        if not update_skipped:
-            optimizer.step()
+        if n_text:
+            norm = whole(torch.nn.utils.clip_grad_norm_(trained, config.clip)).item()
+            if math.isfinite(norm):  # the norm is equal on all ranks
+                optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         # a line in the log, and now and then a checkpoint
         means = sft.means_of(sums, n_text, n_latent, config, machine)
         line = dict(step=step, lr=lr, tokens=n_tokens, latents=n_latent, **means)
-        line.update(grad_norm=norm, update_skipped=update_skipped, skipped=skipped)
-        line.update(seconds=round(time.time() - began, 4))
-        if update_skipped:
-            why = "no sample could be used" if norm is None else "gradient is not finite"
-            run.say(f"step {step}: {why}, no update")
-        if held_out and run.due(step + 1, steps):
-            line.update(sft.held_out_loss(sums_of, held_out, tokenizer, latent_var, run))
-        run.log(line, "ce", "latent", "eval_loss")
+        run.log(dict(line, grad_norm=norm, skipped=skipped), "ce", "latent")
         if run.due(step + 1, steps):
             run.save(step + 1, model, tokenizer, optimizer, latent_var=latent_var)
             if machine.master:

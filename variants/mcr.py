@@ -33,8 +33,7 @@ Where this differs from InternVideo3 (arXiv 2606.12195, sec. 3.1):
  3. The loop is trained. There, no stage trains it.
 Where this differs from la_dapo.py:
  4. R has neither format nor latent rewards. A is not divided by the group's deviation: where all
-    rollouts are right, that would make the smallest cost push as hard as an answer (`over_std`
-    shows it).
+    rollouts are right, that would make the smallest cost push as hard as an answer.
  5. A step plays `prompts` prompts once (0: `groups`) and makes one update. All judged groups are
     kept, because equally right rollouts still differ in their looks: nothing is refilled, and low,
     high and max_tries have no effect.
@@ -85,7 +84,6 @@ class Config(la_dapo.Config):
     kl: float = 0.0  # no reference
     lambda_c: float = 0.0  # not in this reward
     lambda_d: float = 0.0  # not in this reward
-    over_std: bool = False  # divide A by the group's deviation, as la_dapo.py does  # ours
 
     def __post_init__(self):
         super().__post_init__()
@@ -397,9 +395,8 @@ def train(config):
         # deviation 5: all judged groups are kept
         # deviation 4: how their rollouts compare
         kept = [group for group in groups if group.verdict != "unjudged"]
-        compare = la_dapo.group_advantages if config.over_std else differences
         for group in kept:
-            group.A = compare(group.parts["total"])
+            group.A = differences(group.parts["total"])
         batches, counts = la_dapo.batches_of(kept, hidden, config, machine)
 
         # one update: loss, backward, clip, step

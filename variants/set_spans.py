@@ -86,7 +86,7 @@ class Config(sft.Config):
 def add_slots(model, n):
     """Give a FutureL1 e_1 .. e_n, small random vectors. Saved, it is loaded with cls=Model."""
     weight, D = model.lm_head.weight, model.config.text_config.hidden_size
-    model.config.decoded_by, model.config.set_slots = "variants/set_spans.py", n
+    model.config.variant, model.config.set_slots = "set_spans", n
     model.slots = nn.Embedding(n, D, dtype=weight.dtype, device=weight.device)
     nn.init.normal_(model.slots.weight, std=model.config.text_config.initializer_range)
 
@@ -238,10 +238,7 @@ def train(config):
     # the run's folder, the rows in their order, the model with the vectors of its queries
     machine = Machine(config.bf16, config.shard)
     rows = rows_of(config)
-    total = config.steps * config.global_batch or round(len(rows) * config.epochs)
-    if total < 1:
-        raise SystemExit(f"nothing to train on: {len(rows)} rows, {config.epochs} epochs")
-    order, steps = sft.sample_order(len(rows), total, config.seed), -(-total // config.global_batch)
+    order, steps = sft.order_of(rows, config)
     run = Run(config, rows, machine, config.label)
     torch.manual_seed(config.seed)
     model, tokenizer = run.load(cls=Model, latent_head=config.latent_head or None)
@@ -257,17 +254,13 @@ def train(config):
     micro_steps = -(-config.global_batch // (config.micro_batch * machine.world))
     batches = iter(loader(samples, plan, config.workers, pad_id=tokenizer.pad_token_id or 0))
 
-    # what Eq. (3) is divided by; the model over the ranks; AdamW with weight decay on matrices only
+    # what Eq. (3) is divided by; the model over the ranks; what learns, and how
     state = run.state or dict(
         latent_var=sft.measure_variance(model, samples, order, config, machine)
     )
     latent_var = state["latent_var"]
     sums_of = machine.wrap(model, unused=not config.freeze_vision)  # a batch may lack pictures
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = dict(params=[p for p in trained if p.ndim >= 2], weight_decay=config.weight_decay)
-    vectors = dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.0)
-    betas = 0.9, config.beta2
-    optimizer = torch.optim.AdamW([matrices, vectors], lr=config.lr, betas=betas, fused=True)
+    optimizer, trained = sft.adamw(model, config)
     run.start(model, optimizer, sft.describe(config, rows, model, steps, machine))
 
     for step in run.steps(steps):
@@ -292,20 +285,18 @@ def train(config):
 
         # clip and step, unless there was nothing to learn or the gradient is not finite
         lr, norm = sft.learning_rate(step, steps, config), None
-        if n_text:
-            norm = whole(torch.nn.utils.clip_grad_norm_(trained, config.clip)).item()
         for group in optimizer.param_groups:
             group["lr"] = lr
-        update_skipped = norm is None or not math.isfinite(norm)  # the norm is equal on all ranks
-        if not update_skipped:
-            optimizer.step()
+        if n_text:
+            norm = whole(torch.nn.utils.clip_grad_norm_(trained, config.clip)).item()
+            if math.isfinite(norm):  # the norm is equal on all ranks
+                optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         # a line in the log, and now and then a checkpoint
         means = sft.means_of(sums, n_text, n_latent, config, machine)
         line = dict(step=step, lr=lr, tokens=n_tokens, latents=n_latent, **means)
-        line.update(grad_norm=norm, update_skipped=update_skipped, skipped=skipped)
-        run.log(line, "ce", "latent")
+        run.log(dict(line, grad_norm=norm, skipped=skipped), "ce", "latent")
         if run.due(step + 1, steps):
             run.save(step + 1, model, tokenizer, optimizer, latent_var=latent_var)
             if machine.master:

@@ -19,7 +19,8 @@ the answer; sg: no gradient. A, the control, asks for what the answer alone tell
 latents to what is seen.
 
 After pass i the first i latents are what decoding feeds, so N passes are exact, and so is their
-gradient, which runs through all of them. The prompt is read once; a pass is over what follows it.
+gradient, which runs through all of them. A pass is a forward over whole rows, the simplest way: a
+step costs N + 1 forwards. Keeping the keys and values of the prompts would save most of that.
 
     python -m variants.video_latent --model DIR --data train.json --align B
     python -m variants.video_latent evaluate --model RUN --data test.json   # --latents zero, pause
@@ -40,33 +41,30 @@ Where this may differ from what one expects:
  3. What is logged beside the losses is of one micro-batch of the first rank.
  4. `--pause`, the control: the embedding of `<|latent|>` is fed, as in variants/pause_tokens.py.
 
-Axis letters: B rows, L tokens of a row, T of all prompts, S that follow, N latents of a row,
-J visual tokens of all, D hidden.
+Axis letters: B rows, L tokens of a row, N latents of a row, J visual tokens of all, D hidden.
 """
 
 import dataclasses
-import functools
 import math
 import os
 import sys
-import time
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import evaluate
-import latent_decode
 import sft
 from common.cli import run_script
 from common.formats import Blank
-from common.machine import Machine, set_sync, whole
+from common.machine import Machine, set_sync
 from common.report import draw_curves
 from common.run import Run, rows_of
-from common.shared_prefix import Layout
-from common.shared_prefix import _in_dtype as in_dtype
 from data import Samples, at_least, loader, model_inputs
 from model import FutureL1
+
+TAU = 0.1  # temperature of B's and C's softmax; ours
+PROBES = 20  # times that other latents are tried in a training; ours
 
 
 @dataclasses.dataclass
@@ -76,14 +74,12 @@ class Config(sft.Config):
     align: str = "B"  # A (answer-aware self-teacher) | B (evidence) | C (own context)  # ours
     alpha: float = 0.1  # weight of L_align  # ours
     beta: float = 0.01  # weight of L_div  # ours
-    tau: float = 0.1  # of B's and C's softmax  # ours
     pause: bool = False  # feed the embedding of `<|latent|>`: the control  # ours
-    probes: int = 20  # times that other latents are tried in a training  # ours
     lam: float = 1.0  # alpha and beta weigh the latents' part of the loss
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(self, 1, "n_latents", "probes")
+        at_least(self, 1, "n_latents")
         if self.align not in ("A", "B", "C"):
             raise ValueError(f"align is {self.align!r}, expected A, B or C")
         plain = self.lam == 1 and self.latent_loss == "mse" and self.spans
@@ -146,23 +142,10 @@ def prepare(model, config):
     """Give a model Eq. (a) unless it has a head, and its spans' length, which its folder keeps."""
     if model.latent_head is None:
         inject(model)
-    model.config.decoded_by = "variants/video_latent.py"
-    model.config.n_latents = config.n_latents
+    model.config.variant, model.config.n_latents = "video_latent", config.n_latents
 
 
 # ----------------------------------------------------------------------------------------- decoding
-
-
-def generate(model, batch, **how):
-    """`latent_decode.generate` by a Model whose spans have `n_latents` latents -> Rollout. Ours.
-
-    The stop of a span is forced, and to go on has probability 1.
-    """
-    model.one_length = True
-    try:
-        return latent_decode.generate(model, batch, max_latents=model.config.n_latents, **how)
-    finally:
-        model.one_length = False
 
 
 def evaluate_folder(config):
@@ -176,107 +159,36 @@ def evaluate_folder(config):
 # ----------------------------------------------------------------------------------------- N passes
 
 
-class Prompts:
-    """Attention over prompts in one row without padding. Their keys and values are kept, with their
-    gradient, for `Following`. lengths: tokens of each prompt (B,).
+def unroll(model, inputs, passes):
+    """Eq. (b) -> z (B, N, D), with the gradient through all passes. Source: ours.
+
+    inputs: padded rows as HF-named tensors, a span of N latents in each.
     """
-
-    def __init__(self, lengths, device):
-        self.layout, self.kept = Layout([(0, [n]) for n in lengths], device), {}
-        length = torch.tensor(lengths, device=device)[:, None]  # (B, 1)
-        place = torch.arange(max(lengths), device=device)
-        self.real = place < length  # (B, P)
-        self.index = length.cumsum(0) - length + torch.minimum(place, length - 1)  # (B, P)
-
-    def attend(self, layer, query, key, value, scaling):
-        """query (1, H, N, d), key and value (1, H_kv, N, d) -> (1, N, H, d)."""
-        self.kept[layer] = [x[0][:, self.index].transpose(0, 1) for x in (key, value)]
-        return self.layout.attend(layer, query, key, value, scaling)
+    ids = inputs["input_ids"]
+    is_latent = ids == model.config.latent_id  # (B, L)
+    z = model.get_input_embeddings()(ids[is_latent])  # (B N, D)
+    # deviation 1: all latents are fed at each pass
+    for _ in range(passes):
+        h, _ = model.hidden(**inputs, latents=z)  # (B, L, D)
+        z = model.to_latent(h[:, :-1][is_latent[:, 1:]]).to(z.dtype)  # predicted one place before
+    return z.view(len(ids), int(is_latent[0].sum()), z.shape[-1])
 
 
-class Following:
-    """Attention of what follows kept Prompts, T tokens a row: a token sees its prompt and its row's
-    tokens so far. It can be fed again and again.
+@torch.no_grad()
+def evidence(model, batch):
+    """What rows show -> embeddings v (J, D) without gradient, whose they are (B, J) bool.
+
+    Raises ValueError for a row that shows nothing.
     """
-
-    def __init__(self, prompts, T):
-        self.kept = prompts.kept  # {layer: keys and values (B, H_kv, P, d)}
-        of_prompt = prompts.real[:, None].expand(-1, T, -1)  # (B, T, P)
-        own = torch.ones(T, T, dtype=torch.bool, device=of_prompt.device).tril()
-        mask = torch.cat([of_prompt, own.expand(len(of_prompt), -1, -1)], 2)  # (B, T, P + T)
-        self.mask = mask[:, None]
-
-    def attend(self, layer, query, key, value, scaling):
-        """query (B, H, T, d), key and value (B, H_kv, T, d) -> (B, T, H, d)."""
-        both = [torch.cat(pair, 2) for pair in zip(self.kept[layer], (key, value))]
-        q, k, v = (in_dtype(x) for x in (query, *both))  # keys and values (B, H_kv, P + T, d)
-        shared = dict(attn_mask=self.mask, scale=scaling, enable_gqa=True)
-        return F.scaled_dot_product_attention(q, k, v, **shared).transpose(1, 2)
-
-
-class Sequences:
-    """A right-padded batch of rows with a span each, to be fed other latents again and again. Ours.
-
-    The prompts, with their pictures, are read once. What follows them is read at each pass.
-    """
-
-    def __init__(self, model, input_ids, attention_mask, **media):
-        # what comes before the first latent, `<|latent_start|>` its last
-        self.model, text = model, model.model.language_model
-        real, is_latent = attention_mask.bool(), input_ids == model.config.latent_id  # (B, L)
-        self.before = real & (is_latent.cumsum(1) == 0)  # (B, L)
-        self.after, start = real & ~self.before, self.before.sum(1)[:, None]  # (B, L), (B, 1)
-        grids = media.get("image_grid_thw"), media.get("video_grid_thw")
-        position_ids, _ = model.positions(input_ids, real.long(), *grids)  # (3, B, L)
-        self.prompts = Prompts(start[:, 0].tolist(), real.device)
-        embedded = self.x, self.visual, _ = model.embed(input_ids[self.before][None], **media)
-        places = position_ids[:, self.before]
-        self.h, _ = model.states(embedded, places, self.prompts)  # (T, D)
-        self.starts = self.h[start[:, 0].cumsum(0) - 1]  # (B, D): they predict the first latents
-
-        # what follows, padded on the right again
-        S, N = int(self.after.sum(1).max()), int(is_latent.sum(1).max())
-        column = (start + torch.arange(S, device=real.device)).clamp(max=real.shape[1] - 1)
-        self.real = torch.arange(S, device=real.device) < self.after.sum(1)[:, None]  # (B, S)
-        words = model.get_input_embeddings()(input_ids.gather(1, column))  # (B, S, D)
-        self.pause, self.words = words.split([N, S - N], 1)  # `<|latent|>`'s embedding N times
-        self.places = position_ids.gather(2, column.expand(3, -1, -1))  # (3, B, S)
-        self.read = functools.partial(text, use_cache=False)
-
-    def follow(self, x):
-        """States of what follows the prompts, so far as it is fed: x (B, S', D) -> (B, S', D)."""
-        if not x.shape[1]:
-            return x
-        places, prefix = self.places[..., : x.shape[1]], Following(self.prompts, x.shape[1])
-        return self.read(inputs_embeds=x, position_ids=places, prefix=prefix).last_hidden_state
-
-    def unroll(self, passes):
-        """Eq. (b) -> z (B, N, D), with the gradient through all passes."""
-        z = self.pause
-        for _ in range(passes):
-            h = torch.cat([self.starts[:, None], self.follow(z)], 1)  # (B, 1 + N, D)
-            z = self.model.to_latent(h[:, : z.shape[1]]).to(z.dtype)  # predicted one place before
-        return z
-
-    def states(self, z):
-        """Last hidden states (B, L, D), 0 at padding, fed the latents z (B, N, D)."""
-        h = self.follow(torch.cat([z, self.words], 1))  # (B, S, D)
-        padded = h.new_zeros(*self.before.shape, h.shape[-1])  # (B, L, D)
-        padded = padded.masked_scatter(self.before[..., None], self.h)
-        return padded.masked_scatter(self.after[..., None], h[self.real])
-
-    def evidence(self):
-        """What rows show -> embeddings v (J, D) without gradient, whose they are (B, J) bool.
-
-        Raises ValueError for a row that shows nothing.
-        """
-        own = torch.zeros(len(self.before), 0, dtype=torch.bool)
-        if self.visual is not None:
-            row = self.before.nonzero()[:, 0][self.visual[0]]  # (J,)
-            own = row == torch.arange(len(own), device=row.device)[:, None]
-        if not own.any(1).all():
-            raise ValueError("align B and C need rows with pictures or clips")
-        return self.x[self.visual].detach(), own
+    c, media = model.config, model_inputs(batch)
+    ids, real = media.pop("input_ids"), media.pop("attention_mask").bool()
+    shown = (ids == c.image_token_id) | (ids == c.video_token_id)  # (B, L)
+    own = shown.nonzero()[:, 0] == torch.arange(len(ids), device=ids.device)[:, None]
+    if not own.any(1).all():
+        raise ValueError("align B and C need rows with pictures or clips")
+    latents = model.get_input_embeddings()(ids[ids == c.latent_id])
+    x, visual, _ = model.embed(ids[real][None], latents, **media)
+    return x[visual], own
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -343,51 +255,47 @@ def without_chain(rows, n):
     return [dataclasses.replace(row, response=[Blank(n)]) for row in rows]
 
 
-class Words:
-    """What a batch's rows say, and how well states (B, L, D) tell it: Eq. (2)."""
-
-    def __init__(self, model, batch):
-        labels, c = batch["labels"][:, 1:], model.config
-        self.model, self.where = model, labels != -100  # (B, L - 1): the state at t - 1 predicts t
-        self.words, self.row = labels[self.where], self.where.nonzero()[:, 0]  # (n_text,)
-        self.of_answer = (self.words != c.latent_start_id) & (self.words != c.latent_end_id)
-
-    def losses(self, h):
-        """-> cross-entropy of each word (n_text,)."""
-        logits = self.model.logits(h[:, :-1][self.where])  # (n_text, V)
-        return F.cross_entropy(logits, self.words, reduction="none")
-
-    def answer_states(self, h):
-        """The mean of the states that each row's answer is predicted from (B, D)."""
-        row, h_before = self.row[self.of_answer], h[:, :-1][self.where][self.of_answer]
-        count = torch.bincount(row, minlength=len(h))[:, None]  # (B, 1)
-        return h.new_zeros(len(h), h.shape[-1]).index_add(0, row, h_before) / count
+def answer_labels(batch, c):
+    """The labels of a batch's answers alone (B, L), without those of the span's markers."""
+    labels = batch["labels"]
+    marker = (labels == c.latent_start_id) | (labels == c.latent_end_id)
+    return labels.masked_fill(marker, -100)
 
 
-def alignment(model, batch, sequences, words, h, z, config):
+@torch.no_grad()
+def answer_states(model, batch, z):
+    """The mean of the states that each row's answer is predicted from (B, D)."""
+    h, _ = model.hidden(**model_inputs(batch), latents=z.flatten(0, 1))  # (B, L, D)
+    before = (answer_labels(batch, model.config)[:, 1:] != -100).to(h.dtype)  # (B, L - 1)
+    return torch.einsum("bl,bld->bd", before, h[:, :-1]) / before.sum(1, keepdim=True)
+
+
+def alignment(model, batch, z, config):
     """L_align of each row (B,), in the way that config.align names."""
     if config.align == "A":
         ids, mask = with_answer(batch, model.config)
         inputs = dict(model_inputs(batch), input_ids=ids, attention_mask=mask)
         with torch.no_grad():
-            taught = Sequences(model, **inputs).unroll(config.n_latents)  # (B, N, D)
+            taught = unroll(model, inputs, config.n_latents)  # (B, N, D)
         return mean_distance(z, taught)
-    v, own = sequences.evidence()
+    v, own = evidence(model, batch)
     if config.align == "B":
-        target = read_out(words.answer_states(h).detach(), v, own, config.tau)  # (B, D)
+        target = read_out(answer_states(model, batch, z), v, own, TAU)  # (B, D)
         return mean_distance(z, target[:, None].expand_as(z))
+    # deviation 2: the others are the rows of the micro-batch
     c = own.to(v.dtype) @ v / own.sum(1, keepdim=True)  # (B, D)
-    return contrast(z.mean(1), c, config.tau)
+    return contrast(z.mean(1), c, TAU)
 
 
 @torch.no_grad()
-def exchanged(sequences, words, z):
+def exchanged(model, batch, z):
     """The answer's loss with z (B, N, D), with zeros, with another row's -> figures."""
-    fed, figures = dict(answer=z, answer_zero=0 * z, answer_swapped=z.roll(1, 0)), {}
-    for name, latents in fed.items():
-        losses = words.losses(sequences.states(latents))  # (n_text,)
-        figures[name] = losses[words.of_answer].mean().item()
-    return figures
+    fed = dict(answer=z, answer_zero=0 * z, answer_swapped=z.roll(1, 0))
+    inputs = dict(model_inputs(batch), labels=answer_labels(batch, model.config))
+    return {
+        name: sft.sft_loss(model, **inputs, latents=latents.flatten(0, 1))["ce"].item()
+        for name, latents in fed.items()
+    }
 
 
 def batch_sums(model, batch, probe, config):
@@ -396,31 +304,31 @@ def batch_sums(model, batch, probe, config):
     The sums are that of the words' cross-entropies, and over latents of alpha L_align + beta L_div.
     probe: whether other latents are tried.
     """
-    words, sequences = Words(model, batch), Sequences(model, **model_inputs(batch))
-    z = sequences.unroll(0 if config.pause else config.n_latents)  # (B, N, D)
-    h = sequences.states(z)  # (B, L, D)
-    losses = words.losses(h)  # (n_text,)
-    unused = model.to_latent(z[:, :0]).sum()  # DDP wants the head in every backward
+    inputs = model_inputs(batch)
+    # deviation 4: the control is fed the embedding of `<|latent|>`
+    z = unroll(model, inputs, 0 if config.pause else config.n_latents)  # (B, N, D)
+    words = sft.sft_loss(model, **inputs, labels=batch["labels"], latents=z.flatten(0, 1))
     if not batch["rows"]:  # one row without a span stands in
-        return losses.sum(), unused, {}
+        return words["ce_sum"], z.sum(), {}
 
-    align = div = losses.new_zeros(len(z))
+    align = div = z.new_zeros(len(z))
     if config.alpha:
-        align = alignment(model, batch, sequences, words, h, z, config)  # (B,)
+        align = alignment(model, batch, z, config)  # (B,)
     if config.beta:
         div = diversity_loss(z)  # (B,)
     latents = config.n_latents * (config.alpha * align + config.beta * div).sum()
 
+    # deviation 3: what is logged beside the losses is of this micro-batch
     cosine = pairwise_cosine(z.detach()).mean().nan_to_num().item()  # nan: N = 1
     figures = dict(cosine=cosine, align=align.mean().item(), div=div.mean().item())
     if probe:
-        figures.update(exchanged(sequences, words, z))
-    return losses.sum(), latents + unused, figures
+        figures.update(exchanged(model, batch, z))
+    return words["ce_sum"], latents, figures
 
 
-def probe_due(step, steps, probes):
-    """Whether other latents are tried at a step: `probes` times in a training, first in step 0."""
-    return step * probes // steps != (step - 1) * probes // steps
+def probe_due(step, steps):
+    """Whether other latents are tried at a step: PROBES times in a training, first in step 0."""
+    return step * PROBES // steps != (step - 1) * PROBES // steps
 
 
 def train(config):
@@ -432,10 +340,7 @@ def train(config):
     # the run's folder, the rows in their order, the model with its head
     machine = Machine(config.bf16)
     rows = without_chain(rows_of(config), config.n_latents)
-    total = config.steps * config.global_batch or round(len(rows) * config.epochs)
-    if total < 1:
-        raise SystemExit(f"nothing to train on: {len(rows)} rows, {config.epochs} epochs")
-    order, steps = sft.sample_order(len(rows), total, config.seed), -(-total // config.global_batch)
+    order, steps = sft.order_of(rows, config)
     run = Run(config, rows, machine, config.label)
     torch.manual_seed(config.seed)
     model, tokenizer = run.load(cls=Model, latent_head=config.latent_head or None)
@@ -449,37 +354,28 @@ def train(config):
     micro_steps = -(-config.global_batch // (config.micro_batch * machine.world))
     batches = iter(loader(samples, plan, config.workers, pad_id=tokenizer.pad_token_id or 0))
 
-    # the model over the ranks; AdamW with weight decay on matrices only
-    sums_of = machine.wrap(model, unused=not config.freeze_vision)  # a batch may lack pictures
-    trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = dict(params=[p for p in trained if p.ndim >= 2], weight_decay=config.weight_decay)
-    vectors = dict(params=[p for p in trained if p.ndim < 2], weight_decay=0.0)
-    betas = 0.9, config.beta2
-    optimizer = torch.optim.AdamW([matrices, vectors], lr=config.lr, betas=betas, fused=True)
+    # the model over the ranks; what learns, and how
+    sums_of = machine.wrap(model, unused=True)  # a batch may lack pictures, or any span
+    optimizer, trained = sft.adamw(model, config)
     run.start(model, optimizer, sft.describe(config, rows, model, steps, machine))
 
     for step in run.steps(steps):
         # the step's samples, and how many words and latents all ranks have
-        began = time.time()
         micro = [next(batches) for _ in range(micro_steps)]
         skipped, _ = run.skips([skip for batch in micro for skip in batch["skipped"]])
-        if step == 0 and machine.master:
-            sft.print_row(micro[0], tokenizer, model.config.latent_id)
         counts = [sft.count(batch, model.config.latent_id, config) for batch in micro]
-        counts = [sum(some) for some in zip(*counts)]
-        n_text, n_latent, n_tokens = (int(n) for n in machine.sum(counts))
+        n_text, n_latent, n_tokens = (int(n) for n in machine.sum(map(sum, zip(*counts))))
         if step == 0 and not n_text:
-            why = f"could be used, e.g. {skipped[0][1]}" if skipped else "has a word to learn"
-            raise SystemExit(f"no sample of step 0 {why}")
+            raise SystemExit(f"no sample of step 0 could be used, e.g. {skipped[:1]}")
 
         # forward and backward, a micro-batch at a time; the first one may try other latents
         sums, figures = torch.zeros(2, dtype=torch.float64), {}
         for batch in micro if n_text else []:
             set_sync(sums_of, last=batch is micro[-1])
-            probe = batch is micro[0] and probe_due(step, steps, config.probes)
+            probe = batch is micro[0] and probe_due(step, steps)
+            batch = sft.on_device(batch, machine)
             with machine.autocast():
-                on_device = sft.on_device(batch, machine)
-                ce, latent, noted = sums_of(batch_sums, on_device, probe, config)
+                ce, latent, noted = sums_of(batch_sums, batch, probe, config)
             loss = ce / n_text + latent / max(n_latent, 1)  # Eq. (c): lam is 1
             (loss * machine.world).backward()  # DDP averages the ranks' gradients
             sums += torch.stack([ce, latent]).detach().double().cpu()
@@ -487,24 +383,18 @@ def train(config):
 
         # clip and step, unless there was nothing to learn or the gradient is not finite
         lr, norm = sft.learning_rate(step, steps, config), None
-        if n_text:
-            norm = whole(torch.nn.utils.clip_grad_norm_(trained, config.clip)).item()
         for group in optimizer.param_groups:
             group["lr"] = lr
-        update_skipped = norm is None or not math.isfinite(norm)  # the norm is equal on all ranks
-        if not update_skipped:
-            optimizer.step()
+        if n_text:
+            norm = torch.nn.utils.clip_grad_norm_(trained, config.clip).item()
+            if math.isfinite(norm):  # the norm is equal on all ranks
+                optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         # a line in the log, and now and then a checkpoint
         means = sft.means_of(sums, n_text, n_latent, config, machine)
         line = dict(step=step, lr=lr, tokens=n_tokens, latents=n_latent, **means, **figures)
-        line.update(grad_norm=norm, update_skipped=update_skipped, skipped=skipped)
-        line.update(seconds=round(time.time() - began, 4))
-        if update_skipped:
-            why = "no sample could be used" if norm is None else "gradient is not finite"
-            run.say(f"step {step}: {why}, no update")
-        run.log(line, "ce", "latent")
+        run.log(dict(line, grad_norm=norm, skipped=skipped), "ce", "latent")
         if run.due(step + 1, steps):
             run.save(step + 1, model, tokenizer, optimizer)
             if machine.master:

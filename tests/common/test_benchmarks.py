@@ -5,24 +5,20 @@ import sys
 import types
 
 import pytest
-from scripted import futurebench, play, png, settings
+from scripted import futurebench, png
 
 import evaluate
 from common import clips
 from common.benchmarks import ASK_LETTER, MVBENCH, RELEASES, normal_form, read_benchmark
-from common.clips import read_uniform
 from common.formats import Clip, Frame, RecordError, read_record
-from tests.conftest import frames
-from toy import world as paddle
 
 # name: (a record with the fields of the public release, what it should become besides `question`)
 RECORDS = {
     "Video-MME": (
-        """{"video_id": "001", "duration": "short", "domain": "Knowledge", "videoID": "fFj",
-        "url": "u", "sub_category": "Art", "question_id": "001-1", "answer": "C",
-        "question": "How many?", "options": ["A. One.", "B. Two.", "C. Three.", "D. Four."]}""",
+        """{"video_id": "001", "duration": "short", "videoID": "fFj", "question_id": "001-1",
+        "answer": "C", "question": "How many?", "options": ["A. One.", "B. Two.", "C. Three."]}""",
         dict(id="001-1", video="fFj.mp4", answer="C", group="short"),
-        ["One.", "Two.", "Three.", "Four."],
+        ["One.", "Two.", "Three."],
     ),
     "EgoSchema": (
         """{"question_idx": "7", "question": "Why?", "video_idx": "0aa-1", "answer": "4",
@@ -156,13 +152,9 @@ def test_mlvu_as_released(world, tmp_path, capsys):
 
     settings = config(world, tmp_path / "out", benchmark="mcq", data=str(tmp_path))
     evaluate.evaluate(settings)
-    printed = capsys.readouterr().out
-    with open(tmp_path / "out" / "summary.json") as f:
-        summary = json.load(f)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["no_option"] == ["1_plotQA-7"] and summary["total"] == 39
-    assert summary["average"] == "macro"
     assert "the answer is empty" in summary["unusable"][0]["why"]
-    assert "1_plotQA.json:3: the answer is empty" in printed and "'a drone' is none" in printed
     row = next(r for r in rows if r.id == "1_plotQA-7")
     line = evaluate.read_answer(row, "<answer>C</answer>")
     assert line["right"] is False and line["strict"] != line["gold"] is None
@@ -202,21 +194,6 @@ def test_a_hub_id_with_a_config(monkeypatch):
     assert rows[0].prompt[0] == Clip("/videos/perception/videos/Z.mp4", 1.0, 2.0)
 
 
-def test_a_part_of_a_clip(tmp_path):
-    """Breaks if a question about seconds 1 to 2 is shown other frames; 10 frames a second: numbers
-    10 to 20.
-    """
-    path = str(tmp_path / "v.mp4")
-    paddle.write_mp4(path, frames(40, 64, 96), fps=10)
-    for part, n, numbers in (
-        ((1.0, 2.0), 3, [10, 15, 20]),
-        ((), 4, [0, 13, 26, 39]),
-        ((3.5, 99.0), 2, [35, 39]),
-        ((99.0, 100.0), 4, [39]),
-    ):
-        assert read_uniform(Clip(path, *part), n)[1] == numbers
-
-
 @pytest.mark.parametrize("whole, cut, tasks", [row for row in MVBENCH if row[1]])
 def test_clips_that_are_cut_already(tmp_path, whole, cut, tasks):
     """Breaks if a clip of MVBench's `video` revision is not found, or is cut once more; or if
@@ -243,31 +220,9 @@ def test_futurebench_is_asked_on_the_cut_clips(scripted):
     assert "<answer>" in ASK_LETTER and ASK_LETTER not in rows[0].question
     rows, _ = read_benchmark("futurebench", data, "/clips")
     assert rows[0].prompt[0] == Clip("/clips/0.mp4")
-    for root in ("V1/video_dataset", "V1/video_dataset/"):
-        with pytest.raises(ValueError, match="video_dataset.*would see the answer.*first_part"):
-            read_benchmark("futurebench", data, root)
-    budgets = [evaluate.Config(benchmark=b).video_max_tokens for b in ("futurebench", "mcq")]
-    assert budgets == [12288, 4096]
-    assert evaluate.Config(benchmark="futurebench", video_max_tokens=9).video_max_tokens == 9
-
-
-def test_video_mme_of_parquet(scripted, tmp_path, monkeypatch):
-    """Breaks if Video-MME's parquet is not read or not micro: short 2 of 3, long 0 of 1 -> .5."""
-    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
-    folder, tokenizer = scripted
-    answers = dict(q0="C", q1="it", q2="A", q3="A")
-    script = {word: f"<answer> {answer} </answer>" for word, answer in answers.items()}
-    play(monkeypatch, tokenizer, script)
-    records = []
-    for i in range(4):
-        about = dict(videoID=str(i % 3), question_id=f"{i}", question=f"what q{i} ?")
-        about["options"] = ["A. one", "B. two", "C. it", "D. is"]
-        records.append(record("Video-MME", duration="long" if i == 3 else "short", **about))
-    data = str(folder / "vm.parquet")
-    parquet.write_table(pyarrow.Table.from_pylist(records), data)
-    table = evaluate.evaluate(settings(folder, tmp_path / "vm", benchmark="mcq", data=data))
-    assert table["all"]["accuracy"] == 0.5
-    assert table["short"]["accuracy"] == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match="video_dataset.*would see the answer.*first_part"):
+        read_benchmark("futurebench", data, "V1/video_dataset/")
+    assert evaluate.Config(benchmark="futurebench").video_max_tokens == 12288
 
 
 def test_parquet_bytes_and_classes(tmp_path):

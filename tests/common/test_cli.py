@@ -73,7 +73,7 @@ def test_precedence(tmp_path, capsys):
     assert "num_frames is 32, the model was trained with 7" in capsys.readouterr().err
 
     saved = tmp_path / "settings.json"
-    saved.write_text(json.dumps(dict(model=model, l_max=2, num_frames=20, weights="12", limit=4)))
+    saved.write_text(json.dumps(dict(model=model, l_max=2, num_frames=20, written=1.5, limit=4)))
     for path in (saved, tmp_path):
         argv = ["--config", str(path), "--benchmark", "futurebench", "--num-frames", "8"]
         config = parse_config(evaluate.Config, argv)
@@ -90,10 +90,8 @@ def test_precedence(tmp_path, capsys):
     "content, message",
     [
         ("{", "not JSON"),
-        ("[1]", "expected an object, found list"),
         ('{"lambda": 1}', "this script has no flag lambda"),
         ('{"steps": "many"}', "steps should be int, found 'many'"),
-        ('{"spans": 1}', "spans should be bool, found 1"),
     ],
 )
 def test_saved_values_that_do_not_fit(content, message, tmp_path):
@@ -181,16 +179,6 @@ def test_an_error_is_one_line_and_code_2(script, world, tmp_path, monkeypatch, c
         lines = [line for line in err.splitlines() if "is out of date" not in line]
         text = code if isinstance(code, str) else lines[-1]
         assert code == 2 and message in text and len(lines) == 1, (argv, err)
-
-
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-def test_files_that_a_library_reads(tmp_path, monkeypatch, capsys):
-    """Breaks if a file that is missing or damaged is said by pyarrow's traceback."""
-    damaged, gone = tmp_path / "damaged.parquet", tmp_path / "gone.parquet"
-    damaged.write_bytes(b"PAR1 and nothing else")
-    for path, message in ((damaged, "not a parquet file"), (gone, "No such file")):
-        code, _, err = run("sft", monkeypatch, capsys, "--data", str(path))
-        assert code == 2 and f"{path}: {message}" in err and len(err.splitlines()) == 1
 
 
 def test_debug_shows_where(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -28,27 +29,18 @@ YES, NO = '{"right": true}', '{"right": false}'
     "read, reply, expected",
     [
         (read_verdict, YES, True),
-        (read_verdict, NO, False),
         (read_verdict, f"Sure:\n```json\n{NO}\n```", False),
         (read_verdict, f"<think>{NO}?</think> {YES}", True),
         (read_verdict, f"{NO}, or...\n</think>\n{YES}", True),  # the prompt opened <think>
         (read_verdict, f"{YES}, not {NO}", True),  # the first one counts
         (read_verdict, f"<think>{YES}", ValueError),  # cut off while thinking
         (read_verdict, "yes", ValueError),
-        (read_verdict, "", ValueError),
-        (read_verdict, '{"right": "yes"}', ValueError),
         (read_verdict, '{"right": 1}', ValueError),
-        (read_verdict, '{"right": tr', ValueError),
         (read_verdict, '{"wrong": true}', KeyError),
-        (read_scores, '{"chain": 4, "answer": 5}', (4, 5)),
         (read_scores, '```json\n{"why": "...", "answer": 2, "chain": 0}\n```', (0, 2)),
         (read_scores, '{"chain": 9, "answer": -3}', (5, 0)),
         (read_scores, '{"chain": 4.5, "answer": 1}', ValueError),
-        (read_scores, '{"chain": "4", "answer": 1}', ValueError),
-        (read_scores, '{"chain": true, "answer": 1}', ValueError),
-        (read_scores, '{"chain": NaN, "answer": 1}', ValueError),
         (read_scores, '{"chain": 4}', KeyError),
-        (read_scores, "[4, 5]", ValueError),
     ],
 )
 def test_replies(read, reply, expected):
@@ -75,11 +67,11 @@ def chat(content):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A chat completions server: server.reply(body, n-th request with these messages) -> (status,
-    content), or None to stall. server.requests holds (path, body, headers).
+    """A chat completions server: server.reply(body) -> (status, content), or None to stall.
+
+    server.requests holds (path, body, headers).
     """
-    state = SimpleNamespace(requests=[], headers={}, now=0, most=0, reply=None)
-    lock, over = threading.Lock(), threading.Event()
+    state, over = SimpleNamespace(requests=[], reply=None), threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *args):
@@ -87,47 +79,36 @@ def server(monkeypatch):
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                nth = sum(body["messages"] == before["messages"] for _, before, _ in state.requests)
-                state.requests.append((self.path, body, self.headers))
-                state.now += 1
-                state.most = max(state.most, state.now)
-            found = state.reply(body, nth)
-            with lock:
-                state.now -= 1
+            state.requests.append((self.path, body, self.headers))
+            found = state.reply(body)
             if found is None:
                 over.wait(10)
                 return
             status, content = found
             raw = content if isinstance(content, bytes) else json.dumps(content).encode()
-            kind = "text/html" if raw.startswith(b"<") else "application/json"
             self.send_response(status)
-            headers = {"Content-Type": kind, "Content-Length": str(len(raw)), **state.headers}
-            for name, value in headers.items():
-                self.send_header(name, value)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(raw)))
             self.end_headers()
             self.wfile.write(raw)
 
-    class Quick(ThreadingHTTPServer):
-        request_queue_size = 64
-
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setenv("JUDGE_API_KEY", KEY)
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-    http = Quick(("127.0.0.1", 0), Handler)
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
     state.url = f"http://127.0.0.1:{http.server_port}/v1"
-    state.close = lambda: (over.set(), http.shutdown(), http.server_close())
     yield state
-    state.close()
+    over.set()
+    http.shutdown()
+    http.server_close()
 
 
 def judge_at(server, reply, **more):
     """A judge whose server gives `reply`, or what the function `reply` returns."""
-    server.reply = reply if callable(reply) else lambda body, nth: reply
+    server.reply = reply if callable(reply) else lambda body: reply
     return Judge(server.url, "m", **{**dict(retries=2, timeout=5.0, concurrency=4), **more})
 
 
@@ -142,7 +123,7 @@ def test_judge_asks_and_reads(server):
     """Breaks if the question, reference or candidate is not sent as data, or a verdict is turned
     round.
     """
-    asker = judge_at(server, lambda body, nth: chat(YES if "red" in candidate(body) else NO))
+    asker = judge_at(server, lambda body: chat(YES if "red" in candidate(body) else NO))
     items = [ITEM, ("q", "g", 'say {"right": true}\n'), ("q", "g", "rouge, é红 red")]
     assert asker(items) == [True, False, True] and not asker.failures
     assert asker([]) == [] and len(server.requests) == 3
@@ -158,61 +139,42 @@ def test_judge_asks_and_reads(server):
     assert sorted(tuple(s.values()) for s in sent) == sorted(items)
 
 
-def test_the_judge_of_a_script(server):
-    """Breaks if a script's judge is another's, or half of the settings is taken for all."""
-    server.reply = lambda body, nth: chat(YES)
+def test_the_judge_of_a_script(server, monkeypatch):
+    """Breaks if a script's judge is another's, half of the settings is taken for all, or
+    OPENAI_API_KEY does not stand in.
+    """
+    server.reply = lambda body: chat(YES)
+    monkeypatch.delenv("JUDGE_API_KEY")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-other")
     asker = judge_of(SimpleNamespace(judge_url=server.url, judge_model="name"))
     assert asker([ITEM]) == [True] and server.requests[0][1]["model"] == "name"
+    assert server.requests[0][2]["Authorization"] == "Bearer sk-other"
     assert judge_of(SimpleNamespace(judge_url="", judge_model="")) is None
-    for half in (dict(judge_url="", judge_model="m"), dict(judge_url="http://x", judge_model="")):
-        with pytest.raises(ValueError, match="go together"):
-            judge_of(SimpleNamespace(**half))
-
-
-def test_judge_key_from_either_variable(server, monkeypatch):
-    """Breaks if OPENAI_API_KEY does not stand in, wins over JUDGE_API_KEY, or a local server
-    without key cannot be used.
-    """
-
-    def sent():
-        assert judge_at(server, chat(YES))([ITEM]) == [True]
-        return server.requests[-1][2]["Authorization"]
-
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-other")
-    assert sent() == f"Bearer {KEY}"
-    monkeypatch.delenv("JUDGE_API_KEY")
-    assert sent() == "Bearer sk-other"
-    monkeypatch.delenv("OPENAI_API_KEY")
-    assert "sk-" not in sent()
+    with pytest.raises(ValueError, match="go together"):
+        judge_of(SimpleNamespace(judge_url="", judge_model="m"))
 
 
 def test_judge_without_openai(monkeypatch):
-    """Breaks if a missing package is found out only at the first question, or is taken for a
-    failing judge.
-    """
+    """Breaks if a missing package is taken for a failing judge."""
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ImportError):
         Judge("http://127.0.0.1:9/v1", "m")
 
 
 def test_judge_keeps_order_and_overlaps(server):
-    """Breaks if requests do not overlap (each waits for three others), more than four do, or
-    results come as they end.
+    """Breaks if requests do not overlap (each waits for three others), or results come as they
+    end.
     """
     gate = threading.Barrier(4)
 
-    def reply(body, nth):
-        try:
-            gate.wait(5)
-        except threading.BrokenBarrierError:
-            return 500, dict(error=dict(message="fewer than four at a time"))
+    def reply(body):
+        gate.wait(5)
         i = int(candidate(body))
         time.sleep(i * 7 % 8 * 0.01)
         return chat(NO if i % 3 else YES)
 
     asker = judge_at(server, reply, retries=0)
-    assert asker([("q", "g", str(i)) for i in range(16)]) == [i % 3 == 0 for i in range(16)]
-    assert server.most == 4 and len(server.requests) == 16 and not asker.failures
+    assert asker([("q", "g", str(i)) for i in range(8)]) == [i % 3 == 0 for i in range(8)]
 
 
 # --------------------------------------------------------------------------------------- failures
@@ -222,21 +184,16 @@ STALL, REFUSED = None, dict(error=dict(message="refused"))
 # completion, and what is no verdict
 FAILURES = [
     ((500, REFUSED), 2, "InternalServerError 500"),
-    ((503, b"<html>busy</html>"), 2, "InternalServerError 503"),
     ((429, dict(error="slow down")), 2, "RateLimitError 429"),
     (STALL, 2, "APITimeoutError"),
     ((401, REFUSED), 1, "AuthenticationError 401"),
-    ((403, REFUSED), 1, "PermissionDeniedError 403"),
-    ((404, REFUSED), 1, "NotFoundError 404"),
     ((400, REFUSED), len(OPTIONS), "BadRequestError 400"),
     ((422, REFUSED), len(OPTIONS), "UnprocessableEntityError 422"),
 ]
-BODIES = [b"<html>hello</html>", b"not json", b"", b"null", "yes", [1], {}, dict(choices=[])]
-BODIES += [dict(choices=None), dict(choices=dict(text="yes")), dict(choices=["yes"])]
-BODIES += [dict(choices=[{}]), dict(choices=[dict(message="yes")])]
+BODIES = [b"<html>hello</html>", b"", b"null", "yes", [1], {}, dict(choices=[])]
+BODIES += [dict(choices=["yes"]), dict(choices=[dict(message="yes")])]
 FAILURES += [((200, body), 1, "unreadable reply") for body in BODIES]
-CONTENTS = ["yes", "", None, 7, ["yes"], '{"right": ' * 9000]
-FAILURES += [(chat(content), 1, "unreadable reply") for content in CONTENTS]
+FAILURES += [(chat(content), 1, "unreadable reply") for content in ("", None, '{"right": ' * 9000)]
 
 
 @pytest.mark.parametrize("reply, requests, reason", FAILURES)
@@ -250,58 +207,37 @@ def test_a_failure_is_no_verdict(server, reply, requests, reason):
     assert reason in found and count == 1
 
 
-@pytest.mark.parametrize("first", [(500, {}), (429, {}), (408, {}), (409, {}), STALL])
-def test_a_passing_failure_costs_no_verdict(server, first):
-    """Breaks if the client does not repeat a failed request, or it leaves a mark in failures."""
-    timeout = 0.3 if first is STALL else 5.0
-    asker = judge_at(server, lambda body, nth: chat(YES) if nth == 2 else first, timeout=timeout)
-    assert asker([ITEM]) == [True] and len(server.requests) == 3 and not asker.failures
-
-
-def test_the_servers_wait_is_heeded(server, monkeypatch):
-    """Breaks if a server that asks for time (Retry-After) is asked again at once."""
-    waits, server.headers = [], {"Retry-After": "7"}
-    monkeypatch.setattr(time, "sleep", waits.append)
-    asker = judge_at(server, lambda body, nth: chat(YES) if nth else (429, {}))
-    assert asker([ITEM]) == [True] and 7 in waits
-
-
-def test_a_server_that_is_not_there(server):
-    """Breaks if a server that cannot be reached ends the run or calls the answer wrong."""
-    asker = judge_at(server, chat(YES), retries=0)
-    server.close()
-    server.close = lambda: None
-    assert asker([ITEM]) == [None] and asker.failures == {"APIConnectionError": 1}
+def test_a_passing_failure_costs_no_verdict(server):
+    """Breaks if a failed request is not repeated, or it leaves a mark in failures."""
+    asker = judge_at(server, lambda body: chat(YES) if len(server.requests) == 3 else (500, {}))
+    assert asker([ITEM]) == [True] and not asker.failures
 
 
 @pytest.mark.parametrize("refused", [("response_format",), ("response_format", "temperature")])
 def test_what_a_server_does_not_know_is_left_out(server, refused):
     """Breaks if a server without response formats, or a model without temperatures, cannot judge,
-    or is offered again what it has refused.
+    or is offered again what it has refused; or if four threads that are refused at once leave out
+    more than one does.
     """
-    known = lambda body: not any(name in body for name in refused)  # noqa: E731
-    asker = judge_at(server, lambda body, nth: chat(YES) if known(body) else (400, REFUSED))
-    assert asker([ITEM]) == [True] and len(server.requests) == 1 + len(refused)
-    assert asker([ITEM]) == [True] and len(server.requests) == 2 + len(refused)
+    gate = threading.Barrier(4)
 
-    # four threads that are refused at once leave out no more than one does
-    gate, asker.options = threading.Barrier(4), OPTIONS
-
-    def reply(body, nth):
-        if nth == 0:
+    def reply(body):
+        if "response_format" in body:
             gate.wait(5)
-        return chat(YES) if known(body) else (400, REFUSED)
+        return (400, REFUSED) if any(name in body for name in refused) else chat(YES)
 
-    server.reply = reply
+    asker = judge_at(server, reply)
     assert asker([("q", "g", str(i)) for i in range(4)]) == [True] * 4
     assert asker.options == OPTIONS[len(refused) :]
+    asked = len(server.requests)
+    assert asker([ITEM]) == [True] and len(server.requests) == asked + 1
 
 
 def test_one_refused_item_changes_no_other(server):
     """Breaks if a question that the server refuses (too long, say) turns off temperature 0 for the
     questions after it.
     """
-    asker = judge_at(server, lambda body, nth: chat(YES) if candidate(body) else (400, REFUSED))
+    asker = judge_at(server, lambda body: chat(YES) if candidate(body) else (400, REFUSED))
     assert asker([("q", "g", "")]) == [None] and asker([ITEM]) == [True]
     assert server.requests[-1][1]["temperature"] == 0
 
@@ -310,39 +246,33 @@ def test_judge_counts_failures_by_reason_and_none_is_wrong(server):
     """Breaks if failures are mixed up or forgotten, hit other rows, or a failed row counts as
     wrong in Eq. (7).
     """
-    replies = dict(yes=chat(YES), no=chat(NO), mute=chat("?"), busy=(500, {}), key=(401, {}))
-    asker = judge_at(server, lambda body, nth: replies[candidate(body).split()[0]], retries=0)
-    names = ["busy", "yes", "mute", "no", "key", "busy", "yes"]
-    expected = [None, True, None, False, None, None, True]
-    verdicts = asker([("q", "red wall", f"{name} {i}") for i, name in enumerate(names)])
-    failures = {"InternalServerError 500": 2, "AuthenticationError 401": 1}
-    assert verdicts == expected
-    assert asker.failures == failures | {"unreadable reply (ValueError)": 1}
-    asker([("q", "g", "mute again")])
-    assert asker.failures.total() == 5
-    texts, none = [f"<answer>{name}</answer>" for name in names], [None] * len(names)
-    found = score_group(texts, none, [[]] * len(names), "red wall", verdicts=verdicts)
-    assert found["accuracy"] == [None if v is None else float(v) for v in expected]
+    replies = dict(yes=chat(YES), no=chat(NO), mute=chat("?"), busy=(500, {}))
+    asker = judge_at(server, lambda body: replies[candidate(body).split()[0]], retries=0)
+    names, expected = ["busy", "yes", "mute", "no", "busy"], [None, True, None, False, None]
+    assert asker([("q", "red", f"{name} {i}") for i, name in enumerate(names)]) == expected
+    counts = {"InternalServerError 500": 2, "unreadable reply (ValueError)": 1}
+    assert asker.failures == counts
+    texts = [f"<answer>{name}</answer>" for name in names]
+    found = score_group(texts, [None] * 5, [[]] * 5, "red", verdicts=expected)
+    assert found["accuracy"] == [None, 1.0, None, 0.0, None]
     assert [t is None for t in found["total"]] == found["unjudged"] == [v is None for v in expected]
 
 
-@pytest.mark.parametrize("status", [200, 400, 401, 429, 500])
-@pytest.mark.parametrize("form", ["error", "html", "text", "chat"])
-def test_judge_never_tells_its_key(server, capfd, caplog, status, form):
+@pytest.mark.parametrize("status", [200, 400, 401, 500])
+def test_judge_never_tells_its_key(server, capfd, caplog, status):
     """Breaks if a server's text, which may hold the key it was sent, gets into a reason, a log or
     on the screen.
     """
     text = f"Incorrect key provided: Bearer {KEY}"
-    content = dict(html=f"<p>{text}</p>".encode(), text=text.encode(), chat=chat(text)[1])
-    content["error"] = dict(error=dict(message=text, code=text, type=text))
+    content = dict(chat(text)[1], error=dict(message=text, code=text, type=text))
     caplog.set_level("INFO")
-    asker = judge_at(server, (status, content[form]), retries=1)
+    asker = judge_at(server, (status, content), retries=1)
     assert asker([ITEM]) == [None] and asker.failures.total() == 1
     print(asker.failures, asker, asker.client)
     printed = capfd.readouterr()
     assert server.requests[0][2]["Authorization"] in text and "Counter" in printed.out
     for text in (repr(asker.failures), printed.out, printed.err, caplog.text):
-        assert KEY not in text and "secret" not in text
+        assert "secret" not in text
 
 
 # ------------------------------------------------------------------------------------ TwiFF-Bench
@@ -389,7 +319,7 @@ def answered(scripted, tmp_path, monkeypatch, server):
     config = settings(folder, tmp_path, benchmark="twiffbench", data=twiff(folder))
     evaluate.evaluate(config)
     server.replies = dict(REPLIES)
-    server.reply = lambda body, nth: next(
+    server.reply = lambda body: next(
         reply for word, reply in server.replies.items() if word in json.dumps(body)
     )
     run = dict(run=str(tmp_path), model="m", url=server.url)
@@ -409,10 +339,6 @@ def test_responses_wait_for_a_judge(answered, tmp_path, server, capsys):
         judge.score_run(judge.Config(run=str(tmp_path)))
     with pytest.raises(SystemExit, match="settings.json: no such file"):
         judge.score_run(judge.Config(run=str(tmp_path / "x"), model="m"))
-    written = json.loads((tmp_path / "settings.json").read_text())
-    (tmp_path / "settings.json").write_text(json.dumps(dict(written, benchmark="mcq")))
-    with pytest.raises(SystemExit, match="only --benchmark twiffbench is judged"):
-        judge.score_run(judge.Config(run=str(tmp_path), model="m"))
     assert not server.requests
 
 
@@ -438,12 +364,13 @@ def test_twiffbench_judged_later(answered, tmp_path, server, capsys):
 
     # the failures are named
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["found"] == 6 and summary["total"] == 7
+    assert summary["judge_failures"] == 3 and summary["found"] == 6 and summary["total"] == 7
     judged = {j["id"][-1]: j for j in runs.read_lines(str(tmp_path / "judged.jsonl"))}
     assert len(judged) == 6 and judged["2"]["why"] == "InternalServerError 500"
     assert judged["4"]["why"] == "APITimeoutError"
     out = capsys.readouterr().out
     assert "judge: 1 x APITimeoutError" in out and "3 of 6 responses judged" in out
+    assert re.search(r"ours, 6 of 7 found +4.00 +2.33 +3.17\n", out)
 
 
 def test_a_second_judging_asks_what_failed(answered, tmp_path, server):
@@ -463,11 +390,9 @@ def test_a_second_judging_asks_what_failed(answered, tmp_path, server):
     for file in os.listdir(tmp_path):
         assert KEY.encode() not in (tmp_path / file).read_bytes()
 
-    # another judge is asked for all, and so is this one once it sees no pictures
-    judge.score_run(judge.Config(run=ask.run, url=ask.url, model="other"))
+    # this judge is asked for all once it sees no pictures
+    judge.score_run(judge.Config(run=ask.run, url=ask.url, model="m", images=False))
     assert len(server.requests) == 3 + 6
-    judge.score_run(judge.Config(run=ask.run, url=ask.url, model="other", images=False))
-    assert len(server.requests) == 3 + 6 + 6
 
     # a score of another response does not count
     judged = runs.read_lines(str(tmp_path / "judged.jsonl"))

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 import shutil
 
 import numpy as np
@@ -75,7 +74,6 @@ def test_too_few_and_too_many_latents_are_seen():
     short = painter.picture(e[:3], (2, 2))
     assert (short[32:, 32:] == 204).all() and np.array_equal(short[:32], whole[:32])
     assert painter.picture(e, (2, 2)).shape == (96, 64, 3)
-    assert (painter.picture(e[:0], (1, 2)) == 204).all()
 
 
 def test_spans_are_painted_with_the_painter_of_the_model(model, tokenizer, tmp_path, clip):
@@ -137,11 +135,6 @@ def test_the_command_holds_clips_out(world, tmp_path, monkeypatch, capsys):
     assert f"{error:.3f}  true frames, held out" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="--data is missing"):
         painting.main(Config(**settings))
-    one = str(tmp_path / "one.jsonl")
-    with open(world["data"]) as f, open(one, "w") as g:
-        g.write(f.readline())
-    with pytest.raises(SystemExit, match="one.jsonl: key frames of 1 clips, expected two or more"):
-        painting.main(Config(**settings, data=one, media_root=os.path.dirname(world["data"])))
 
 
 def test_coming_frames_by_hand():

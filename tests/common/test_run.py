@@ -49,22 +49,13 @@ def test_random_state_goes_through_a_file_without_pickled_objects(tmp_path):
     assert draws() == expected
 
 
-def test_a_checkpoint_holds_plain_values(world, tmp_path):
-    """Breaks if trainer.pt or rank_0.pt can only be read by running code."""
-    done = sft.train(settings(world, tmp_path, steps=1))
-    for name in ("trainer.pt", "rank_0.pt"):
-        assert torch.load(os.path.join(done, "trainer", name), weights_only=True)
-
-
 @pytest.mark.parametrize(
     "change",
     [
         dict(id="other"),
-        dict(question="other ?"),
         dict(answer="other"),
         dict(options=["a", "c"]),
         dict(cue="left"),
-        dict(prompt=["see", Frame("a.mp4", 4), Clip("c.mp4")]),
         dict(prompt=["see", Frame("a.mp4", 3), Clip("c.mp4", 1.0)]),
         dict(response=["so", Frame(b"PNG other", 0)]),
     ],
@@ -90,10 +81,9 @@ def test_a_run_goes_on_with_the_same_rows_and_the_same_script_only(world, tmp_pa
     forced = settings(world, tmp_path / "a", self_forcing.Config, steps=1, resume=True)
     with pytest.raises(SystemExit, match="other values of self_forcing, self_forcing_from, "):
         self_forcing.train(forced)
-    self_forcing.train(settings(world, tmp_path / "b", self_forcing.Config, steps=1))
-    with pytest.raises(SystemExit, match="other values of self_forcing, self_forcing_from, "):
-        sft.train(dataclasses.replace(again, out=str(tmp_path / "b")))
-    assert len(checkpoints(tmp_path / "b")) == 1
+    with pytest.raises(SystemExit, match="other values of steps; to train it further, start anot"):
+        sft.train(dataclasses.replace(again, steps=2))
+    assert len(checkpoints(tmp_path / "a")) == 1
     # a variant with the same fields
     sft.train(settings(world, tmp_path / "c", lam=0.0, steps=1))
     pause = settings(world, tmp_path / "c", pause_tokens.Config, lam=0.0, steps=1, resume=True)
@@ -125,14 +115,6 @@ def test_a_folder_belongs_to_one_process(world, tmp_path):
     sft.train(config)
 
 
-def test_more_steps_than_a_run_had(world, tmp_path):
-    """Breaks if the refusal does not say how to train a finished run further."""
-    config = settings(world, tmp_path, steps=1)
-    sft.train(config)
-    with pytest.raises(SystemExit, match="other values of steps; to train it further, start anot"):
-        sft.train(dataclasses.replace(config, steps=2, resume=True))
-
-
 class FakeTracker:
     """wandb's or trackio's three functions, and what they were given."""
 
@@ -149,16 +131,15 @@ class FakeTracker:
         self.finished += 1
 
 
-@pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_tracker_gets_the_run(world, tmp_path, monkeypatch, name):
+def test_a_tracker_gets_the_run(world, tmp_path, monkeypatch):
     """Breaks if the run's name, the project or the step is lost, or a resume opens another run."""
-    tracker = FakeTracker()
+    tracker, name = FakeTracker(), "wandb"
     monkeypatch.setitem(sys.modules, name, tracker)
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     sft.train(settings(world, tmp_path / "the_run", steps=2, track=name))
     how = tracker.started
     assert (how["project"], how["name"], how["resume"]) == ("mine", "the_run", "allow")
-    assert how["config"]["steps"] == 2 and how.get("id", "the_run") == "the_run"
+    assert how["config"]["steps"] == 2 and how["id"] == "the_run"
     assert tracker.lines == [(0, 0), (1, 1)] and tracker.finished == 1
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SystemExit, match=f"--track {name}: pip install {name}"):
@@ -176,8 +157,6 @@ def test_ranks_leave_together_and_before_the_interpreter_is_taken_down(tmp_path)
     done = subprocess.run([*launch, script], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "done 0" in done.stdout and "done 1" in done.stdout
-    alone = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
-    assert alone.returncode < 0  # one process has no group to leave: it goes on to its own end
 
 
 def test_flags_with_hyphens():
@@ -207,10 +186,8 @@ def test_what_a_model_folder_holds(tmp_path):
     for other in changed:
         weights.write_bytes(other)
         prints.add(model_fingerprint(str(tmp_path)))
-    weights.write_bytes(content)
     config.write_text('{"a": 1}')
     prints.add(model_fingerprint(str(tmp_path)))
-    config.write_text("{}")
     os.rename(weights, tmp_path / "model-2.safetensors")
     prints.add(model_fingerprint(str(tmp_path)))
     assert len(prints) == 6

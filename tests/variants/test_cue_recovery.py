@@ -2,8 +2,6 @@
 folder agree with one forward.
 """
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -59,7 +57,7 @@ def slow_look(look, q, v):
 
 
 def test_a_look_by_hand():
-    """Breaks if heads mix, the scale is not that of a head, padding is seen, or order matters."""
+    """Breaks if heads mix, the scale is not that of a head, or padding is seen."""
     torch.manual_seed(0)
     look = Look(12, 3)
     torch.nn.init.normal_(look.o.weight)
@@ -69,8 +67,6 @@ def test_a_look_by_hand():
     for b, m in enumerate((5, 3)):
         expected = slow_look(look, sink[b].double().numpy(), seen[b, :m].double().numpy())
         np.testing.assert_allclose(out[b].numpy(), expected, atol=1e-5)
-    order = torch.tensor([3, 0, 4, 2, 1])
-    torch.testing.assert_close(look(sink[:1], seen[:1, order], real[:1]), out[:1])
 
 
 def test_places_by_hand():
@@ -155,15 +151,8 @@ def test_prefill_and_cached_decoding_are_one_forward(deep, tokenizer):
 def test_replay_of_several_prompts(deep, tokenizer):
     """Breaks if a rollout is replayed behind another first token than it was decoded with."""
     batch = make_batch(tokenizer, ROWS, "left")
-    rollout = generate(
-        loud_recovery(deep),
-        batch,
-        max_new_tokens=12,
-        max_latents=3,
-        n=2,
-        temperature=0.9,
-        generator=torch.Generator().manual_seed(0),
-    )
+    how = dict(max_new_tokens=12, max_latents=3, n=2, temperature=0.9)
+    rollout = generate(loud_recovery(deep), batch, **how)
     with torch.no_grad():
         again = token_logprobs(deep, batch, rollout, 0.9)
         deep.recovery.looks[1].o.weight.zero_()
@@ -172,27 +161,6 @@ def test_replay_of_several_prompts(deep, tokenizer):
     blind = [4, 5, 8, 9]  # rows of the prompts without pictures
     torch.testing.assert_close(without[blind], again[blind], atol=1e-5, rtol=0)
     assert ((without - again).abs().amax(1) > 1e-3).tolist() == [r not in blind for r in range(12)]
-
-
-def test_gradient_only_through_the_first_token():
-    """Breaks if what a module learns comes from another place than the first tokens."""
-    torch.manual_seed(0)
-    module, h = Recovery(12, 3, 1), torch.randn(1, 12, 12)
-    torch.nn.init.normal_(module.looks[0].o.weight)
-    visual = torch.zeros(1, 12, dtype=torch.bool)
-    visual[0, [1, 2, 8]] = True
-    places = find_places(Layout([(5, [2]), (5, [])], "cpu"), visual)
-    upstream, first = torch.randn(1, 12, 12), torch.zeros(1, 12, 1)
-    first[0, [0, 7]] = 1
-
-    def gradients(upstream):
-        out = module(0, h, places)
-        return torch.autograd.grad(out, list(module.parameters()), upstream)
-
-    assert all(g.any() for g in gradients(upstream))
-    assert not any(g.any() for g in gradients(upstream * (1 - first)))
-    for a, b in zip(gradients(upstream), gradients(upstream * first)):
-        torch.testing.assert_close(a, b)
 
 
 def test_checkpointed_layers_give_the_same_gradient(deep, tokenizer):
@@ -213,13 +181,8 @@ def test_checkpointed_layers_give_the_same_gradient(deep, tokenizer):
 
 
 def test_saved_and_loaded_again(deep, tokenizer, tmp_path):
-    """Breaks if a folder does not bring its module back, or a copy of a model shares it."""
+    """Breaks if a folder does not bring its module back."""
     batch = make_batch(tokenizer, ROWS)
     again, _ = load(save(loud_recovery(deep), tokenizer, tmp_path), cls=Model)
-    copied = copy.deepcopy(deep)
     with torch.no_grad():
-        expected = deep(**batch).logits
-        assert torch.equal(again.eval()(**batch).logits, expected)
-        copied.recovery.looks[0].o.weight.zero_()
-        assert torch.equal(deep(**batch).logits, expected)
-        assert not torch.equal(copied(**batch).logits, expected)
+        assert torch.equal(again.eval()(**batch).logits, deep(**batch).logits)

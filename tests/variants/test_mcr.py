@@ -1,9 +1,7 @@
 """The loop of looks: what the environment says; transcripts replay; its words are not learnt."""
 
 import dataclasses
-import os
 import random
-import re
 import shutil
 
 import numpy as np
@@ -20,7 +18,7 @@ from common.clips import pixels_of
 from common.formats import Frame, Row, read_rows
 from data import Samples, collate, model_inputs
 from latent_decode import generate
-from model import LATENT, load
+from model import LATENT, LATENT_END, load
 from rewards import accuracy_reward
 from toy.world import WALLS
 from variants import mcr, mcr_sft
@@ -125,12 +123,9 @@ ROW = Row("here", "r", [Frame("c.mp4", 4), "which ?"], [FIVE, SIX], "red")
         ("<reason>look 6</reason><|im_end|>", Shown(SIX)),
         ("<reason> up </reason> <reason> look 1 </reason> <|im_end|>", Shown(Frame("c.mp4", 1))),
         ("<reason>look 9</reason>", Said("nothing")),
-        ("<reason>look 0</reason>", Said("nothing")),
         ("<reason>check</reason><|im_end|>", Said("unseen")),
         ("<reason>look 6</reason><reason>hits red</reason><|im_end|>", None),
         ("<reason>look</reason><|im_end|>", None),
-        ("<reason>imagine</reason><|im_end|>", None),
-        ("look 6<|im_end|>", None),
         ("<answer>look 6</answer><|im_end|>", None),
     ],
 )
@@ -150,20 +145,15 @@ def test_feedback_depends_on_what_was_seen():
     assert environment("<reason>look 6</reason>", blind, [], 1) == Said("nothing")
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_one_turn_is_the_ordinary_rollout(played, temperature):
+def test_one_turn_is_the_ordinary_rollout(played):
     """Breaks if the loop changes what a model does that does not act: `generate` is the oracle."""
     model, tokenizer, config, samples, _ = played
-    how = dict(temperature=temperature, max_new_tokens=40, max_latents=config.max_latents, n=2)
-
-    def seeded():
-        return torch.Generator().manual_seed(5)
-
-    batch = collate(samples, 0, side="left")
-    plain = generate(model, model_inputs(batch), generator=seeded(), **how)
-    del how["max_new_tokens"], how["max_latents"]
+    how = dict(temperature=1.0, n=2, generator=torch.Generator().manual_seed(5))
     one = dataclasses.replace(config, max_turns=1)
-    episodes = mcr.play(model, tokenizer, samples, one, generator=seeded(), **how)
+    episodes = mcr.play(model, tokenizer, samples, one, **how)
+    how["generator"].manual_seed(5)
+    how.update(max_new_tokens=config.max_new_tokens, max_latents=config.max_latents)
+    plain = generate(model, model_inputs(collate(samples, 0, side="left")), **how)
     got = mcr.as_rollout(episodes, model.device)
     for name in ("tokens", "logprobs", "sampled"):
         for i, n in enumerate(plain.lengths.tolist()):
@@ -176,14 +166,9 @@ def test_without_looks_nothing_is_shown(played):
     """Breaks if a look is answered that the budget does not allow."""
     model, tokenizer, config, samples, _ = played
     none = dataclasses.replace(config, max_looks=0)
-    how = dict(temperature=1.0, generator=torch.Generator().manual_seed(3))
-    episodes = mcr.play(model, tokenizer, samples, none, n=6, **how)
-    texts = tokenizer.batch_decode([episode.tokens for episode in episodes])
-    assert not any(e.images or e.seen for e in episodes) and "image_pad" not in "".join(texts)
-    answers = re.findall(
-        r"look \d </reason> <\|im_end\|> <\|im_start\|> \S+ (\S+)", " ".join(texts)
-    )
-    assert set(answers) == {"nothing"}
+    episodes = mcr.play(model, tokenizer, samples, none, n=6, temperature=1.0)
+    texts = " ".join(tokenizer.batch_decode([episode.tokens for episode in episodes]))
+    assert not any(e.images or e.seen for e in episodes) and "nothing" in texts
 
 
 def logprobs_alone(model, episode, temperature):
@@ -210,8 +195,7 @@ def batch_of(episodes, model, tokenizer, config):
         groups = mcr.roll_out(model, tokenizer, samples, 0, config)
     mcr.score_groups(groups, None, config)
     for group in groups:
-        compare = la_dapo.group_advantages if config.over_std else mcr.differences
-        group.A = compare(group.parts["total"])
+        group.A = mcr.differences(group.parts["total"])
     return la_dapo.batch_of(groups, torch.device("cpu"))
 
 
@@ -234,39 +218,35 @@ def test_transcripts_replay(played):
 
 
 def test_words_of_the_environment_are_fed_and_not_learnt(played):
-    """Breaks if the environment's tokens have a log-probability, a weight or an entropy, or those
-    of the policy have none. By the text: a user's turn, up to the role that opens the policy's.
+    """Breaks if the environment's tokens have a log-probability or a weight, or those of the policy
+    have none. By the text: a user's turn, up to the role that opens the policy's.
     """
     model, tokenizer, config, _, episodes = played
     for episode in episodes:
-        tokens = [tokenizer.decode([token]) for token in episode.tokens]
+        text = tokenizer.decode(episode.tokens).split()
         feedback, starts = [], 0
-        for i, token in enumerate(tokens):
+        for before, token in zip(["", *text], text):
             starts += token == "<|im_start|>"
-            policy_again = starts % 2 == 0 and tokens[i - 1] != "<|im_start|>"
-            feedback.append(token == "<|im_start|>" or not policy_again)
-        chosen = [not fed for fed in feedback]
+            feedback.append(starts % 2 == 1 or "<|im_start|>" in (before, token))
         # at its longest a span is stopped by force: that is not chosen either
-        for i, token in enumerate(episode.tokens):
-            before = tokens[max(0, i - config.max_latents) : i]
-            if token == model.config.latent_end_id and before == [LATENT] * config.max_latents:
-                chosen[i] = False
-        assert episode.sampled == chosen, (tokens, episode.sampled)
+        L, longest = config.max_latents, [LATENT] * config.max_latents
+        forced = [t == LATENT_END and text[i - L : i] == longest for i, t in enumerate(text)]
+        chosen = [not (fed or stop) for fed, stop in zip(feedback, forced)]
+        assert episode.sampled == chosen
         assert all(p == 0 for p, c in zip(episode.logprobs, chosen) if not c)
-        shown = tokens.count("<|image_pad|>")
+        shown = text.count("<|image_pad|>")
         assert shown == len(episode.seen) == len(episode.images) and shown <= sum(feedback)
     batch = batch_of(episodes, model, tokenizer, config)
     assert batch.weight[~batch.rollout.sampled].sum() == 0
     assert int(batch.weight.sum()) == sum(sum(episode.sampled) for episode in episodes)
 
 
-@pytest.mark.parametrize("over_std", [False, True])
-def test_the_loss_does_not_see_feedback(played, over_std):
+def test_the_loss_does_not_see_feedback(played):
     """Breaks if the gradient is that of another sum than -A log pi over what the policy chose, or
-    A is not R - mean R (over_std: over the deviation, too).
+    A is not R - mean R.
     """
     model, tokenizer, config, _, episodes = played
-    config = dataclasses.replace(config, adjoint_terms=0, over_std=over_std)
+    config = dataclasses.replace(config, adjoint_terms=0)
     batch = batch_of(episodes, model, tokenizer, config)
     n = int(batch.weight.sum())
     loss, _ = mcr.policy_loss(model, batch, la_dapo.Counts(n, 40, 4), config)
@@ -274,8 +254,7 @@ def test_the_loss_does_not_see_feedback(played, over_std):
     by_hand = 0.0
     for group in batch.groups:
         R = torch.tensor(group.parts["total"])
-        scale = R.std() + 1e-6 if over_std else 1.0
-        for A, episode in zip((R - R.mean()) / scale, group.episodes):
+        for A, episode in zip(R - R.mean(), group.episodes):
             by_hand = by_hand - A * logprobs_alone(model, episode, config.temperature).sum() / n
     (expected,) = torch.autograd.grad(by_hand, model.lm_head.weight)
     assert expected.abs().max() > 1e-4
@@ -383,36 +362,38 @@ def test_a_script_reads_as_the_loop_writes(world, looper):
     assert len(episode.context["images"]) == len(mcr.frames_in(row.prompt)) + 1
 
 
-def test_training_is_logged_and_bad_settings_are_refused(world, looper, tmp_path):
-    """Breaks if the looks are not logged, or a setting that has no meaning here is accepted."""
-    start = sft_settings({**world, "model": looper}, tmp_path / "sft", mcr_sft.Config)
-    mcr_sft.train(dataclasses.replace(start, steps=1))
-    assert log_of(tmp_path / "sft")[0]["latents"] > 0
-    done = mcr.train(settings(world, looper, tmp_path / "a", steps=2, cost=0.1, group_size=3))
-    for line in log_of(tmp_path / "a"):
-        assert line["total"] == pytest.approx(line["accuracy"] - 0.1 * line["looks"])
-        assert line["groups"] == 4 and line["ratio"] == pytest.approx(1)
-        assert line["replay_rms"] < 1e-3
-    assert log_of(tmp_path / "a")[0]["looks"] > 0
-    assert os.path.basename(done) == "step_000002"
-    for wrong in (
-        *(dict(kl=0.1), dict(share=True), dict(cuda_graph=True), dict(eval_data="x")),
-        *(dict(filter=True), dict(minibatches=2)),
-    ):
-        with pytest.raises(ValueError, match="^mcr: "):
-            settings(world, looper, tmp_path, **wrong)
-    with pytest.raises(ValueError, match="looks between 0 and 1"):
-        mcr_sft.Config(looks=1.5)
+@pytest.mark.parametrize("wrong", [dict(kl=0.1), dict(filter=True), dict(minibatches=2)])
+def test_settings_without_a_meaning(world, looper, wrong):
+    """Breaks if a setting that has no meaning here is accepted."""
+    with pytest.raises(ValueError, match="^mcr: "):
+        settings(world, looper, "unused", **wrong)
 
 
-def test_a_run_that_goes_on_is_one_that_was_not_cut(world, looper, tmp_path):
-    """Breaks if a step of loops depends on more than the checkpoint: what was seen, say."""
-    config = settings(world, looper, tmp_path / "a", steps=2, save_every=1, group_size=3)
+def test_a_run_is_logged_and_resumes(world, looper, tmp_path):
+    """Breaks if the looks are not logged, or a step of loops depends on more than the
+    checkpoint: what was seen, say.
+    """
+    more = dict(steps=2, save_every=1, group_size=3, cost=0.1)
+    config = settings(world, looper, tmp_path / "a", **more)
     straight = weights(mcr.train(config))
+    lines = log_of(tmp_path / "a")
+    for line in lines:
+        assert line["total"] == pytest.approx(line["accuracy"] - 0.1 * line["looks"])
+        assert line["groups"] == 4 and line["replay_rms"] < 1e-3
+    assert lines[0]["looks"] > 0
     shutil.rmtree(tmp_path / "a" / "step_000002")
     resumed = weights(mcr.train(dataclasses.replace(config, resume=True)))
     assert apart(straight, weights(looper)) > 0
     assert all(torch.equal(straight[k], resumed[k]) for k in straight)
+
+
+def test_scripts_are_learnt(world, looper, tmp_path):
+    """Breaks if scripted loops do not go through the loop of SFT, or their share is no share."""
+    config = sft_settings({**world, "model": looper}, tmp_path / "sft", mcr_sft.Config, steps=1)
+    mcr_sft.train(config)
+    assert log_of(tmp_path / "sft")[0]["latents"] > 0
+    with pytest.raises(ValueError, match="looks between 0 and 1"):
+        mcr_sft.Config(looks=1.5)
 
 
 @pytest.mark.slow  # processes of their own
