@@ -5,7 +5,8 @@
 Nothing here knows about training or generation; the scripts differ only in the arguments they pass.
 
 docs/data.md shows a record of each format; common/formats.py tells them apart by their keys:
-    future-l1    video, image, reasoning_image, conversations, answer; training JSON
+    future-l1    video, image, reasoning_image, conversations, answer; training JSON. Or observed
+                 and future in place of image and reasoning_image: a clip, and moments after it
     twiff        video, question, answer, question_images_index, ...; TwiFF-2.7M, Future-L1-50K
     twiff-bench  the same plus question_images, reasoning_images
     futurebench  id, question_type, video_path, qa {Question, Options, Answer}
@@ -168,6 +169,16 @@ def shown_prompt(row, show_options):
         own = [part for part in row.prompt if part != ASK_LETTER]
         return [part.removesuffix(lines) if isinstance(part, str) else part for part in own]
     return row.prompt
+
+
+def unshown_options(rows, config):
+    """A part of a run's first line: how many rows have options that their prompts do not show."""
+    count = 0
+    for row in rows:
+        prompt = shown_prompt(row, config.show_options)
+        text = "".join(part for part in prompt if isinstance(part, str))
+        count += not shows(text, row.options or [])
+    return f", {count} rows with options that are not shown" if count else ""
 
 
 def _prompt(row, config):

@@ -8,31 +8,32 @@ TwiFF-Bench needs a judge: afterwards run `python -m common.judge OUT --model NA
 command again. It finds all samples done, loads no model and shows the scores.
 
 Without --benchmark it takes every format of data.py whose rows have options. It writes a line for
-each sample to OUT/samples*.jsonl at once (a second run does what is missing), and at the end
-OUT/summary.json, OUT/report.html and a table: scores by group and over all.
+each sample to OUT/samples*.jsonl as soon as it is answered, so a second run only does the missing
+ones. At the end it writes OUT/summary.json and OUT/report.html, and prints the scores by group and
+over all.
 
-Readings of an answer, all of the first closed <answer>: `accuracy` counts what training rewards
-(rewards.pick); `strict` the only letter that stands alone in it, or an option's text; `official`,
-for FutureBench alone, the first of A-D anywhere in it, even inside a word. The paper's figures are
-made with the last.
+The first closed <answer> is read in three ways: `accuracy` counts what training rewards
+(rewards.pick); `strict` counts the only letter that stands alone in it, or an option's text;
+`official`, for FutureBench alone, counts the first of A-D anywhere in it, even inside a word. The
+paper's figures use the last.
 
 `--latents` asks whether the answer depends on what is imagined. A span is fed: generated (the
 model's own states) | zero | noise (Gaussian, with the mean and deviation of the true embeddings) |
 shuffled (the true futures of the next row of the same group about another clip) | true (its own
-true futures) | pause (the `<|latent|>` token's embedding) | none (no span can be opened). The model
+true futures) | pause (the embedding of `<|latent|>`) | none (no span can be opened). The model
 still decides how long a span is. What a row is fed depends on the row alone, not on its batch.
 
 Where this differs from the paper and the official code:
- 1. A record or sample that cannot be read, whose answer cannot be parsed, or that the judge fails
-    on is named and counted in the summary. What could not be read is tried again by the next run.
- 2. Samples that were not read or not judged are outside the scores: see `found` and `total`.
+ 1. A sample that cannot be read, whose answer cannot be parsed, or on which the judge fails is
+    counted in the summary. The next run tries again what could not be read.
+ 2. Samples that were not read or not judged are not scored: see `found` and `total`.
  3. Each score has one 95 % interval: a bootstrap of clips (1,000 draws, seeded), or Wilson's where
     a group has fewer than 30 clips or all its answers are equal.
  4. TwiFF-Bench: pictures stand where the question has them, without official's instruction before
     them. Official puts all pictures first, and enlarges each to at least 196 tokens.
- 5. FutureBench: the pixel budget is one for the whole clip, 32 frames of 768 * 32 * 32 pixels.
-    Official has 196 to 768 times 32 * 32 for each frame: it enlarges small frames, and shrinks
-    large ones also in a clip of fewer frames.
+ 5. FutureBench: one pixel budget for the whole clip, 32 frames of 768 * 32 * 32 pixels. Official
+    gives each frame 196 to 768 times 32 * 32, so it enlarges small frames, and shrinks large ones
+    even in a clip of fewer frames.
 
 Axis letters: B rows, M spans, J places in a span, N imagined vectors, D hidden.
 """
@@ -40,8 +41,6 @@ Axis letters: B rows, M spans, J places in a span, N imagined vectors, D hidden.
 import dataclasses
 import functools
 import hashlib
-import json
-import os
 import re
 import time
 
@@ -50,14 +49,13 @@ import torch
 from common.benchmarks import read_benchmark
 from common.cli import run_script
 from common.clips import ClipError, load_frames, normalise, stack
-from common.folder import add_scores
-from common.formats import Skipped, answer_of, report_bad
+from common.formats import answer_of, no_option, report_bad
 from common.judge import add_verdicts
 from common.machine import Machine
 from common.painter import imagined
 from common.report import about, show, shown_in_report
 from common.results import Book, bootstrap, mean_of, settings_of, share_interval, walk
-from common.run import need_data, write_json
+from common.run import need_data
 from data import DataConfig, at_least, encode
 from latent_decode import ask, one_mark_a_span, own_latent
 from rewards import diversity_reward, format_reward, pick, plain, repetition_score, span_lengths
@@ -103,11 +101,6 @@ class Config(DataConfig):
         if self.latents not in LATENTS:
             raise ValueError(f"latents is {self.latents!r}, expected one of {', '.join(LATENTS)}")
 
-    @classmethod
-    def protocol(cls, values):
-        """Of values that were chosen: what their benchmark asks for, whatever the model's own."""
-        return PROTOCOLS.get(values.get("benchmark"), {})
-
 
 LATENTS = ("generated", "zero", "noise", "shuffled", "true", "pause", "none")
 # may differ between two runs on one folder
@@ -123,10 +116,11 @@ def official_letter(text):
 def strict_letter(text, options):
     """A response -> the letter that its first closed <answer> means, or "". Source: ours.
 
-    An option's whole text means that option. Else it is the only option letter that stands alone
-    as a word, any case, outside an option's text: "The answer is C." is C. Two letters are none:
-    "B or C", "C. is wrong, the answer is D". An "a" directly before an option's text is an
-    article ("A red wall" is none), and so is a lower-case one between words ("it's a trap").
+    The whole text of an option means that option. Otherwise it is the only option letter, of any
+    case, that stands alone as a word outside an option's text: "The answer is C." is C. Two letters
+    count as none: "B or C", "C. is wrong, the answer is D". An "a" directly before an option's text
+    is an article ("A red wall" has no letter), and so is a lower-case "a" between words ("it's a
+    trap").
     """
     answer, texts = answer_of(text) or "", [plain(o) for o in options]
     if plain(answer) in texts:
@@ -148,11 +142,11 @@ def strict_letter(text, options):
 def summarise(lines, average="micro", seed=0):
     """Result lines -> {group: scores}, "all" last. Source: sec. 4.
 
-    Of each group: n, accuracy (over the n that were read), interval (95 %), unparsed, skipped,
-    strict and official accuracy and unparsed, spans, latents and tokens an answer. Lines of
-    TwiFF-Bench: chain, answer and average over the n judged ones, interval (of the average),
-    failed (asked without an answer), waiting (not asked yet). average: "all" is micro, over the
-    samples, or macro, the mean of the groups.
+    Each group has n, accuracy (over the n that were read), interval (95 %), unparsed, skipped,
+    strict and official accuracy and unparsed, and spans, latents and tokens per answer. Lines of
+    TwiFF-Bench have chain, answer and average over the n judged ones, interval (of the average),
+    failed (the judge gave no scores) and waiting (the judge was not asked yet). average: "all" is
+    micro, over the samples, or macro, the mean of the groups.
     """
     table = {}
     for group in [*sorted({line["group"] for line in lines} - {"all"}), "all"]:
@@ -162,8 +156,8 @@ def summarise(lines, average="micro", seed=0):
 
 
 def scores(lines, macro=False, seed=0):
-    """The scores of result lines, as a dict: `summarise` says which. macro: weigh groups alike."""
-    # deviation 2: what was not read, or not judged, is in no score
+    """The scores of result lines as a dict, see `summarise`. macro: every group weighs the same."""
+    # deviation 2: lines that were not read, or not judged, are in no score
     read = [line for line in lines if "skipped" not in line]
     judged = any("parsed" in line for line in lines)
     counted = [line for line in read if "judged" in line] if judged else read
@@ -200,12 +194,12 @@ NEEDS_FUTURES = ("true", "shuffled", "noise")
 MEASURED = 64  # rows with futures that the scale of `noise` is measured on
 
 
-def make_feed(config, model, rows, machine):
+def make_feed(config, model, rows):
     """`--latents` -> a function: the Rows of a batch -> (`feed` of generate, {id: why not}).
 
-    The second are the rows whose futures cannot be read: they are fed zeros, and their answers are
-    not used. What a row is fed depends on the row alone, not on its batch or rank. All ranks have
-    to call this together. Source: ours.
+    The second names the rows whose futures cannot be read: they are fed zeros, and their answers
+    are not used. What a row is fed depends on the row alone, not on its batch or rank. Source:
+    ours.
     """
     kind, budget = config.latents, config.budgets.future
     if kind in ("generated", "none"):
@@ -213,16 +207,15 @@ def make_feed(config, model, rows, machine):
     zero = torch.zeros(1, model.lm_head.in_features, device=model.device)  # (1, D)
     donor_of = donors(rows) if kind == "shuffled" else {}
     if kind == "noise":
-        scale = measure_noise(config.out, model, rows, budget, machine)
-        mean, deviation = scale.to(model.device)  # (D,) each
+        mean, deviation = noise_scale(model, rows, budget)  # (D,) each
 
     def vectors(row):
-        """What the spans of a row are fed, a frame each: [(n_m, D), ...]. Raises ClipError."""
+        """The vectors fed to a row's spans, a frame each: [(n_m, D), ...]. Raises ClipError."""
         if kind == "zero":
             return [zero]
         if kind == "pause":
             return [model.get_input_embeddings().weight[model.config.latent_id].detach()[None]]
-        if kind == "noise":  # for eight spans, as long as they can be
+        if kind == "noise":  # for eight spans of the greatest length
             digest = hashlib.sha256(f"{config.seed} {row.id}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
             noise = torch.randn(8, config.max_latents, len(mean), generator=generator)
@@ -262,22 +255,18 @@ def feed_of(vectors):
     return feed
 
 
-def future_frames(row):
-    return [part for part in row.response if not isinstance(part, str)]
-
-
 def true_vectors(model, row, budget):
     """The embeddings of a row's true futures, a frame each: [(n_m, D), ...]. Raises ClipError."""
-    patches, grid = stack(load_frames(future_frames(row), budget))
+    patches, grid = stack(load_frames(row.futures, budget))
     pixels = normalise(patches).to(model.device)
     e = model.encode_frames(pixels, grid.to(model.device))  # (N, D)
     return list(e.split((grid.prod(1) // 4).tolist()))
 
 
 def donors(rows):
-    """Whose futures `shuffled` feeds: {id: the next Row of the same group about another clip}.
+    """{id: the Row whose futures `shuffled` feeds}: the next of the same group about another clip.
 
-    If the group has none, the next row about another clip; the first row follows the last.
+    If the group has none, it is the next row about another clip. The first row follows the last.
     """
     out = {}
     for i, row in enumerate(rows):
@@ -288,33 +277,23 @@ def donors(rows):
     return out
 
 
-def measure_noise(folder, model, rows, budget, machine):
-    """Mean and standard deviation (2, D) of the true embeddings, from the first MEASURED rows.
+def noise_scale(model, rows, budget):
+    """Mean and standard deviation (2, D) of the true embeddings of the first MEASURED rows.
 
-    The first rank measures them once for a folder, keeps them in noise.json and tells the other
-    ranks. Raises ValueError if no future can be read.
+    Rows whose futures cannot be read do not count. Raises ValueError if none can.
     """
-    path = os.path.join(folder, "noise.json")
-    if machine.master and not os.path.exists(path):
-        vectors, n = [], 0
-        for row in rows:
-            try:
-                vectors += true_vectors(model, row, budget)
-            except ClipError:  # named when its turn comes
-                continue
-            n += 1
-            if n == MEASURED:
-                break
-        if not vectors:
-            raise ValueError("--latents noise: no true future can be read, so it has no scale")
-        e = torch.cat(vectors).float()  # (N, D)
-        write_json(path, torch.stack([e.mean(0), e.std(0, unbiased=False)]).tolist())
     measured = []
-    if machine.master:
-        with open(path) as f:
-            measured = [json.load(f)]
-    [scale] = machine.gather(measured)  # the first rank's
-    return torch.tensor(scale)
+    for row in rows:
+        if len(measured) == MEASURED:
+            break
+        try:
+            measured.append(torch.cat(true_vectors(model, row, budget)))
+        except ClipError:  # named when the row's turn comes
+            continue
+    if not measured:
+        raise ValueError("--latents noise: no true future can be read, so it has no scale")
+    e = torch.cat(measured).float()  # (N, D)
+    return torch.stack([e.mean(0), e.std(0, unbiased=False)])
 
 
 # ------------------------------------------------------------------------------------------ the run
@@ -323,12 +302,12 @@ def measure_noise(folder, model, rows, budget, machine):
 def evaluate(config, model=None, tokenizer=None, rows=None):
     """Run the evaluation -> {group: scores}, the same on every rank.
 
-    model, tokenizer: as config.model names them, if the caller has loaded them. rows: asked instead
-    of those of config.data. A folder with results of the same settings is continued. Raises
-    SystemExit if they are others or too many records are bad, ValueError for rows that cannot be
-    scored.
+    model, tokenizer: config.model, if the caller has loaded it already. rows: to ask these instead
+    of those in config.data. A folder with results of the same settings is continued. Raises
+    SystemExit if it has other settings or too many records are bad, ValueError for rows that cannot
+    be scored.
     """
-    # the rows; what cannot be used is named before a model is loaded
+    # the rows; records that cannot be used are named before a model is loaded
     machine = Machine(config.bf16)
     average, bad = "micro", []
     if rows is None:
@@ -337,9 +316,9 @@ def evaluate(config, model=None, tokenizer=None, rows=None):
         rows, average = read_benchmark(config.benchmark, config.data, root, bad)
     report_bad(bad, len(rows) + len(bad), config.max_bad)
     rows = rows[: config.limit or None]
-    no_option = check(rows, config)
+    unanswerable = check(rows, config)
 
-    # what earlier runs have answered; prompts of similar length come together: less padding
+    # the results of earlier runs; prompts of similar length come together, which saves padding
     free = FREE - {"batch", "limit"} if config.latents in ("noise", "shuffled") else FREE
     settings = settings_of(config, free)
     ordered = sorted(rows, key=lambda row: (row.group, len(row.question)))
@@ -351,11 +330,11 @@ def evaluate(config, model=None, tokenizer=None, rows=None):
         if model is None:
             model, tokenizer = machine.load(settings["model"])
         encode_row = functools.partial(encode, tokenizer=tokenizer, config=config, train=False)
-        feed_for = make_feed(config, model, rows, machine)
+        feed_for = make_feed(config, model, rows)
         shown = shown_in_report(rows, config.report)
         ids = model.config.latent_start_id, model.config.latent_id
 
-    # deviation 1: what cannot be read is named, and tried again by the next run
+    # deviation 1: samples that cannot be read are named, and the next run tries them again
     for some, samples in walk(book, blocks, encode_row, config.workers):
         # the answers, greedily
         began = time.time()
@@ -372,7 +351,7 @@ def evaluate(config, model=None, tokenizer=None, rows=None):
         )
         seconds = round((time.time() - began) / len(some), 5)
 
-        # a line for each row: what was read, what was imagined
+        # a line for each row: its answer, and what was imagined
         lines = {}
         for i, row in enumerate(some):
             if row.id in lost:
@@ -407,20 +386,18 @@ def evaluate(config, model=None, tokenizer=None, rows=None):
     add_verdicts(config.out, lines)
     table = summarise(lines, average, config.seed)
     if machine.master:
-        summary = dict(settings, **about(rows, lines, config, no_option))
+        summary = dict(settings, **about(rows, lines, unanswerable))
         summary.update(average=average, scores=table, unusable=[s._asdict() for s in bad])
         show(config.out, summary, lines, rows)
-        if config.latents == "generated" and not config.limit:
-            name = config.benchmark or os.path.basename(config.data)
-            add_scores(settings["model"], name, table["all"])
     return table
 
 
 def check(rows, config):
-    """-> ids of the rows whose answer is none of their options: they are named, and scored wrong.
+    """Refuse rows that cannot be scored -> the ids of those whose answer is none of their options.
 
-    Raises SystemExit if these are too many, ValueError for rows that cannot be scored at all: no
-    options, an id used twice, no true futures where `--latents` needs them. Loads nothing.
+    These are named and count as wrong. Raises SystemExit if they are too many, ValueError for a row
+    without options, an id that is used twice, and a row without true futures if `--latents` needs
+    them.
     """
     if len({row.id for row in rows}) < len(rows):
         raise ValueError(
@@ -429,23 +406,21 @@ def check(rows, config):
     for row in rows:
         if not row.options and config.benchmark != "twiffbench":
             raise ValueError(f"{row.where}: no options; multiple choice needs them")
-        if config.latents in NEEDS_FUTURES and not future_frames(row):
+        if config.latents in NEEDS_FUTURES and not row.futures:
             raise ValueError(
                 f"{row.where}: --latents {config.latents} needs the true future frames, "
                 "this row has none"
             )
     if config.latents == "shuffled" and len({clip_of(row) for row in rows}) < 2:
         raise ValueError("--latents shuffled needs rows of at least two clips")
-    odd = [row for row in rows if row.options and pick(row.answer, row.options) is None]
-    bad = [Skipped(r.where, f"the answer {r.answer!r} is none of {r.options}") for r in odd]
-    report_bad(
-        bad, len(rows), config.max_bad, "have an answer that is no option and count as wrong"
-    )
-    return [row.id for row in odd]
+    bad = {row.id: reason for row in rows if (reason := no_option(row))}
+    fate = "have an answer that is no option and count as wrong"
+    report_bad(list(bad.values()), len(rows), config.max_bad, fate)
+    return list(bad)
 
 
 def clip_of(row):
-    """What a question is about: its first clip's or picture's path, else (bytes) its own id."""
+    """The clip of a question: the path of its first clip or picture; its id if that is bytes."""
     for part in row.prompt:
         source = getattr(part, "path", None) or getattr(part, "source", None)
         if isinstance(source, str):
@@ -454,10 +429,10 @@ def clip_of(row):
 
 
 def read_answer(row, text, official=False):
-    """A response -> what its line says of the answer, as a dict. Source: ours.
+    """A response -> the fields of its line that describe the answer, as a dict. Source: ours.
 
-    With options: the readings of the answer, `official` where it is asked for. Else whether there
-    is an answer.
+    With options these are the readings of the answer, with `official` if that is asked for. Without
+    options it is whether there is an answer.
     """
     if not row.options:
         return dict(parsed=answer_of(text) is not None)

@@ -82,7 +82,7 @@ from common.lora import frozen_alone
 from common.machine import Machine, set_sync, whole
 from common.report import draw_curves
 from common.run import Run, aside, held_out_rows, in_order, read_ahead, rows_of, trim_log
-from data import DataConfig, Samples, at_least, collate, model_inputs, to_device
+from data import DataConfig, Samples, at_least, collate, model_inputs, to_device, unshown_options
 from latent_decode import Rollout, ask, join, replay, take
 from rewards import Weights, accuracy_reward, ask_judge, score_group, span_lengths
 
@@ -599,6 +599,8 @@ def train(config, policy_loss=policy_loss):
             raise SystemExit(f"none of the first prompts could be used{why}")
         if not norms:
             run.say(f"step {step}: no group kept, no update")
+        if step == run.first and line["rollouts"] and not line["spans"]:
+            run.say(f"step {step}: no rollout opened a span: nothing is imagined (see sft.py)")
         if line["updates_skipped"]:
             run.say(f"step {step}: gradient is not finite, update skipped")
         if run.due(step + 1, steps):
@@ -650,7 +652,8 @@ def describe(config, rows, model, steps, machine):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # deviation 12: how many answers are open, and who judges them
     return (
-        f"{config.label}: {len(rows)} prompts, {steps} steps of {config.groups} groups x "
+        f"{config.label}: {len(rows)} prompts{unshown_options(rows, config)}, "
+        f"{steps} steps of {config.groups} groups x "
         f"{config.group_size} rollouts, {config.prompts or config.groups} prompts a try, "
         f"{machine.world} ranks, {machine.device.type}, seed {config.seed}, {trained:,} parameters "
         f"trained, {updates} update(s) a step{': the ratio is 1' if updates == 1 else ''}, "

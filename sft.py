@@ -46,7 +46,16 @@ from common.cli import run_script
 from common.machine import Machine, set_sync, whole, without_ddp
 from common.report import draw_curves
 from common.run import Run, aside, held_out_rows, in_order, rows_of
-from data import DataConfig, Samples, at_least, collate, loader, model_inputs, to_device
+from data import (
+    DataConfig,
+    Samples,
+    at_least,
+    collate,
+    loader,
+    model_inputs,
+    to_device,
+    unshown_options,
+)
 from model import log_continue
 
 
@@ -95,6 +104,11 @@ class Config(DataConfig):
             raise ValueError(f"latent_loss is {self.latent_loss!r}, expected mse or nmse")
         if self.shard and self.lora_rank:
             raise ValueError("lora_rank: not with shard; each rank has the whole frozen model")
+        if self.latent_head and self.lora_rank:
+            raise ValueError(
+                "latent_head: not with lora_rank, which would freeze a new head as the identity; "
+                "a model that has one keeps it without this flag"
+            )
 
     @property
     def label(self):
@@ -411,11 +425,14 @@ def describe(config, rows, model, steps, machine):
     """The run in one line."""
     weights = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    with_spans = sum(any(not isinstance(p, str) for p in row.response) for row in rows)
+    nothing = "; no row has a span: nothing teaches it to imagine"
     return (
-        f"{config.label} SFT: {len(rows)} rows, {steps} steps x {config.global_batch} samples on "
+        f"{config.label} SFT: {len(rows)} rows, {with_spans} with spans"
+        f"{unshown_options(rows, config)}, {steps} steps x {config.global_batch} samples on "
         f"{machine.world} ranks ({machine.device.type}), {config.micro_batch} a forward, seed "
         f"{config.seed}, {trained:,} parameters trained of {weights:,}, a checkpoint every "
-        f"{config.save_every} steps"
+        f"{config.save_every} steps{nothing if config.spans and not with_spans else ''}"
     )
 
 

@@ -29,28 +29,6 @@ WHOLE = "video_dataset"  # the whole videos, in which the answer is seen
 FILES = (".json", ".jsonl", ".parquet")
 
 
-# Published by the paper (Qwen3-VL-8B), never run here: {benchmark: (columns, {row: values})}
-PAPER = {
-    "futurebench": (
-        ("1-hop", "2-hop", "3-hop", "interp", "all", "tokens", "seconds"),
-        {
-            "Qwen3-VL-8B": (64.2, 65.8, 66.2, 55.8, 61.0, 288.8, 1.18),
-            "text-only SFT": (67.6, 66.8, 68.2, 62.0, 65.0),
-            "Future-L1-SFT": (70.5, 73.1, 77.6, 72.2, 73.2, 205.3, 0.96),
-            "Future-L1-RL": (83.2, 86.5, 86.6, 85.1, 85.4, 195.3, 0.91),
-        },
-    ),
-    "twiffbench": (
-        ("chain", "answer", "average"),
-        {
-            "Qwen3-VL-8B": (2.75, 2.14, 2.44),
-            "Future-L1-SFT": (2.62, 2.42, 2.52),
-            "Future-L1-RL": (3.11, 2.97, 3.04),
-        },
-    ),
-}
-
-
 class Release(NamedTuple):
     """Where a release keeps what.
 

@@ -4,9 +4,9 @@
         run_script(train, Config)
 
 Each field of the dataclass is a flag, and the comment behind the field is its help. A value comes
-from the first of these that has one: the flag; the file of `--config FILE`; the protocol of the
-benchmark (evaluate.py); what the model was trained with (future_l1.json in its folder); the
-dataclass.
+from the first of these that has one: the flag; the file of `--config FILE`; the dataclass, if other
+values have changed its default (evaluate.py's benchmarks do); what the model was trained with
+(future_l1.json in its folder); the default.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def parse_config(cls, argv, positional=None):
 
     A value that differs from what the model was trained with is named on stderr. Unknown flags and
     values of a wrong type end the script with code 2. Raises SystemExit for a --config file that
-    does not fit, and whatever the dataclass raises.
+    does not fit, and the errors of the dataclass.
     """
     # --judge-only is --judge_only, but --no-spans keeps its first hyphen
     pattern = re.compile("^(--(?:no-)?)([^=]+)")
@@ -78,13 +78,15 @@ def parse_config(cls, argv, positional=None):
     given.pop("debug", None)
     path = given.pop("config_file", None)
     chosen = {**read_saved(path, cls), **given} if path else given
+    config, default = cls(**chosen), cls()
 
+    # what the model was trained with, unless a flag or other values have decided otherwise
     shared = [f.name for f in dataclasses.fields(cls) if f.name in SHARED]
     trained = trained_with(chosen["model"]) if shared and chosen.get("model") else {}
-    inherited = {name: trained[name] for name in shared if name in trained}
-    protocol = cls.protocol(chosen) if hasattr(cls, "protocol") else {}
-    config = cls(**{**inherited, **protocol, **chosen})
-    for name, before in inherited.items():
+    trained = {name: trained[name] for name in shared if name in trained}
+    free = [k for k in trained if k not in chosen and getattr(config, k) == getattr(default, k)]
+    config = dataclasses.replace(config, **{name: trained[name] for name in free})
+    for name, before in trained.items():
         now = getattr(config, name)
         if now != before and os.environ.get("RANK", "0") == "0":
             text = f"{name} is {now!r:.60}, the model was trained with {before!r:.60}"
@@ -99,7 +101,7 @@ def read_saved(path, cls):
     """
     path = os.path.join(path, "settings.json") if os.path.isdir(path) else path
     saved = read_json(path)
-    saved.pop("written", None)  # when the weights were written: evaluate.py and curate.py save it
+    saved.pop("weights", None)  # evaluate.py and curate.py also save their hash
     types = {f.name: f.type for f in dataclasses.fields(cls)}
     for name, value in saved.items():
         if name not in types:

@@ -18,7 +18,8 @@ Where this differs from the official code and from Qwen3-VL's processor:
  1. A clip that decord refuses is read by PyAV: many clips cut by stream copy are sound, and decord
     still refuses them or mixes their frames up.
  2. In a clip of variable rate a frame's time is the one that the file gives. Theirs is its number
-    over the mean rate, which can be seconds off. Which numbers are chosen is the same.
+    over the mean rate, which can be seconds off. Which numbers a video is shown by is the same; key
+    frames lie where they would in a clip of constant rate.
 """
 
 import io
@@ -135,7 +136,7 @@ def read_clip(path, choose):
 
     choose(number of frames) -> list of frame numbers. Raises ClipError with what each decoder said.
     """
-    frames, numbers, _, fps = read_part(Clip(path), choose)
+    frames, numbers, _, fps = read_part(Clip(path), lambda clock: choose(len(clock)))
     return frames, numbers, fps
 
 
@@ -144,7 +145,7 @@ def read_uniform(clip, n):
 
     Numbers and times count from the start of the file. Raises ClipError.
     """
-    frames, numbers, seconds, _ = read_part(clip, lambda total: uniform_positions(total, n))
+    frames, numbers, seconds, _ = read_part(clip, lambda clock: uniform_positions(len(clock), n))
     return frames, numbers, seconds
 
 
@@ -152,17 +153,22 @@ _decoders = {}  # process id -> its Decoder: a worker is forked with its parent'
 
 
 def read_part(clip, choose):
-    """As `read_clip`, of a Clip; choose sees the number of its frames from start to end alone.
+    """Decode some frames of a Clip, from its start to its end.
 
+    choose(clock of these frames) -> list of numbers among them.
     -> frames uint8 (T, H, W, 3), their numbers and times (T,) in the file, frames a second.
+    Raises ClipError, also for a moment after the last frame.
     """
     if not os.path.isfile(clip.path):
         raise ClipError(f"{clip.path}: no such file")
 
     def choose_in_file(clock, fps):
+        length = (clock[-1] + 1) / fps
+        if clip.start == clip.end and clip.start > length + 0.01:
+            raise ClipError(f"{clip.path}: no frame at {clip.start} s, it ends at {length:.2f} s")
         # the frames that are on screen at start and end
         first, last = (np.searchsorted(clock, t * fps, "right") - 1 for t in (clip.start, clip.end))
-        return [int(first) + k for k in choose(max(int(last - first), 0) + 1)]
+        return [int(first) + int(k) for k in choose(clock[first : last + 1])]
 
     decoder = _decoders.setdefault(os.getpid(), Decoder())
     faults = []
@@ -225,9 +231,20 @@ def load_frames(frames, budget):
 
 
 def read_key_frames(clip, indices=range(1, 9)):
-    """Some of the eight key frames of a Clip -> {Frame: uint8 (H, W, 3)}. Raises ClipError."""
-    indices = list(indices)
-    pictures, *_ = read_part(clip, lambda n: [key_frame_positions(n)[i - 1] for i in indices])
+    """Some of the eight key frames of a Clip -> {Frame: uint8 (H, W, 3)}. Raises ClipError.
+
+    Of a moment the first, as there are no others.
+    """
+    indices = [1] if clip.start == clip.end else list(indices)
+
+    def choose(clock):
+        # deviation 2: numbers of evenly spaced frames as times; with a constant rate a step is 1.0
+        positions = np.array(key_frame_positions(len(clock)))
+        step = (clock[-1] - clock[0]) / max(1, len(clock) - 1)
+        on_screen = np.searchsorted(clock, clock[0] + step * positions + 1e-6, "right") - 1
+        return [on_screen[i - 1] for i in indices]
+
+    pictures, *_ = read_part(clip, choose)
     return {Frame(clip.path, i, *clip[1:]): picture for i, picture in zip(indices, pictures)}
 
 
@@ -265,19 +282,20 @@ def pixels_of(frames):
 def film(row):
     """The frames around a row -> [(label, role, uint8 (H, W, 3))]; role: seen | future | other.
 
-    A row of key frames: all eight of its clip. A row of whole pictures: these. A clip that enters
-    as a video: eight frames spread over what the model saw of it. Raises ClipError.
+    A clip that enters as a video: eight frames spread over what the model saw of it. Key frames:
+    all eight of their clip. Whole pictures and moments: these. Raises ClipError.
     """
-    seen = [part for part in row.prompt if isinstance(part, Frame)]
-    future = [part for part in row.response if isinstance(part, Frame)]
-    roles = dict.fromkeys(future, "future") | dict.fromkeys(seen, "seen")
     strip = []
-    for i, (frame, picture) in enumerate(pixels_of([*seen, *future]).items(), 1):
-        label = str(frame.index or f"picture {i}")
-        strip.append((label, roles.get(frame, "other"), picture))
     for clip in (part for part in row.prompt if isinstance(part, Clip)):
         pictures, _, seconds = read_uniform(clip, 8)
         strip += [(f"{t:.1f} s", "seen", picture) for t, picture in zip(seconds, pictures)]
+    seen = [part for part in row.prompt if isinstance(part, Frame)]
+    future = [part for part in row.response if isinstance(part, Frame)]
+    roles = dict.fromkeys(future, "future") | dict.fromkeys(seen, "seen")
+    for i, (frame, picture) in enumerate(pixels_of([*seen, *future]).items(), 1):
+        label = str(frame.index or f"picture {i}")
+        label = f"{frame.start:.1f} s" if frame.start == frame.end else label
+        strip.append((label, roles.get(frame, "other"), picture))
     return strip
 
 

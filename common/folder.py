@@ -2,9 +2,9 @@
 
 future_l1.json              what the model was trained with; every script takes its defaults here
 custom_generate/            common/custom_generate.py: with it transformers' `generate` imagines
-preprocessor_config.json    and the other files of the processors, from the base model's folder,
-                            because AutoProcessor, vLLM and lmms-eval need them
-painter/                    latents to pixels, if tools/pictures.py has taught it
+preprocessor_config.json    and the other files of the processors, copied from the base model's
+                            folder, because AutoProcessor, vLLM and lmms-eval need them
+painter/                    turns latents into pixels, if common/painter.py has taught one
 trainer/                    optimizer and random state, in a run's checkpoint
 """
 
@@ -19,7 +19,7 @@ import shutil
 from transformers.utils import cached_file
 
 SETTINGS = "future_l1.json"
-# what the model sees and may do: it should be asked as it was trained
+# how the model is asked: it should be asked as it was trained
 SHARED = ("system", "num_frames", "image_max_tokens", "video_max_tokens", "l_max", "max_latents")
 SHARED += ("show_options",)
 PROCESSORS = (
@@ -66,9 +66,9 @@ def newest(folder):
 
 
 def is_hub_id(name):
-    """Whether a name that is no local folder can be a hub id, which has one slash at most.
+    """Whether a name that is not a local folder can be a hub id, which has at most one slash.
 
-    A name below runs/ or below a local folder is taken for a mistyped path.
+    A name below runs/ or below a local folder is treated as a mistyped path.
     """
     first = name.split("/")[0]
     here = "/" in name and (first == "runs" or os.path.isdir(first))
@@ -86,19 +86,21 @@ def one_line_if_missing(name):
 
 
 def model_fingerprint(folder):
-    """A model's folder or hub id -> a hash of its config.json and weights.
+    """A model's folder -> a hash of its config.json and weights; a hub id -> its commit.
 
-    Each weight file counts with its name, its size, its first MB and its last MB, so that 16 GB
+    Of each weight file the name, the size, the first MB and the last MB are hashed, so that 16 GB
     take no longer than 16 MB. A change in the middle of a file alone goes unnoticed. Raises
     SystemExit if there is no such model.
     """
     with one_line_if_missing(folder):
         config = cached_file(folder, "config.json")
+    if not os.path.isdir(folder):  # the weights may not be downloaded yet
+        return os.path.basename(os.path.dirname(config))  # the hub's cache names folders by commit
     digest = hashlib.sha256()
-    for name in sorted(os.listdir(os.path.dirname(config))):
+    for name in sorted(os.listdir(folder)):
         if name != "config.json" and not name.endswith((".safetensors", ".bin")):
             continue
-        with open(os.path.join(os.path.dirname(config), name), "rb") as f:
+        with open(os.path.join(folder, name), "rb") as f:
             size = f.seek(0, os.SEEK_END)
             digest.update(f"{name} {size}".encode())
             f.seek(0)
@@ -145,9 +147,9 @@ def read_json(path):
 def describe_training(config, start, resumed, **facts):
     """The future_l1.json of a model that `config` trains from the folder or hub id `start`.
 
-    It holds the settings that all scripts share; `base`, the model the first training began with;
-    and a list of all trainings. facts: what is recorded about this training, the last in the list.
-    resumed: `start` is a checkpoint of this training.
+    It holds the settings that all scripts share; `base`, the model that the first training began
+    with; and a list of all trainings. facts: what is recorded of this training, the last in the
+    list. resumed: `start` is a checkpoint of this training.
     """
     before = trained_with(start)
     settings = {name: getattr(config, name) for name in SHARED if hasattr(config, name)}
@@ -155,32 +157,14 @@ def describe_training(config, start, resumed, **facts):
     earlier = before.get("trainings", [])
     this = dict(facts, data=os.path.basename(config.data))
     trainings = [*(earlier[:-1] if resumed else earlier), this]
-    # a local folder is recorded by its name, because its path is nobody else's business
+    # a local folder is recorded by its name alone, because its path is private
     local = os.path.isdir(config.model)
     name = os.path.basename(os.path.normpath(config.model)) if local else config.model
-    return dict(settings, base=before.get("base", name), trainings=trainings, scores={})
-
-
-def add_scores(model, name, scores):
-    """Record a model's scores on the benchmark `name` in its folder, if it has a future_l1.json."""
-    path = os.path.join(model, SETTINGS)
-    if not os.access(path, os.W_OK):
-        return
-    about = trained_with(model)
-    figures = ("n", "accuracy", "strict", "official", "chain", "answer", "average")
-    about.setdefault("scores", {})[name] = {k: scores[k] for k in figures if k in scores}
-    write_json(path, about)
-
-
-def write_json(path, content):
-    """Write a JSON file under a temporary name, then rename it."""
-    with open(path + ".part", "w", encoding="utf-8") as f:
-        json.dump(content, f, indent=1, ensure_ascii=False)
-    os.replace(path + ".part", path)
+    return dict(settings, base=before.get("base", name), trainings=trainings)
 
 
 def own_processors(settings):
-    """{file: text} of Qwen3-VL's processors with the pixel budgets of `settings`, and CHAT."""
+    """{file: text} of Qwen3-VL's processors, with the pixel budgets in `settings`, and CHAT."""
     shared = dict(patch_size=16, temporal_patch_size=2, merge_size=2)
     shared.update(image_mean=[0.5] * 3, image_std=[0.5] * 3, processor_class="Qwen3VLProcessor")
     images = dict(shared, image_processor_type="Qwen2VLImageProcessor")
@@ -195,18 +179,18 @@ def own_processors(settings):
 
 
 def pixels(tokens):
-    """The size of a picture of at most so many visual tokens, as processors write it."""
+    """The size of a picture of at most `tokens` visual tokens, as processors write it."""
     return dict(shortest_edge=TOKEN_PIXELS, longest_edge=tokens * TOKEN_PIXELS)
 
 
 def complete(folder, start, settings):
     """Add to the folder of a saved model what others need to use it.
 
-    `settings` become its future_l1.json, and max_latents goes into config.json as well, where
+    `settings` become its future_l1.json, and max_latents also goes into config.json, where
     custom_generate reads it. start: the folder or hub id that the model was made from. The files of
-    its processors are copied; those it lacks are written so that they do what this project does. A
-    file that the tokenizer has written stays. A variant gets no custom_generate, because it decodes
-    otherwise.
+    its processors are copied. Those it lacks are written so that they do the same as this project's
+    data.py. A file that the tokenizer has written stays. A model whose config names the code that
+    decodes it (`decoded_by`) gets no custom_generate.
     """
     for name in PROCESSORS:
         source = file_of(start, name)
@@ -215,17 +199,17 @@ def complete(folder, start, settings):
     own = own_processors(settings)
     if {"chat_template.json", "chat_template.jinja"} & set(os.listdir(folder)):
         del own["chat_template.jinja"]
-    for name, text in own.items():
-        if not os.path.exists(os.path.join(folder, name)):
-            with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
-                f.write(text)
+    texts = {name: own[name] for name in own if not os.path.exists(os.path.join(folder, name))}
 
     config = read_json(os.path.join(folder, "config.json"))
-    if not config.get("variant"):
+    if not config.get("decoded_by"):
         os.makedirs(os.path.join(folder, "custom_generate"), exist_ok=True)
         target = os.path.join(folder, "custom_generate", "generate.py")
         shutil.copyfile(os.path.join(os.path.dirname(__file__), "custom_generate.py"), target)
     if "max_latents" in settings:
         config["max_latents"] = settings["max_latents"]
-        write_json(os.path.join(folder, "config.json"), config)
-    write_json(os.path.join(folder, SETTINGS), settings)
+        texts["config.json"] = json.dumps(config, indent=1)
+    texts[SETTINGS] = json.dumps(settings, indent=1, ensure_ascii=False)
+    for name, text in texts.items():
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
+            f.write(text)

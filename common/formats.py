@@ -36,8 +36,8 @@ class Clip(NamedTuple):
 class Frame(NamedTuple):
     """One image of a prompt or a future.
 
-    Key frame `index` (1..8) of a clip, or of its part from start to end; or a whole image file
-    (index 0).
+    Key frame `index` (1..8) of a clip, or of its part from start to end. If start and end are the
+    same moment, that part is one frame, key frame 1. Or a whole image file (index 0).
     """
 
     source: str | bytes  # path, or the image file's bytes
@@ -70,6 +70,11 @@ class Row:
     options: list | None = None  # texts of A, B, C ..., without their letters
     group: str = "all"  # what scores are split by
     cue: str = ""  # evidence in words, for a teacher's eyes alone (variants/opd.py)
+
+    @property
+    def futures(self):
+        """The Frames that really came, which the model is to imagine."""
+        return [part for part in self.response if isinstance(part, Frame)]
 
 
 class Skipped(NamedTuple):
@@ -201,6 +206,10 @@ class Record:
             )
         return value
 
+    def has(self, key):
+        """Whether a key has a value; in parquet each record has all keys."""
+        return self.content.get(key) is not None
+
     def path(self, name, key):
         """A path of the record, found at `key` -> a path on this machine."""
         if not isinstance(name, str):
@@ -214,8 +223,8 @@ class Record:
             end = float(self.content.get("end") or math.inf)
         except (TypeError, ValueError) as e:
             raise self.fault(f"'start' and 'end' should be seconds ({e})") from e
-        if not 0 <= start <= end:
-            raise self.fault(f"'start' is {start}, 'end' {end}: expected 0 <= start <= end")
+        if not 0 <= start < end:
+            raise self.fault(f"'start' is {start}, 'end' {end}: expected 0 <= start < end")
         return Clip(self.path(name, key), start, end)
 
     def key_frames(self, key):
@@ -225,6 +234,21 @@ class Record:
             raise self.fault(f"{key!r} should hold key-frame numbers 1..8, found {numbers}")
         clip = self.clip(self.need("video", str))
         return [Frame(clip.path, i, clip.start, clip.end) for i in numbers]
+
+    def observed(self):
+        """`observed` [a, b] and `future` [t, ...], in seconds -> the Clip from a to b, Frames."""
+        others = [k for k in ("image", "reasoning_image", "start", "end") if self.has(k)]
+        if others:
+            raise self.fault(f"'observed' does not go with {', '.join(map(repr, others))}")
+        observed, times = self.need("observed", list), self.need("future", list)
+        if not all(type(t) in (int, float) for t in (*observed, *times)):
+            raise self.fault(f"'observed' and 'future' should hold seconds: {observed}, {times}")
+        if len(observed) != 2 or not 0 <= observed[0] < observed[1]:
+            raise self.fault(f"'observed' should be [a, b] with 0 <= a < b, found {observed}")
+        if min(times, default=observed[1]) < observed[1]:
+            raise self.fault(f"'future' {times} begins before 'observed' {observed} ends")
+        path = self.path(self.need("video", str), "video")
+        return Clip(path, *map(float, observed)), [Frame(path, 1, t, t) for t in map(float, times)]
 
     def pictures(self, key):
         """A list of whole pictures: paths, bytes or the hub's {bytes, path} -> Frames."""
@@ -278,11 +302,14 @@ def read_record(record, where, media_root="."):
 
 
 def _future_l1(record, row):
-    content = record.content
+    content, seen = record.content, []
     record.need("video", str)
-    seen, future = (
-        record.key_frames(key) if key in content else [] for key in ("image", "reasoning_image")
-    )
+    if record.has("observed"):
+        clip, future = record.observed()
+        row.prompt, keys = [clip], ("observed", "future")
+    else:
+        keys = "image", "reasoning_image"
+        seen, future = (record.key_frames(key) if record.has(key) else [] for key in keys)
     turns = {"human": "", "gpt": ""}
     for turn in _turns(record):
         if (
@@ -295,8 +322,10 @@ def _future_l1(record, row):
             )
         turns[turn["from"]] += turn["value"]
     chain, answer = _split_answer(turns["gpt"], "answer")
-    row.prompt = _interleave(turns["human"], "<image>", seen, row.where, "image")
-    row.response = _steps(_interleave(chain, "<image>", future, row.where, "reasoning_image"))
+    human = turns["human"]
+    human = human.replace("<video>", "") if row.prompt else human  # the clip comes first
+    row.prompt += _interleave(human, "<image>", seen, row.where, keys[0])
+    row.response = _steps(_interleave(chain, "<image>", future, row.where, keys[1]))
     if answer is None or "answer" in content:
         answer = record.need("answer", (str, int, float))
     row.answer = answer
@@ -363,8 +392,8 @@ def _futurebench(record, row):
 
 def _rl(record, row):
     row.answer = record.need("answer", (str, int, float))
-    images = record.pictures("images") if record.content.get("images") is not None else []
-    videos = record.need("videos", list) if record.content.get("videos") is not None else []
+    images = record.pictures("images") if record.has("images") else []
+    videos = record.need("videos", list) if record.has("videos") else []
     text = record.need("problem", str).replace("<video>", "")
     text = "<image>" * len(images) + text if "<image>" not in text else text
     text = _with_options(text, row.options or [])
@@ -385,7 +414,7 @@ def _mcq(record, row):
 
 
 FORMATS = {  # the key that tells a format (the first that fits), its reader, its other keys
-    "conversations": (_future_l1, "video image reasoning_image answer cot"),
+    "conversations": (_future_l1, "video image reasoning_image observed future answer cot"),
     "question_images_index": (
         _twiff,
         "video question answer reasoning_images_index question_images reasoning_images",
@@ -468,7 +497,8 @@ def option_lines(options):
 def shows(text, options):
     """Whether a text holds each option behind its letter, as some FutureBench questions do."""
     lettered = [rf"\b{chr(65 + i)}\s*[).:]\s*{re.escape(o)}" for i, o in enumerate(options)]
-    return all(re.search(pattern, text) for pattern in lettered)
+    # a pattern costs much more than a look for its text
+    return all(o in text for o in options) and all(re.search(line, text) for line in lettered)
 
 
 def _with_options(question, options):

@@ -1,15 +1,14 @@
-"""What one sees of a run: an evaluation's tables and report.html, and charts of trainings.
+"""Tables, charts and report.html: what an evaluation, a training or a curation shows.
 
-    python -m common.report runs/eval_text runs/eval_latent ...   # several runs side by side
+    python -m common.report runs/eval_text runs/eval_latent ...   # several evaluations side by side
 
-`show` is the end of evaluate.py. report.html (the template is report.html.jinja) is one file that
-opens without a server: the scores, and samples with what was seen, what each span imagined (if the
-model has a painter) and what really came. It has no script and no link to other files, and what
-comes from data is escaped.
+evaluate.py ends with `show`. report.html, made from report.html.jinja, is a single file that opens
+without a server: the scores, and samples with the frames that were seen, a picture of what each
+span imagined (if the model has a painter), and the frames that really came. It has no script and no
+link to other files, and text from data is escaped.
 """
 
 import base64
-import hashlib
 import json
 import os
 import sys
@@ -18,12 +17,12 @@ from collections import Counter
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
 
-from common.benchmarks import PAPER
 from common.cli import errors_in_one_line
 from common.clips import ClipError, film, jpeg
-from common.formats import Frame, Row
+from common.folder import read_json
+from common.formats import Row
 from common.judge import add_verdicts
-from common.results import paired_bootstrap, read_book
+from common.results import mean_of, paired_bootstrap, read_book
 from common.run import commit, read_lines, write, write_json
 from data import shown_prompt
 from model import LATENT_END, LATENT_START
@@ -31,45 +30,27 @@ from model import LATENT_END, LATENT_START
 # -------------------------------------------------------------------------------- one evaluation
 
 
-def about(rows, lines, config, no_option):
-    """What describes an evaluation besides its scores -> a dict.
+def about(rows, lines, no_option):
+    """What summary.json says of an evaluation besides its settings and scores -> a dict.
 
-    no_option: ids of the rows whose answer is none of their options.
-
-    seconds: a batch's wall time over its rows, by group (--batch 1 gives the time of one answer;
-    paper's Table 7). prompt_hash: of the system message and the prompts, with media by their kind.
+    no_option: ids of the rows whose answer is none of their options. seconds: the mean time of an
+    answer, which is a batch's wall time divided by its rows (--batch 1 gives that of a single
+    answer, as in the paper's Table 7).
     """
     read = [line for line in lines if "skipped" not in line]
-    seconds = {}
-    for group in [*sorted({line["group"] for line in read} - {"all"}), "all"]:
-        values = [line["seconds"] for line in read if group in ("all", line["group"])]
-        seconds[group] = round(float(np.mean(values)), 4) if values else 0.0
-
-    prompts = []
-    for row in rows:
-        parts = [part if isinstance(part, str) else type(part).__name__ for part in row.prompt]
-        prompts.append([config.system, *parts])
-    lengths = dict(max_new_tokens=config.max_new_tokens, max_latents=config.max_latents)
-
     return dict(
         found=len(read),
         total=len(rows),
         coverage=len(read) / len(rows),
-        commit=commit(),
-        seconds=seconds,
         missing=[dict(id=line["id"], why=line["skipped"]) for line in lines if "skipped" in line],
         no_option=no_option,
-        unparsed=sum(not line.get("parsed", line.get("picked") is not None) for line in read),
-        judge_failures=sum("why" in line for line in read),
-        frames=config.num_frames,
-        pixels=dict(zip(("image", "future", "video"), config.budgets)),
-        prompt_hash=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],
-        generation=dict(greedy=True, **lengths),
+        seconds=round(mean_of([line["seconds"] for line in read]), 4),
+        commit=commit(),
     )
 
 
 def shown_in_report(rows, n):
-    """Ids of the n rows that report.html shows; the groups take turns."""
+    """The ids of the n rows that report.html shows, taken from the groups in turn."""
     turn, order = Counter(), []
     for row in rows:
         turn[row.group] += 1
@@ -85,15 +66,11 @@ def show(out, summary, lines, rows):
     print(as_text(*score_rows(summary["scores"])))
     print(
         f"{summary['found']} of {summary['total']} samples found; "
-        f"{summary['seconds']['all']:.3g} s and {every['tokens']:.1f} tokens an answer; "
+        f"{summary['seconds']:.3g} s and {every['tokens']:.1f} tokens an answer; "
         f"all = {summary['average']} average; {out}/report.html"
     )
     if waiting := every.get("waiting"):
         print(f"{waiting} responses wait for a judge: python -m common.judge {out} --model NAME")
-    if summary["benchmark"] in PAPER:
-        print("\nbeside what the paper published (not run here)")
-        print(as_text(*paper_rows(summary)))
-        print(used(summary))
 
 
 def score_rows(scores):
@@ -116,40 +93,10 @@ def score_rows(scores):
     return head, rows
 
 
-def paper_rows(summary):
-    """summary.json's content -> (head, rows): our scores, then those that the paper published.
-
-    ([], []) if it published none for this benchmark. FutureBench is in percent, and ours counts
-    official letters, as the paper does.
-    """
-    benchmark, scores = summary["benchmark"], summary["scores"]
-    if benchmark not in PAPER:
-        return [], []
-    columns, published = PAPER[benchmark]
-    if benchmark == "twiffbench":
-        ours = [f"{scores['all'][c]:.2f}" if scores["all"]["n"] else "-" for c in columns]
-    else:
-        groups = [scores.get(c, dict(n=0)) for c in columns[:-2]]
-        ours = [f"{100 * group['official']:.1f}" if group["n"] else "-" for group in groups]
-        ours += [f"{scores['all']['tokens']:.1f}", f"{summary['seconds']['all']:.2f}"]
-    rows = [[f"ours, {summary['found']} of {summary['total']} found", *ours]]
-    rows += [[f"paper's: {name}", *values] for name, values in published.items()]
-    return ["", *columns], rows
-
-
-def used(summary):
-    """The frames and pixels behind our row, as a line below the paper's table."""
-    video, image = summary["pixels"]["video"][1], summary["pixels"]["image"][1]
-    return (
-        f"ours: {summary['frames']} frames a video at most, {video:,} pixels a video, "
-        f"{image:,} pixels a picture"
-    )
-
-
 def as_text(head, rows):
     """A table as text: the first column is aligned left, the others right."""
     rows = [[str(cell) for cell in row] for row in [head, *rows]]
-    wide = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(head))]
+    wide = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join(
         "  ".join(f"{cell:{'>' if i else '<'}{wide[i]}}" for i, cell in enumerate(row))
         for row in rows
@@ -157,7 +104,7 @@ def as_text(head, rows):
 
 
 def page(summary, lines, rows):
-    """summary.json's content, result lines and their rows -> report.html as text.
+    """The content of summary.json, result lines and their rows -> report.html as text.
 
     The lines that have `imagined` are shown as samples.
     """
@@ -172,14 +119,12 @@ def page(summary, lines, rows):
         scores=score_rows(summary["scores"]),
         samples=[sample_of(by_id[line["id"]], line, show_options) for line in shown],
         imagined="imagined" if fed == "generated" else f"fed to the spans: {fed}",
-        paper=paper_rows(summary),
-        used=used(summary),
         settings=settings,
     )
 
 
 def sample_of(row, line, show_options):
-    """A row and its result line -> what the template shows of them, as a dict.
+    """A row and its result line -> the fields of a sample in the template, as a dict.
 
     Pictures are (label, data: URL). The prompt is the one that the model saw with show_options.
     """
@@ -193,7 +138,7 @@ def sample_of(row, line, show_options):
         error = str(e)
     painted = enumerate(info.get("painted", []), 1)
 
-    # the response as words, and spans in their places
+    # the words of the response, with the spans in their places
     first, *rest = line["response"].replace("<|im_end|>", "").split(LATENT_START)
     lengths, parts = info.get("spans", []), [dict(words=first)]
     for k, text in enumerate(rest, 1):
@@ -223,9 +168,9 @@ def sample_of(row, line, show_options):
 
 
 def verdict_of(line):
-    """A result line -> whether it is right (True, False, None = not judged), and that as text.
+    """A result line -> whether it is right (True, False, None = not judged), and the same as text.
 
-    The page calls an average of 3 or more from TwiFF-Bench's judge right.
+    An answer to TwiFF-Bench counts as right here if the average of the judge's scores is 3 or more.
     """
     if "right" in line:
         wrong = "unparsed" if line["picked"] is None else "wrong"
@@ -239,11 +184,12 @@ def verdict_of(line):
 
 
 def compare(folders):
-    """Several evaluations -> their scores by group with intervals, as a markdown table.
+    """Several evaluations -> a markdown table of their scores by group, with intervals.
 
-    Below it, each run minus the first. Raises SystemExit for a folder without an evaluation.
+    Below it, each run minus the first. Raises FileNotFoundError for a folder without a
+    summary.json, which evaluate.py writes at its end.
     """
-    summaries = [read_summary(folder) for folder in folders]
+    summaries = [read_json(os.path.join(folder, "summary.json")) for folder in folders]
     groups, rows = list(summaries[0]["scores"]), []
     for folder, summary in zip(folders, summaries):
         cells = []
@@ -260,21 +206,12 @@ def compare(folders):
     return text
 
 
-def read_summary(folder):
-    """An evaluation's summary.json. Raises SystemExit if there is none."""
-    path = os.path.join(folder, "summary.json")
-    if not os.path.exists(path):
-        raise SystemExit(f"{path}: no such file (evaluate.py writes it at its end)")
-    with open(path) as f:
-        return json.load(f)
-
-
 def differences(folders, groups, average):
     """Each run minus the first, over the questions that both have a score for -> markdown.
 
-    average: how the groups make "all", micro | macro. A difference whose interval does not contain
-    0 is marked. Raises SystemExit if two runs have no question in common, or different questions by
-    the same id.
+    average: whether "all" is the micro or the macro average of the groups. A difference whose
+    interval does not contain 0 is marked. Raises SystemExit if two runs have no question in common,
+    or different questions with the same id.
     """
     first, rows = scored_lines(folders[0]), []
     for folder in folders[1:]:
@@ -292,9 +229,9 @@ def differences(folders, groups, average):
 
 
 def scored_lines(folder):
-    """An evaluation's result lines that have a score -> {id: line}, with `score` in each.
+    """The result lines of an evaluation that have a score -> {id: line with its `score`}.
 
-    The score is 0 or 1 with options, and the average of the judge's two for TwiFF-Bench.
+    The score is 0 or 1 with options, and the average of the judge's two scores for TwiFF-Bench.
     """
     lines, scored = read_book(folder, "samples"), {}
     add_verdicts(folder, lines.values())
@@ -342,7 +279,7 @@ def markdown(head, rows):
 
 
 def axes(columns, width, height):
-    """A figure and its axes, without pyplot: nothing has to be closed, and no display is needed."""
+    """A figure and its axes, without pyplot, which needs a display and figures to be closed."""
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=(width, height), layout="constrained")
@@ -362,8 +299,8 @@ ON_LOG_SCALE = ("ce", "latent", "grad_norm")
 def draw_curves(log, png, panels=SFT_PANELS):
     """log.jsonl -> a picture of its keys over the steps; a panel is a tuple of keys.
 
-    Each step is drawn thin, the mean of ten steps thick; held-out figures (eval_*) as they are. A
-    panel that has no values, or only 0, is left out.
+    A thin line shows each step, a thick one the mean of ten steps; held-out figures (eval_*) are
+    drawn as they are. A panel that has no values, or only 0, is left out.
     """
     lines = read_lines(log)
     with_values = [keys for keys in panels if any(line.get(key) for line in lines for key in keys)]
@@ -422,16 +359,16 @@ def draw_bars(results, names, groups, png):
 
 
 def tabulate_selection(rows, gains, fates):
-    """How many candidates of curation had which fate -> {by: {key: Counter}}, over all candidates
-    and by category, number of future frames and gain (Fig. 6).
+    """Count the candidates of a curation by fate -> {by: {key: Counter}}.
 
+    They are counted together, and by category, number of future frames and gain (Fig. 6).
     rows: {id: Row, or Skipped}; gains: {id: gain} of those that have one; fates: {id: fate}.
     """
     tables = {by: {} for by in ("all", "category", "future frames", "gain")}
     for id, row in rows.items():
         group, future = "?", "?"
         if isinstance(row, Row):
-            group, future = row.group, sum(isinstance(part, Frame) for part in row.response)
+            group, future = row.group, len(row.futures)
         for table, key in zip(tables.values(), ("all", group, future, gains.get(id, "?"))):
             table.setdefault(key, Counter())[fates[id]] += 1
     for by, table in tables.items():  # numbers in order, then "?"
@@ -450,8 +387,7 @@ def selection_text(tables, fates):
 
 
 def draw_selection(tables, fates, png):
-    """What curation chose -> a picture: how many candidates have which gain (Fig. 6), category and
-    number of future frames.
+    """Draw the candidates of a curation by gain (Fig. 6), category and number of future frames.
 
     tables: {by: {key: {fate: count}}} of `tabulate_selection`; fates: their names, in order.
     """

@@ -1,13 +1,13 @@
-"""Results over rows: a walk that can be killed and resumed, and how sure a score is.
+"""Results over rows: a walk that can be killed and resumed, and intervals of scores.
 
-    book = Book(folder, "probe", rows, settings, machine)     # what earlier runs have done
-    blocks = book.blocks(config.batch)                        # what is left, the same on every rank
+    book = Book(folder, "probe", rows, settings, machine)     # the results of earlier runs
+    blocks = book.blocks(config.batch)                        # still to do, the same on every rank
     for some, encoded in walk(book, blocks, encode_row, config.workers):
         book.add({row.id: line for row, line in ...})         # written at once
     lines = book.finish()                                     # of all ranks, in the rows' order
 
 A block is a fixed group of neighbouring rows. It is always encoded and answered as a whole, even if
-only one of its lines is missing, because what else is in a batch changes what is generated. So the
+only one of its lines is missing, because the rest of a batch changes what is generated. So the
 results depend neither on the number of ranks nor on restarts. A row that cannot be read gets a line
 that says why, and the next run tries it again.
 """
@@ -25,26 +25,24 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common.clips import ClipError
-from common.folder import newest
-from common.formats import Frame, RecordError, Row, Skipped
+from common.folder import model_fingerprint, newest, read_json
+from common.formats import RecordError, Row, Skipped
 from common.run import read_lines, write, write_json
 
 
 def settings_of(config, free):
-    """What two runs on one folder must share, as a dict: all fields but `free`, and the model.
+    """The settings that two runs on one folder must share, as a dict: all fields but `free`.
 
-    A model that was trained anew in the same folder is another model, so the time at which its
-    config.json was written is part of it. Raises SystemExit without a model.
+    The weights are among them, because the same folder may hold another model by now. Raises
+    SystemExit if there is no model.
     """
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
     folder = newest(config.model)
-    weights = os.path.join(folder, "config.json")
-    written = os.path.getmtime(weights) if os.path.exists(weights) else None
-    return dict(settings, model=folder, written=written)
+    return dict(settings, model=folder, weights=model_fingerprint(folder))
 
 
 def prompt_hash(row):
-    """What a row asks, as 16 hex digits: texts, frames by file name, future, answer, options."""
+    """A hash of what a row asks: texts, frames by file name, future frames, answer, options."""
 
     def plain(part):
         if isinstance(part, str):
@@ -54,8 +52,7 @@ def prompt_hash(row):
             return [hashlib.sha256(source).hexdigest(), *rest]
         return [os.path.basename(source), *rest]
 
-    future = [part for part in row.response if isinstance(part, Frame)]
-    parts = [plain(part) for part in (*row.prompt, "future", *future)]
+    parts = [plain(part) for part in (*row.prompt, "future", *row.futures)]
     return hashlib.sha256(json.dumps([parts, row.answer, row.options]).encode()).hexdigest()[:16]
 
 
@@ -63,7 +60,7 @@ def prompt_hash(row):
 
 
 def is_final(line):
-    """Whether a line (or None) holds a result."""
+    """Whether a line, or None, holds a result."""
     return line is not None and "skipped" not in line and "unjudged" not in line
 
 
@@ -78,7 +75,7 @@ def enter(lines, line):
 
 
 def read_book(folder, name):
-    """The lines in a folder, of all its ranks and runs -> {id: line}."""
+    """The result lines in a folder, of all ranks and runs -> {id: line}."""
     base, lines = os.path.join(glob.escape(folder), name), {}
     for path in sorted(glob.glob(f"{base}.jsonl") + glob.glob(f"{base}_*.jsonl")):
         for line in read_lines(path):
@@ -87,7 +84,7 @@ def read_book(folder, name):
 
 
 def check_rows(folder, lines, rows):
-    """Raises SystemExit if a line was made of another question, answer or frames than its row."""
+    """Raises SystemExit if a line is about another question, answer or frames than its row."""
     for id, row in rows.items():
         if not isinstance(row, Row) or "prompt" not in lines.get(id, {}):
             continue
@@ -100,10 +97,8 @@ def check_rows(folder, lines, rows):
 
 def check_settings(folder, settings):
     """Raises SystemExit if the lines in a folder were made with other settings."""
-    path, before = os.path.join(folder, "settings.json"), {}
-    if os.path.exists(path):
-        with open(path) as f:
-            before = json.load(f)
+    path = os.path.join(folder, "settings.json")
+    before = read_json(path) if os.path.exists(path) else {}
     names = sorted(before.keys() | settings.keys())
     changed = [name for name in names if before.get(name) != settings.get(name)]
     if changed:
@@ -114,11 +109,12 @@ def check_settings(folder, settings):
 
 
 class Book:
-    """The result lines of a folder: what is done, by whichever rank, in whichever run.
+    """The result lines of a folder, from all ranks and runs.
 
     rows: {id: Row, or Skipped for a record that cannot be used}, in order. Each rank appends its
     lines to NAME_RANK.jsonl; `finish` joins them in NAME.jsonl. Settings go to settings.json.
-    Raises SystemExit if the folder holds lines of other settings, or of other rows by these ids.
+    Raises SystemExit if the folder holds results of other settings, or of other rows with these
+    ids.
     """
 
     def __init__(self, folder, name, rows, settings, machine):
@@ -135,17 +131,17 @@ class Book:
         self.new = []
 
     def missing(self, ids):
-        """Those of the ids that have no line, or one that says why they could not be read."""
+        """The ids that have no line, or one that says why they could not be read."""
         return [id for id in ids if "skipped" in self.lines.get(id, {"skipped": ""})]
 
     def blocks(self, size):
-        """Neighbours, `size` together, of which a line is missing: lists of ids, of all ranks."""
+        """The blocks of `size` neighbours in which a line is missing: lists of ids, all ranks'."""
         ids = list(self.rows)
         blocks = [ids[i : i + size] for i in range(0, len(ids), size)]
         return [block for block in blocks if self.missing(block)]
 
     def add(self, results):
-        """Append {id: what its line says} to this rank's file. A row that has a result keeps it."""
+        """Append {id: its line's content} to this rank's file. A row that has a result keeps it."""
         with open(self.part, "a", encoding="utf-8") as f:
             for id, result in results.items():
                 row = self.rows[id]
@@ -163,7 +159,7 @@ class Book:
     def finish(self):
         """Join the lines of all ranks in one file, in the rows' order -> {id: line} of the rows.
 
-        Lines of other rows stay at the end of the file: a run on fewer rows loses nothing.
+        Lines of other rows stay at the end of the file, so a run on fewer rows loses nothing.
         """
         for line in self.machine.gather(self.new):
             enter(self.lines, line)
@@ -184,7 +180,7 @@ class Book:
 
 
 def encode_block(rows, encode_row):
-    """Rows -> what encode_row makes of each; a Skipped for a row that cannot be read."""
+    """Rows -> encode_row(row) of each; a Skipped for a row that cannot be read."""
     encoded = []
     for row in rows:
         try:
@@ -197,8 +193,8 @@ def encode_block(rows, encode_row):
 def walk(book, blocks, encode_row, workers):
     """Yields (rows, encoded) of this rank's share of the blocks, read ahead by worker processes.
 
-    encode_row(row) -> anything but a Skipped. What cannot be read gets its line here and is left
-    out; a block is left out if every row of it that can be read has its line.
+    encode_row(row) -> anything but a Skipped. A row that cannot be read gets its line here and is
+    left out. A block is left out if all its readable rows have their lines.
     """
     mine = book.machine.my_part(blocks)
     ahead = DataLoader(
@@ -223,13 +219,13 @@ def walk(book, blocks, encode_row, workers):
             bar.update(len(block))
 
 
-# ----------------------------------------------------------------------------- how sure a score is
+# -------------------------------------------------------------------------------------- intervals
 
 
 def mean_of(values, groups=None):
-    """The mean of values; with a label for each, the mean of the groups' means (macro). 0 of none.
+    """The mean of values, or with a label for each, the mean of the groups' means (macro).
 
-    values, groups: lists of the same length.
+    values, groups: lists of the same length. Without a value it is 0.
     """
     if not len(values):
         return 0.0
@@ -239,7 +235,7 @@ def mean_of(values, groups=None):
 
 
 def wilson(right, n, z=1.96):
-    """95 % interval of a share of n: Wilson's (low, high). n = 0: (0, 1). Source: Wilson 1927."""
+    """Wilson's 95 % interval (low, high) of a share of n; (0, 1) if n = 0. Source: Wilson 1927."""
     if n == 0:
         return 0.0, 1.0
     p, zz = right / n, z * z / n
@@ -251,9 +247,9 @@ def bootstrap(values, clips=None, groups=None, seed=0, draws=1000):
     """95 % interval of `mean_of(values, groups)`: [low, high]. Source: Efron 1979, percentiles.
 
     clips: the clip that each value is about. A clip is drawn with all its values, because questions
-    about one clip are not independent. Clips are drawn once for all groups, which may share them; a
-    group without a value in a draw has no part in it. None = each value has a clip of its own.
-    Raises ValueError for no value, or lists of different lengths.
+    about one clip are not independent. Clips are drawn once for all groups, because groups may
+    share them; a draw leaves out a group that has no value in it. None = each value has a clip of
+    its own. Raises ValueError if there is no value, or the lists differ in length.
     """
     values = np.asarray(values, float)
     clips = np.arange(len(values)) if clips is None else np.asarray(clips)
@@ -281,8 +277,9 @@ def bootstrap(values, clips=None, groups=None, seed=0, draws=1000):
 def share_interval(values, clips, groups=None, seed=0):
     """95 % interval of `mean_of` right (1) and wrong (0) answers: [low, high]. Source: ours.
 
-    The bootstrap; Wilson's with the number of clips where that fails: all answers are equal, so
-    that every draw is the same, or there are fewer than 30 clips (and one group).
+    It is the bootstrap where that works. It does not if all answers are equal, because then all
+    draws are equal, and it is too narrow for fewer than 30 clips (of one group). There it is
+    Wilson's, with the number of clips as n.
     """
     n = len(set(clips))
     if len(set(values)) < 2 or (n < 30 and groups is None):
@@ -294,7 +291,7 @@ def paired_bootstrap(a, b, clips=None, seed=0, draws=1000, groups=None):
     """Two runs on the same questions -> (mean of b - a, its 95 % interval [low, high]).
 
     a, b: a value for each question, in the same order; clips and groups as in `bootstrap`. A clip
-    is drawn with all its questions, and for both runs at once. Raises ValueError as it does.
+    is drawn with all its questions, and for both runs at once. Raises ValueError as `bootstrap`.
     """
     gains = np.asarray(b, float) - np.asarray(a, float)
     interval = bootstrap(gains, clips, groups, seed, draws)

@@ -3,17 +3,21 @@
 import dataclasses
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import curate
 import data
+import la_dapo
 import sft
+from common import clips
 from common import run as runs
 from common.formats import ASK_LETTER, Blank, Clip, Frame, RecordError, Row, Skipped, read_record
 from data import Samples
-from tests.conftest import WORDS, shown
+from tests.conftest import TINY_DATA, WORDS, shown
 from toy import tiny
 
 NAMES = "im_start im_end vision_start vision_end image_pad video_pad latent_start latent latent_end"
@@ -134,6 +138,36 @@ def test_video_prompt(count, n, fps, numbers, stamps, film, words, data_config):
     assert grid.tolist() == [len(stamps), 4, 6]
     frames = torch.from_numpy(patches).reshape(-1, 24, 3, 2, 256)
     assert shown(frames.float().movedim(3, 1).flatten(0, 1)) == numbers
+
+
+def test_a_clip_and_moments_after_it(film, words, data_config):
+    """Breaks if a question about seconds 0 to 1 shows what comes later, if its future frames are
+    not those of their seconds, or curation or the report show others.
+    """
+    gpt = {"from": "gpt", "value": "THOUGHT 1: moves right <image> THOUGHT 2: hits red <image>"}
+    talk = [{"from": "human", "value": "which wall ?"}, gpt]
+    record = dict(video=film(), observed=[0, 1], future=[1.5, 3], conversations=talk, answer="red")
+    row = read_record(record, "f:0")  # 12 frames a second: numbers 0 to 12, then 18 and 36
+    config = dataclasses.replace(data_config, num_frames=4, l_max=1)
+    sample = data.encode(row, words, config)
+    pads = f"<|vision_start|> {'<|video_pad|> ' * 4}<|vision_end|> "
+    prompt = f"<|im_start|> user <0.2 seconds> {pads}<0.8 seconds> {pads}which wall ? <|im_end|>"
+    span = "<|latent_start|> <|latent|> <|latent_end|> "
+    reply = f"<reason> moves right </reason> {span}<reason> hits red </reason> {span}<answer> red"
+    text = " ".join(words.convert_ids_to_tokens(sample["ids"]))
+    assert prompt in text and reply in text
+
+    ((patches, _),) = sample["videos"]
+    frames = torch.from_numpy(patches).reshape(-1, 16, 3, 2, 256)
+    assert shown(frames.float().movedim(3, 1).flatten(0, 1)) == [0, 4, 8, 12]
+    assert [shown(p[None])[0] for p, _ in sample["futures"]] == [18, 36]
+    shown_to_v = data.encode(curate.with_future(row), words, config, train=False)
+    assert [shown(p[None])[0] for p, _ in shown_to_v["images"]] == [18, 36]
+    assert len(shown_to_v["videos"]) == 1
+    strip = clips.film(row)
+    assert [label for label, _, _ in strip[-3:]] == ["1.0 s", "1.5 s", "3.0 s"]
+    assert [role for _, role, _ in strip] == ["seen"] * 8 + ["future"] * 2
+    assert shown(picture for _, _, picture in strip[-3:]) == [12, 18, 36]
 
 
 SHOWN = "\nA) red\nB) blue"
@@ -280,3 +314,50 @@ def test_a_run_ends_on_too_many_bad_records(tmp_path):
     with pytest.raises(SystemExit, match="1 of 2 records"):
         sft.train(config)
     assert len(runs.rows_of(dataclasses.replace(config, max_bad=0.5))) == 1
+
+
+# what a run says when its data hides something, or nothing imagines
+
+
+def options(*texts, **more):
+    talk = [{"from": "human", "value": "which wall ?"}, {"from": "gpt", "value": "it falls"}]
+    record = dict(video="v.mp4", conversations=talk, options=list(texts), answer=texts[0])
+    return read_record(record | more, "f:0")
+
+
+@pytest.mark.parametrize(
+    "rule, said", [("auto", ", 2 rows with"), ("always", ""), ("never", ", 3 rows with")]
+)
+def test_options_that_are_not_shown_are_counted(rule, said, model):
+    """Breaks if nothing says that a model is not shown the options that it is scored by."""
+    mcq = read_record(dict(question="Who?", options=["a", "b"], answer="A", video="v"), "f:1")
+    rows = [options("red", "blue"), options("left", "right"), mcq, Row("f", "", ["q"], [], "a")]
+    machine = SimpleNamespace(world=1, device=torch.device("cpu"))
+    for script in (sft, la_dapo):
+        config = script.Config(show_options=rule)
+        text = script.describe(config, rows, model, 3, machine)
+        assert said in text and ("not shown" in text) == bool(said)
+
+
+def test_a_training_in_which_nothing_imagines_says_so(world, model, tmp_path, capsys):
+    """Breaks if SFT on rows without spans, or RL whose rollouts open none, pass for latent
+    training, or a new latent head is saved that LoRA has frozen.
+    """
+    machine = SimpleNamespace(world=1, device=torch.device("cpu"))
+    for response, spans, text in (
+        (["it falls"], True, "1 rows, 0 with spans"),
+        (["it falls"], False, "1 rows, 0 with spans"),
+        ([Frame("v", 1)], True, "1 rows, 1 with spans"),
+    ):
+        rows = [Row("f", "", ["q"], response, "a")]
+        said = sft.describe(sft.Config(spans=spans), rows, model, 3, machine)
+        assert text in said
+        assert ("nothing teaches it to imagine" in said) == (spans and "0 with" in text)
+
+    with pytest.raises(ValueError, match="latent_head: not with lora_rank"):
+        sft.Config(latent_head="linear", lora_rank=4)
+
+    small = dict(steps=1, groups=1, group_size=2, filter=False, workers=0, max_latents=2)
+    about = dict(model=world["model"], data=world["data"], out=str(tmp_path / "rl"))
+    la_dapo.train(la_dapo.Config(**about, **small, **TINY_DATA, max_new_tokens=1))
+    assert "step 0: no rollout opened a span: nothing is imagined" in capsys.readouterr().out

@@ -118,7 +118,7 @@ def test_the_records_of_data_md_are_read():
     another format than the one it stands for; or the tables say otherwise about it.
     """
     records, table = records_of_data_md()
-    assert len(records) == len(table) == len(formats.FORMATS) + 1
+    assert len(records) == len(table) == len(formats.FORMATS) + 2
     by_format = {}
     for i, record in enumerate(records):
         row = formats.read_record(record, f"data.md:{i}", "/m")

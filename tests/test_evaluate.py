@@ -71,7 +71,7 @@ def test_a_killed_run_resumes_to_the_same_result(world, tmp_path, monkeypatch):
 @pytest.mark.slow  # processes of their own
 def test_two_processes_score_like_one(world, tmp_path):
     """Breaks if a sample is left out or done twice when ranks share the work, if they draw other
-    noise or write its scale at the same time, or if the command line differs.
+    noise or measure another scale, or if the command line differs.
     """
     whole = evaluate.evaluate(config(world, tmp_path / "one", latents="noise"))
     flags = []
@@ -122,16 +122,6 @@ def test_what_a_question_is_about():
 # --------------------------------------------------------------------------------------- ablations
 
 
-class OneRank:
-    """A rank of several. others: what the other ranks bring to `gather`."""
-
-    def __init__(self, master, others=()):
-        self.master, self.others = master, list(others)
-
-    def gather(self, items):
-        return items + self.others
-
-
 def test_each_latents_feeds_what_it_says(world, tmp_path):
     """Breaks if an ablation feeds something else than it says, or what depends on other rows."""
     model, _ = load(world["model"])
@@ -142,8 +132,7 @@ def test_each_latents_feeds_what_it_says(world, tmp_path):
     def fed(kind, some=rows):
         """What spans 0, 1, 2 of each row are fed at their first place: (rows, 3, D)."""
         c = config(world, tmp_path / kind, latents=kind)
-        os.makedirs(c.out, exist_ok=True)
-        feed, lost = evaluate.make_feed(c, model, rows, OneRank(True))(some)
+        feed, lost = evaluate.make_feed(c, model, rows)(some)
         assert not lost
         row = torch.arange(len(some)).repeat_interleave(3)
         span = torch.arange(3).repeat(len(some))
@@ -170,7 +159,7 @@ def test_each_latents_feeds_what_it_says(world, tmp_path):
     assert len(noise.flatten(0, 1).unique(dim=0)) == 3 * len(rows)
     assert torch.equal(fed("noise", rows[1:2])[0], noise[1])
     for kind in ("generated", "none"):
-        feed_for = evaluate.make_feed(config(world, tmp_path, latents=kind), model, rows, None)
+        feed_for = evaluate.make_feed(config(world, tmp_path, latents=kind), model, rows)
         assert feed_for(rows) == (evaluate.own_latent, {})
 
 
@@ -183,21 +172,6 @@ def test_shuffled_takes_a_row_of_the_same_group():
     donor_of = {id: donor.id for id, donor in evaluate.donors(rows).items()}
     expected = dict(a1="b1", a2="b2", b1="c1", b2="c2", b3="c1", c1="a1", c2="a2")
     assert donor_of == expected
-
-
-def test_one_rank_measures_the_noise(world, tmp_path, monkeypatch):
-    """Breaks if several ranks write noise.json at the same time, or have another scale; or if it is
-    measured again.
-    """
-    rows, scale = read_rows(world["test"]), [[2, 4], [1, 2]]
-    e = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
-    monkeypatch.setattr(evaluate, "true_vectors", lambda *a: [e])
-    first, other = OneRank(True), OneRank(False, [scale])
-    assert evaluate.measure_noise(tmp_path, None, rows, None, first).tolist() == scale
-    monkeypatch.setattr(evaluate, "true_vectors", None)
-    assert evaluate.measure_noise(tmp_path, None, rows, None, first).tolist() == scale
-    assert evaluate.measure_noise(tmp_path / "x", None, rows, None, other).tolist() == scale
-    assert os.listdir(tmp_path) == ["noise.json"]
 
 
 def test_vectors_are_addressed_by_span_and_place():

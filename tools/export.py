@@ -17,8 +17,10 @@ import torch
 from jinja2 import Template
 
 from common.cli import run_script
-from common.folder import add_scores, complete, newest, one_line_if_missing, trained_with
+from common.folder import complete, newest, one_line_if_missing, trained_with
 from model import load
+
+SHOWN = ("n", "accuracy", "strict", "official", "chain", "answer", "average")  # scores on the card
 
 
 @dataclass
@@ -28,19 +30,23 @@ class Config:
     name: str = ""  # the model's name on its card; "" = the name of `out`
     base: str = ""  # the hub id of the base model, if the folder does not know it
     licence: str = ""  # such as apache-2.0, for the card
-    evals: str = ""  # folders of evaluations whose scores are added, separated by commas
+    evals: str = ""  # folders of evaluations whose scores the card shows, separated by commas
 
 
-def card(about, config, variant=None):
-    """The text of README.md. about: the content of future_l1.json. variant: config.json's."""
+def card(about, scores, config, decoded_by=None):
+    """The text of README.md.
+
+    about: the content of future_l1.json. scores: {benchmark: scores}. decoded_by: config.json's,
+    the file that decodes this model if latent_decode.py does not.
+    """
     path = os.path.join(os.path.dirname(__file__), "model_card.md.jinja")
     with open(path, encoding="utf-8") as f:
         template = Template(f.read(), trim_blocks=True, keep_trailing_newline=True)
     name = config.name or os.path.basename(os.path.normpath(config.out))
     base = config.base or about.get("base", "unknown")
-    facts = dict(name=name, base=base, licence=config.licence, variant=variant, figures=figures)
+    facts = dict(name=name, base=base, licence=config.licence, scores=scores, figures=figures)
     system = json.dumps(about.get("system", ""), ensure_ascii=False)
-    return template.render(about=about, system=system, **facts)
+    return template.render(about=about, system=system, decoded_by=decoded_by, **facts)
 
 
 def figures(values):
@@ -61,19 +67,21 @@ def export(config):
         model, tokenizer = load(source, dtype=torch.bfloat16)
     model.save_pretrained(config.out)
     tokenizer.save_pretrained(config.out)
-    complete(config.out, source, {"scores": {}, **trained_with(source)})
+    about = trained_with(source)
+    complete(config.out, source, about)
     painter = os.path.join(source, "painter")
     if os.path.isdir(painter):
         shutil.copytree(painter, os.path.join(config.out, "painter"))
 
-    # the scores of evaluations, then the card, which shows them
+    # the card, with the scores of evaluations
+    scores = {}
     for folder in filter(None, config.evals.split(",")):
         with open(os.path.join(folder, "summary.json"), encoding="utf-8") as f:
             summary = json.load(f)
-        name = summary["benchmark"] or os.path.basename(summary["data"])
-        add_scores(config.out, name, summary["scores"]["all"])
+        name, found = summary["benchmark"] or os.path.basename(summary["data"]), summary["scores"]
+        scores[name] = {k: found["all"][k] for k in SHOWN if k in found["all"]}
     with open(os.path.join(config.out, "README.md"), "w", encoding="utf-8") as f:
-        f.write(card(trained_with(config.out), config, getattr(model.config, "variant", None)))
+        f.write(card(about, scores, config, getattr(model.config, "decoded_by", None)))
     print(f"{config.out}: made from {source}")
 
 

@@ -286,7 +286,8 @@ def convert(model, batches, config):
     for layer, known in zip(layers, moments):
         known.watch.remove()
         layer.self_attn = fit(layer.self_attn, known, **settings)
-    model.config.variant, model.config.m2la, model.__class__ = "m2la", settings, Model
+    model.config.decoded_by = "variants/m2la.py"
+    model.config.m2la, model.__class__ = settings, Model
     return model
 
 

@@ -86,7 +86,7 @@ class Config(sft.Config):
 def add_slots(model, n):
     """Give a FutureL1 e_1 .. e_n, small random vectors. Saved, it is loaded with cls=Model."""
     weight, D = model.lm_head.weight, model.config.text_config.hidden_size
-    model.config.variant, model.config.set_slots = "set_spans", n
+    model.config.decoded_by, model.config.set_slots = "variants/set_spans.py", n
     model.slots = nn.Embedding(n, D, dtype=weight.dtype, device=weight.device)
     nn.init.normal_(model.slots.weight, std=model.config.text_config.initializer_range)
 

@@ -142,7 +142,8 @@ def prepare(model, config):
     """Give a model Eq. (a) unless it has a head, and its spans' length, which its folder keeps."""
     if model.latent_head is None:
         inject(model)
-    model.config.variant, model.config.n_latents = "video_latent", config.n_latents
+    model.config.decoded_by = "variants/video_latent.py"
+    model.config.n_latents = config.n_latents
 
 
 # ----------------------------------------------------------------------------------------- decoding

@@ -73,7 +73,7 @@ def test_precedence(tmp_path, capsys):
     assert "num_frames is 32, the model was trained with 7" in capsys.readouterr().err
 
     saved = tmp_path / "settings.json"
-    saved.write_text(json.dumps(dict(model=model, l_max=2, num_frames=20, written=1.5, limit=4)))
+    saved.write_text(json.dumps(dict(model=model, l_max=2, num_frames=20, weights="12", limit=4)))
     for path in (saved, tmp_path):
         argv = ["--config", str(path), "--benchmark", "futurebench", "--num-frames", "8"]
         config = parse_config(evaluate.Config, argv)

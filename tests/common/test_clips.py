@@ -439,6 +439,32 @@ def test_key_frames_of_a_part(film):
     assert shown([clips.pixels_of([part])[part]]) == [23]
 
 
+def test_key_frames_of_a_clip_of_variable_rate(tmp_path):
+    """Breaks if key frames are counted by numbers, which crowd where a phone took more frames: of
+    12.5 s the last four would lie in the middle.
+    """
+    pictures = clips.read_key_frames(Clip(write_uneven(tmp_path)))
+    wanted = []
+    for position in key_frame_positions(48):
+        time = position / 47 * SECONDS[-1]
+        wanted.append(max(k for k in range(48) if SECONDS[k] <= time + 1e-3))
+    assert shown(pictures.values()) == [k % 40 for k in wanted]
+    assert wanted[:3] == [6, 24, 28] and wanted != key_frame_positions(48)
+
+
+@pytest.mark.parametrize("t, number", [(0.0, 0), (0.49, 5), (0.5, 6), (3.3, 39), (3.33, 39)])
+def test_a_moment_is_the_frame_on_screen(t, number, film):
+    """Breaks if a future frame is another than the one that is shown at its second (12 a second,
+    40 in all), is cut eight times over, or one beyond the clip is its last frame.
+    """
+    path = film()
+    moment = Frame(path, 1, t, t)
+    assert levels(load_frames([moment], (CELL, CELL))) == [number] and len(clips._cache) == 1
+    assert shown([clips.pixels_of([moment])[moment]]) == [number]
+    with pytest.raises(ClipError, match=rf"film.mp4: no frame at {t + 3.4} s, it ends at 3.33 s"):
+        load_frames([Frame(path, 1, t + 3.4, t + 3.4)], (CELL, CELL))
+
+
 @pytest.mark.parametrize("room", [0, 10**9])
 def test_load_frames(room, film, tmp_path, monkeypatch):
     """Breaks if frames come in another order, or the cache mixes frames or budgets."""

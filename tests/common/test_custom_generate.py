@@ -161,20 +161,20 @@ def test_the_lines_of_the_card(exported, tmp_path, monkeypatch, capsys):
 
 
 def test_every_folder_has_the_same_file(tmp_path):
-    """Breaks if the shipped copy falls behind, a saved folder lacks it or its max_latents, or a
-    variant's folder, which decodes otherwise, has it.
+    """Breaks if the shipped copy falls behind, a saved folder lacks it or its max_latents, or the
+    folder of a model that other code decodes has it.
     """
     source = os.path.join(ROOT, "common", "custom_generate.py")
     name = os.path.join("custom_generate", "generate.py")
     assert filecmp.cmp(source, os.path.join(TASTE, "model", name), shallow=False)
-    for variant in (None, "m2la"):
-        folder = tmp_path / str(variant)
+    for other in (None, "variants/m2la.py"):
+        folder = tmp_path / ("other" if other else "ours")
         folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(dict(variant=variant)))
+        (folder / "config.json").write_text(json.dumps(dict(decoded_by=other)))
         complete(str(folder), str(folder), dict(max_latents=6))
         assert json.loads((folder / "config.json").read_text())["max_latents"] == 6
-        assert (folder / name).exists() == (variant is None)
-        assert variant or filecmp.cmp(source, folder / name, shallow=False)
+        assert (folder / name).exists() == (other is None)
+        assert other or filecmp.cmp(source, folder / name, shallow=False)
 
 
 # ------------------------------------------------------------------- the same choices

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sys
 import threading
 import time
@@ -364,13 +363,12 @@ def test_twiffbench_judged_later(answered, tmp_path, server, capsys):
 
     # the failures are named
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["judge_failures"] == 3 and summary["found"] == 6 and summary["total"] == 7
+    assert summary["found"] == 6 and summary["total"] == 7
     judged = {j["id"][-1]: j for j in runs.read_lines(str(tmp_path / "judged.jsonl"))}
     assert len(judged) == 6 and judged["2"]["why"] == "InternalServerError 500"
     assert judged["4"]["why"] == "APITimeoutError"
     out = capsys.readouterr().out
     assert "judge: 1 x APITimeoutError" in out and "3 of 6 responses judged" in out
-    assert re.search(r"ours, 6 of 7 found +4.00 +2.33 +3.17\n", out)
 
 
 def test_a_second_judging_asks_what_failed(answered, tmp_path, server):

@@ -11,7 +11,7 @@ from test_sft import settings
 
 import evaluate
 import sft
-from common.folder import SETTINGS, trained_with
+from common.folder import trained_with
 from common.painter import Painter
 from model import load
 from tests.conftest import TINY_DATA
@@ -60,9 +60,9 @@ def test_round_trip(world, run, tmp_path, capsys):
 
 def test_the_card_of_a_variant():
     """Breaks if the card of a folder with other layers says that transformers runs it."""
-    plain, other = (export.card({}, export.Config(out="x"), v) for v in (None, "m2la"))
-    assert "custom_generate=FOLDER" in plain and "variants/m2la.py" not in plain
-    assert "custom_generate=FOLDER" not in other and "variants/m2la.py" in other
+    plain, other = (export.card({}, {}, export.Config(out="x"), by) for by in (None, "a/b.py"))
+    assert "custom_generate=FOLDER" in plain and "a/b.py" not in plain
+    assert "custom_generate=FOLDER" not in other and "a/b.py" in other
 
 
 def test_what_cannot_be_exported(world, run, tmp_path):
@@ -82,6 +82,4 @@ def test_a_folder_that_knows_nothing(world, tmp_path):
     export.export(export.Config(world["model"], str(tmp_path / "out")))
     card = open(tmp_path / "out" / "README.md").read()
     assert "Trainings: not recorded." in card and "Not stated." in card
-    assert trained_with(str(tmp_path / "out")) == {"scores": {}} and SETTINGS in os.listdir(
-        tmp_path / "out"
-    )
+    assert trained_with(str(tmp_path / "out")) == {}
