@@ -128,24 +128,26 @@ class Special(str):
     """A string that is one token of the tokenizer, not text."""
 
 
-def encode(row, tokenizer, config, train=True, spans=True):
+def encode(row, tokenizer, config, train=True, spans=True, futures=False):
     """Row -> dict of ids, labels and patches, ready for `collate`.
 
-    train: with the response and its labels, else the prompt alone. spans: False drops the latent
-    spans and leaves every other token (text-only SFT). Labels: all response tokens but
+    train: with the response and its labels, else the prompt alone; then futures: True decodes the
+    future frames all the same, for a reward that reads them. spans: False drops the latent spans
+    and leaves every other token (text-only SFT). Labels: all response tokens but
     `<|latent|>`, incl. `<|im_end|>`. Raises ClipError for media, RecordError for a sample over
     max_length. Source: chat layout above, sec. 3.2.
     """
     pieces, images, videos = _prompt(row, config)
-    ids, futures = tokenize(pieces, tokenizer), []
+    ids, loaded = tokenize(pieces, tokenizer), []
     labels = [-100] * len(ids)
-    if train:
-        response = [part for part in row.response if spans or isinstance(part, str)]
+    response = [part for part in row.response if spans or isinstance(part, str)]
+    if train or futures:
         frames = [part for part in response if isinstance(part, Frame)]
-        futures = load_frames(frames, config.budgets.future)
+        loaded = load_frames(frames, config.budgets.future)
+    if train:
         latent = tokenizer.convert_tokens_to_ids(LATENT)
         # deviation 4: block by block, so that no token reaches from one into the next
-        for block in _blocks(response, row.answer, futures):
+        for block in _blocks(response, row.answer, loaded):
             new = tokenize(block, tokenizer)
             ids += new
             labels += [-100 if token == latent else token for token in new]
@@ -153,7 +155,7 @@ def encode(row, tokenizer, config, train=True, spans=True):
         raise RecordError(
             f"{row.where}: {len(ids)} tokens, more than max_length = {config.max_length}"
         )
-    return dict(ids=ids, labels=labels, images=images, videos=videos, futures=futures, row=row)
+    return dict(ids=ids, labels=labels, images=images, videos=videos, futures=loaded, row=row)
 
 
 def shown_prompt(row, show_options):
@@ -255,18 +257,21 @@ def _ids(text, tokenizer):
 
 
 class Samples(Dataset):
-    """Rows encoded on demand, in the loader's workers. A broken one becomes a Skipped."""
+    """Rows encoded on demand, in the loader's workers. A broken one becomes a Skipped.
 
-    def __init__(self, rows, tokenizer, config, train=True, spans=True):
+    encoding: `encode`'s train, spans and futures.
+    """
+
+    def __init__(self, rows, tokenizer, config, **encoding):
         self.rows, self.tokenizer, self.config = rows, tokenizer, config
-        self.train, self.spans = train, spans
+        self.encoding = encoding
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, i):
         try:
-            return encode(self.rows[i], self.tokenizer, self.config, self.train, self.spans)
+            return encode(self.rows[i], self.tokenizer, self.config, **self.encoding)
         except (ClipError, RecordError) as e:
             # deviation 2: named in the log, and left out
             return Skipped(self.rows[i].where, str(e))

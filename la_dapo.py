@@ -84,7 +84,7 @@ from common.report import draw_curves
 from common.run import Run, aside, held_out_rows, in_order, read_ahead, rows_of, trim_log
 from data import DataConfig, Samples, at_least, collate, model_inputs, to_device, unshown_options
 from latent_decode import Rollout, ask, join, replay, take
-from rewards import Weights, accuracy_reward, ask_judge, score_group, span_lengths
+from rewards import accuracy_reward, ask_judge, check_weights, score_group, span_lengths
 
 
 @dataclasses.dataclass
@@ -334,7 +334,6 @@ def score_groups(groups, judge, config):
     responses = [text for group in groups for text in group.texts]
     rows = [group.sample["row"] for group in groups for _ in group.texts]
     verdicts = ask_judge(judge, responses, rows)
-    weights = Weights(config.lambda_c, config.lambda_d, config.tau)
     for j, group in enumerate(groups):
         row = group.sample["row"]
         group.parts = score_group(
@@ -344,7 +343,7 @@ def score_groups(groups, judge, config):
             row.answer,
             row.options,
             verdicts[j * config.group_size : (j + 1) * config.group_size],
-            weights,
+            weights=config,
         )
         correct, unjudged = group.parts["correct"], group.parts["unjudged"]
         group.verdict = keep_group(correct, unjudged, config.low, config.high)
@@ -502,6 +501,7 @@ def train(config, policy_loss=policy_loss):
     Raises SystemExit on a folder in use or bad input.
     """
     # the run's folder, the policy, what it is compared with, the prompts in their order
+    check_weights(config, OWN)
     machine = Machine(config.bf16, config.shard)
     rows, held_out = usable(rows_of(config), config), usable(held_out_rows(config), config)
     steps, judge = count_steps(rows, config), judge_of(config)
@@ -719,6 +719,11 @@ def rollout_figures(groups, kept, worth, machine):
 # in every line, also of a step without a rollout; a new part of the reward joins by itself
 REWARDS = ("total", "accuracy", "format", "contrastive", "diversity", "repetition")
 COUNTS = ("rollouts", "unjudged", "unjudged_groups", "surplus", "groups")
+# the other names in a line, which a reward cannot have
+OWN = {*COUNTS, "step", "lr", "prompts", "skipped", "skipped_names", "judge_failures"}
+OWN |= {"loss", "ratio", "clip_fraction", "kl", "entropy", "replay_rms", "grad_norm"}
+OWN |= {"updates", "updates_skipped", "length", "spans", "latents", "forced_stops", "cut_off"}
+OWN |= {"kept", "too_easy", "too_hard", "seconds_rollout", "seconds_reward", "seconds_update"}
 
 
 def update_figures(figures, norms, machine):

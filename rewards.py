@@ -179,9 +179,16 @@ def needs_judge(response, gold, options=None):
     )
 
 
+# the rewards that Eq. (7) adds to those of the answer and the format -> the flags of their weights
+WEIGHTS = {"contrastive": "lambda_c", "diversity": "lambda_d"}
+
+
 @dataclass(frozen=True)
 class Weights:
-    """The weights of Eq. (7), and the temperature of Eq. (5). Source: paper Table 9."""
+    """The weights of Eq. (7), and the temperature of Eq. (5). Source: paper Table 9.
+
+    la_dapo.Config has fields of the same names, and takes its place.
+    """
 
     lambda_c: float = 0.2  # of R_ctr
     # deviation 4: a weight above 0 is all that turns R_div on
@@ -214,12 +221,37 @@ def score_group(
     known = [None if u else z for u, z in zip(unjudged, latents)]
     ctr = contrastive_reward(known, correct, weights.tau).tolist()
     div = [diversity_reward(z, lengths) for z, lengths in zip(latents, span_lengths)]
+    rewards = dict(contrastive=ctr, diversity=div)
     total = [None] * G
     for i in judged:
-        of_words = 0.9 * accuracy[i] + 0.1 * fmt[i]
-        total[i] = of_words + weights.lambda_c * ctr[i] + weights.lambda_d * div[i]
+        total[i] = 0.9 * accuracy[i] + 0.1 * fmt[i]
+        for name, flag in WEIGHTS.items():
+            total[i] += getattr(weights, flag) * rewards[name][i]
     parts = dict(accuracy=accuracy, correct=correct, format=fmt, repetition=repetition)
-    return dict(parts, contrastive=ctr, diversity=div, total=total, unjudged=unjudged)
+    return dict(parts, **rewards, total=total, unjudged=unjudged)
+
+
+# what `score_group` gives besides the rewards of WEIGHTS
+OF_WORDS = {"accuracy", "correct", "format", "repetition", "total", "unjudged"}
+
+
+def check_weights(config, taken):
+    """Raises ValueError unless rewards, WEIGHTS and the config's lambda_* flags belong together.
+
+    taken: names that a reward may not have, because something else is logged under them. A weight
+    that nothing reads, for example, would be accepted and do nothing.
+    """
+    flags = {name for name in vars(config) if name.startswith("lambda_")}
+    for flag in sorted(flags - {*WEIGHTS.values()}):
+        raise ValueError(f"{flag} weighs no reward: rewards.WEIGHTS has no entry for it")
+    for name, flag in WEIGHTS.items():
+        if flag not in flags:
+            raise ValueError(f"rewards.WEIGHTS: {name!r} has the weight {flag}, which is no flag")
+        if name in taken | OF_WORDS:
+            raise ValueError(f"rewards.WEIGHTS: {name!r} is the name of another figure of the log")
+    given = {*score_group(["", ""], [None, None], [[], []], "an answer", weights=config)}
+    for name in sorted((given - OF_WORDS) ^ {*WEIGHTS}):
+        raise ValueError(f"rewards.WEIGHTS and score_group differ: only one of them has {name!r}")
 
 
 def span_lengths(tokens, latent_start, latent):
