@@ -759,25 +759,6 @@ def test_open_answers_are_counted(world, loud, tmp_path, capsys):
     assert "5 open answers judged by exact match alone" in capsys.readouterr().out
 
 
-def test_a_new_reward_reaches_the_log_by_itself(world, loud, tmp_path, monkeypatch):
-    """Breaks if a reward that `score_group` gains needs an edit in the loop to be logged, or a
-    verdict is logged as one.
-    """
-    inner = la_dapo.score_group
-
-    def with_novelty(*args):
-        return dict(inner(*args), novelty=[0.0, 0.5, 1.0])
-
-    monkeypatch.setattr(la_dapo, "score_group", with_novelty)
-    la_dapo.train(settings(world, loud, tmp_path / "a", steps=1))
-    (line,) = log_of(tmp_path / "a")
-    assert line["novelty"] == pytest.approx(0.5)
-    assert line["novelty_std"] == pytest.approx(math.sqrt(1 / 6))
-    assert "correct_std" not in line and "unjudged_std" not in line
-    rollouts = open(tmp_path / "a" / "rollouts_0.jsonl").read().splitlines()
-    assert [json.loads(rollout)["novelty"] for rollout in rollouts] == [0.0] * 4
-
-
 def test_no_group_kept(world, loud, tmp_path):
     """Breaks if a step without a usable group (all answers wrong) stops the run, tries for ever,
     or moves a weight.
