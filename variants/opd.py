@@ -30,7 +30,7 @@ Where this differs from the paper:
     on the toy that does harm (docs/variants.md).
  2. A span's forced stop has no A, and does not count in |y|.
 Where this differs from the official code:
- 3. The weight is 1/|y|, as the paper writes it; official has `--average token`.
+ 3. The weight is 1/|y|, as the paper writes it; official weighs all tokens of a step alike.
  4. The teacher's prompt is the student's with the hint's tokens put in, not a column of the data.
  5. With several updates a step, A_n compares with the decoder's record throughout; official takes
     the current student's log-probabilities at each update.
@@ -81,10 +81,7 @@ class Config(DataConfig):
     top_p: float = 1.0  # on words; log-probabilities are of the full softmax  # ours
     max_new_tokens: int = 4096  # paper Table 3
     max_latents: int = 8  # longest span; a trained folder brings its own  # Future-L1's
-    share: bool = False  # decode once what a group has in common, as in la_dapo.py  # ours
-    cuda_graph: bool = False  # replay a captured decoding step; not with share  # ours
     # objective
-    average: str = "trajectory"  # weights: trajectory, 1/|y| (paper) | token, all alike (official)
     eps: float = 0.2  # official
     lam: float = 0.0  # weight of the distance to the teacher's latents  # ours
     gate: bool = False  # weigh a rollout by what the cue tells of it  # StreamOPD
@@ -105,7 +102,8 @@ class Config(DataConfig):
     gradient_checkpointing: bool = False  # recompute activations: less memory, slower  # ours
     save_every: int = 10  # steps between checkpoints; the last two are kept  # ours
     track: str = ""  # also log to wandb | trackio, a package that is installed  # ours
-    lora_rank = 0  # no flag: all weights are trained
+    # no flags: all weights are trained, and a prompt's few rollouts share nothing
+    lora_rank, share, cuda_graph = 0, False, False
 
     def __post_init__(self):
         super().__post_init__()
@@ -115,10 +113,6 @@ class Config(DataConfig):
         at_least(self, -1, "adjoint_terms")
         if self.privilege not in ("cue", "answer", "none"):
             raise ValueError(f"privilege is {self.privilege!r}, expected cue, answer or none")
-        if self.average not in ("trajectory", "token"):
-            raise ValueError(f"average is {self.average!r}, expected trajectory or token")
-        if self.share and self.cuda_graph:
-            raise ValueError("share or cuda_graph: a captured step has one size")
         if self.temperature <= 0 or (self.gate and self.group_size < 2):
             raise ValueError("expected a temperature above 0; and with gate, group_size 2 or more")
 
@@ -155,14 +149,12 @@ def advantages(logp_teacher, logp):
     return (logp_teacher - logp).detach().clamp(-10, 10)
 
 
-def token_weights(sampled, average, n_rollouts, n_tokens):
+def token_weights(sampled, n_rollouts):
     """What each chosen token, sampled (R, T) bool, counts in L (R, T). Source: Eq. (7).
 
-    n_rollouts, n_tokens: of the step, over all ranks; its weights add up to 1.
+    n_rollouts: of the step, over all ranks; its weights add up to 1.
     """
     # deviation 2: a forced stop is not among `sampled`
-    if average == "token":
-        return sampled / n_tokens
     # deviation 3: 1/|y|
     return sampled / sampled.sum(1, keepdim=True).clamp(min=1) / n_rollouts
 
@@ -289,17 +281,13 @@ def train(config):
         for _ in range(config.inner_epochs):
             for i, batch in enumerate(batches):
                 set_sync(student, last=i == len(batches) - 1)
-                sampled = batch.rollout.sampled
-                weight = token_weights(sampled, config.average, counts.rollouts, counts.tokens)
+                weight = token_weights(batch.rollout.sampled, counts.rollouts)
                 if i < len(views):
                     told, w = views[i]
-                    arguments = batch, told, w * weight, z_size
-                else:
-                    with torch.no_grad():
-                        told = la_dapo.replayed(teacher, batch, config)
-                    arguments = batch, told, weight, z_size
+                else:  # it weighs nothing
+                    told, w = la_dapo.replayed(teacher, batch, config), 1.0
                 with machine.autocast():
-                    loss, logged = student(opd_loss, *arguments, config)
+                    loss, logged = student(opd_loss, batch, told, w * weight, z_size, config)
                 (loss * machine.world).backward()  # DDP averages the ranks' gradients
                 figures.update({name: float(value) for name, value in logged.items()})
             norms.append(torch.nn.utils.clip_grad_norm_(trained, config.clip).item())

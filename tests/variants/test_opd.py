@@ -75,7 +75,7 @@ def loss_of(pair, batch, config):
     """-> L of one batch that is the whole step, the figures."""
     sampled = batch.rollout.sampled
     told, w = opd.ask_teacher(pair.teacher, pair.tokenizer, batch, config)
-    weight = w * token_weights(sampled, config.average, len(sampled), int(sampled.sum()))
+    weight = w * token_weights(sampled, len(sampled))
     size = told.predicted.square().sum().item()
     return opd.opd_loss(pair.model, batch, told, weight, size, config)
 
@@ -115,7 +115,7 @@ def test_two_decisions_by_enumeration():
     chosen, teacher = logp[state, y], logq[state, y]  # (9, 2)
     each, _ = clipped_surrogate(chosen, chosen.detach(), advantages(teacher, chosen), 0.2, 0.2)
     p_y = chosen.sum(1, keepdim=True).exp().detach()
-    weight = token_weights(torch.ones(9, 2, dtype=torch.bool), "trajectory", 9, 18)
+    weight = token_weights(torch.ones(9, 2, dtype=torch.bool), 9)
     (gradient,) = torch.autograd.grad((9 * p_y * weight * each).sum(), theta, retain_graph=True)
 
     kl = (logp.exp() * (logp - logq)).sum(-1)  # (4,) of each state
@@ -136,17 +136,15 @@ def test_weights_by_hand():
     """Breaks if a forced token or padding counts, or a long response counts more than a short."""
     sampled = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 0]]).bool()
     expected = torch.tensor([[1, 1, 0, 1], [3, 0, 0, 0]]) / 6
-    torch.testing.assert_close(token_weights(sampled, "trajectory", 2, 4), expected)
-    torch.testing.assert_close(token_weights(sampled, "token", 2, 4), sampled / 4)
+    torch.testing.assert_close(token_weights(sampled, 2), expected)
 
 
 def test_gate_by_hand():
     """Breaks if the deviation is the unbiased one, groups mix, or w leaves 0 to 2."""
     g = torch.tensor([[1.0, 3.0], [5.0, 5.0]])  # mean 2, deviation 1; a group without a difference
     torch.testing.assert_close(gate(g), torch.tensor([[0.5, 1.5], [1, 1]]), atol=1e-4, rtol=0)
-    w = gate(torch.tensor([[0.0] * 15 + [1.0]]))  # deviation .242: g~ = 3.87 and -.258
-    torch.testing.assert_close(w[0, [0, 15]], torch.tensor([0.871, 2.0]), atol=1e-3, rtol=0)
-    assert gate(-torch.tensor([[0.0] * 15 + [1.0]]))[0, 15] == 0
+    far = torch.tensor([[0.0] * 15 + [1.0]])  # deviation .242: g~ = 3.87
+    assert gate(far)[0, 15] == 2 and gate(-far)[0, 15] == 0
 
 
 # ---------------------------------------------------------------------------- what the teacher sees
@@ -166,18 +164,6 @@ def test_a_hint_is_put_into_the_prompt(world, loud):
             words = f"{c.marker} {text} <|im_end|>" if text else "? <|im_end|>"
             assert words in tokenizer.decode(asked)
             assert "red blue" not in tokenizer.decode(plain["ids"])
-
-
-def test_a_control_token_in_a_hint_stays_text(world, loud):
-    """Breaks if a cue can end the user's turn."""
-    _, tokenizer = load(loud)
-    config = settings(world, loud, "unused")
-    row = dataclasses.replace(rows_with_cues(world)[0], cue="red <|im_end|> <|latent|>")
-    plain = encode(row, tokenizer, config, train=False)
-    ids = opd.hinted(plain, tokenizer, config)["ids"]
-    for token in ("<|im_end|>", "<|latent|>"):
-        token = tokenizer.convert_tokens_to_ids(token)
-        assert ids.count(token) == plain["ids"].count(token)
 
 
 def test_a_record_carries_its_cue():
@@ -230,10 +216,9 @@ def test_a_teacher_that_is_the_student_teaches_nothing(world, loud):
     assert abs(figures["gap"]) > 0.01 and gradient.abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("average", ["trajectory", "token"])
-def test_the_loss_by_hand(world, loud, average):
+def test_the_loss_by_hand(world, loud):
     """Breaks if L is not - sum weight A log p in its gradient, with A held constant."""
-    config = settings(world, loud, "unused", average=average)
+    config = settings(world, loud, "unused")
     pair, batch = rolled_out(world, loud, config)
     loss, figures = loss_of(pair, batch, config)
     (gradient,) = torch.autograd.grad(loss, pair.model.lm_head.weight)
@@ -241,8 +226,7 @@ def test_the_loss_by_hand(world, loud, average):
     told, _ = opd.ask_teacher(pair.teacher, pair.tokenizer, batch, config)
     logp = token_logprobs(pair.model, batch.prompts, batch.rollout, 0.9, batch.prompt_of)
     sampled, A = batch.rollout.sampled, (told.logprobs - logp).detach().clamp(-10, 10)
-    share = sampled / (sampled.sum(1, keepdim=True) if average == "trajectory" else 1)
-    share = share / (len(sampled) if average == "trajectory" else sampled.sum())
+    share = sampled / sampled.sum(1, keepdim=True) / len(sampled)
     (expected,) = torch.autograd.grad(-(share * A * logp).sum(), pair.model.lm_head.weight)
     torch.testing.assert_close(gradient, expected, atol=1e-7, rtol=1e-4)
     assert figures["gap"].item() == pytest.approx((share * A).sum().item(), rel=1e-5)
@@ -358,11 +342,6 @@ def test_what_is_refused(world, loud, tmp_path):
     other = dataclasses.replace(config, privilege="answer", teacher=str(tmp_path / "other"))
     with pytest.raises(SystemExit, match="the student's hidden size and its tokenizer"):
         opd.train(other)
-    for bad in (
-        dict(privilege="hint"),
-        dict(average="mean"),
-        dict(temperature=0.0),
-        dict(gate=True),
-    ):
+    for bad in (dict(privilege="hint"), dict(temperature=0.0), dict(gate=True)):
         with pytest.raises(ValueError, match="expected"):
             Config(**bad)
