@@ -14,7 +14,8 @@ hidden state is fed back as the next input embedding.
     z_{k+1} = h_{p+k}          paper sec. 3.1, arXiv 2606.05769
 
 A span ends when the model chooses `<|latent_end|>`, and at `max_latents` at the latest. Outside a
-span, `<|latent|>`, `<|latent_end|>` and the placeholders of images and videos are never chosen.
+span, `<|latent|>`, `<|latent_end|>`, the placeholders of images and videos and `suppress_tokens`
+are never chosen.
 
 Axis letters: B prompts, R rows = B * num_return_sequences, P prompt tokens, D hidden, V vocabulary.
 """
@@ -128,9 +129,9 @@ def choose(logits, in_span, full, config, settings):
     it may be and stops. The probability of a stop is that of `<|latent_end|>` among all words,
     whatever top-k and top-p leave out.
     """
-    never = [config.latent_id, config.latent_end_id, config.image_token_id, config.video_token_id]
     logits = settings.heat(None, logits)
-    words = logits.index_fill(-1, torch.tensor(never, device=logits.device), -torch.inf)
+    never = torch.tensor(settings.never, device=logits.device)
+    words = logits.index_fill(-1, never, -torch.inf)
     if settings.do_sample:
         word = settings.cut(None, words).softmax(-1).multinomial(1)[:, 0]
         p_stop = logits.softmax(-1)[:, config.latent_end_id]
@@ -150,13 +151,15 @@ def read_settings(model, generation_config, asked, prompt_length):
     configs = [config.to_diff_dict() for config in configs]
     asked = {name: value for name, value in asked.items() if value is not None}
     asked = {**configs[0], **configs[-1], **asked}
-    take = asked.pop
+    take, c = asked.pop, model.config
     s = SimpleNamespace(do_sample=take("do_sample", False), n=take("num_return_sequences", 1))
     room = take("max_length", prompt_length + 2048) - prompt_length
     s.max_new_tokens = take("max_new_tokens", room)
     if s.max_new_tokens < 1 or s.n < 1:
         raise ValueError(f"bad arguments: max_new_tokens={s.max_new_tokens}, {s.n} sequences")
-    s.max_latents = take("max_latents", getattr(model.config, "max_latents", 8))
+    s.max_latents = take("max_latents", getattr(c, "max_latents", 8))
+    s.never = [c.latent_id, c.latent_end_id, c.image_token_id, c.video_token_id]
+    s.never += take("suppress_tokens", [])
     s.return_dict = take("return_dict_in_generate", False)
     s.eos = torch.tensor(take("eos_token_id", []), dtype=torch.long, device=model.device).flatten()
     s.pad = take("pad_token_id", s.eos[0] if len(s.eos) else 0)

@@ -2,8 +2,9 @@
 
 future_l1.json              what the model was trained with; every script takes its defaults here
 custom_generate/            common/custom_generate.py: with it transformers' `generate` imagines
-preprocessor_config.json    and the other files of the processors, copied from the base model's
-                            folder, because AutoProcessor, vLLM and lmms-eval need them
+preprocessor_config.json    and video_preprocessor_config.json, with which AutoProcessor, vLLM and
+                            lmms-eval show the model what this project would show it
+chat_template.jinja         or .json: the base model's, else this project's own
 painter/                    turns latents into pixels, if common/painter.py has taught one
 trainer/                    optimizer and random state, in a run's checkpoint
 """
@@ -22,13 +23,7 @@ SETTINGS = "future_l1.json"
 # how the model is asked: it should be asked as it was trained
 SHARED = ("system", "num_frames", "image_max_tokens", "video_max_tokens", "l_max", "max_latents")
 SHARED += ("show_options",)
-PROCESSORS = (
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-)
+TEMPLATES = ("chat_template.json", "chat_template.jinja")
 TOKEN_PIXELS = 32 * 32  # what one visual token covers
 # the chat layout of data.py as a Jinja template
 CHAT = """{% for message in messages %}<|im_start|>{{ message.role }}
@@ -164,13 +159,17 @@ def describe_training(config, start, resumed, **facts):
 
 
 def own_processors(settings):
-    """{file: text} of Qwen3-VL's processors, with the pixel budgets in `settings`, and CHAT."""
+    """{file: text} of Qwen3-VL's processors with frames and pixel budgets of `settings`, and CHAT.
+
+    A released model's own files would ask otherwise: two frames a second and larger pictures.
+    """
     shared = dict(patch_size=16, temporal_patch_size=2, merge_size=2)
     shared.update(image_mean=[0.5] * 3, image_std=[0.5] * 3, processor_class="Qwen3VLProcessor")
     images = dict(shared, image_processor_type="Qwen2VLImageProcessor")
     images["size"] = pixels(settings.get("image_max_tokens", 256))
     videos = dict(shared, video_processor_type="Qwen3VLVideoProcessor")
     videos["size"] = pixels(2 * settings.get("video_max_tokens", 4096))  # a token covers two frames
+    videos.update(num_frames=settings.get("num_frames", 16), fps=None, cap_pixels_per_frame=False)
     return {
         "chat_template.jinja": CHAT,
         "preprocessor_config.json": json.dumps(images, indent=1),
@@ -186,20 +185,18 @@ def pixels(tokens):
 def complete(folder, start, settings):
     """Add to the folder of a saved model what others need to use it.
 
-    `settings` become its future_l1.json, and max_latents also goes into config.json, where
-    custom_generate reads it. start: the folder or hub id that the model was made from. The files of
-    its processors are copied. Those it lacks are written so that they do the same as this project's
-    data.py. A file that the tokenizer has written stays. A model whose config names the code that
-    decodes it (`decoded_by`) gets no custom_generate.
+    `settings` become its future_l1.json. The processors take frames and pixel budgets from them.
+    max_latents also goes into config.json, where custom_generate reads it. start: the folder or hub
+    id that the model was made from. Its chat template is copied, unless the tokenizer has written
+    one. A model whose config names the code that decodes it (`decoded_by`) gets no custom_generate.
     """
-    for name in PROCESSORS:
+    texts = own_processors(settings)
+    for name in TEMPLATES:
         source = file_of(start, name)
         if source and not os.path.exists(os.path.join(folder, name)):
             shutil.copyfile(source, os.path.join(folder, name))
-    own = own_processors(settings)
-    if {"chat_template.json", "chat_template.jinja"} & set(os.listdir(folder)):
-        del own["chat_template.jinja"]
-    texts = {name: own[name] for name in own if not os.path.exists(os.path.join(folder, name))}
+    if set(TEMPLATES) & set(os.listdir(folder)):
+        del texts["chat_template.jinja"]
 
     config = read_json(os.path.join(folder, "config.json"))
     if not config.get("decoded_by"):

@@ -1,6 +1,7 @@
 """A folder that imagines in transformers' own terms: the same words and latents as here."""
 
 import filecmp
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,22 +11,38 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_latent_decode import ROWS, shuffle
-from test_model import WIDE, log_softmax, make_batch, stock_of
-from transformers import AutoModelForImageTextToText, GenerationConfig, Qwen3VLProcessor
+from test_model import WIDE, log_softmax, make_batch, save, stock_of
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    Qwen3VLProcessor,
+)
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import (
+    Qwen3VLVideoProcessor,
+    smart_resize,
+)
+from transformers.video_utils import VideoMetadata
 
 import latent_decode
-from common.clips import pixels_of
+from common.clips import pixels_of, read_clip
 from common.custom_generate import Imagined, choose, generate
 from common.folder import complete
-from common.formats import Frame
-from data import collate, encode, model_inputs
+from common.formats import Clip, Frame, Row
+from data import DataConfig, collate, encode, model_inputs
 from model import load
 from sample import TASTE, Config, shipped
+from tests.conftest import frames
 from tools import export
 from toy import tiny
+from toy.world import write_mp4
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+GREY = 2 / 255  # a grey level of a normalised pixel
 EOS = "<|im_end|> red blue green"  # several, so that rows finish at many different lengths
 
 
@@ -108,7 +125,27 @@ def test_far_from_this_repository(exported, tmp_path):
     assert number > 12
 
 
-class WithoutVideos(Qwen3VLProcessor):
+# ------------------------------------------------------------- the same question by processors
+
+
+class PlainVideos(Qwen3VLVideoProcessor):
+    """Qwen3-VL's video processor, with torch where it calls torchvision."""
+
+    def convert_to_rgb(self, video):
+        return video
+
+    def resize(self, videos, size, resample, factor, temporal_factor, **more):
+        assert not more["cap_pixels_per_frame"]
+        (_, T, _, height, width), bounds = videos.shape, (size.shortest_edge, size.longest_edge)
+        size = smart_resize(T, height, width, temporal_factor, factor, *bounds)
+        resized = F.interpolate(videos[0].float(), size, mode="bicubic", antialias=True)
+        return resized.round().clamp(0, 255)[None]
+
+    def rescale_and_normalize(self, videos, _, factor, do_normalize, mean, std):
+        return (videos * factor - mean[0]) / std[0]
+
+
+class Plain(Qwen3VLProcessor):
     """Qwen3-VL's processor where torchvision, which its video processor needs, is missing."""
 
     def check_argument_for_proper_class(self, name, argument):
@@ -116,11 +153,52 @@ class WithoutVideos(Qwen3VLProcessor):
 
     @classmethod
     def from_pretrained(cls, folder):
-        from transformers import AutoImageProcessor, AutoTokenizer
-
         tokenizer = AutoTokenizer.from_pretrained(folder)
+        with open(os.path.join(folder, "video_preprocessor_config.json")) as f:
+            videos = PlainVideos(**json.load(f))
         images = AutoImageProcessor.from_pretrained(folder)
-        return cls(images, tokenizer, None, chat_template=tokenizer.chat_template)
+        return cls(images, tokenizer, videos, chat_template=tokenizer.chat_template)
+
+
+NEEDS_TORCHVISION = pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is None, reason="AutoProcessor needs torchvision"
+)
+
+
+@pytest.mark.parametrize("cls", [Plain, pytest.param(AutoProcessor, marks=NEEDS_TORCHVISION)])
+@pytest.mark.parametrize("n, height, width", [(16, 64, 96), (5, 332, 214), (3, 720, 1280)])
+def test_a_clip_asks_the_same_question(tokenizer, model, tmp_path, cls, n, height, width):
+    """Breaks if the saved settings choose other frames, times, sizes or pixels than our scripts, or
+    the chat template another layout. The difference of two tokens is the one that the card states.
+    """
+    config = DataConfig(num_frames=n, video_max_tokens=50, system="watch the ball")
+    save(model, tokenizer, tmp_path)
+    complete(str(tmp_path), str(tmp_path), vars(config))
+    path = str(tmp_path / "clip.mp4")
+    write_mp4(path, frames(41, height, width), 10)
+    row = Row("1", "1", [Clip(path), "which wall does it hit ?"], [], "")
+    sample = encode(row, tokenizer, config, train=False)
+    ours = model_inputs(collate([sample], 0, side="left"))
+
+    whole, _, fps = read_clip(path, range)
+    processor = cls.from_pretrained(str(tmp_path))
+    content = [dict(type="video"), dict(type="text", text=row.prompt[1])]
+    messages = [dict(role="system", content=config.system), dict(role="user", content=content)]
+    theirs = processor(
+        text=[processor.apply_chat_template(messages, add_generation_prompt=True)],
+        videos=[whole],
+        video_metadata=[VideoMetadata(len(whole), fps=fps, duration=len(whole) / fps)],
+        return_tensors="pt",
+    )
+    ids = theirs["input_ids"][0].tolist()  # with markers around the whole clip
+    ids.remove(tokenizer.convert_tokens_to_ids("<|vision_start|>"))
+    last = len(ids) - 1 - ids[::-1].index(tokenizer.convert_tokens_to_ids("<|vision_end|>"))
+    assert ids[:last] + ids[last + 1 :] == ours["input_ids"][0].tolist()
+    assert theirs["video_grid_thw"].tolist() == ours["video_grid_thw"].tolist()
+    atol = 1.01 * GREY  # the rounding of two ways to resize
+    torch.testing.assert_close(
+        theirs["pixel_values_videos"], ours["pixel_values_videos"], atol=atol, rtol=0
+    )
 
 
 def test_the_lines_of_the_card(exported, tmp_path, monkeypatch, capsys):
@@ -144,7 +222,7 @@ def test_the_lines_of_the_card(exported, tmp_path, monkeypatch, capsys):
     lines = lines.replace("What happens next?", text.strip())
     assert "trust_remote_code=True" in lines and config.system in lines
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(transformers, "AutoProcessor", WithoutVideos)
+    monkeypatch.setattr(transformers, "AutoProcessor", Plain)
     names = {}
     exec(lines, names)
     printed = capsys.readouterr().out
@@ -155,7 +233,9 @@ def test_the_lines_of_the_card(exported, tmp_path, monkeypatch, capsys):
     theirs = names["inputs"]
     assert theirs["input_ids"].tolist() == ours["input_ids"].tolist()
     assert theirs["image_grid_thw"].tolist() == ours["image_grid_thw"].tolist()
-    torch.testing.assert_close(theirs["pixel_values"], ours["pixel_values"], atol=0.02, rtol=0)
+    torch.testing.assert_close(
+        theirs["pixel_values"], ours["pixel_values"], atol=1.01 * GREY, rtol=0
+    )
     _, _, [said] = latent_decode.ask(model, tokenizer, [sample], max_new_tokens=48, max_latents=2)
     assert said in printed
 
@@ -206,17 +286,11 @@ def test_greedy_equals_generate(model, tokenizer, head, tmp_path):
     assert len(lengths) > 4 and len(torch.cat(rollout.latents)) > 10
 
 
-def settings(**more):
-    """Greedy settings of `choose`."""
-    same = lambda _, scores: scores  # noqa: E731
-    return SimpleNamespace(**{**dict(do_sample=False, heat=same, cut=same), **more})
-
-
 def test_greedy_choices_of_both():
     """Breaks if `choose` decides otherwise than `latent_decode.choose` among words, in a span, or
     at the longest span.
     """
-    config = SimpleNamespace(latent_id=3, latent_end_id=4, image_token_id=5, video_token_id=6)
+    config = SimpleNamespace(latent_id=3, latent_end_id=4)
     R, V = 4000, 9
     g = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(R, V, generator=g)
@@ -225,7 +299,9 @@ def test_greedy_choices_of_both():
     banned[3:7] = -torch.inf
     rule = latent_decode.Rule(2, 3, 4, banned, max_latents=3)
     expected = latent_decode.choose(logits, in_span, count, torch.zeros(R), rule)[0]
-    found = choose(logits, in_span, count >= 3, config, settings())
+    same = lambda _, scores: scores  # noqa: E731
+    greedy = SimpleNamespace(do_sample=False, heat=same, cut=same, never=[3, 4, 5, 6])
+    found = choose(logits, in_span, count >= 3, config, greedy)
     assert torch.equal(found, expected) and len(found.unique()) == V - 2
 
 
@@ -386,6 +462,18 @@ def test_the_config_of_a_released_model(model, tokenizer):
     assert torch.equal(sampled, generate(**batch, **how))
     sampled = generate(**batch, **how, generation_config=GenerationConfig(**released))
     assert not torch.equal(sampled, generate(**batch, **how))
+
+
+def test_suppressed_words(model, tokenizer):
+    """Breaks if a word that the caller suppresses is chosen, or not the next best instead."""
+    stock, batch = stock_of(model), make_batch(tokenizer, [["watch the ball"]])
+    with torch.no_grad():
+        best = stock(**batch).logits[0, -1].argsort(descending=True).tolist()
+    how = dict(model=stock, max_new_tokens=1)
+    best = [word for word in best if word not in latent_decode.never_words(stock.config)]
+    for first in (0, 1, 3):
+        found = generate(**batch, **how, suppress_tokens=best[:first])
+        assert found[0, -1].item() == best[first]
 
 
 def test_another_model_is_refused(model, tokenizer):
