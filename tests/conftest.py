@@ -1,13 +1,14 @@
 """What the tests share: a tiny random model with a real tokenizer, and real mp4 clips."""
 
+import json
 import os
+import subprocess
 import sys
 
 # two cores: a thread each for two workers (who started them has read this file, too), else two
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from data import DataConfig
 from toy import tiny
 from toy import world as paddle
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # what the data flags of the toy's models are
 TINY_DATA = {
     name: tiny.settings("sft")[name]
@@ -53,20 +55,11 @@ def data_config():
 def frames(count, height, width, seed=0):
     """uint8 (T, H, W, 3): a gradient that moves, each frame recognisable by its brightness."""
     y, x = np.mgrid[:height, :width]
-    rng = np.random.default_rng(seed)
-    tint = rng.integers(0, 60, 3)
-    return np.stack(
-        [
-            np.clip(
-                np.stack([x * 90 / width, y * 90 / height, (x + y) * 45 / (width + height)], -1)
-                + 100 * k / max(1, count - 1)
-                + tint,
-                0,
-                255,
-            )
-            for k in range(count)
-        ]
-    ).astype(np.uint8)
+    tint = np.random.default_rng(seed).integers(0, 60, 3)
+    gradient = [x * 90 / width, y * 90 / height, (x + y) * 45 / (width + height)]
+    brighter = 100 * np.arange(count) / max(1, count - 1)  # (T,)
+    pictures = np.stack(gradient, -1) + brighter[:, None, None, None] + tint  # (T, H, W, 3)
+    return np.clip(pictures, 0, 255).astype(np.uint8)
 
 
 @pytest.fixture
@@ -101,15 +94,47 @@ def world(tmp_path_factory):
     )
 
 
+def changed_rows(world, name, change, n=None):
+    """A copy of the world's first n records, each after change(i, record) -> its path."""
+    with open(world["data"]) as f:
+        rows = [json.loads(line) for line in f][:n]
+    for i, row in enumerate(rows):
+        change(i, row)
+    path = os.path.join(os.path.dirname(world["data"]), name)
+    with open(path, "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
+
+
+def flags(config, **more):
+    """A config, some fields changed, as the command line has it."""
+    argv = []
+    for name, value in {**vars(config), **more}.items():
+        is_bool = isinstance(value, bool)
+        argv.append(f"--{'' if value else 'no-'}{name}" if is_bool else f"--{name}={value}")
+    return argv
+
+
+def launch(config, processes=1):
+    """Run a config's script by its command line, in processes of its own -> what it said."""
+    script = os.path.join(ROOT, *type(config).__module__.split(".")) + ".py"
+    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(ranks if processes > 1 else []), script, *flags(config)]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    how = dict(env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240)
+    run = subprocess.run(command, **how)
+    assert run.returncode == 0, run.stdout[-3000:]
+    return run.stdout
+
+
 def flat(numbers, height=64, width=64):
     """Grey frames that tell their number (mod 40), 42 levels apart. `shown` reads it back."""
     return np.stack([np.full((height, width, 3), 8 + 6 * (7 * k % 40), np.uint8) for k in numbers])
 
 
 def shown(pictures):
-    return [
-        round((float(np.asarray(p).mean()) - 8) / 6) * 23 % 40 for p in pictures
-    ]  # 7 * 23 = 1 (mod 40)
+    levels = [round((float(np.asarray(p).mean()) - 8) / 6) for p in pictures]
+    return [level * 23 % 40 for level in levels]  # 7 * 23 = 1 (mod 40)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import torch
+from PIL import Image
 
 import evaluate
 import latent_decode
@@ -17,16 +18,9 @@ SPAN = f"{LATENT_START} {LATENT} {LATENT} {LATENT_END}"
 
 
 def line(group, gold, strict, official, **more):
-    picked = "ABCD".find(strict) if strict else None
-    return dict(
-        group=group,
-        right=gold == strict,
-        picked=picked,
-        gold=gold,
-        strict=strict,
-        official=official,
-        **{**dict(spans=1, latents=2, tokens=10), **more},
-    )
+    found = dict(group=group, gold=gold, strict=strict, official=official)
+    found.update(right=gold == strict, picked="ABCD".find(strict) if strict else None)
+    return dict(found, **{"spans": 1, "latents": 2, "tokens": 10, **more})
 
 
 FB = {
@@ -48,10 +42,8 @@ def play(monkeypatch, tokenizer, script, seen=None):
             texts.append(script[next(w for w in words if w in script)])
             if seen is not None:
                 seen.append(words)
-        tokens = [
-            torch.tensor(tokenizer(t + "<|im_end|>", add_special_tokens=False).input_ids)
-            for t in texts
-        ]
+        ids = [tokenizer(f"{t}<|im_end|>", add_special_tokens=False).input_ids for t in texts]
+        tokens = [torch.tensor(row) for row in ids]
         lengths = torch.tensor([len(t) for t in tokens])
         padded = torch.nn.utils.rnn.pad_sequence(tokens, True, tokenizer.pad_token_id)
         latents = [torch.ones(int((t == model.config.latent_id).sum()), 96) for t in tokens]
@@ -61,50 +53,23 @@ def play(monkeypatch, tokenizer, script, seen=None):
 
 
 def settings(folder, out, **more):
-    return evaluate.Config(
-        **{
-            **dict(
-                model=str(folder / "model"),
-                out=str(out),
-                workers=0,
-                batch=2,
-                image_max_tokens=4,
-                video_max_tokens=64,
-                max_length=4000,
-                system="system",
-                max_new_tokens=40,
-            ),
-            **more,
-        }
-    )
+    own = dict(model=str(folder / "model"), out=str(out), workers=0, batch=2, system="system")
+    own.update(image_max_tokens=4, video_max_tokens=64, max_length=4000, max_new_tokens=40)
+    return evaluate.Config(**{**own, **more})
 
 
 def futurebench(folder):
     """Seven questions: hop1 right, hop1 wrong, hop2 right only officially, hop3 unparsed, hop5
     right, two bad clips.
     """
-    kinds = [
-        ("hop1", "0.mp4"),
-        ("hop1", "1.mp4"),
-        ("hop2", "2.mp4"),
-        ("hop3", "0.mp4"),
-        ("hop5", "1.mp4"),
-        ("hop5", "gone.mp4"),
-        ("hop2", "broken.mp4"),
-    ]
-    records = [
-        dict(
-            id=f"x{i % 6}",
-            question_type=kind,
-            video_path=f"any/video_dataset/{clip}",
-            qa=dict(
-                Question=f"what next ? q{i}",
-                Options=dict(A="one", B="two", C="it", D="is"),
-                Answer="B",
-            ),
-        )
-        for i, (kind, clip) in enumerate(kinds)
-    ]
+    kinds = "hop1", "hop1", "hop2", "hop3", "hop5", "hop5", "hop2"
+    clips = "0.mp4", "1.mp4", "2.mp4", "0.mp4", "1.mp4", "gone.mp4", "broken.mp4"
+    records = []
+    for i, (kind, clip) in enumerate(zip(kinds, clips)):
+        asked = dict(Question=f"what next ? q{i}", Answer="B")
+        asked["Options"] = dict(A="one", B="two", C="it", D="is")
+        path = f"any/video_dataset/{clip}"
+        records.append(dict(id=f"x{i % 6}", question_type=kind, video_path=path, qa=asked))
     (folder / CLIPS).mkdir(exist_ok=True)
     for clip in ("0.mp4", "1.mp4", "2.mp4", "broken.mp4"):
         shutil.copy(folder / clip, folder / CLIPS / clip)
@@ -113,8 +78,6 @@ def futurebench(folder):
 
 
 def png(seed):
-    from PIL import Image
-
     out = io.BytesIO()
     Image.fromarray(frames(1, 40, 64, seed)[0]).save(out, "PNG")
     return out.getvalue()

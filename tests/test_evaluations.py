@@ -5,11 +5,9 @@ import os
 
 import numpy as np
 import pytest
-import torch
 from scripted import FB, futurebench, line, play, settings
 
 import evaluate
-import latent_decode
 from common.formats import Clip, Row
 from common.report import as_text, score_rows
 from common.results import bootstrap, wilson
@@ -115,15 +113,3 @@ def test_futurebench_to_the_letter(scripted, tmp_path, monkeypatch, capsys):
     assert summary["latents"] == "generated"
     assert "5 of 7 samples found" in capsys.readouterr().out
     assert "api_key" not in json.dumps(summary) and os.path.exists(tmp_path / "report.html")
-
-
-def test_banned_tokens(model, tokenizer):
-    """Breaks if --latents none can still open a span: the greedy word is banned and must not come
-    back.
-    """
-    batch = dict(input_ids=torch.tensor([tokenizer("watch the ball").input_ids]))
-    first = latent_decode.generate(model, batch, max_new_tokens=12, eos_token_id=[])
-    inside = (model.config.latent_id, model.config.latent_end_id)
-    word = next(token for token in first.tokens[0].tolist() if token not in inside)
-    second = latent_decode.generate(model, batch, max_new_tokens=12, eos_token_id=[], banned=[word])
-    assert word in first.tokens and word not in second.tokens

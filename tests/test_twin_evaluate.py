@@ -7,6 +7,7 @@ import twin
 from twin_world import CHAIN, in_double, read_lines, records_with_futures, save_model, speak
 
 import evaluate
+import latent_decode
 
 SETTINGS = dict(
     workers=0, system="watch", image_max_tokens=2, l_max=4, batch=3, seed=2, max_new_tokens=17,
@@ -41,7 +42,8 @@ def world(tmp_path_factory):
 def both(world, out, latents):
     """Both evaluations -> the lines of samples.jsonl, the accuracy, the twin's lines."""
     config = evaluate.Config(**world, **SETTINGS, out=str(out), latents=latents)
-    with in_double():
+    with in_double(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latent_decode, "CHUNK", 4)  # a row that is done leaves soon
         table = evaluate.evaluate(config)
         expected = twin.evaluate(config)
     lines = {line["id"]: line for line in read_lines(out / "samples.jsonl")}

@@ -1,10 +1,13 @@
 """sft.py against its plain twin: from the same settings and data to the same weights."""
 
 import pytest
-from twin import sft as twin_sft
+import twin
 from twin_world import disagreement, in_double, picture, read_lines, save_model, write_records
 
 import sft
+from common.formats import read_rows
+from data import collate, encode, model_inputs
+from model import load
 
 # every number differs from 0, from 1 and from the others, so that none can be lost or exchanged
 SETTINGS = dict(
@@ -46,7 +49,7 @@ def train_both(world, out, **more):
     """Both trainings -> log lines, the twin's, and `disagreement`."""
     config = sft.Config(**{**world, **SETTINGS, **more, "out": str(out)})
     checkpoint = sft.train(config)
-    weights, figures = twin_sft(config)
+    weights, figures = twin.sft(config)
     ratio = disagreement(world["model"], checkpoint, weights)
     print(f"sft.py and its twin, {more}: {ratio:.1e}")
     return read_lines(out / "log.jsonl"), figures, ratio
@@ -85,3 +88,33 @@ def test_same_weights_in_single_precision(world, tmp_path):
     """
     _, _, ratio = train_both(world, tmp_path, steps=3, seed=2)
     assert ratio < 1e-3
+
+
+def test_the_loss_of_a_batch(world):
+    """Eq. (1)-(3) as `sft_loss` gives them. Breaks if a sum, a count or a mean of a padded batch is
+    not that of its rows, if Eq. (3) compares with what was fed, or trains its target.
+    """
+    config = sft.Config(**world, **SETTINGS)
+    mine, tokenizer = load(world["model"])
+    stock, _ = twin.load(world["model"])
+    samples = [encode(row, tokenizer, config) for row in read_rows(world["data"])[2:6]]
+    sums = [sum(some) for some in zip(*(twin.sft_sums(stock, s, 2.5, True) for s in samples))]
+    n_latent = sum(s["ids"].count(mine.config.latent_id) for s in samples)
+    n_text = sum(label != -100 for s in samples for label in s["labels"]) + n_latent
+
+    batch = collate(samples, 0)
+    e = mine.encode_frames(batch["future_pixel_values"], batch["future_grid_thw"])
+    inputs = dict(model_inputs(batch), labels=batch["labels"], latent_var=2.5, stop_term=True)
+    out = sft.sft_loss(mine, latents=e, lam=0.3, **inputs)
+    assert (out["n_text"], out["n_latent"]) == (n_text, n_latent)
+    means = dict(ce=sums[0] / n_text, latent=sums[1] / n_latent)
+    expected = dict(means, ce_sum=sums[0], latent_sum=sums[1])
+    expected["loss"] = means["ce"] + 0.3 * means["latent"]
+    for name, value in expected.items():
+        assert out[name].item() == pytest.approx(value.item(), rel=1e-5), name
+
+    targets = e.flip(0).requires_grad_()
+    other = sft.sft_loss(mine, latents=e, targets=targets, **inputs)
+    assert other["ce"] == out["ce"] and other["latent"] != out["latent"]
+    other["loss"].backward()
+    assert targets.grad is None

@@ -222,6 +222,7 @@ class Rollout:
     chosen: list  # T bools: False where the longest span forced a stop
     logp: list  # T log-probabilities of what was chosen; 0 where forced
     latents: torch.Tensor  # (N, D)
+    ended: bool = False  # by the end of turn, not by max_new_tokens
 
     def spans(self, c):
         """The latents of each span, (n, D) each, also of empty ones. c: the model's config."""
@@ -235,47 +236,61 @@ class Rollout:
 
 
 @torch.no_grad()
-def roll_out(model, sample, numbers, config):
-    """Sample a response to one prompt. Sec. 3.1.
+def respond(model, sample, config, numbers=None, fed=None, never=()):
+    """A response to one prompt -> Rollout. Sec. 3.1.
 
     numbers: one uniform number in [0, 1) for each token; it decides which word, or whether a span
-    stops. config: temperature, top_p, max_new_tokens, max_latents.
+    stops. None: greedily, the likeliest word each time; then a span ends where its end is the
+    likeliest of all words.
+    fed: what spans are fed in place of the model's own states, see `fed_instead`.
+    never: more words that cannot be said.
+    config: max_new_tokens, max_latents; where numbers are given, temperature and top_p.
     """
     c, out = model.config, Rollout([], [], [], torch.zeros(0, model.lm_head.in_features))
-    span = None  # latents of the open span; None = among words
-    while len(out.tokens) < config.max_new_tokens:
+    banned = [c.latent_id, c.latent_end_id, c.image_token_id, c.video_token_id, *never]
+    temperature = 1.0 if numbers is None else config.temperature
+    number, span = -1, None  # of the newest span; latents of the open span, None = among words
+    while len(out.tokens) < config.max_new_tokens and not out.ended:
         h = states(model, sample, sample["ids"] + out.tokens, out.latents)[-1]  # (D,)
-        logp = (model.lm_head(h) / config.temperature).log_softmax(-1)  # (V,)
-        u, chosen = float(numbers[len(out.tokens)]), True
+        logp = (model.lm_head(h) / temperature).log_softmax(-1)  # (V,)
+        u, chosen = None if numbers is None else float(numbers[len(out.tokens)]), True
         if span is None:
-            token = draw_word(logp, u, config.top_p, c)
+            token = choose_word(logp, u, config, banned)
             value = logp[token]
-            span = 0 if token == c.latent_start_id else None
+            out.ended = token == model.generation_config.eos_token_id
+            if token == c.latent_start_id:
+                number, span = number + 1, 0
         else:
             chosen = span < config.max_latents
             p_stop = logp[c.latent_end_id].exp()
-            if not chosen or p_stop > u:
+            stops = int(logp.argmax()) == c.latent_end_id if u is None else p_stop > u
+            if stops or not chosen:
                 token, value, span = c.latent_end_id, p_stop.log(), None
             else:  # z_1 = h_p, z_{k+1} = h_{p+k}
+                z = model.latent_head(h)
+                if fed is not None:
+                    frame = fed[min(number, len(fed) - 1)]
+                    z = frame[min(span, len(frame) - 1)]
                 token, value, span = c.latent_id, torch.log1p(-p_stop), span + 1
-                out.latents = torch.cat([out.latents, model.latent_head(h)[None]])
+                out.latents = torch.cat([out.latents, z[None]])
         out.tokens.append(token)
         out.chosen.append(chosen)
         out.logp.append(value.item() if chosen else 0.0)
-        if span is None and token == model.generation_config.eos_token_id:
-            break
     return out
 
 
-def draw_word(logp, u, top_p, c):
-    """Log-probabilities (V,) -> a word: u in [0, 1) picks a place in the summed probabilities of
-    the nucleus, in the vocabulary's order. Top-p; the order is ours.
+def choose_word(logp, u, config, banned):
+    """Log-probabilities (V,) -> a word that is not banned: the likeliest (u is None), or the one
+    at place u in [0, 1) of the summed probabilities of the nucleus, in the vocabulary's order.
+    Top-p; the order is ours.
     """
     p = logp.double().exp()
-    p[[c.latent_id, c.latent_end_id, c.image_token_id, c.video_token_id]] = 0  # never a word
+    p[banned] = 0
+    if u is None:
+        return int(p.argmax())
     nucleus, mass = set(), 0.0
     for word in p.argsort(descending=True).tolist():
-        if mass >= top_p * p.sum():
+        if mass >= config.top_p * p.sum():
             break
         nucleus.add(word)
         mass += p[word].item()
@@ -358,23 +373,12 @@ def is_right(text, row):
 
 
 def repetition(text):
-    """The largest of three shares: repeated word 4-grams, repeated blocks, repeated lines."""
-    text = re.sub(r"</?(reason|answer)>|<\|[a-z_]+\|>", " ", text)
-    words, shares = text.split(), [0.0]
+    """The share of repeated word 4-grams. Repeated blocks and lines also count, but need a hundred
+    words or line breaks: tests/test_rewards.py has them.
+    """
+    words = re.sub(r"</?(reason|answer)>|<\|[a-z_]+\|>", " ", text).split()
     grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
-    if grams:
-        shares.append(1 - len(set(grams)) / len(grams))
-    for size in (50, 25):
-        inside = set()
-        for i in range(len(words)):
-            block, following = words[i : i + size], words[i + size : i + 2 * size]
-            if len(words) >= 100 and len(following) == size and block == following:
-                inside.update(range(i, i + 2 * size))
-        shares.append(len(inside) / max(1, len(words)))
-    lines = [line.strip() for line in text.split("\n") if len(line.strip()) > 10]
-    if len(lines) >= 3:
-        shares.append(1 - len(set(lines)) / len(lines))
-    return max(shares)
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 SYMBOLS = {
@@ -445,37 +449,30 @@ class Group:
 def score(sample, rollouts, texts, judge, config, c):
     """Eq. (7) for the rollouts of one prompt -> Group.
 
-    judge(question, gold, answer) -> True, False or None, asked where the rule says no and another
-    word could matter; None = there is no judge.
+    judge([(question, gold, answer)]) -> [True, False or None], asked where the rule says no and
+    another word could matter; None = there is no judge.
     """
-    row, correct, parts = sample["row"], [], {}
-    parts["repetition"] = [repetition(text) for text in texts]
-    for text, repeats in zip(texts, parts["repetition"]):
+    row, correct, accuracy = sample["row"], [], []
+    repeats = [repetition(text) for text in texts]
+    for text, share in zip(texts, repeats):
         answer, right = answer_of(text), is_right(text, row)
         another_option = row.options and option_of(answer, row.options) is not None
-        if judge and answer and not right and repeats <= 0.5 and not another_option:
-            right = judge(row.question, row.answer, answer)
-        correct.append(None if right is None else right and repeats <= 0.5)
+        if judge and answer and not right and share <= 0.5 and not another_option:
+            (right,) = judge([(row.question, row.answer, answer)])
+        correct.append(None if right is None else right and share <= 0.5)
+        accuracy.append(None if right is None else -1.0 if share > 0.5 else float(right))
 
-    def accuracy(right, repeats):
-        return None if right is None else -1.0 if repeats > 0.5 else float(right)
-
-    parts["accuracy"] = list(map(accuracy, correct, parts["repetition"]))
-    parts["format"] = [float(has_format(text)) for text in texts]
-    known = [None if right is None else r.latents for right, r in zip(correct, rollouts)]
     G = range(len(rollouts))
-    parts["contrastive"] = [contrastive(i, known, correct, config.tau) for i in G]
-    parts["diversity"] = [diversity(r.spans(c)) for r in rollouts]
-    parts["total"] = [
-        None
-        if correct[i] is None
-        else 0.9 * parts["accuracy"][i]
-        + 0.1 * parts["format"][i]
-        + config.lambda_c * parts["contrastive"][i]
-        + config.lambda_d * parts["diversity"][i]
-        for i in G
+    form = [float(has_format(text)) for text in texts]
+    known = [None if correct[i] is None else rollouts[i].latents for i in G]
+    ctr = [contrastive(i, known, correct, config.tau) for i in G]
+    div = [diversity(rollout.spans(c)) for rollout in rollouts]
+    total = [
+        None if a is None else 0.9 * a + 0.1 * f + config.lambda_c * s + config.lambda_d * d
+        for a, f, s, d in zip(accuracy, form, ctr, div)
     ]
-    return Group(sample, rollouts, correct, parts)
+    parts = dict(accuracy=accuracy, format=form, repetition=repeats, contrastive=ctr, diversity=div)
+    return Group(sample, rollouts, correct, dict(parts, total=total))
 
 
 def verdict_on(group, config):
@@ -515,24 +512,25 @@ def la_dapo(config, numbers, judge=None):
     reference, _ = load(config.model)
     optimizer = adamw(model, config.lr, (0.9, config.beta2), 0.0)
     steps = config.steps or max(1, int(len(rows) * config.epochs) // config.groups)
-    begin, figures, more = 0, [], []  # begin: the batch of prompts that comes next
+    a_try = math.ceil((config.prompts or config.groups) / config.rollout_batch)
+    a_try *= config.rollout_batch  # prompts
+    begin, figures, more = 0, [], []  # begin: the place of the prompt that comes next
     for step in range(steps):
         groups, kept, end = [], [], begin
 
         # roll out until enough groups are kept, in the order of the prompts
         for _ in range(config.max_tries):
-            batches = math.ceil((config.prompts or config.groups) / config.rollout_batch)
-            for k in range(end, end + batches):
+            for place in range(end, end + a_try):
+                epoch, i = divmod(place, len(rows))
+                row = rows[permutation(len(rows), config.seed, epoch)[i]]
+                sample = encode(row, tokenizer, config, False)
+                k, j = divmod(place, config.rollout_batch)
                 u = numbers[config.seed * 1_000_003 + k]  # (rows, T)
-                for j in range(config.rollout_batch):
-                    epoch, place = divmod(k * config.rollout_batch + j, len(rows))
-                    row = rows[permutation(len(rows), config.seed, epoch)[place]]
-                    sample = encode(row, tokenizer, config, False)
-                    own = u[j * config.group_size : (j + 1) * config.group_size]  # (G, T)
-                    rollouts = [roll_out(model, sample, x, config) for x in own]
-                    texts = [tokenizer.decode(r.tokens) for r in rollouts]
-                    groups.append(score(sample, rollouts, texts, judge, config, model.config))
-            end += batches
+                own = u[j * config.group_size : (j + 1) * config.group_size]  # (G, T)
+                rollouts = [respond(model, sample, config, x) for x in own]
+                texts = [tokenizer.decode(r.tokens) for r in rollouts]
+                groups.append(score(sample, rollouts, texts, judge, config, model.config))
+            end += a_try
             dropped = ("unjudged_groups", "too_hard", "too_easy")
             dropped = dropped if config.filter else dropped[:1]
             worth = [group for group in groups if verdict_on(group, config) not in dropped]
@@ -552,7 +550,7 @@ def la_dapo(config, numbers, judge=None):
 
         line = dict(figures_of(groups, config, model.config), lr=lr, surplus=len(worth) - len(kept))
         line.update(summary(sums, len(norms)), groups=len(kept), grad_norm=norms[-1])
-        line.update(prompts=[begin * config.rollout_batch, end * config.rollout_batch])
+        line.update(prompts=[begin, end])
         figures.append(line)
         more.append(dict(kept=kept, norms=norms, **{k: sums[k] for k in ("high", "low", "dual")}))
         begin = end
@@ -659,11 +657,13 @@ def figures_of(groups, config, c):
     out.update(rollouts=n, unjudged=sum(g.correct.count(None) for g in groups))
     for name in groups[0].parts:
         values = [v for group in groups for v in group.parts[name] if v is not None]
-        out[name] = sum(values) / len(values)
+        out[name] = mean = sum(values) / len(values)
+        out[f"{name}_std"] = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
     spans = [span for r in rollouts for span in r.spans(c)]
     out["length"] = sum(len(r.tokens) for r in rollouts) / n
     out["spans"], out["latents"] = len(spans) / n, sum(map(len, spans)) / n
     out["forced_stops"] = sum(r.chosen.count(False) for r in rollouts) / max(1, len(spans))
+    out["cut_off"] = sum(not r.ended for r in rollouts) / n
     return dict(out)
 
 
@@ -715,7 +715,7 @@ def probe(config, numbers):
                 asked = with_future(row) if name == "v" else row
                 sample = encode(asked, tokenizer, config, False)
                 own = [next(u) for _ in range(config.rollouts)]  # n of (T,)
-                rollouts = [roll_out(model, sample, x, config) for x in own]
+                rollouts = [respond(model, sample, config, x) for x in own]
                 answers = [final_answer(tokenizer.decode(r.tokens)) for r in rollouts]
                 right = sum(is_right(f"<answer>{a}</answer>", row) for a in answers)
                 new[row.id][f"p_{name}"] = right
@@ -787,39 +787,6 @@ def fed_instead(model, row, rows, tokenizer, config):
     return None
 
 
-@torch.no_grad()
-def answer_greedily(model, sample, config, instead=None, never=()):
-    """The likeliest word each time; a span ends where its end is the likeliest of all words.
-
-    instead: what spans are fed, see `fed_instead`. never: words that cannot be said -> the tokens.
-    """
-    c, tokens, latents = model.config, [], torch.zeros(0, model.lm_head.in_features)
-    never = [c.latent_id, c.latent_end_id, c.image_token_id, c.video_token_id, *never]
-    number, span = -1, None  # of the newest span; latents of the open one
-    while len(tokens) < config.max_new_tokens:
-        h = states(model, sample, sample["ids"] + tokens, latents)[-1]  # (D,)
-        logits = model.lm_head(h)  # (V,)
-        if span is None:
-            logits[never] = -math.inf
-            tokens.append(int(logits.argmax()))
-            if tokens[-1] == c.latent_start_id:
-                number, span = number + 1, 0
-            if tokens[-1] == model.generation_config.eos_token_id:
-                break
-        elif span == config.max_latents or int(logits.argmax()) == c.latent_end_id:
-            tokens.append(c.latent_end_id)
-            span = None
-        else:
-            z = model.latent_head(h)
-            if instead is not None:
-                frame = instead[min(number, len(instead) - 1)]
-                z = frame[min(span, len(frame) - 1)]
-            latents = torch.cat([latents, z[None]])
-            tokens.append(c.latent_id)
-            span += 1
-    return tokens
-
-
 def evaluate(config):
     """The whole of evaluate.py for rows with options -> a dict for each row. Sec. 4."""
     rows = read_rows(config.data, config.media_root or None)
@@ -827,9 +794,9 @@ def evaluate(config):
     c, lines = model.config, []
     for row in rows:
         sample = encode(row, tokenizer, config, False)
-        instead = fed_instead(model, row, rows, tokenizer, config)
+        fed = fed_instead(model, row, rows, tokenizer, config)
         never = [c.latent_start_id] if config.latents == "none" else []
-        tokens = answer_greedily(model, sample, config, instead, never)
+        tokens = respond(model, sample, config, fed=fed, never=never).tokens
         text = tokenizer.decode(tokens)
         line = dict(id=row.id, right=is_right(text, row), tokens=len(tokens))
         line.update(spans=tokens.count(c.latent_start_id), latents=tokens.count(c.latent_id))

@@ -1,11 +1,9 @@
 """What the tests against tests/twin.py share: pictures, records, a tiny model, a comparison."""
 
 import contextlib
-import http.server
 import json
 import os
-import threading
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -178,56 +176,15 @@ def recorded_numbers():
         yield numbers
 
 
-VERDICTS = ("yes", "no", None, "no", "yes", "no")  # the n-th request gets the n-th, over and over
+class Judge:
+    """Answers yes, no, nothing, no, yes, no, and so on, whatever is asked."""
 
-
-class AskedInTurn:
-    """The judge that the twin asks: VERDICTS, one after another."""
+    VERDICTS = (True, False, None, False, True, False)
 
     def __init__(self):
-        self.asked = []
+        self.asked, self.failures = [], Counter()
 
-    def __call__(self, question, gold, answer):
-        self.asked.append((question, gold, answer))
-        reply = VERDICTS[(len(self.asked) - 1) % len(VERDICTS)]
-        return None if reply is None else reply == "yes"
-
-
-@contextlib.contextmanager
-def judge_server():
-    """Yields the url of a chat server that answers with VERDICTS, and the requests it has had.
-
-    Where the verdict is None it refuses (403), which no client repeats. One request at a time.
-    """
-    requests = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            requests.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
-            reply = VERDICTS[(len(requests) - 1) % len(VERDICTS)]
-            text = f'{{"right": {str(reply == "yes").lower()}}} {reply}'  # as JSON and in a word
-            message = dict(role="assistant", content=text)
-            choices = [dict(index=0, finish_reason="stop", message=message)]
-            answer = dict(id="1", object="chat.completion", created=0, model="m", choices=choices)
-            data = json.dumps(answer).encode()
-            self.send_response(403 if reply is None else 200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    original = ThreadPoolExecutor.__init__
-
-    def one_worker(self, max_workers=None, *args, **kwargs):
-        original(self, 1, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ThreadPoolExecutor, "__init__", one_worker)
-        yield f"http://127.0.0.1:{server.server_port}/v1", requests
-    server.shutdown()
-    server.server_close()
+    def __call__(self, items):  # (question, gold, answer) each
+        first = len(self.asked)
+        self.asked += items
+        return [self.VERDICTS[i % 6] for i in range(first, len(self.asked))]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_la_dapo import FakeJudge, log_of, loud  # noqa: F401  a fixture
 from test_la_dapo import settings as rl_settings
-from test_sft import descend, settings, weights
+from test_sft import settings, weights
 
 import evaluate
 import la_dapo
@@ -18,6 +18,7 @@ from common.machine import Machine
 from common.run import Run
 from data import Samples, collate, model_inputs
 from model import load
+from tests.conftest import launch
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +175,7 @@ def test_two_ranks_measure_what_one_does(world, broken, tmp_path):
     for processes in (1, 2):
         out, held_out = tmp_path / f"sft_{processes}", dict(eval_data=broken, max_bad=0.2)
         sizes = dict(steps=1, global_batch=6, micro_batch=3, lr=0.0, **held_out)
-        descend(tmp_path, processes, settings(world, out, **sizes))
+        launch(settings(world, out, **sizes), processes)
         lines.append(log_of(out)[-1])
     for name in ("loss", "ce", "latent"):
         assert lines[0][f"eval_{name}"] == pytest.approx(lines[1][f"eval_{name}"], rel=1e-6)

@@ -10,13 +10,14 @@ import sys
 
 import pytest
 import torch
-from test_la_dapo import apart, changed_rows, loud  # noqa: F401  a fixture
+from test_la_dapo import apart, loud  # noqa: F401  a fixture
 from test_la_dapo import settings as rl_settings
 from test_sft import read_log, settings, weights
 from transformers import Qwen3VLForConditionalGeneration
 
 import la_dapo
 import sft
+from tests.conftest import changed_rows
 from variants import self_forcing
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))

@@ -9,7 +9,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_la_dapo import changed_rows
 from test_sft import settings
 
 import evaluate
@@ -19,6 +18,7 @@ from common.cli import parse_config
 from common.folder import checkpoints, model_fingerprint
 from common.formats import Clip, Frame, Row
 from common.run import fingerprint, random_state, set_random_state
+from tests.conftest import changed_rows
 from variants import pause_tokens, self_forcing
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))

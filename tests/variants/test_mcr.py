@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from test_la_dapo import apart, launch, log_of, straight_run, weights
+from test_la_dapo import apart, log_of, weights
 from test_la_dapo import settings as rl_settings
 from test_sft import settings as sft_settings
 from tokenizers import AddedToken
@@ -20,6 +20,7 @@ from data import Samples, collate, model_inputs
 from latent_decode import generate
 from model import LATENT, LATENT_END, load
 from rewards import accuracy_reward
+from tests.conftest import launch
 from toy.world import WALLS
 from variants import mcr, mcr_sft
 from variants.mcr import Said, Shown, environment
@@ -401,10 +402,9 @@ def test_two_processes_give_the_update_of_one(world, looper, tmp_path):
     """Breaks if the ranks play other loops, or wait for a rank that has no loop left."""
     more = dict(steps=2, rollout_batch=1, group_size=3, lr=1e-5)
     more.update(groups=5, micro_batch=1)  # of them, one rank has three, the other two
-    one = straight_run(tmp_path, settings(world, looper, tmp_path / "one", **more))
-    code, said = launch(tmp_path, 2, settings(world, looper, tmp_path / "two", **more))
-    assert code == 0, said[-3000:]
-    a, b = weights(one), weights(tmp_path / "two" / "step_000002")
+    for name, processes in (("one", 1), ("two", 2)):
+        launch(settings(world, looper, tmp_path / name, **more), processes)
+    a, b = (weights(tmp_path / name / "step_000002") for name in ("one", "two"))
     assert apart(a, weights(looper)) > 1e-5 and apart(a, b) < 1e-6
     for x, y in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two")):
         for key in ("total", "accuracy", "looks", "entropy", "grad_norm", "rollouts", "length"):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_la_dapo import flags, log_of, settings, weights
+from test_la_dapo import log_of, settings, weights
 from test_latent_decode import EOS, ROWS, shuffle
 from test_model import make_batch
 
@@ -14,6 +14,7 @@ import la_dapo
 from common.cli import parse_config
 from la_dapo import Batch, Counts
 from latent_decode import generate
+from tests.conftest import flags
 from variants import noisy_latents
 from variants.noisy_latents import Config, Feed, log_density
 

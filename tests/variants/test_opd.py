@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from test_la_dapo import flags, log_of, weights
+from test_la_dapo import log_of, weights
 from test_la_dapo import settings as rl_settings
 
 import la_dapo
@@ -18,6 +18,7 @@ from data import collate, encode, model_inputs
 from la_dapo import clipped_surrogate
 from latent_decode import token_logprobs
 from model import load
+from tests.conftest import flags
 from variants import opd
 from variants.cue_recovery import Model
 from variants.noisy_latents import each_alone

@@ -9,7 +9,6 @@ import torch
 from test_la_dapo import (
     compute_norms_exactly,
     decoded_again,
-    flags,
     latents_again,
     log_of,
     settings,
@@ -23,6 +22,7 @@ import la_dapo
 from common.cli import parse_config
 from la_dapo import Batch, Counts, Group
 from latent_decode import take
+from tests.conftest import flags
 from variants import own_path
 from variants.own_path import Config
 
