@@ -49,7 +49,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.shared_prefix import DecodingCache, Layout, SharedCache
 from data import MEDIA, collate, model_inputs, to_device
-from model import LATENT, log_continue
+from model import LATENT, log_continue, places_of
 
 CHUNK = 16  # steps between two looks at which rows are done
 LIKELIEST = 1024  # words among which the nucleus of a low-entropy policy is looked for
@@ -512,30 +512,31 @@ def replay(model, batch, rollout, temperature, prompt_of=None):
     batch: left-padded prompts (`data.model_inputs`), encoded once each. prompt_of (R,): each row's
     prompt, by default R / B rows of each in turn.
     """
-    ids, mask = batch["input_ids"], batch["attention_mask"]  # (B, P)
-    tokens, sampled = rollout.tokens, rollout.sampled  # (R, T)
-    (B, P), (R, T), device = ids.shape, tokens.shape, ids.device
-    if prompt_of is None:
-        prompt_of = torch.arange(R, device=device) // (R // B)
+    # indices are made on the host, so that the GPU is not waited for
+    device = rollout.tokens.device
+    ids, mask = batch["input_ids"].cpu(), batch["attention_mask"].cpu()  # (B, P)
+    tokens, sampled = rollout.tokens.cpu(), rollout.sampled.cpu()  # (R, T)
+    (B, P), (R, T), lengths = ids.shape, tokens.shape, rollout.lengths.cpu()
+    prompt_of = torch.arange(R) // (R // B) if prompt_of is None else prompt_of.cpu()
 
     # all real tokens, flat: first the prompts', then the rollouts'
     real = mask.bool()  # (B, P)
-    said = torch.arange(T, device=device) < rollout.lengths[:, None]  # (R, T)
+    said = torch.arange(T) < lengths[:, None]  # (R, T)
     flat = torch.cat([ids[real], tokens[said]])  # (N,)
-    number = torch.arange(B, device=device)[:, None].expand(B, P)
+    number = torch.arange(B)[:, None].expand(B, P)
     number = torch.cat([number[real], prompt_of[:, None].expand(R, T)[said]])  # (N,) its prompt's
     grids = batch.get("image_grid_thw"), batch.get("video_grid_thw")
     positions, offset = model.positions(ids, mask, *grids)  # (3, B, P), (B, 1)
     after = (mask.sum(-1, keepdim=True) + offset)[prompt_of]  # (R, 1) of a rollout's first token
-    after = (after + torch.arange(T, device=device))[said]  # (rollouts' tokens,)
+    after = (after + torch.arange(T))[said]  # (rollouts' tokens,)
     positions = torch.cat([positions[:, real], after.expand(3, -1)], 1)  # (3, N)
 
     # one row without padding: each prompt once, its rollouts after it
     order = number.argsort(stable=True)  # (N,) flat -> row
-    lengths = [[] for _ in range(B)]
-    for b, length in zip(prompt_of.tolist(), rollout.lengths.tolist()):
-        lengths[b].append(length)
-    layout = Layout(list(zip(mask.sum(1).tolist(), lengths)), device)
+    own_lengths = [[] for _ in range(B)]
+    for b, length in zip(prompt_of.tolist(), lengths.tolist()):
+        own_lengths[b].append(length)
+    layout = Layout(list(zip(mask.sum(1).tolist(), own_lengths)), device)
 
     # deviation 5: the recorded latents are fed, a leaf, in the order in which the row reads them
     wide = torch.promote_types(model.dtype, torch.float32)
@@ -543,23 +544,25 @@ def replay(model, batch, rollout, temperature, prompt_of=None):
     is_latent = flat == model.config.latent_id  # (N,)
     place = (is_latent.cumsum(0) - 1)[order][is_latent[order]]  # (N_z,)
     media = {name: value for name, value in batch.items() if name in MEDIA}
-    embedded = model.embed(flat[order][None], z[place], **media)
-    h, _ = model.states(embedded, positions[:, order], layout)  # (N, D)
-    h = h[order.argsort()]  # flat again
+    embedded = model.embed(flat[order][None], z[place.to(device)], **media)
+    h, _ = model.states(embedded, positions[:, order].to(device), layout)  # (N, D)
+    h = h[order.argsort().to(device)]  # flat again
 
     # the state that chose each token is that of the token before it: at first the prompt's last
-    places = torch.arange(int(real.sum()), len(flat), device=device)
+    places = torch.arange(int(real.sum()), len(flat))
     own = tokens.new_zeros(R, T).masked_scatter(said, places)  # (R, T)
     last = mask.sum(1).cumsum(0) - 1  # (B,)
     before = torch.cat([last[prompt_of][:, None], own[:, :-1]], 1)  # (R, T)
 
     # what it chose, and what it would feed
-    logprob, entropy = decisions(model, h[before[sampled]], tokens[sampled], temperature)  # (S,)
-    predicted = model.to_latent(h[before[tokens == model.config.latent_id]]).to(wide)  # (N_z, D)
-    zero = torch.zeros_like(tokens, dtype=wide)
+    chosen, chose = tokens[sampled].to(device), before[sampled].to(device)  # (S,)
+    logprob, entropy = decisions(model, h[chose], chosen, temperature)  # (S,)
+    predicts = before[tokens == model.config.latent_id].to(device)  # (N_z,)
+    predicted = model.to_latent(h[predicts]).to(wide)  # (N_z, D)
+    at, zero = places_of(sampled).to(device), z.new_zeros(R * T)
     return Replay(
-        logprobs=zero.masked_scatter(sampled, logprob),
-        entropy=zero.masked_scatter(sampled, entropy),
+        logprobs=zero.index_copy(0, at, logprob).view(R, T),
+        entropy=zero.index_copy(0, at, entropy).view(R, T),
         predicted=predicted,
         latents=z,
     )

@@ -34,6 +34,7 @@ import os
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
@@ -41,6 +42,12 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import is_flash_attention_requested
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+)
 
 from common import shared_prefix
 
@@ -57,6 +64,8 @@ class TwoChannels:
 
     def __init__(self, config):
         super().__init__(config)
+        patches = self.model.visual.patch_embed
+        patches.proj = PatchProduct(patches.proj)
         self.latent_head = None  # the paper's method: the hidden state itself is the latent
         self.latent_rows = None  # of the three tokens, trained beside frozen ones: common/lora.py
         if getattr(config, "latent_head", None) == "linear":
@@ -117,9 +126,27 @@ class TwoChannels:
         return self._look(pixel_values, grid).pooler_output
 
     def _look(self, pixels, grid):
-        """Patches (P, 1536) through the vision tower."""
-        visual = self.model.visual
-        return visual(pixels.to(visual.dtype), grid_thw=grid)
+        """Patches (P, 1536) of pictures with these grids (pictures, 3) through the vision tower."""
+        visual, device = self.model.visual, pixels.device
+        # made on the host: from a grid on the GPU, each layer of the tower would wait for it
+        grid, merge = grid.cpu(), visual.spatial_merge_size
+        table, weights = get_vision_interpolation_indices_and_weights(
+            grid,
+            visual.num_grid_per_side,
+            visual.interpolation_mode,
+            visual.interpolation_align_corners,
+            merge,
+        )
+        lengths = get_vision_cu_seqlens(grid)
+        flash = is_flash_attention_requested(visual.config)  # only this reads them on the device
+        return visual(
+            pixels.to(visual.dtype),
+            grid_thw=grid,
+            interp_indices=table.to(device),
+            interp_weights=weights.to(device),
+            position_ids=get_vision_position_ids(grid, merge).to(device),
+            cu_seqlens=lengths.to(device) if flash else lengths,
+        )
 
     def embed(
         self, input_ids, latents=None, pixel_values=None, image_grid_thw=None,
@@ -130,8 +157,9 @@ class TwoChannels:
         The last two are None without images and videos. Raises ValueError naming both numbers if
         latents, images or videos do not match their placeholder tokens.
         """
-        x = self.get_input_embeddings()(input_ids)  # (B, T, D)
-        is_latent = input_ids == getattr(self.config, "latent_id", -1)
+        x = self.get_input_embeddings()(input_ids.to(self.device))  # (B, T, D)
+        ids = input_ids.cpu()  # so that places are known without waiting for the GPU
+        is_latent = ids == getattr(self.config, "latent_id", -1)
         x = _put(x, is_latent, latents, LATENT, "latents")
 
         where, deepstack = [], []
@@ -141,28 +169,30 @@ class TwoChannels:
         ):
             looks = None if pixels is None else self._look(pixels, grid)
             features = None if looks is None else looks.pooler_output
-            x = _put(x, input_ids == token_id, features, f"<|{name}_pad|>", f"{name} features")
+            x = _put(x, ids == token_id, features, f"<|{name}_pad|>", f"{name} features")
             if looks is not None:
-                where.append(input_ids == token_id)
+                where.append(ids == token_id)
                 deepstack.append(looks.deepstack_features)
         if not where:
             return x, None, None
 
         # images first, then videos -> the order of the sequence
-        order = torch.cat([place.flatten().nonzero()[:, 0] for place in where]).argsort()
+        order = torch.cat([places_of(mask) for mask in where]).argsort().to(x.device)
         deepstack = [torch.cat(layer)[order] for layer in zip(*deepstack)]
-        return x, where[0] | where[-1], deepstack
+        return x, (where[0] | where[-1]).to(x.device), deepstack
 
     def positions(self, input_ids, attention_mask=None, image_grid_thw=None, video_grid_thw=None):
         """M-RoPE positions (3, B, T) and each row's offset (B, 1) for the words after it.
 
         Latents count as text. Source: Qwen3-VL.
         """
-        is_image = input_ids == self.config.image_token_id
-        is_video = input_ids == self.config.video_token_id
+        inputs = input_ids, attention_mask, image_grid_thw, video_grid_thw
+        # on the host: on the GPU each picture would be waited for
+        ids, mask, images, videos = (None if x is None else x.cpu() for x in inputs)
+        is_image, is_video = ids == self.config.image_token_id, ids == self.config.video_token_id
         types = is_image.int() + 2 * is_video.int()  # (B, T) 0 text, 1 image, 2 video
-        grids = dict(image_grid_thw=image_grid_thw, video_grid_thw=video_grid_thw)
-        return self.model.get_rope_index(input_ids, types, **grids, attention_mask=attention_mask)
+        found = self.model.get_rope_index(ids, types, images, videos, attention_mask=mask)
+        return tuple(x.to(input_ids.device) for x in found)
 
     # ------------------------------------------------------------------------------- states, logits
 
@@ -192,15 +222,19 @@ class TwoChannels:
         The rows are put into one row without padding. media: pixel_values, image_grid_thw,
         pixel_values_videos, video_grid_thw. Arguments as `forward`.
         """
-        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        ids, device = input_ids.cpu(), self.device  # indices are made on the host
+        real = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
         real = real.bool()  # (B, T)
-        embedded = self.embed(input_ids[real][None], latents, **media)  # (1, N, D)
+        embedded = self.embed(ids[real][None], latents, **media)  # (1, N, D)
         grids = media.get("image_grid_thw"), media.get("video_grid_thw")
-        position_ids, self.model.rope_deltas = self.positions(input_ids, real.long(), *grids)
-        layout = shared_prefix.Layout([(0, [n]) for n in real.sum(1).tolist()], real.device)
-        h, cache = self.states(embedded, position_ids[:, real], layout, use_cache)  # (N, D)
-        padded = h.new_zeros(*real.shape, h.shape[-1])  # (B, T, D)
-        return padded.masked_scatter(real[..., None], h), cache
+        position_ids, deltas = self.positions(ids, real.long(), *grids)
+        self.model.rope_deltas = deltas.to(device)
+        layout = shared_prefix.Layout([(0, [n]) for n in real.sum(1).tolist()], device)
+        places = position_ids[:, real].to(device)
+        h, cache = self.states(embedded, places, layout, use_cache)  # (N, D)
+        padded = h.new_zeros(real.numel(), h.shape[-1])
+        padded = padded.index_copy(0, places_of(real).to(device), h)
+        return padded.view(*real.shape, -1), cache  # (B, T, D)
 
     def to_latent(self, h):
         """States (..., D) -> the latents they predict: themselves (paper), or through the head."""
@@ -269,10 +303,38 @@ def _put(x, where, rows, token, name):
     Raises ValueError if there is not one for each place.
     """
     # deviation 3: counted before anything runs
-    places, given = int(where.sum()), 0 if rows is None else len(rows)
-    if places != given:
-        raise ValueError(f"{places} {token} tokens in input_ids but {given} {name}")
-    return x if rows is None else x.masked_scatter(where[..., None], rows.to(x.dtype))
+    places, given = places_of(where), 0 if rows is None else len(rows)
+    if len(places) != given:
+        raise ValueError(f"{len(places)} {token} tokens in input_ids but {given} {name}")
+    if rows is None:
+        return x
+    return x.flatten(0, 1).index_copy(0, places.to(x.device), rows.to(x.dtype)).view_as(x)
+
+
+def places_of(mask):
+    """Where a mask of any shape is true, counted row by row (N,)."""
+    return mask.flatten().nonzero()[:, 0]
+
+
+class PatchProduct(nn.Conv3d):
+    """The tower's patch embedding: a product, because the stride of its convolution is its kernel.
+
+    Names and shapes of the weights stay. In bf16, cuDNN's 3-d convolution takes seconds a call on a
+    H100, and may have no backward. On a CPU it is the convolution, which rounds otherwise. Ours.
+    """
+
+    def __init__(self, conv):
+        sizes = conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride
+        super().__init__(*sizes, device="meta")
+        self.weight, self.bias = conv.weight, conv.bias
+
+    def forward(self, x):
+        """Patches (P, 3, 2, 16, 16) -> (P, D)."""
+        return super().forward(x).flatten(1) if x.device.type == "cpu" else self.product(x)
+
+    def product(self, x):
+        """The same as one product."""
+        return F.linear(x.flatten(1), self.weight.flatten(1), self.bias)
 
 
 class _Fp32Product(torch.autograd.Function):

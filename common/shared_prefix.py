@@ -35,6 +35,10 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 from transformers.utils import is_flash_attn_2_available
 
+# On a H100 PyTorch would take cuDNN's attention, which plans each new length for up to a second,
+# and every sample has its own. Without it FlashAttention runs, here and in the vision tower.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 NAME = "shared_prefix"
 PADDED_TOGETHER = 256  # sequences up to this long share a call, padded; longer ones go one by one
 
@@ -98,7 +102,9 @@ class Layout:
                 place += length
         self.device = device
         self.calls = [*self._prompt_calls(), *self._rollout_calls()]
-        self.back = torch.cat([call.order for call in self.calls]).argsort()  # (N,)
+        back = torch.cat([call.order for call in self.calls]).argsort()  # (N,)
+        in_order = torch.equal(back, torch.arange(len(back)))
+        self.back = None if in_order else back.to(device)
 
     def _prompt_calls(self):
         """Prompts of equal length share a call."""
@@ -125,8 +131,8 @@ class Layout:
     def attend(self, layer, query, key, value, scaling):
         """query (1, H, N, d), key and value (1, H_kv, N, d) -> (1, N, H, d)."""
         q, k, v = (_in_dtype(x)[0].transpose(0, 1) for x in (query, key, value))  # (N, H, d)
-        outputs = [call.attend(q, k, v, scaling) for call in self.calls]
-        return torch.cat(outputs)[self.back][None]
+        out = torch.cat([call.attend(q, k, v, scaling) for call in self.calls])  # (N, H, d)
+        return out[None] if self.back is None else out.index_select(0, self.back)[None]
 
 
 class _Call:
@@ -136,10 +142,11 @@ class _Call:
         start, length = torch.tensor(starts)[:, None], torch.tensor(lengths)[:, None]  # (S, 1)
         place = torch.arange(max(lengths))[None]  # (1, T)
         # a padded place is the sequence's last token again; what comes out there is dropped
-        self.own = _Places(start + torch.minimum(place, length - 1), device)
+        index = start + torch.minimum(place, length - 1)  # (S, T)
+        self.own = _Places(index, device)
         real = place < length  # (S, T)
-        self.order = self.own.index[real.to(device)]  # where the results belong
-        self.real = None if bool(real.all()) else real.to(device)
+        self.order = index[real]  # where the results belong, on the host
+        self.real = None if bool(real.all()) else real.flatten().nonzero()[:, 0].to(device)
         self.before = None
         if prompt:  # one prompt is read where it lies, not copied
             starts = prompt_starts[:1] if len(set(prompt_starts)) == 1 else prompt_starts
@@ -154,14 +161,15 @@ class _Call:
             before = [self.before.of(x).expand(len(q), -1, -1, -1) for x in (row_k, row_v)]
             k, v = torch.cat([before[0], k], 2), torch.cat([before[1], v], 2)  # (S, H_kv, P + T, d)
         out = causal(q, k, v, scaling).transpose(1, 2)  # (S, T, H, d)
-        return out.flatten(0, 1) if self.real is None else out[self.real]
+        out = out.flatten(0, 1)
+        return out if self.real is None else out.index_select(0, self.real)
 
 
 class _Places:
     """Places (S, T) in the row; a single run of neighbours is a view, anything else a copy."""
 
     def __init__(self, index, device):
-        self.index, self.start = index.to(device), None
+        self.index, self.start = index.to(device), None  # made on the host, without waiting
         if len(index) == 1 and bool((index.diff() == 1).all()):
             self.start = int(index[0, 0])
 
