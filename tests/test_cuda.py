@@ -6,6 +6,7 @@ layers.
 
 import dataclasses
 import math
+import sys
 
 import pytest
 import torch
@@ -27,7 +28,11 @@ pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
-REAL = bench.Config(shape="2b", images=1, words=40, n=4, new_tokens=48, sft_tokens=400)
+EMULATED = "tests.emulated" in sys.modules  # then shapes are small
+SHAPE = "tiny" if EMULATED else "2b"
+REAL = bench.Config(
+    shape=SHAPE, decoder=SHAPE, images=1, words=40, n=4, new_tokens=48, sft_tokens=400
+)
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +90,7 @@ def test_a_captured_step_is_the_plain_step(monkeypatch, model, tokenizer, temper
 
 def test_a_captured_step_of_a_real_shape(monkeypatch):
     """Breaks as above, in bf16 and with the released vocabulary."""
-    model = make("2b", 3, torch.bfloat16, DEVICE).eval()
+    model = make(SHAPE, 3, torch.bfloat16, DEVICE).eval()
     settings = dict(max_new_tokens=40, n=8, temperature=0.9, top_p=0.99)
     check_captured(monkeypatch, model, prompt(REAL, 2, DEVICE), **settings)
 
@@ -109,7 +114,7 @@ def test_a_record_of_the_gpu_replays_on_both(model, tokenizer):
 @torch.no_grad()
 def test_logits_in_bf16():
     """Breaks if bf16 weights or autocast lose more than their bits: 2 % of the logits' norm."""
-    model, batch = make("2b", 4, torch.float32, DEVICE).eval(), prompt(REAL, 1, DEVICE)
+    model, batch = make(SHAPE, 4, torch.float32, DEVICE).eval(), prompt(REAL, 1, DEVICE)
     exact = model.logits(model.hidden(**batch)[0])
     with torch.autocast(DEVICE, torch.bfloat16):
         under_autocast = model.logits(model.hidden(**batch)[0])
@@ -142,9 +147,9 @@ def test_a_row_of_sequences(dtype, tolerance):
 def random_heads(T, P):
     """Queries (3, 4, T, 64), keys and values (3, 2, P + T, 64) in bf16, with gradients."""
     shapes = (3, 4, T, 64), (3, 2, P + T, 64), (3, 2, P + T, 64)
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    options = dict(device=DEVICE, dtype=torch.bfloat16, generator=generator)
-    return [torch.randn(shape, **options).requires_grad_() for shape in shapes]
+    generator = torch.Generator().manual_seed(0)
+    heads = [torch.randn(shape, generator=generator) for shape in shapes]
+    return [x.to(DEVICE, torch.bfloat16).requires_grad_() for x in heads]
 
 
 @pytest.mark.parametrize("P", [0, 7])
@@ -174,7 +179,7 @@ def test_flash_attn_agrees(P, monkeypatch):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_sft_steps_of_a_real_shape(checkpointing):
     """Breaks if a step does not run in fp32 weights and bf16 arithmetic, or does not learn."""
-    model = bench.make_trainable("2b", 3, DEVICE)
+    model = bench.make_trainable(SHAPE, 3, DEVICE)
     bench.checkpoint_activations(model, checkpointing)
     batch = sft_sample(REAL, DEVICE)
     frames = batch.pop("future_pixel_values"), batch.pop("future_grid_thw")
@@ -194,7 +199,7 @@ def test_an_rl_step_of_a_real_shape():
     """Breaks if rolling out and learning do not run as la_dapo.py does them, if the record and its
     replay part by more than bf16 explains, or if checkpointing changes the gradient.
     """
-    model, batch = bench.make_trainable("2b", 3, DEVICE), prompt(REAL, 1, DEVICE)
+    model, batch = bench.make_trainable(SHAPE, 3, DEVICE), prompt(REAL, 1, DEVICE)
     settings = dict(max_new_tokens=48, n=4, temperature=0.9, top_p=0.99, cuda_graph=True)
     with bench.autocast(model.device):
         rollout = generate(model, batch, generator=torch.Generator().manual_seed(0), **settings)
