@@ -66,6 +66,15 @@ class CudaTensor(torch.Tensor):
     def __repr__(self):
         return f"{self.host!r} on cuda"
 
+    @property
+    def data(self):
+        return self.detach()
+
+    @data.setter
+    def data(self, value):
+        torch.Tensor.data.__set__(self, value)
+        self.host = value.host
+
     def tolist(self):
         return self.cpu().tolist()
 

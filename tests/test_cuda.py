@@ -6,15 +6,25 @@ layers.
 
 import dataclasses
 import math
+import os
+import shutil
 import sys
 
 import pytest
 import torch
+from test_evaluate import config as evaluate_settings
+from test_la_dapo import loud  # noqa: F401  a fixture
+from test_la_dapo import settings as rl_settings
 from test_latent_decode import EOS, ROWS, shuffle, spans
 from test_model import make_batch
+from test_sft import read_log
+from test_sft import settings as sft_settings
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import evaluate
+import la_dapo
 import latent_decode
+import sft
 from common import shared_prefix
 from common.shared_prefix import Layout, causal
 from latent_decode import generate, replay, token_logprobs
@@ -22,6 +32,17 @@ from sft import sft_loss
 from tests.common import test_shared_prefix as by_hand
 from tools import bench
 from tools.shapes import make, prompt, random_group, sft_sample
+from variants import (
+    m2la,
+    mcr,
+    mcr_sft,
+    noisy_latents,
+    opd,
+    own_path,
+    self_forcing,
+    set_spans,
+    video_latent,
+)
 
 DEVICE = "cuda"
 pytestmark = [
@@ -219,6 +240,95 @@ def test_an_rl_step_of_a_real_shape():
         gradients.append(model.model.language_model.layers[0].mlp.up_proj.weight.grad.clone())
     assert gradients[0].isfinite().all() and gradients[0].norm() > 0
     assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[0].norm()
+
+
+# ---------------------------------------------------------------------------------------- trainings
+
+SMALL = dict(steps=3, global_batch=4, micro_batch=2, save_every=2)
+SETS = dict(schedule="random", slots=7, stop_term=False, l_max=4, image_max_tokens=4)
+LOOPS = dict(max_turns=6, lambda_c=0.0, lambda_d=0.0, kl=0.0, adjoint_terms=0)
+PLAIN = dict(latent_head="", latent_loss="mse", stop_term=False, n_latents=2)
+
+
+def check_log(out):
+    """Three steps that learnt -> their lines."""
+    log = read_log(out)
+    assert len(log) == 3 and all(math.isfinite(line["grad_norm"]) for line in log), log
+    return log
+
+
+@pytest.mark.parametrize(
+    "script, more",
+    [
+        (sft, dict(freeze_vision=False, gradient_checkpointing=True)),
+        (sft, dict(lora_rank=2)),
+        (self_forcing, dict(self_forcing_from=0.0)),
+        (set_spans, SETS),
+        (mcr_sft, {}),
+        (video_latent, PLAIN),
+        (m2la, dict(rank=20, calibration=4)),
+    ],
+)
+def test_three_steps_of_a_fine_tuning(script, more, world, tmp_path):
+    """Breaks if a device or a dtype is wrong anywhere in a training with spans."""
+    script.train(sft_settings(world, tmp_path, script.Config, **SMALL, **more))
+    check_log(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "script, more",
+    [
+        (la_dapo, dict(lora_rank=2, adjoint_terms=0)),
+        (la_dapo, dict(share=True, minibatches=2)),
+        (own_path, dict(own="both")),
+        (noisy_latents, dict(density="sum", adjoint_terms=0)),
+        (mcr, LOOPS),
+    ],
+)
+def test_three_steps_of_reinforcement(script, more, world, loud, tmp_path):  # noqa: F811
+    """Breaks as above, in rollouts, rewards and updates."""
+    config = vars(rl_settings(world, loud, tmp_path, steps=3))
+    script.train(script.Config(**{**config, **more}))
+    check_log(tmp_path)
+
+
+def test_three_steps_of_distillation(world, loud, tmp_path):  # noqa: F811
+    """Breaks as above, with a teacher that sees a hint."""
+    shared = vars(rl_settings(world, loud, tmp_path, steps=3, prompts=4, group_size=2))
+    names = {field.name for field in dataclasses.fields(opd.Config)}
+    shared = {name: value for name, value in shared.items() if name in names}
+    shared.update(adjoint_terms=0, privilege="answer", marker="where is the ball ?", gate=True)
+    opd.train(opd.Config(**shared))
+    check_log(tmp_path)
+
+
+def without_last(out):
+    """A copy of a run of three steps, as if it had been killed after the second."""
+    shutil.copytree(out, f"{out}_again")
+    shutil.rmtree(f"{out}_again/step_000003")
+    return f"{out}_again"
+
+
+def test_the_pipeline_and_its_resume(world, loud, tmp_path):  # noqa: F811
+    """Breaks if the scripts do not run with their workers and the captured step, if equal weights
+    have a KL, or if a resumed run goes on elsewhere.
+    """
+    fine_tuned = sft_settings(world, tmp_path / "sft", **SMALL, workers=2)
+    learnt = dict(cuda_graph=True, rollout_batch=2, kl=0.1, save_every=2, workers=2, steps=3)
+    learnt = rl_settings(world, loud, tmp_path / "rl", **learnt)
+    for script, config, figure in ((sft, fine_tuned, "loss"), (la_dapo, learnt, "total")):
+        script.train(config)
+        log = check_log(config.out)
+        again = dataclasses.replace(config, out=without_last(config.out), resume=True)
+        script.train(again)
+        # sums of a GPU have no fixed order
+        for name in (figure, "grad_norm"):
+            expected = pytest.approx(log[2][name], rel=0.05, abs=1e-3)
+            assert check_log(again.out)[2][name] == expected
+    assert log[0]["kl"] == 0 < log[2]["kl"]
+    scores = evaluate.evaluate(evaluate_settings(world, tmp_path / "eval", model=fine_tuned.out))
+    assert scores["all"]["n"] == 8
+    assert os.path.exists(tmp_path / "eval" / "report.html")
 
 
 def test_the_bench_in_small():

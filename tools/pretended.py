@@ -272,6 +272,8 @@ class PretendedGPU(TorchDispatchMode):
         if packet in ONE_DTYPE and len({x.dtype for x in tensors if x.is_floating_point()}) > 1:
             raise TypeError(f"{packet} of {[x.dtype for x in tensors]} at {where()}")
 
+        if packet is aten.add and adds_up_gradients(tensors):
+            func = aten.add_.Tensor  # autograd adds in place, but not to tensors of a subclass
         out = func(*args, **kwargs)
         outs = [x for x in tree_flatten(out)[0] if isinstance(x, torch.Tensor)]
         self.compute(func, flat, spec, tensors, outs)
@@ -361,6 +363,12 @@ class PretendedGPU(TorchDispatchMode):
         key, value = key.repeat_interleave(n, 1), value.repeat_interleave(n, 1)
         score = query @ key.transpose(-1, -2) * (scale or query.shape[-1] ** -0.5)
         return score.softmax(-1) @ value
+
+
+def adds_up_gradients(tensors):
+    """Whether a sum of `tensors` is that of two gradients of one tensor, in a backward."""
+    in_backward = torch._C._current_graph_task_id() >= 0 and not torch.is_grad_enabled()
+    return in_backward and len({(x.shape, x.dtype) for x in tensors}) == 1 < len(tensors)
 
 
 def where():
