@@ -3,7 +3,7 @@
 # TORCH_INDEX: a package index to take torch from, such as PyTorch's own of CPU builds (README).
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
-.PHONY: taste demo test test-slow mutations gpu lint
+.PHONY: taste demo test test-slow mutations gpu gpus lint
 
 taste: .venv/ready
 	.venv/bin/python sample.py
@@ -25,6 +25,10 @@ mutations: .venv/ready
 gpu: .venv/ready
 	@began=$$(date +%s); .venv/bin/python -m pytest -q -m cuda; tests=$$?; \
 	.venv/bin/python -m tools.bench --minutes 8 --began $$began --out bench.json && exit $$tests
+
+# two GPUs: SFT and LA-DAPO by NCCL, with DDP, --shard and --lora_rank, killed and resumed
+gpus: .venv/ready
+	.venv/bin/python -m pytest -q -m "slow or cuda" tests/common/test_machine.py
 
 lint: .venv/ready
 	.venv/bin/ruff check

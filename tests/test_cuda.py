@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from test_model import make_batch
 from test_sft import read_log
 from test_sft import settings as sft_settings
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
 import evaluate
 import la_dapo
@@ -28,10 +30,12 @@ import sft
 from common import shared_prefix
 from common.shared_prefix import Layout, causal
 from latent_decode import generate, replay, token_logprobs
+from model import load
 from sft import sft_loss
 from tests.common import test_shared_prefix as by_hand
-from tools import bench
-from tools.shapes import make, prompt, random_group, sft_sample
+from tools import bench, rehearse
+from tools.pretended import PretendedGPU
+from tools.shapes import SHAPES, VOCABULARY, make, prompt, random_group, sft_sample
 from variants import (
     m2la,
     mcr,
@@ -51,6 +55,8 @@ pytestmark = [
 ]
 EMULATED = "tests.emulated" in sys.modules  # then shapes are small
 SHAPE = "tiny" if EMULATED else "2b"
+HIDDEN = SHAPES[SHAPE].text["hidden_size"]
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 REAL = bench.Config(
     shape=SHAPE, decoder=SHAPE, images=1, words=40, n=4, new_tokens=48, sft_tokens=400
 )
@@ -240,6 +246,130 @@ def test_an_rl_step_of_a_real_shape():
         gradients.append(model.model.language_model.layers[0].mlp.up_proj.weight.grad.clone())
     assert gradients[0].isfinite().all() and gradients[0].norm() > 0
     assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[0].norm()
+
+
+def gradient_of(model):
+    """All of it, in one row on the CPU."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return torch.cat([grad.float().cpu().flatten() for grad in grads])
+
+
+@pytest.mark.parametrize("terms", [None, 0, 8])
+def test_a_gradient_is_the_cpus(terms):
+    """Breaks if both a step and its checkpointed twin are wrong on CUDA: SFT, update, adjoint."""
+    gradients = []
+    prompts, rows = prompt(REAL, 1, "cpu"), bench.rows_of(REAL, [300, 340])
+    rollout = random_group(REAL, HIDDEN, "cpu", shortest=0.5)
+    A = torch.tensor([[1.0], [-1.0], [0.5], [-0.5]])
+    model = make(SHAPE, 3).train()
+    for device in ("cpu", DEVICE):
+        model.zero_grad()
+        model.to(device)
+        if terms is None:
+            bench.sft(model, moved(rows, device))
+        else:
+            group = moved(prompts, device), rollout_on(device, rollout), A.to(device)
+            bench.update(model, *group, terms=terms)
+        gradients.append(gradient_of(model))
+    exact, ours = gradients
+    assert exact.norm() > 0 and (ours - exact).norm() < 0.05 * exact.norm()
+
+
+def test_the_towers_first_layer():
+    """Breaks if the embedding of patches, or its gradient, is not that of the released layer."""
+    layer, pixels = make(SHAPE, 1).model.visual.patch_embed, torch.randn(512, 1536)
+    weight, bias = layer.proj.weight.detach().clone().requires_grad_(), layer.proj.bias.detach()
+    cubes = pixels.view(-1, *weight.shape[1:])
+    expected = torch.nn.functional.conv3d(cubes, weight, bias, stride=weight.shape[2:]).flatten(1)
+    expected.square().sum().backward()
+    layer.to(DEVICE)
+    with bench.autocast(torch.device(DEVICE)):
+        out = layer(pixels.to(DEVICE))
+    out.float().square().sum().backward()
+    for ours, exact in ((out, expected), (layer.proj.weight.grad, weight.grad)):
+        assert (ours.float().cpu() - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("prompts, new_tokens", [(1, 40), (8, 40), (1, 2048)])
+def test_decoding_gives_its_memory_back(prompts, new_tokens):
+    """Breaks if a cache, a graph or its private memory outlives the rollouts. As la_dapo.py
+    decodes: fp32 weights, bf16 arithmetic, a captured step.
+    """
+    model, before = make(SHAPE, 3, device=DEVICE).eval(), torch.cuda.memory_allocated()
+    batch = prompt(REAL, 1 if EMULATED else prompts, DEVICE)
+    new_tokens = 20 if EMULATED else new_tokens
+    with bench.autocast(model.device):
+        rollout = bench.decode(model, batch, new_tokens, 8, cuda_graph=True)
+    assert set(rollout.lengths.tolist()) == {new_tokens}
+    del rollout, batch
+    bench.free()
+    assert abs(torch.cuda.memory_allocated() - before) < before / 10
+
+
+def test_a_trained_model_replays_what_it_decoded():
+    """Breaks if scores, larger in a trained model, are rounded otherwise in decoding."""
+    model, tokenizer = load(os.path.join(ROOT, "taste", "model"))
+    for name, p in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            p.data.mul_(2)
+    ids = tokenizer("which wall does the ball hit next ?", return_tensors="pt")["input_ids"]
+    batch, model = moved(dict(input_ids=ids, attention_mask=torch.ones_like(ids))), model.to(DEVICE)
+    settings = dict(max_new_tokens=60, n=8, temperature=1.0)
+    with torch.no_grad(), bench.autocast(model.device):
+        rollout = generate(model, batch, generator=torch.Generator().manual_seed(0), **settings)
+        again = replay(model, batch, rollout, 1.0).logprobs
+    error = (again - rollout.logprobs)[rollout.sampled]
+    assert error.square().mean().sqrt() < 0.03
+
+
+# ------------------------------------------------------------------- what the emulation cannot show
+
+on_a_card = pytest.mark.skipif(EMULATED, reason="needs kernels and memory of a real GPU")
+
+
+@on_a_card
+def test_attention_at_many_lengths():
+    """Breaks if cuDNN or plain products attend, or each new length costs a plan."""
+    model = bench.make_trainable("2b", 3, DEVICE)
+
+    def steps(lengths):
+        for n in lengths:
+            bench.sft(model, bench.rows_of(REAL, [n], DEVICE))
+
+    steps([400])
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        steps([410])
+    kernels = " ".join(event.key for event in profiler.key_averages())
+    assert "flash_fwd" in kernels and "flash_bwd" in kernels and "cudnn" not in kernels
+    steps([600])
+    one = bench.seconds(lambda: steps([600] * 10), DEVICE)
+    ten = bench.seconds(lambda: steps(range(555, 655, 10)), DEVICE)
+    assert ten < 1.3 * one
+
+
+@on_a_card
+def test_memory_is_what_was_rehearsed():
+    """Breaks if tools/rehearse.py is off by more than a tenth, or fragments cost more than that."""
+    config = rehearse.Config(shape="2b")
+    with (gpu := PretendedGPU(DEVICE, VOCABULARY)):
+        fake = rehearse.Rehearsal(config, gpu)
+        fake.checkpoint(True)
+        fake.case("SFT, checkpointing, rehearsed", fake.sft)
+    (figures,) = fake.cases.values()
+    real = rehearse.Rehearsal(config, SimpleNamespace(device=DEVICE))
+    real.checkpoint(True)
+    real.sft()
+    allocated, reserved = bench.peak_of(real.sft, DEVICE)
+    print(f"measured: {allocated / 1e9:.1f} GB, reserved {reserved / 1e9:.1f} GB")
+    assert allocated == pytest.approx(figures["bytes"], rel=0.1) and reserved < 1.1 * allocated
+
+
+@on_a_card
+def test_the_longest_row():
+    """Breaks if a kernel or its memory has a limit below sft.py's max_length."""
+    model = bench.make_trainable("8b", 9, DEVICE)
+    bench.checkpoint_activations(model, True)
+    assert bench.sft(model, bench.rows_of(REAL, [16384], DEVICE)).isfinite()
 
 
 # ---------------------------------------------------------------------------------------- trainings

@@ -35,7 +35,8 @@ def test_cuda_under_the_emulation():
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
     assert run.returncode == 0, run.stdout[-6000:]
     skipped = re.findall(r"^SKIPPED .*: (.*)$", run.stdout, re.M)
-    assert all(reason.startswith("needs a kernel") for reason in skipped), skipped
+    known = ("needs kernels", "could not import 'flash_attn'")
+    assert all(reason.startswith(known) for reason in skipped), skipped
     assert "failed" not in run.stdout and int(re.search(r"(\d+) passed", run.stdout)[1]) > 30
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -62,16 +63,18 @@ def on_two_ranks(folder, *runs):
 
 def parts_of_a_model(folder):
     """On each rank: half the bytes of a training's state; bf16 arithmetic is that of autocast."""
-    from common.machine import Calls, shard, whole, whole_copy, whole_weights
+    from common.machine import Calls, set_up_ranks, shard, whole, whole_copy, whole_weights
     from model import load
 
-    ids = torch.arange(40)[None] % 7 + 150
+    device = set_up_ranks()[2]
+    ids = torch.arange(40, device=device)[None] % 7 + 150
 
     def loss(model):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             return model.logits(model.hidden(ids)[0]).log_softmax(-1)[..., 160].mean()
 
     (plain, _), (model, _) = load(folder), load(folder)
+    plain.to(device)
     expected = loss(plain)
     expected.backward()
     run = shard(Calls(model), model, bf16=True)
@@ -99,9 +102,10 @@ def parts_of_a_model(folder):
     assert abs(before - after) < 1e-3 * abs(before) and after != got.item()
 
 
-SFT = dict(steps=2, global_batch=5, micro_batch=2, save_every=1, lr=1e-2)
+# in fp32 on GPUs, too (`make gpus`), where NCCL takes gloo's place
+SFT = dict(bf16=False, steps=2, global_batch=5, micro_batch=2, save_every=1, lr=1e-2)
 RL = dict(steps=2, groups=3, rollout_batch=1, kl=0.05, minibatches=2, micro_batch=1, lr=1e-3)
-RL |= dict(adjoint_terms=0, save_every=1)
+RL |= dict(bf16=False, adjoint_terms=0, save_every=1)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +142,12 @@ def trained(world, loud, tmp_path_factory):  # noqa: F811
             ("sft", sft_run("two_ddp")),
             ("sft", sft_run("two_vision", shard=True, freeze_vision=False)),
             ("sft", sft_run("two_vision_ddp", freeze_vision=False)),
-            ("sft", sft_run("stock", shard=True, gradient_checkpointing=True, latent_head="")),
+            (
+                "sft",
+                sft_run(
+                    "stock", bf16=True, shard=True, gradient_checkpointing=True, latent_head=""
+                ),
+            ),
             ("sft", sft_run("goes_on", shard=True, resume=True)),
             ("la_dapo", rl_run("two", shard=True, gradient_checkpointing=True)),
             ("la_dapo", rl_run("goes_on", shard=True, resume=True)),
@@ -174,7 +183,7 @@ def test_sft_in_parts_is_sft(trained, name):
     """
     figures = ("ce", "latent", "grad_norm", "eval_ce", "eval_latent")
     assert_same(trained / "sft" / "one", trained / "sft" / name, *figures)
-    if name == "again":  # as many ranks: to the bit
+    if name == "again" and not torch.cuda.is_available():  # as many ranks: to the bit
         a, b = (weights(trained / "sft" / run / "step_000002") for run in ("two", name))
         assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -214,6 +223,7 @@ def test_what_is_saved_in_parts_is_a_stock_folder(trained):
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     state = torch.load(folder / "trainer" / "trainer.pt", weights_only=True)["optimizer"]
     saved = weights(folder)
+    assert all(math.isfinite(line["grad_norm"]) for line in read_log(trained / "sft" / "stock"))
     assert len(state) > 20 and all(state[k]["exp_avg"].shape == saved[k].shape for k in state)
 
 
