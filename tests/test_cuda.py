@@ -359,7 +359,7 @@ def test_memory_is_what_was_rehearsed():
     real = rehearse.Rehearsal(config, SimpleNamespace(device=DEVICE))
     real.checkpoint(True)
     real.sft()
-    allocated, reserved = bench.peak_of(real.sft, DEVICE)
+    allocated, reserved = bench.peak_of(real.sft, DEVICE), torch.cuda.max_memory_reserved()
     print(f"measured: {allocated / 1e9:.1f} GB, reserved {reserved / 1e9:.1f} GB")
     assert allocated == pytest.approx(figures["bytes"], rel=0.1) and reserved < 1.1 * allocated
 
@@ -469,4 +469,4 @@ def test_the_bench_in_small():
     assert [len(case) for case in cases] == [3, 2, 6]
     for case in cases:
         for name, figure in case.items():
-            assert figure["bytes"][0] > 0 and figure["seconds"], name
+            assert 0 < figure["bytes"] < figure["reserved"] and figure["seconds"], name

@@ -1,6 +1,6 @@
 """How fast, and in how much memory: our way beside the usual one, on a CPU or a GPU.
 
-    python -m tools.bench --out bench.json --picture docs/growth.png     # a CPU: about 15 minutes
+    python -m tools.bench --out bench.json                            # a CPU: about 10 minutes
     make gpu                                                          # a GPU: the tests, then this
     python -m tools.bench --shape tiny --decoder tiny --rounds 1         # does it run at all
 
@@ -37,7 +37,7 @@ from common.cli import run_script
 from common.report import as_text
 from common.run import write_json
 from la_dapo import adjoint_loss
-from latent_decode import CHUNK, MEDIA, generate, replay
+from latent_decode import MEDIA, generate, replay
 from model import FutureL1, best_attention
 from sft import sft_loss
 from tools.shapes import check_shape, make, prompt, random_group
@@ -57,12 +57,9 @@ class Config:
     words: int = 230  # of a prompt
     new_tokens: int = 128  # of the longest rollout; in the update the shortest has a quarter
     sft_tokens: int = 400  # of a row, on average; a third of them are learnt
-    contexts: str = "500,1000,2000,4000,8000"  # growth: tokens of a prompt
-    groups: str = "1,2,4,8,16"  # growth: rollouts of a prompt
     minutes: float = 0.0  # what has not begun by then is left out; 0 = no end
     began: float = 0.0  # from when minutes count, in seconds since 1970; 0 = now
     out: str = ""  # also write all figures as JSON
-    picture: str = ""  # also draw the growth into this file
 
     def __post_init__(self):
         on_gpu = torch.cuda.is_available()
@@ -241,13 +238,13 @@ def seconds(work, device="cpu"):
 
 
 def peak_of(work, device="cpu"):
-    """Run work() -> bytes that tensors took at most: on a CPU beyond what was there before; on a
-    GPU all that PyTorch allocated, and what it reserved for that.
+    """Run work() -> bytes that tensors took at most: on a GPU all of them, on a CPU beyond what was
+    there before.
     """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         work()
-        return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        return torch.cuda.max_memory_allocated()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     events = profiler.profiler.kineto_results.events()
@@ -275,6 +272,8 @@ def measured(works, device, rounds, deadline):
             continue
         try:
             figures[name] = dict(bytes=peak_of(work, device), seconds=[])  # also the warm-up
+            if device == "cuda":  # what runs out is this: with fragments and the graphs' own memory
+                figures[name]["reserved"] = torch.cuda.max_memory_reserved()
         except torch.OutOfMemoryError:
             figures[name] = "out of memory"
         free()
@@ -327,74 +326,26 @@ def update_ways(config, model, device):
     return works
 
 
-def growth(config, decoder, model):
-    """CPU seconds of a decoded token against the context and against the number of rollouts, of an
-    update against the number of rollouts -> {"what, against": [[x, seconds]]}.
-    """
-    contexts, groups = ([int(x) for x in s.split(",")] for s in (config.contexts, config.groups))
-    typical = config.images * 258 + config.words
-
-    def token_seconds(context, n):
-        text = dataclasses.replace(config, shape=config.decoder, images=0, words=context)
-        marks = []
-        seen = dict(stream=lambda chunk: marks.append(time.process_time()))
-        decode(decoder, prompt(text, 1, "cpu"), 5 * CHUNK, n, **seen)
-        steps = [(b - a) / CHUNK for a, b in zip(marks, marks[1:])]  # the prompt's time is before
-        return statistics.median(steps) / n
-
-    def update_seconds(n):
-        works = update_ways(dataclasses.replace(config, n=n), model, "cpu")
-        return statistics.median(seconds(works["ours"]) for _ in range(config.rounds))
-
-    return {
-        "a decoded token, context": [[x, token_seconds(x, config.n)] for x in contexts],
-        "a decoded token, rollouts": [[n, token_seconds(typical, n)] for n in groups],
-        "an update, rollouts": [[n, update_seconds(n)] for n in groups],
-    }
-
-
 # ------------------------------------------------------------------------------------------- tables
 
 
 def table(figures, base):
-    """{way: {seconds, bytes}} -> rows of text: each beside the way `base` of the same rounds."""
-    rows, known = [], isinstance(figures[base], dict)
+    """{way: figures} -> rows of text: each way beside the way `base` of the same rounds."""
+    rows, other = [], figures[base]
     for name, figure in figures.items():
-        if not isinstance(figure, dict):
+        if isinstance(figure, str):
             rows.append([name, figure, "", "", ""])
             continue
-        size, more = figure["bytes"], ""
-        if isinstance(size, tuple):
-            size, more = size[0], f" ({size[1] / 2**20:,.0f})"
-        row = [
-            name,
-            f"{statistics.median(figure['seconds']):.3g}",
-            "",
-            f"{size / 2**20:,.0f}{more}",
-        ]
-        if known:
-            other = figures[base]
+        size = f"{figure['bytes'] / 2**20:,.0f}"
+        if "reserved" in figure:
+            size += f" ({figure['reserved'] / 2**20:,.0f})"
+        row = [name, f"{statistics.median(figure['seconds']):.3g}", "", size, ""]
+        if isinstance(other, dict):
             ratios = [a / b for a, b in zip(figure["seconds"], other["seconds"])]
             row[2] = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
-            theirs = other["bytes"]
-            row.append(f"{size / (theirs[0] if isinstance(theirs, tuple) else theirs):.2f}")
-        rows.append([*row, ""][:5])
+            row[4] = f"{figure['bytes'] / other['bytes']:.2f}"
+        rows.append(row)
     return rows
-
-
-def draw_growth(growth, png):
-    """{"what, against": [[x, seconds]]} -> a panel each; the x axis is logarithmic."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((4 * len(growth), 3), layout="constrained")
-    for ax, (name, points) in zip(figure.subplots(1, len(growth)), growth.items()):
-        what, against = name.split(", ")
-        x, y = zip(*points)
-        ax.plot(x, [1e3 * value for value in y], "o-", lw=1, ms=4)
-        ax.set(xscale="log", xlabel=against, ylabel=f"CPU ms of {what}", ylim=(0, 1.1e3 * max(y)))
-        ax.set_xticks(x, [f"{value:,}" for value in x])
-        ax.set_xticks([], minor=True)
-    figure.savefig(png, dpi=110)
 
 
 def main(config):
@@ -414,7 +365,7 @@ def main(config):
         (f"update of {config.n} rollouts", update_ways, "prompt copied"),
     ):
         if ways is not decoding_ways and model is None:
-            decoder = decoder if config.picture else None
+            decoder = None
             free()
             model = make_trainable(config.shape, config.layers, device)
         works = ways(config, model or decoder, device)
@@ -424,13 +375,6 @@ def main(config):
         )
         if config.out:
             write_json(config.out, figures)
-    if config.picture and device == "cpu":
-        figures["growth"] = growth(config, decoder, model)
-        draw_growth(figures["growth"], config.picture)
-        for name, points in figures["growth"].items():
-            print(name, "ms:", ", ".join(f"{x}: {1e3 * y:.1f}" for x, y in points))
-    if config.out:
-        write_json(config.out, figures)
     return figures
 
 

@@ -108,9 +108,8 @@ def test_transformers_is_left_as_it_was(tiny):
 @pytest.mark.slow
 def test_the_bench(tmp_path, capsys):
     """Breaks if a case does not run, or a ratio is not that of its own round."""
-    out, picture = tmp_path / "bench.json", tmp_path / "growth.png"
-    small = dict(contexts="20,40", groups="1,2", rounds=1, out=str(out), picture=str(picture))
-    bench.main(dataclasses.replace(CONFIG, **small))
+    out = tmp_path / "bench.json"
+    bench.main(dataclasses.replace(CONFIG, rounds=1, out=str(out)))
     figures, text = json.loads(out.read_text()), capsys.readouterr().out
     cases = [figures[name] for name in figures if name[:3] in ("dec", "SFT", "upd")]
     assert [len(case) for case in cases] == [2, 2, 6]
@@ -118,9 +117,6 @@ def test_the_bench(tmp_path, capsys):
     assert update["ours"]["bytes"] < update["prompt copied"]["bytes"]
     ratio = update["ours"]["seconds"][0] / update["prompt copied"]["seconds"][0]
     assert f"{ratio:.2f} ({ratio:.2f} - {ratio:.2f})" in text
-    growth = figures["growth"].values()
-    assert [[x for x, _ in points] for points in growth] == [[20, 40], [1, 2], [1, 2]]
-    assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_what_does_not_fit_or_comes_too_late():
@@ -134,8 +130,8 @@ def test_what_does_not_fit_or_comes_too_late():
     figures = bench.measured(works, "cpu", 2, time.time() + 100)
     assert turns == ["a", "b", "a", "b", "a", "b"] and figures["full"] == "out of memory"
     assert bench.measured(works, "cpu", 2, time.time() - 1)["a"] == "no time left"
-    figures["a"].update(seconds=[1, 6], bytes=(2**21, 2**22))
-    figures["b"].update(seconds=[2, 4], bytes=(2**20, 2**20))
+    figures["a"].update(seconds=[1, 6], bytes=2**21, reserved=2**22)
+    figures["b"].update(seconds=[2, 4], bytes=2**20)
     rows = bench.table(figures, "b")
     assert rows[0] == ["a", "3.5", "1.00 (0.50 - 1.50)", "2 (4)", "2.00"]
     assert rows[1][:2] == ["full", "out of memory"]
