@@ -1,7 +1,7 @@
 """How fast, and in how much memory: our way beside the usual one, on a CPU or a GPU.
 
-    python -m tools.bench --out bench.json                            # a CPU: about 10 minutes
-    make gpu                                                          # a GPU: the tests, then this
+    python -m tools.bench --out bench.json                       # a CPU
+    make gpu                                                       # a GPU: the tests, then this
     python -m tools.bench --shape tiny --decoder tiny --rounds 1         # does it run at all
 
     case                   ours                                   the usual way
