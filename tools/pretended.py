@@ -334,7 +334,7 @@ class PretendedGPU(TorchDispatchMode):
             logits = x.ndim > 1 and x.shape[-1] == self.vocabulary
             self.ledger.add(x, "copies" if copy else "logits" if logits else self.kind)
         if packet in flop_registry:
-            if packet is aten.mm:
+            if packet in (aten.mm, aten.bmm):
                 args, kwargs = args[:2], {}  # without the dtype of the result
             self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
         if on_gpu and packet.__name__ not in NO_KERNEL:
