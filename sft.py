@@ -252,6 +252,19 @@ def micro_batches(order, first_step, steps, global_batch, micro_batch, rank, wor
             yield own[k * micro_batch : (k + 1) * micro_batch]
 
 
+def batches_of(samples, order, steps, run, pad_id):
+    """An iterator over the steps that are still to do: this rank's micro-batches of each, a tuple.
+
+    Encoded ahead by a loader, which starts here.
+    """
+    config, machine = run.config, run.machine
+    sizes = config.global_batch, config.micro_batch, machine.rank, machine.world
+    plan = list(micro_batches(order, run.first, steps, *sizes))
+    batches = iter(loader(samples, plan, config.workers, pad_id=pad_id))
+    count = -(-config.global_batch // (config.micro_batch * machine.world))
+    return zip(*[batches] * count)  # `count` in a row from one iterator
+
+
 def on_device(batch, machine):
     """What a forward takes of a batch. FSDP would copy the tensors in `samples` to the GPU, too."""
     return to_device({k: v for k, v in batch.items() if k != "samples"}, machine.device)
@@ -303,12 +316,9 @@ def train(config, fed=teacher_forcing):
         model.model.visual.requires_grad_(not config.freeze_vision)
     latent_id = model.config.latent_id
 
-    # the loader is created before the random state is restored: it draws a number when it starts
+    # the loader starts before the random state is restored, because it draws a number
     samples = Samples(rows, tokenizer, config, train=True, spans=config.spans)
-    sizes = config.global_batch, config.micro_batch, machine.rank, machine.world
-    plan = list(micro_batches(order, run.first, steps, *sizes))
-    micro_steps = -(-config.global_batch // (config.micro_batch * machine.world))
-    batches = iter(loader(samples, plan, config.workers, pad_id=tokenizer.pad_token_id or 0))
+    batches = batches_of(samples, order, steps, run, tokenizer.pad_token_id or 0)
 
     # what Eq. (3) is divided by; the model over the ranks; what learns, and how
     state = run.state or dict(latent_var=measure_variance(model, samples, order, config, machine))
@@ -321,7 +331,7 @@ def train(config, fed=teacher_forcing):
         # the step's samples
         # deviation 6: those that cannot be read are named, and the step goes on without them
         began = time.time()
-        micro = [next(batches) for _ in range(micro_steps)]
+        micro = next(batches)
         skipped, _ = run.skips([skip for batch in micro for skip in batch["skipped"]])
         if step == 0 and machine.master:
             print_row(micro[0], tokenizer, latent_id)

@@ -338,12 +338,9 @@ def heal(config, rows):
     model.model.visual.requires_grad_(not config.freeze_vision)
     latent_id = model.config.latent_id
 
-    # the loader is created before the random state is restored: it draws a number when it starts
+    # the loader starts before the random state is restored, because it draws a number
     samples = Samples(rows, tokenizer, config, train=True, spans=config.spans)
-    sizes = config.global_batch, config.micro_batch, machine.rank, machine.world
-    plan = list(sft.micro_batches(order, run.first, steps, *sizes))
-    micro_steps = -(-config.global_batch // (config.micro_batch * machine.world))
-    batches = iter(loader(samples, plan, config.workers, pad_id=tokenizer.pad_token_id or 0))
+    batches = sft.batches_of(samples, order, steps, run, tokenizer.pad_token_id or 0)
 
     # what Eq. (3) is divided by; the model over the ranks; what learns, and how
     state = run.state or dict(
@@ -356,7 +353,7 @@ def heal(config, rows):
 
     for step in run.steps(steps):
         # the step's samples, and how many words and latents all ranks have
-        micro = [next(batches) for _ in range(micro_steps)]
+        micro = next(batches)
         skipped, _ = run.skips([skip for batch in micro for skip in batch["skipped"]])
         counts = [sft.count(batch, latent_id, config) for batch in micro]
         n_text, n_latent, n_tokens = (int(n) for n in machine.sum(map(sum, zip(*counts))))

@@ -251,20 +251,6 @@ def as_rollout(episodes, device):
     return Rollout(rows("tokens"), rows("sampled"), latents, rows("logprobs"), finish, lengths)
 
 
-def answer(model, tokenizer, rows, config, batch=256, **how):
-    """Play each row once, greedily -> [(row, its Episode)]. Rows that cannot be read are named."""
-    samples, pairs = Samples(rows, tokenizer, config, train=False), []
-    for i in range(0, len(rows), batch):
-        some = [samples[k] for k in range(i, min(i + batch, len(rows)))]
-        for where, why in (sample for sample in some if isinstance(sample, Skipped)):
-            tqdm.write(f"skipped {where}: {why}")
-        readable = [sample for sample in some if not isinstance(sample, Skipped)]
-        if readable:
-            asked = [sample["row"] for sample in readable]
-            pairs += zip(asked, play(model, tokenizer, readable, config, **how))
-    return pairs
-
-
 # ---------------------------------------------------------------- roll out, score, advantages, loss
 
 

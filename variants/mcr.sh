@@ -72,6 +72,7 @@ import os, sys, torch
 import numpy as np
 from common.folder import newest, write_json
 from common.formats import read_rows
+from data import Samples
 from model import load
 from rewards import accuracy_reward
 from toy.tiny import settings
@@ -84,9 +85,12 @@ model, tokenizer = load(newest(folder))
 how = {}
 if float(temperature):
     how = dict(temperature=float(temperature), generator=torch.Generator().manual_seed(int(seed)))
-results = []
-for row, episode in mcr.answer(model.eval(), tokenizer, read_rows(data), config, **how):
-    text, looks = tokenizer.decode(episode.tokens), len(episode.seen)
+samples, episodes, results = Samples(read_rows(data), tokenizer, config, train=False), [], []
+for i in range(0, len(samples), 256):
+    some = [samples[k] for k in range(i, min(i + 256, len(samples)))]
+    episodes += mcr.play(model.eval(), tokenizer, some, config, **how)
+for episode in episodes:
+    row, text, looks = episode.sample["row"], tokenizer.decode(episode.tokens), len(episode.seen)
     right = accuracy_reward(text, row.answer, row.options) > 0
     results += [(group, right, looks) for group in (row.group, "all")]
     if not looks:

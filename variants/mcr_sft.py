@@ -32,7 +32,7 @@ from common.formats import Frame, RecordError, Skipped
 from common.machine import Machine, set_sync, whole
 from common.report import draw_curves
 from common.run import Run, rows_of
-from data import MERGE, Samples, Special, at_least, encode, loader, tokenize
+from data import MERGE, Samples, Special, at_least, encode, tokenize
 from model import LATENT, LATENT_END, LATENT_START
 from variants.mcr import Said, Shown, environment, frames_in, user_turn
 
@@ -150,12 +150,9 @@ def train(config):
         model.model.visual.requires_grad_(not config.freeze_vision)
     latent_id = model.config.latent_id
 
-    # the loader is created before the random state is restored: it draws a number when it starts
+    # the loader starts before the random state is restored, because it draws a number
     samples = LoopSamples(rows, tokenizer, config)
-    sizes = config.global_batch, config.micro_batch, machine.rank, machine.world
-    plan = list(sft.micro_batches(order, run.first, steps, *sizes))
-    micro_steps = -(-config.global_batch // (config.micro_batch * machine.world))
-    batches = iter(loader(samples, plan, config.workers, pad_id=tokenizer.pad_token_id or 0))
+    batches = sft.batches_of(samples, order, steps, run, tokenizer.pad_token_id or 0)
 
     # what Eq. (3) is divided by; the model over the ranks; what learns, and how
     state = run.state or dict(
@@ -168,7 +165,7 @@ def train(config):
 
     for step in run.steps(steps):
         # the step's loops, and the counts of the whole step over all ranks
-        micro = [next(batches) for _ in range(micro_steps)]
+        micro = next(batches)
         skipped, _ = run.skips([skip for batch in micro for skip in batch["skipped"]])
         counts = [sft.count(batch, latent_id, config) for batch in micro]
         n_text, n_latent, n_tokens = (int(n) for n in machine.sum(map(sum, zip(*counts))))

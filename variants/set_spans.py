@@ -58,7 +58,7 @@ from common.cli import run_script
 from common.machine import Machine, set_sync, whole
 from common.report import draw_curves
 from common.run import Run, rows_of
-from data import Samples, loader, model_inputs
+from data import Samples, model_inputs
 from latent_decode import ends_of, never_words
 from model import FutureL1
 
@@ -247,12 +247,9 @@ def train(config):
     model.model.visual.requires_grad_(not config.freeze_vision)
     latent_id = model.config.latent_id
 
-    # the loader is created before the random state is restored: it draws a number when it starts
+    # the loader starts before the random state is restored, because it draws a number
     samples = Samples(rows, tokenizer, config, train=True)
-    sizes = config.global_batch, config.micro_batch, machine.rank, machine.world
-    plan = list(sft.micro_batches(order, run.first, steps, *sizes))
-    micro_steps = -(-config.global_batch // (config.micro_batch * machine.world))
-    batches = iter(loader(samples, plan, config.workers, pad_id=tokenizer.pad_token_id or 0))
+    batches = sft.batches_of(samples, order, steps, run, tokenizer.pad_token_id or 0)
 
     # what Eq. (3) is divided by; the model over the ranks; what learns, and how
     state = run.state or dict(
@@ -265,7 +262,7 @@ def train(config):
 
     for step in run.steps(steps):
         # the step's samples, and how many words and latents all ranks have
-        micro = [next(batches) for _ in range(micro_steps)]
+        micro = next(batches)
         skipped, _ = run.skips([skip for batch in micro for skip in batch["skipped"]])
         counts = [sft.count(batch, latent_id, config) for batch in micro]
         n_text, n_latent, n_tokens = (int(n) for n in machine.sum(map(sum, zip(*counts))))

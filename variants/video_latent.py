@@ -60,7 +60,7 @@ from common.formats import Blank
 from common.machine import Machine, set_sync
 from common.report import draw_curves
 from common.run import Run, rows_of
-from data import Samples, at_least, loader, model_inputs
+from data import Samples, at_least, model_inputs
 from model import FutureL1
 
 TAU = 0.1  # temperature of B's and C's softmax; ours
@@ -348,12 +348,9 @@ def train(config):
     prepare(model, config)
     model.model.visual.requires_grad_(not config.freeze_vision)
 
-    # the loader is created before the random state is restored: it draws a number when it starts
+    # the loader starts before the random state is restored, because it draws a number
     samples = Samples(rows, tokenizer, config, train=True)
-    sizes = config.global_batch, config.micro_batch, machine.rank, machine.world
-    plan = list(sft.micro_batches(order, run.first, steps, *sizes))
-    micro_steps = -(-config.global_batch // (config.micro_batch * machine.world))
-    batches = iter(loader(samples, plan, config.workers, pad_id=tokenizer.pad_token_id or 0))
+    batches = sft.batches_of(samples, order, steps, run, tokenizer.pad_token_id or 0)
 
     # the model over the ranks; what learns, and how
     sums_of = machine.wrap(model, unused=True)  # a batch may lack pictures, or any span
@@ -362,7 +359,7 @@ def train(config):
 
     for step in run.steps(steps):
         # the step's samples, and how many words and latents all ranks have
-        micro = [next(batches) for _ in range(micro_steps)]
+        micro = next(batches)
         skipped, _ = run.skips([skip for batch in micro for skip in batch["skipped"]])
         counts = [sft.count(batch, model.config.latent_id, config) for batch in micro]
         n_text, n_latent, n_tokens = (int(n) for n in machine.sum(map(sum, zip(*counts))))
