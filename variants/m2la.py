@@ -4,7 +4,7 @@ attention. All tokens stay; what is cached of each is half as wide.
 Source: InternVideo3 (arXiv 2606.12195); the conversion's equations are those of TransMLA, whose
 names and sizes the released code has. A fork of sft.py, which heals what was converted.
 
-Of a token x, key head g of G and query head h in its group, Qwen3-VL's attention knows
+For a token x, key head g of G and query head h of its group, Qwen3-VL's attention computes
 
     k_g = W_k,g x,   s_g = 1 / rms(k_g),   v_g = W_v,g x,   q_h = norm(W_q,h x)
     logit = RoPE(q_h) . RoPE(s_g gain k_g) / sqrt(d)                     caches 2 G d numbers
@@ -100,9 +100,10 @@ class Config(sft.Config):
 
 
 class M2LA(nn.Module):
-    """A text layer's attention with a compressed cache, at first random: see `fit`. The paper's.
+    """A text layer's attention with a compressed cache. Source: InternVideo3.
 
-    attention: transformers', whose queries and outputs are kept, or ValueError if it does not fit.
+    attention: transformers' own, whose queries and outputs are kept. The other weights are random
+    until `fit` sets them. Raises ValueError if the sizes do not fit.
     """
 
     def __init__(self, attention, rank, roped, norm):
@@ -161,7 +162,7 @@ class M2LA(nn.Module):
         content = torch.einsum("bnr,gdr->bngd", c, self.up_k)
         key = torch.cat([content, k_r[:, :, None].expand(-1, -1, self.G, -1)], -1)
         key = key * t[..., None] if self.exact else key  # (1, N, G, d + m d)
-        # as wide as keys, which FlashAttention asks for
+        # padded to the width of the keys, because FlashAttention needs equal widths
         value = F.pad(torch.einsum("bnr,gdr->bngd", c, self.up_v), (0, q_r.shape[-1]))
         states = (y.transpose(1, 2) for y in (torch.cat([q, q_r], -1), key, value))
         return layout.attend(self.layer_idx, *states, self.scaling)[..., : self.d]
@@ -234,7 +235,7 @@ def rotate(attention, moments):
     axes = torch.linalg.eigh(torch.einsum("gpfhpf->fgh", keys)).eigenvectors.flip(-1)
     turn = axes.permute(1, 2, 0).repeat(1, 1, 2)  # (f, G, G) -> (G, G, d)
 
-    # all of it as a matrix on [k ; v]
+    # the whole step as one matrix on [k ; v]
     across = torch.einsum("gci,ij->cigj", turn, torch.eye(d).to(gain)).reshape(G * d, G * d)
     step = torch.block_diag(across * scale, torch.eye(G * d).to(gain))
     both = torch.cat([attention.k_proj.weight, attention.v_proj.weight]).double()
@@ -292,7 +293,7 @@ def convert(model, batches, config):
 
 
 def write_converted(config, rows):
-    """config.model converted, in OUT/converted -> that folder. Raises SystemExit if it is there."""
+    """Convert config.model into OUT/converted -> that folder. Raises SystemExit if it exists."""
     folder, machine = os.path.join(config.out, "converted"), Machine(config.bf16)
     if os.path.exists(folder) and not config.resume:
         raise SystemExit(f"{folder} is there: pass --resume to go on with it, or another --out")
@@ -402,12 +403,13 @@ def evaluate_folder(config):
 def time_step(model, context, steps=8):
     """A decoding step of one row after `context` tokens -> seconds and bytes a token, both a layer.
 
-    Without words in and out: beside few layers they would be most of it. Ours.
+    The embeddings and the output layer are left out: next to so few layers they would take most of
+    the time. Ours.
     """
     text, L = model.model.language_model, model.config.text_config.num_hidden_layers
     one = torch.ones(1, 1, dtype=torch.long, device=model.device)
     _, prompt = model.hidden(one, use_cache=True)
-    for layer in prompt.layers:  # the same token again and again: only costs are looked at
+    for layer in prompt.layers:  # the same token again and again, because only the cost matters
         layer.keys, layer.values = (x.repeat(1, 1, context, 1) for x in (layer.keys, layer.values))
     size = sum(layer.keys.nbytes + layer.values.nbytes for layer in prompt.layers)
     cache = DecodingCache(prompt, [context], 1)
@@ -417,7 +419,7 @@ def time_step(model, context, steps=8):
     began = time.time()
     for k in range(steps):
         h = cache.feed(text, x, one + context + 1 + k, None)
-    h.sum().item()  # a GPU has done them all
+    h.sum().item()  # waits for the GPU
     return (time.time() - began) / steps / L, size // (context * L)
 
 

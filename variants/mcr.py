@@ -140,7 +140,7 @@ def environment(turn, row, seen, looks_left):
 def user_turn(feedback, config):
     """Shown or Said -> the pieces of the turn it comes in, its images [(patches, grid)].
 
-    From behind the end of the policy's turn to where its next one starts. Raises ClipError.
+    The pieces follow the end of the policy's turn and lead up to its next one. Raises ClipError.
     """
     images, content = [], [getattr(feedback, "word", "")]
     if isinstance(feedback, Shown):

@@ -2,7 +2,7 @@
 
 A fork of la_dapo.py. Source: ViCuR, arXiv 2606.05718. The student answers from X, pictures and a
 question. The teacher is frozen and reads S as well, behind a marker at the end of the question. It
-says nothing itself: it scores the student's own tokens under its own prompt.
+generates nothing: it scores the student's own tokens under its own prompt.
 
     y   ~  p(. | X)                                                        words and latents
     A_n =  log p_T(y_n | X, S, y_<n) - log p(y_n | X, y_<n)                no gradient       Eq. (6)
@@ -170,7 +170,7 @@ def gate(g):
 
 @torch.no_grad()
 def ask_teacher(teacher, tokenizer, batch, config):
-    """What the teacher makes of a batch's rollouts -> its Replay, the weight w of each (R, 1)."""
+    """The teacher scores a batch's rollouts -> its Replay, the weight w of each rollout (R, 1)."""
     samples = [hinted(group.sample, tokenizer, config) for group in batch.groups]
     prompts = model_inputs(collate(samples, 0, side="left"))  # pads are masked
     # deviation 1: the teacher is fed the student's latents

@@ -1,7 +1,7 @@
 """VideoLatent-like: latents that are learnt from questions and answers, without a future frame.
 
 A fork of sft.py. A row is a prompt, one span of N latents, the answer: no chain, no picture of what
-comes. What is fed to the span is always the model's own.
+comes. The span is always fed the model's own latents.
 
     z_k = g(h_{p+k-1})                                       as decoding feeds it, always N times
     g(h) = h + W2 silu(W1 RMSNorm(h)), W2 = 0 at first                         (a)  injection head
@@ -35,7 +35,7 @@ Source: the idea of VideoLatent (Hu et al. 2026, arXiv 2606.22870): an injection
 alignment and latent diversity, from triplets of video, question, answer. Its equations are not
 public. Every equation here is ours, and what these losses give says nothing of that paper's.
 
-Where this may differ from what one expects:
+Where this may differ from what you expect:
  1. All latents are fed at each pass, not one after another: the same numbers and gradients.
  2. C compares with the rows of its micro-batch. Rows about one clip count as different.
  3. What is logged beside the losses is of one micro-batch of the first rank.
