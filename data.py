@@ -277,14 +277,15 @@ class Samples(Dataset):
             return Skipped(self.rows[i].where, str(e))
 
 
-def collate(samples, pad_id, side="right"):
+def collate(samples, pad_id, side="right", raw=False):
     """Encoded samples -> a batch: HF-named tensors, and lists of what they are.
 
     input_ids, attention_mask, labels (B, L); pixel_values / image_grid_thw, pixel_values_videos /
     video_grid_thw, future_pixel_values / future_grid_thw where there are any. side: "left" to
     generate, "right" to train. `samples`, `rows`: the B that are in the batch; `kept`: their
     numbers among those given; `skipped`: the others. If every sample was skipped, a one-token row
-    without a label stands in, so that each rank still takes its step.
+    without a label stands in, so that each rank still takes its step. raw: patches stay bytes, a
+    quarter of fp32's, until `to_device` normalises them.
     """
     kept = [i for i, sample in enumerate(samples) if not isinstance(sample, Skipped)]
     skipped = [sample for sample in samples if isinstance(sample, Skipped)]
@@ -306,17 +307,16 @@ def collate(samples, pad_id, side="right"):
         pairs = list(chain.from_iterable(sample[medium] for sample in good))
         if pairs:
             patches, batch[grids] = stack(pairs)  # (P, 1536), (images, 3)
-            batch[pixels] = normalise(patches)
+            batch[pixels] = patches if raw else normalise(patches)
     rows = [sample["row"] for sample in good]
     return dict(batch, samples=good, rows=rows, kept=kept, skipped=skipped)
 
 
 def to_device(batch, device):
-    """Move a batch's tensors; lists stay."""
-    return {
-        k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v
-        for k, v in batch.items()
-    }
+    """Move a batch's tensors; lists stay. Patches that are bytes are normalised there."""
+    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    raw = {k: v for k, v in moved.items() if getattr(v, "dtype", None) == torch.uint8}
+    return moved | {k: normalise(v) for k, v in raw.items()}
 
 
 MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
@@ -329,11 +329,14 @@ def model_inputs(batch):
 
 
 def loader(samples, batches, workers, **collate_arguments):
-    """A DataLoader over lists of indices, one a batch, decoding ahead in `workers` processes."""
+    """A DataLoader over lists of indices, one a batch, decoding ahead in `workers` processes.
+
+    Patches travel as bytes: what the workers have ready lies in shared memory.
+    """
     return DataLoader(
         samples,
         batch_sampler=batches,
-        collate_fn=functools.partial(collate, **collate_arguments),
+        collate_fn=functools.partial(collate, raw=True, **collate_arguments),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
     )

@@ -396,7 +396,8 @@ def distinct(group):
 
 def batch_of(groups, device, distinct=distinct):
     """Groups that have advantages -> Batch. distinct(group): which rollouts share a row."""
-    prompts = model_inputs(collate([g.sample for g in groups], 0, side="left"))  # pads are masked
+    samples = [group.sample for group in groups]
+    prompts = model_inputs(collate(samples, 0, side="left", raw=True))  # padding is masked
     prompt_of, A, members, rollouts = [], [], [], []
     for k, group in enumerate(groups):
         rows = distinct(group)  # deviation 6: equal rollouts are replayed once and counted
@@ -578,7 +579,8 @@ def train(config, policy_loss=policy_loss):
                 with machine.autocast():
                     loss, logged = policy(policy_loss, batch, counts, config)
                 (loss * machine.world).backward()  # DDP and FSDP average the ranks' gradients
-                figures.update({name: float(value) for name, value in logged.items()})
+                # in float64, and read after the step: here the GPU would be waited for
+                figures.update({k: torch.as_tensor(x).double() for k, x in logged.items()})
             norms.append(whole(torch.nn.utils.clip_grad_norm_(trained, config.clip)).item())
             for param_group in optimizer.param_groups:
                 param_group["lr"] = lr
@@ -731,7 +733,7 @@ def update_figures(figures, norms, machine):
 
     replay_ms, a mean of squares, becomes replay_rms. None = there was no update.
     """
-    every = machine.gather([figures])
+    every = machine.gather([{name: float(value) for name, value in figures.items()}])
     names = list(dict.fromkeys(name for some in every for name in some))
     n = len(norms)
     out = {name: sum(some[name] for some in every) / n for name in names if n}

@@ -451,7 +451,7 @@ def ask(model, tokenizer, samples, **how):
     samples: B results of `data.encode`, all readable. how: keyword arguments of `generate`. With
     n rollouts a prompt, row i * n + k is rollout k of prompt i.
     """
-    batch = collate(samples, tokenizer.pad_token_id or 0, side="left")
+    batch = collate(samples, tokenizer.pad_token_id or 0, side="left", raw=True)
     rollout = generate(model, model_inputs(to_device(batch, model.device)), **how)
     tokens = [row[:n].tolist() for row, n in zip(rollout.tokens.cpu(), rollout.lengths)]
     return rollout, tokens, tokenizer.batch_decode(tokens)
@@ -571,8 +571,8 @@ def replay(model, batch, rollout, temperature, prompt_of=None):
 def decisions(model, h, chosen, temperature):
     """States (S, D), what was chosen there (S,) -> log-probability and entropy of each (S,)."""
 
-    def choice(h, chosen):
-        logp = (model.logits(h) / temperature).log_softmax(-1)  # (S', V)
+    def choice(h, chosen, weight=None):
+        logp = (model.logits(h, weight) / temperature).log_softmax(-1)  # (S', V)
         log_stop = logp[:, model.config.latent_end_id]
         log_go = log_continue(log_stop)
         continued = chosen == model.config.latent_id
@@ -587,7 +587,10 @@ def decisions(model, h, chosen, temperature):
         return choice(h, chosen)
     # a piece's (S', V) is made again in the backward: at once, 16k tokens are 10 GB a copy
     pieces = zip(h.split(LOGITS), chosen.split(LOGITS))
-    results = [checkpoint(choice, *piece, use_reentrant=False) for piece in pieces]
+    # the pieces' gradients add up in its dtype, and --shard gathers it in bf16
+    weight = model.lm_head.weight
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    results = [checkpoint(choice, *piece, weight, use_reentrant=False) for piece in pieces]
     logprob, entropy = zip(*results)
     return torch.cat(logprob), torch.cat(entropy)
 

@@ -240,8 +240,10 @@ class TwoChannels:
         """States (..., D) -> the latents they predict: themselves (paper), or through the head."""
         return h if self.latent_head is None else self.latent_head(h)
 
-    def logits(self, h):
+    def logits(self, h, weight=None):
         """States (..., D) -> logits (..., V), in fp32 where weights or arithmetic are bf16. Ours.
+
+        weight (V, D): the output layer's, in another precision; only bf16 arithmetic reads it.
 
         In bf16, logits between 16 and 32 are .125 apart: one bit is a factor of 1.13 in a
         probability. Under autocast the product takes bf16 as well; only its result is not rounded.
@@ -250,7 +252,7 @@ class TwoChannels:
         narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
         if torch.finfo(narrow).bits >= 32:
             return self._with_latent_rows(self.lm_head(h), h)
-        weight = self.lm_head.weight  # (V, D)
+        weight = self.lm_head.weight if weight is None else weight
         rows = h.reshape(-1, h.shape[-1])
         # deviation 4: the product is not rounded to bf16
         logits = _Fp32Product.apply(rows.to(narrow), weight.to(narrow))

@@ -344,7 +344,7 @@ def train(config, fed=teacher_forcing):
             raise SystemExit(f"no sample of step 0 {why}")
 
         # forward and backward, a micro-batch at a time
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(2, dtype=torch.float64, device=machine.device)
         for batch in micro if n_text else []:
             set_sync(sums_of, last=batch is micro[-1])
             arguments = on_device(batch, machine), fed, step / steps, latent_var, config
@@ -352,7 +352,7 @@ def train(config, fed=teacher_forcing):
                 ce, latent = sums_of(batch_sums, *arguments)
             loss = ce / n_text + config.lam * latent / max(n_latent, 1)  # Eq. (1)
             (loss * machine.world).backward()  # DDP and FSDP average the ranks' gradients
-            sums += torch.stack([ce, latent]).detach().double().cpu()
+            sums += torch.stack([ce, latent]).detach().double()
 
         # clip and step, unless there was nothing to learn or the gradient is not finite
         lr, norm = learning_rate(step, steps, config), None
@@ -385,7 +385,7 @@ def train(config, fed=teacher_forcing):
 
 def means_of(sums, n_text, n_latent, config, machine):
     """Sums of this rank, counts of all ranks -> the means of Eq. (1)-(3); None without a word."""
-    ce, latent = machine.sum(sums)
+    ce, latent = machine.sum(sums.tolist())  # one wait for the GPU
     if not n_text:
         return dict(loss=None, ce=None, latent=None)
     ce, latent = ce / n_text, latent / max(n_latent, 1)
@@ -398,7 +398,8 @@ def held_out_loss(sums_of, rows, tokenizer, latent_var, run):
     Means over the tokens of all rows and ranks, as eval_loss, eval_ce, eval_latent.
     """
     config, machine, began = run.config, run.machine, time.time()
-    sums, counts, skipped = torch.zeros(2, dtype=torch.float64), [0, 0], []
+    sums = torch.zeros(2, dtype=torch.float64, device=machine.device)
+    counts, skipped = [0, 0], []
     sums_of = without_ddp(sums_of)
     with aside(sums_of):
         encoding = dict(train=True, spans=config.spans)
@@ -409,7 +410,7 @@ def held_out_loss(sums_of, rows, tokenizer, latent_var, run):
             counts = [counts[0] + n_text, counts[1] + n_latent]
             arguments = on_device(batch, machine), teacher_forcing, 0.0, latent_var, config
             with machine.autocast():
-                sums += torch.stack(sums_of(batch_sums, *arguments)).double().cpu()
+                sums += torch.stack(sums_of(batch_sums, *arguments)).double()
     n_text, n_latent = machine.sum(counts)
     means = means_of(sums, n_text, n_latent, config, machine)
     skipped, _ = run.skips(skipped)

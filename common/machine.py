@@ -144,15 +144,19 @@ def set_sync(run, last):
 def set_up_ranks():
     """torchrun's environment, or a single process -> rank, world, device."""
     disable_progress_bar()  # transformers' own, for every load and save
+    device = torch.device("cpu")
+    if torch.cuda.is_available():  # first, so that NCCL connects this GPU and no guessed one
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
+        on_gpu = device.type == "cuda"
         dist.init_process_group(
-            "nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=3)
-        )  # the others wait while rank 0 writes a checkpoint
+            "nccl" if on_gpu else "gloo",
+            timeout=datetime.timedelta(hours=3),  # others wait while rank 0 writes a checkpoint
+            device_id=device if on_gpu else None,
+        )
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if not torch.cuda.is_available():
-        return rank, world, torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return rank, world, torch.device("cuda", torch.cuda.current_device())
+    return rank, world, device
 
 
 def leave(code=0):

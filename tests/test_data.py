@@ -264,6 +264,16 @@ def test_workers_change_nothing(film, words, data_config):
         assert all(torch.equal(a[k], b[k]) for k in a if isinstance(a[k], torch.Tensor))
 
 
+def test_patches_travel_as_bytes(film, words, data_config):
+    """Breaks if workers send patches in fp32, or what reaches the model is not `collate`'s."""
+    samples = Samples([row(film("a.mp4"), "f:0")], words, data_config)
+    (sent,) = data.loader(samples, [[0]], 0, pad_id=0)
+    moved, plain = data.to_device(sent, "cpu"), data.collate([samples[0]], 0)
+    pixels = [name for name in plain if "pixel" in name]
+    assert pixels and all(sent[name].dtype == torch.uint8 for name in pixels)
+    assert all(torch.equal(moved[k], plain[k]) for k in plain if isinstance(plain[k], torch.Tensor))
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc")
 def test_workers_keep_no_files_open(film, words, data_config):
     """Breaks if a cached frame that was sent holds a file open for good: after 10,000 small frames

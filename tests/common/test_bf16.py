@@ -9,9 +9,10 @@ from test_lora import tied
 from test_model import save
 
 import la_dapo
+import latent_decode
 from common.machine import Machine
 from common.run import Run
-from latent_decode import generate, token_logprobs
+from latent_decode import decisions, generate, token_logprobs
 
 
 @pytest.fixture
@@ -90,3 +91,38 @@ def test_a_reference_of_ranks_is_rounded_as_fsdp_rounds(policy, machine):
     machine.shard = True
     reference, _ = machine.load(policy[3], frozen=True)
     assert {p.dtype for p in reference.parameters()} == {torch.bfloat16}
+
+
+def test_the_head_of_many_pieces_has_one_rounded_gradient(model, monkeypatch):
+    """Breaks if with --shard, whose weights are bf16 in a forward, the gradients of the pieces of a
+    long update are added up in bf16. Against one piece in float64.
+    """
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(512, 96, generator=generator).bfloat16().requires_grad_()
+    chosen = torch.randint(model.lm_head.out_features, (512,), generator=generator)
+    head = model.bfloat16().lm_head.weight
+    with torch.autocast("cpu", torch.bfloat16):
+        monkeypatch.setattr(latent_decode, "LOGITS", 16)
+        loss = decisions(model, h, chosen, 0.9)[0].sum()
+    (got,) = torch.autograd.grad(loss, head)
+    monkeypatch.setattr(latent_decode, "LOGITS", 512)
+    h, head = h.detach().double(), model.double().lm_head.weight
+    (exact,) = torch.autograd.grad(decisions(model, h, chosen, 0.9)[0].sum(), head)
+    error = (got.double() - exact).norm() / exact.norm()
+    assert got.dtype == torch.bfloat16 and error < 0.003, error
+
+
+def test_the_patch_embedding_is_the_convolution(model):
+    """Breaks if CUDA's product of the patches is not the convolution of the released weights."""
+    layer = model.model.visual.patch_embed.proj
+    x = torch.randn(7, 3, 2, 16, 16)
+    conv = torch.nn.functional.conv3d(x, layer.weight, layer.bias, stride=layer.stride).flatten(1)
+    assert torch.equal(layer(x), conv)  # on a CPU
+    torch.testing.assert_close(layer.product(x), conv, atol=1e-5, rtol=0)
+    names = [name for name in model.state_dict() if "patch_embed" in name]
+    assert names == [f"model.visual.patch_embed.proj.{name}" for name in ("weight", "bias")]
+
+
+def test_cudnn_does_not_attend():
+    """Breaks if PyTorch may take cuDNN's attention on a H100."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

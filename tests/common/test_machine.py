@@ -18,6 +18,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 import la_dapo
 import sft
+from common import machine
 from tests.conftest import changed_rows
 from variants import self_forcing
 
@@ -239,6 +240,27 @@ def test_a_batch_that_weighs_nothing(model, kl):
     assert loss == 0 and not any(figures.values())
     grads = {n: p.grad for n, p in model.named_parameters() if "visual" not in n}
     assert all(grad is not None and not grad.any() for grad in grads.values())
+
+
+def test_the_device_is_chosen_before_the_ranks_meet(monkeypatch):
+    """Breaks if NCCL has to guess which GPU a rank has."""
+    order = []
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", order.append)
+    monkeypatch.setattr(
+        machine.dist, "init_process_group", lambda *name, **how: order.append((*name, how))
+    )
+    device = machine.set_up_ranks()[2]
+    assert order[0] == device == torch.device("cuda", 3)
+    assert order[1][0] == "nccl" and order[1][1]["device_id"] == device
+
+
+def test_tests_hide_the_gpu(pytestconfig):
+    """Breaks if a machine's GPU takes part in tests whose tolerances are those of fp32."""
+    if pytestconfig.option.markexpr != "cuda":
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
 
 
 def test_what_does_not_go_with_shard_is_refused():
