@@ -41,7 +41,7 @@ def test_sample_without_arguments(tmp_path):
     sample.main(sample.Config(list=True), listed.append)
     lines = "".join(listed).splitlines()
     assert len(lines) == 8 and lines[0] == (
-        "1  taste/clips/4000000.mp4, key frames 3,4: which wall does the ball hit next ?"
+        "1  taste/clips/6000000.mp4, key frames 2,3: which wall does the ball hit next ?"
     )
     with pytest.raises(SystemExit, match="--ask takes 1 to 8, found 9"):
         sample.main(sample.Config(ask=9), out.append)
@@ -50,7 +50,7 @@ def test_sample_without_arguments(tmp_path):
 def test_what_is_shipped_is_small_and_whole():
     """Breaks if a training's state is shipped, or the card does not say how it was made."""
     sizes = {p.relative_to(ROOT): p.stat().st_size for p in ROOT.glob("taste/**/*") if p.is_file()}
-    assert sum(sizes.values()) < 3_200_000
+    assert sum(sizes.values()) < 4_400_000
     assert not [path for path in sizes if path.suffix == ".pt"]
     card = (ROOT / "taste" / "README.md").read_text()
     assert "commit ?" not in card and "bash toy/taste.sh" in card
@@ -70,6 +70,17 @@ def test_it_answers_and_imagines(shipped):
     assert errors["imagined 1"] == pytest.approx(own, rel=1e-3)
     # and a true token is painted as what it shows: the painter is this tower's
     assert (painter(came.e) - came.cells).square().mean().item() < 0.003
+
+
+def test_the_start_for_rl():
+    """Breaks if the start for RL does not imagine each hit, or is not trained in fp32."""
+    row, config = sample.shipped(pictures.Config(), 4)
+    model, tokenizer = Machine().load(str(ROOT / "taste" / "sft"), train=True)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    rows = read_rows(str(ROOT / "taste" / "questions.jsonl"))
+    answers = pictures.answer(model.eval(), tokenizer, rows, config)
+    assert sum(a.right for a in answers) >= 4 and len(rows) == 8
+    assert [len(a.spans) for a in answers] == [1, 2, 3, 4] * 2
 
 
 def test_the_walk_through(tmp_path, monkeypatch, capsys):
