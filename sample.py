@@ -37,7 +37,7 @@ class Config(DataConfig):
     # show these key frames (1..8) as pictures, as in training, e.g. 3,4; "" = the clip as a video
     key_frames: str = ""
     list: bool = False  # show the shipped questions
-    ask: int = 2  # the shipped question to ask, if no model, video, image and question are given
+    ask: int = 6  # the shipped question to ask, if no model, video, image and question are given
     strip: str = "imagined.png"  # where the strip goes; "" = no strip
     max_new_tokens: int = 2048  # paper sec. 4
     max_latents: int = 8  # longest span; a trained folder brings its own  # official
