@@ -10,19 +10,20 @@
     python curate.py --part select --data pool.jsonl --k 20000 --min_gain 3       # select again
 
 *Probe* writes a line for each candidate to OUT/probe.jsonl, in the pool's order. A second run only
-does what is missing (common/results.py). Where the judge gave no verdict, the responses are stored
-and judged again, without generating anything. *Select* is a pure function of that file. It writes
-OUT/selected (.jsonl, or .parquet if the pool is), best first, and OUT/select.json and .png.
+does the missing ones (common/results.py). Responses without a verdict from the judge are stored,
+and a second run has them judged without generating anything. *Select* is a pure function of that
+file. It writes OUT/selected (.jsonl, or .parquet if the pool is), best first, and OUT/select.json
+and .png.
 
-How an answer is read: it is the first closed <answer>. A model that has never learnt the tags may
-leave them out. Then it is the last line that is not empty, if the response came to its end. Whether
-it is right is decided by the rule of rewards.py, then by a judge if there is one. A candidate with
-an unjudged rollout counts as unjudged, never as wrong.
+The answer of a response is its first closed <answer>. A model that has never learnt the tags may
+leave them out; then it is the last line that is not empty, if the response came to its end. The
+rule of rewards.py decides whether it is right; if the rule says no, a judge is asked if there is
+one. A candidate with an unjudged rollout counts as unjudged, never as wrong.
 
 Candidates are generated in fixed blocks (`batch` neighbours in the pool), one condition after the
-other. The random numbers are seeded by (seed, condition, ids of the block's readable rows). So the
-results do not depend on the number of GPUs, the order of the work, or restarts. A seed for each row
-would not be enough, because the composition of a batch also changes rounding.
+other. Each block is seeded by (seed, condition, ids of its readable rows). So the results do not
+depend on the number of GPUs, the order of the work, or restarts. Seeds for single rows would not be
+enough, because the composition of a batch also changes rounding.
 
 Where this differs from the paper (the authors released no code for this part):
  1. Ties, which the paper leaves open, go to the lower p_t, then to the smaller sha256 of the id.
@@ -44,12 +45,13 @@ from collections import Counter
 import torch
 
 from common.cli import run_script
+from common.folder import read_json
 from common.formats import (
-    Frame,
     RecordError,
     Row,
     Skipped,
     answer_of,
+    no_option,
     read_record,
     read_records,
     report_bad,
@@ -61,7 +63,7 @@ from common.results import Book, check_rows, read_book, settings_of, walk
 from common.run import need_data, write, write_json
 from data import DataConfig, at_least, encode
 from latent_decode import ask, one_mark_a_span
-from rewards import accuracy_reward, ask_judge, pick
+from rewards import accuracy_reward, ask_judge
 
 LATER = " Later frames of the same clip: "
 
@@ -97,8 +99,6 @@ class Config(DataConfig):
         super().__post_init__()
         if self.part not in ("probe", "select", "both"):
             raise ValueError(f"part is {self.part!r}, expected probe, select or both")
-        if self.judge_url and not self.judge_model:
-            raise ValueError("judge_url needs judge_model, the name of a model there")
         at_least(self, 1, "rollouts", "batch", "max_new_tokens")
         at_least(self, 0, "k")
 
@@ -112,20 +112,20 @@ FREE |= {"k", "max_p_t", "min_gain"}
 
 
 def visual_gain(p_t, p_v):
-    """sec. 3.2: how much the later frames help, p_v - p_t. Counts of n rollouts."""
+    """How much the later frames help: p_v - p_t, counts of n rollouts. Source: sec. 3.2."""
     return p_v - p_t
 
 
 def keep(p_t, p_v, max_p_t=6, min_gain=2):
-    """sec. 3.2: not solved without the future (p_t <= 6), and helped by it (gain >= 2).
+    """Whether a row is not solved without the future (p_t <= 6), and helped by it (gain >= 2).
 
-    Counts of n = 8.
+    Source: sec. 3.2; the counts are of n = 8.
     """
     return p_t <= max_p_t and visual_gain(p_t, p_v) >= min_gain
 
 
 def select(rows, k, max_p_t=6, min_gain=2):
-    """sec. 3.2: the kept rows by falling gain, the first k of them (0 = all).
+    """The kept rows by falling gain, the first k of them (0 = all). Source: sec. 3.2.
 
     rows: dicts with id, p_t, p_v, in any order.
     """
@@ -140,7 +140,7 @@ def select(rows, k, max_p_t=6, min_gain=2):
 
 
 def limits(config, n):
-    """(max_p_t, min_gain) of a run with n rollouts: its flags, else the paper's. Sec. 3.2."""
+    """(max_p_t, min_gain) for n rollouts: from the flags, else the paper's. Source: sec. 3.2."""
     # deviation 2: the paper has n = 8 alone; its 6 and 2 of 8 are kept as shares
     max_p_t = 6 * n // 8 if config.max_p_t < 0 else config.max_p_t
     min_gain = -(-2 * n // 8) if config.min_gain < 0 else config.min_gain
@@ -148,7 +148,7 @@ def limits(config, n):
 
 
 def false_keep_rate(n, p, max_p_t=6, min_gain=2):
-    """P(keep) if the future does not help: p_t and p_v independent Binomial(n, p). Exact.
+    """The exact P(keep) if the future does not help: p_t and p_v are independent Binomial(n, p).
 
     Source: ours.
     """
@@ -174,25 +174,20 @@ def noise_text(n, max_p_t, min_gain):
 
 
 def without_future(row):
-    """Condition t of a Row: what is observed, and the question. Sec. 3.2."""
+    """Condition t of a Row: the observed frames and the question. Source: sec. 3.2."""
     return dataclasses.replace(row, response=[])
 
 
 def with_future(row):
     """Condition v of a Row: its future frames as images after the last picture of the prompt.
 
-    Sec. 3.2; words ours.
+    Source: sec. 3.2; the words before them are ours.
     """
     media = [i for i, part in enumerate(row.prompt) if not isinstance(part, str)]
     last = media[-1] + 1 if media else 0
     # deviation 3: in the prompt, a future frame has the pixel budget of an observed one
-    prompt = [*row.prompt[:last], LATER, *future_of(row), *row.prompt[last:]]
+    prompt = [*row.prompt[:last], LATER, *row.futures, *row.prompt[last:]]
     return dataclasses.replace(row, prompt=prompt, response=[])
-
-
-def future_of(row):
-    """A Row's future frames."""
-    return [part for part in row.response if isinstance(part, Frame)]
 
 
 CONDITIONS = {"t": without_future, "v": with_future}
@@ -207,19 +202,20 @@ def encode_conditions(row, tokenizer, config, train=False):
 
 
 def final_answer(response):
-    """A response with its special tokens -> its answer or None, by the file's docstring. Ours."""
+    """A response with its special tokens -> its answer or None. Source: ours, see the top."""
     answer = answer_of(response)
     if answer is not None or not response.rstrip().endswith(("<|im_end|>", "<|endoftext|>")):
         return answer
-    # tags and special tokens end a line: <reason>, </answer>, <|latent|>
+    # tags and special tokens count as ends of lines: <reason>, </answer>, <|latent|>
     lines = [line.strip() for line in re.sub(r"<[/|\w][^<>\s]*>", "\n", response).split("\n")]
     return next((line for line in reversed(lines) if line), None)
 
 
 def mark(rows, responses, judge=None):
-    """Rows and the responses to each -> lists of True | False | None (unjudged). Sec. 3.2.
+    """Rows and the responses to each -> lists of True | False | None (unjudged).
 
-    judge: common.judge's or None; it is asked once for equal answers to a question.
+    judge: a `common.judge.Judge` or None; equal answers to a question are judged once. Source: sec.
+    3.2.
     """
     answers = [[f"<answer>{final_answer(r) or ''}</answer>" for r in some] for some in responses]
     asked = {(row.id, answer): row for row, some in zip(rows, answers) for answer in some}
@@ -232,10 +228,11 @@ def mark(rows, responses, judge=None):
 
 
 def score(rows, responses, judge=None):
-    """Rows and {condition: the responses to each row} -> {id: what its line says}. Sec. 3.2.
+    """Rows and {condition: the responses to each row} -> {id: the content of its line}.
 
-    A line: p_t and p_v, or unjudged (how many rollouts are) and the responses (texts under t, texts
-    under v), to be judged again. A rollout without an answer is wrong, and counted in no_answer.
+    A line has p_t and p_v; or, if rollouts are unjudged, their number and the responses (those
+    under t, those under v), to be judged later. A rollout without an answer is wrong, and counted
+    in no_answer. Source: sec. 3.2.
     """
     marks = {c: mark(rows, responses[c], judge) for c in CONDITIONS}
     lines = {}
@@ -257,10 +254,10 @@ def score(rows, responses, judge=None):
 
 
 def read_pool(config):
-    """The pool -> {id: its record as it stands}, {id: its Row, or a Skipped that says why not}.
+    """The pool -> {id: its unchanged record}, {id: its Row, or a Skipped that says why not}.
 
-    An id is the record's own, else "file name:index". Raises SystemExit without --data, ValueError
-    for ids used twice.
+    A record without an id gets "file name:index". Raises SystemExit without --data, ValueError for
+    an id that is used twice.
     """
     need_data(config)
     root = config.media_root or os.path.dirname(os.path.abspath(config.data))
@@ -280,12 +277,10 @@ def candidate(record, where, media_root, id):
         row = read_record(record, where, media_root)
     except RecordError as e:
         return Skipped(where, str(e).removeprefix(f"{where}: "))
-    if not future_of(row):
+    if not row.futures:
         return Skipped(where, "no future frame, so there is no condition v")
-    if row.options and pick(row.answer, row.options) is None:
-        return Skipped(where, f"the answer {row.answer!r} is none of {row.options}")
     row.id = id
-    return row
+    return no_option(row) or row
 
 
 def probe(config, judge=None):
@@ -294,7 +289,7 @@ def probe(config, judge=None):
     judge: default a Judge if judge_model is set. Raises SystemExit if OUT holds other settings or
     another pool, or if too many records are unusable.
     """
-    # the pool; what cannot be probed is named before a model is loaded
+    # the pool; records that cannot be probed are named before a model is loaded
     machine = Machine()
     _, rows = read_pool(config)
     bad = [row for row in rows.values() if isinstance(row, Skipped)]
@@ -306,7 +301,7 @@ def probe(config, judge=None):
         if judge is None and any(isinstance(r, Row) and not r.options for r in rows.values()):
             print("open answers must match exactly: no --judge_model")
 
-    # what earlier runs have done; responses without a verdict are judged again
+    # the results of earlier runs; responses without a verdict are judged again
     book = Book(config.out, "probe", rows, settings_of(config, FREE), machine)
     if judge and machine.master:
         usable = [row for row in rows.values() if isinstance(row, Row)]
@@ -344,7 +339,7 @@ def probe(config, judge=None):
         # p_t and p_v, written at once
         book.add(score(some, responses, judge))
 
-    # one file of all ranks, and what became of the candidates
+    # one file for all ranks, and the number of candidates that were probed
     lines = book.finish()
     if machine.master:
         fates = Counter()
@@ -363,7 +358,7 @@ FATES = ("chosen", "beyond K", "p_t too high", "gain too low", "unjudged", "skip
 
 
 def fate(line, chosen, max_p_t, min_gain):
-    """A candidate's line (or None), and whether it was chosen -> one of FATES."""
+    """A candidate's line, or None, and whether it was chosen -> one of FATES."""
     if line is None:
         return "missing"
     if "p_t" not in line:
@@ -378,8 +373,8 @@ def fate(line, chosen, max_p_t, min_gain):
 def cut(config):
     """Choose from the probe's file; write the rows and a summary -> the chosen records, best first.
 
-    The records are those of the pool, unchanged: their relative clip paths still start at the
-    pool's folder. Source: sec. 3.2, Fig. 6. Raises SystemExit if there is no probe of this pool.
+    The records are unchanged, so their relative clip paths still start at the pool's folder.
+    Source: sec. 3.2, Fig. 6. Raises SystemExit if there is no probe of this pool.
     """
     # the lines of the probe
     records, rows = read_pool(config)
@@ -387,8 +382,7 @@ def cut(config):
     if not lines:
         raise SystemExit(f"{config.out} holds no probe.jsonl: run --part probe first")
     check_rows(config.out, lines, rows)
-    with open(os.path.join(config.out, "settings.json")) as f:
-        n = json.load(f)["rollouts"]
+    n = read_json(os.path.join(config.out, "settings.json"))["rollouts"]
     max_p_t, min_gain = limits(config, n)
 
     # keep, rank, take the first k
@@ -396,7 +390,7 @@ def cut(config):
     chosen = [line["id"] for line in select(scored, config.k, max_p_t, min_gain)]
     path = write_selected(config, records, chosen)
 
-    # what became of each candidate: tables, the names of what has no score, a picture
+    # the fate of each candidate: tables, the names of those without a score, a picture
     fates = {id: fate(lines.get(id), id in {*chosen}, max_p_t, min_gain) for id in rows}
     gains = {line["id"]: visual_gain(line["p_t"], line["p_v"]) for line in scored}
     tables = tabulate_selection(rows, gains, fates)
@@ -434,7 +428,7 @@ def write_selected(config, records, chosen):
 
 
 def main(config):
-    """The parts that `part` names; the first rank alone selects."""
+    """Run the parts that `part` names; only the first rank selects."""
     if config.part != "select":
         probe(config)
     if config.part != "probe" and int(os.environ.get("RANK", 0)) == 0:

@@ -9,7 +9,6 @@ The strip shows what was seen, a picture for each span, and the key frames that 
 can be painted if the model has a painter (python -m common.painter teaches one).
 """
 
-import json
 import os
 from dataclasses import dataclass, fields, replace
 
@@ -17,6 +16,7 @@ import torch
 
 from common.cli import run_script
 from common.clips import ClipError, film
+from common.folder import trained_with
 from common.formats import Clip, Frame, Row, answer_of, read_rows
 from common.machine import Machine
 from common.painter import coming, write_strip
@@ -50,7 +50,7 @@ class Config(DataConfig):
         at_least(self, 1, "max_new_tokens")
 
 
-# ------------------------------------------------------------------------------ what is asked
+# ------------------------------------------------------------------------------- the question
 
 
 def shipped(config, number):
@@ -61,16 +61,14 @@ def shipped(config, number):
     rows = read_rows(os.path.join(TASTE, "questions.jsonl"))
     if not 1 <= number <= len(rows):
         raise SystemExit(f"--ask takes 1 to {len(rows)}, found {number} (--list shows them)")
-    model = os.path.join(TASTE, "model")
-    with open(os.path.join(model, "future_l1.json"), encoding="utf-8") as f:
-        settings = dict(json.load(f), model=model)
-    names = {field.name for field in fields(config)}
+    model, names = os.path.join(TASTE, "model"), {field.name for field in fields(config)}
+    settings = dict(trained_with(model), model=model)
     settings = {name: value for name, value in settings.items() if name in names}
     return rows[number - 1], replace(config, **settings)
 
 
 def list_questions():
-    """The shipped questions as text, a line each."""
+    """The shipped questions as text, one a line."""
     lines = []
     for number, row in enumerate(read_rows(os.path.join(TASTE, "questions.jsonl")), 1):
         frames = [part for part in row.prompt if isinstance(part, Frame)]
@@ -81,7 +79,7 @@ def list_questions():
 
 
 def row_of(config):
-    """The clip or picture and the question as a Row. Raises SystemExit for unusable input."""
+    """The clip or picture and the question as a Row. Raises SystemExit for bad input."""
     source = config.image or config.video
     for name, value in dict(model=config.model, video=source, question=config.question).items():
         if not value:
@@ -114,7 +112,7 @@ class Stream:
         self.spans, self.latents, self.ended = 0, 0, False
 
     def __call__(self, tokens):
-        """tokens (1, k): the next ones. `generate` calls this as it goes."""
+        """Write the next tokens (1, k). `generate` calls this as it goes."""
         for token in tokens[0].tolist():
             if self.ended:
                 return
@@ -136,7 +134,7 @@ class Stream:
 
 
 def main(config, write=lambda text: print(text, end="", flush=True)):
-    """Answer one question, streaming to `write` -> the answer, or None if there is none."""
+    """Answer one question, streaming to `write` -> the answer, or None without an <answer>."""
     if config.list:
         return write(list_questions())
     if config.model or config.video or config.image or config.question:
@@ -145,7 +143,7 @@ def main(config, write=lambda text: print(text, end="", flush=True)):
         row, config = shipped(config, config.ask)
     model, tokenizer = Machine().load(config.model)
 
-    # the answer, greedy or with a seeded draw
+    # the answer, greedy or sampled with a seed
     write(f"{row.question}\n\n")
     rollout, [tokens], [text] = ask(
         model,
@@ -167,7 +165,7 @@ def main(config, write=lambda text: print(text, end="", flush=True)):
     if row.answer:
         write(f"what came: {row.answer}\n")
 
-    # what each span imagined
+    # the strip: what each span imagined
     if config.strip:
         path = config.strip if os.path.splitext(config.strip)[1] else config.strip + ".png"
         lengths = span_lengths(tokens, model.config.latent_start_id, model.config.latent_id)

@@ -10,8 +10,8 @@ see the scores. The key is read from JUDGE_API_KEY or OPENAI_API_KEY.
 Where this differs from the official code:
  1. A failed request leaves the row unjudged. It is counted by its reason and never counts as wrong;
     official drops it.
- 2. The prompts are our own wording. Scores therefore compare models that were judged here; beside
-    the paper's they are only indicative.
+ 2. The wording of the prompts is ours. So scores can only be compared between models that were
+    judged here; they differ from the paper's.
 """
 
 import base64
@@ -28,6 +28,7 @@ from tqdm import tqdm
 from common.benchmarks import read_benchmark
 from common.cli import run_script
 from common.clips import ClipError, jpeg, pixels_of
+from common.folder import read_json
 from common.formats import Frame, answer_of
 from common.results import read_book
 from common.run import read_lines
@@ -53,7 +54,7 @@ SCORE_PROMPT = (
 def read_object(reply):
     """A judge's reply -> the first JSON object in it, as a dict. Raises ValueError if it has none.
 
-    The judge's thinking (`<think>...</think>`) is left out first: it may hold drafts of the object.
+    The judge's thinking (`<think>...</think>`) is left out, because it may hold drafts.
     """
     said = re.sub(r"\A.*</think>|<think>.*", "", reply, flags=re.S)
     return json.JSONDecoder().raw_decode(said, said.index("{"))[0]
@@ -81,7 +82,7 @@ def read_scores(reply):
     return scores
 
 
-# Tried in this order: some servers refuse a response format, some models any temperature.
+# tried in this order, because some servers refuse a response format, and some models a temperature
 OPTIONS = (dict(temperature=0, response_format=dict(type="json_object")), dict(temperature=0), {})
 
 
@@ -90,10 +91,10 @@ class Judge:
 
     judge([(question, gold, answer), ...]) -> [True | False | None, ...] in the same order, None for
     unjudged; the reasons are counted in `failures`. Up to `concurrency` requests run at a time.
-    The client repeats a failed request `retries` times, waits longer each time and heeds the
-    server's Retry-After. Neither a refusal (wrong key, unknown model) nor an unreadable reply is
-    repeated. The key appears in no message, log or checkpoint. Raises ImportError without the
-    openai package.
+    The openai client repeats a failed request `retries` times. It waits longer each time, and as
+    long as the server's Retry-After says. Neither a refusal (wrong key, unknown model) nor an
+    unreadable reply is repeated. The key appears in no message, log or checkpoint. Raises
+    ImportError without the openai package.
     """
 
     def __init__(self, url, model, *, concurrency=16, retries=3, timeout=60.0):
@@ -117,17 +118,17 @@ class Judge:
         return [verdict for verdict, _ in found]
 
     def ask(self, messages, read):
-        """Chat messages -> (read(reply), None), or (None, the reason why there is no reading)."""
+        """Chat messages -> (read(reply), None), or (None, the reason why nothing could be read)."""
         try:
             return read(self.complete(messages).choices[0].message.content), None
         except self.openai.APIError as e:
-            # deviation 1: unjudged. Never the error's own text, because servers echo keys in it.
+            # deviation 1: unjudged. Not the error's own text, because servers repeat keys in it.
             return None, " ".join([type(e).__name__, str(getattr(e, "status_code", ""))]).strip()
         except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as e:
             return None, f"unreadable reply ({type(e).__name__})"
 
     def complete(self, messages):
-        """Chat messages -> the server's completion, with the first of OPTIONS that it accepts."""
+        """Chat messages -> the server's completion, asked with the first OPTIONS it accepts."""
         refusals = self.openai.BadRequestError, self.openai.UnprocessableEntityError
         left = self.options  # other threads may shorten it meanwhile
         for i, options in enumerate(left):
@@ -144,7 +145,7 @@ class Judge:
 
 
 def judge_of(config):
-    """A script's judge_url and judge_model -> its Judge, or None if both are empty.
+    """The Judge of a script's judge_url and judge_model, or None if both are empty.
 
     Raises ValueError if only one of them is given.
     """
@@ -170,9 +171,9 @@ class Config:
 def score_messages(row, response, images=True):
     """A row and a response -> the chat messages that ask for its scores.
 
-    images: with the frames as JPEG, else with "[a frame]" in their places. Raises ClipError.
+    images: send the frames as JPEG, else "[a frame]" in their places. Raises ClipError.
     """
-    # each section of the request: its title, and texts or Frames
+    # the sections of the request: a title, then texts and Frames
     chain = re.sub(r"(?:\s*<\|latent(?:_start|_end)?\|>)+\s*", " [imagines] ", response)
     chain = re.sub(r"</?reason>|<\|im_end\|>", " ", chain.split("<answer>")[0])
     said = answer_of(response)
@@ -204,19 +205,19 @@ def score_messages(row, response, images=True):
 def score_run(config):
     """Judge the responses in an evaluation's folder; its judged.jsonl gets a line for each.
 
-    What this judge has scored already is not asked again. Raises SystemExit if there is nothing to
-    judge or no judge.
+    Responses that this judge has already scored are not sent again. Raises SystemExit if there is
+    nothing to judge or no judge is named.
     """
     lines, rows = responses(config.run)
     if not config.model:
         raise SystemExit("--model is missing: the judge's name at the server")
 
-    # what is still to be asked; a score counts for the same judge, seeing the same
-    path, keys = os.path.join(config.run, "judged.jsonl"), {}
+    # what is still to be asked: responses without a score from this judge, with these pictures
+    keys = {}
     for row in rows:
         response = stamp(lines[row.id]["response"])
         keys[row.id] = dict(id=row.id, judge=config.model, images=config.images, response=response)
-    before = {v["id"]: v for v in read_lines(path)} if os.path.exists(path) else {}
+    before = read_verdicts(config.run)
     done = {id for id, v in before.items() if v["judged"] and v.items() >= keys.get(id, {}).items()}
     asked = [row for row in rows if row.id not in done]
 
@@ -230,7 +231,8 @@ def score_run(config):
             return None, f"unreadable frames ({e})"
         return judge.ask(messages, read_scores)
 
-    # write each line as soon as it is there, so that a stopped run only asks for the rest
+    # write each line at once, so that a run that was stopped only asks for the others
+    path = os.path.join(config.run, "judged.jsonl")
     with ThreadPoolExecutor(config.concurrency) as pool, open(path, "a", encoding="utf-8") as f:
         found = tqdm(pool.map(score, asked), total=len(asked), desc="judge", mininterval=2)
         for row, (scores, why) in zip(asked, found):
@@ -246,13 +248,10 @@ def score_run(config):
 def responses(run):
     """An evaluation's folder -> its {id: result line} with a response, and the rows they answer.
 
-    Raises SystemExit if it holds none, or is not of TwiFF-Bench.
+    Raises SystemExit if it holds no response, or is not of TwiFF-Bench, FileNotFoundError if it is
+    no evaluation's.
     """
-    path = os.path.join(run, "settings.json")
-    if not os.path.exists(path):
-        raise SystemExit(f"{path}: no such file (evaluate.py writes it)")
-    with open(path) as f:
-        settings = json.load(f)
+    settings = read_json(os.path.join(run, "settings.json"))
     if settings["benchmark"] != "twiffbench":
         raise SystemExit(f"{run}: only --benchmark twiffbench is judged")
     lines = {id: line for id, line in read_book(run, "samples").items() if "response" in line}
@@ -262,13 +261,18 @@ def responses(run):
     return lines, [row for row in rows if row.id in lines]
 
 
+def read_verdicts(run):
+    """The newest line of each response in an evaluation's judged.jsonl -> {id: line}."""
+    path = os.path.join(run, "judged.jsonl")
+    return {line["id"]: line for line in read_lines(path)} if os.path.exists(path) else {}
+
+
 def add_verdicts(run, lines):
     """Give each result line its `judged` scores, or `why` there are none, from judged.jsonl.
 
     Verdicts on responses that have since been regenerated are ignored.
     """
-    path = os.path.join(run, "judged.jsonl")
-    verdicts = {v["id"]: v for v in read_lines(path)} if os.path.exists(path) else {}
+    verdicts = read_verdicts(run)
     for line in lines:
         verdict = verdicts.get(line["id"])
         if verdict and "response" in line and verdict["response"] == stamp(line["response"]):

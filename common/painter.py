@@ -5,9 +5,9 @@
 A latent stands for one visual token of a coming frame, a cell of 32 x 32 pixels. `Painter` turns
 such a token back into its pixels. The command teaches it with the vision tower frozen, from key
 frames of the clips in --data: pairs of a token and the pixels that it stands for. It has never seen
-a latent, so a picture that it paints from one shows what the model imagined, errors included.
+a latent, so a picture painted from one shows what the model imagined, errors included.
 
-The painter is saved in MODEL/painter; evaluate.py, sample.py and tools/pictures.py find it there.
+The painter is saved in MODEL/painter, where evaluate.py, sample.py and tools/pictures.py find it.
 
 Source: ours.
 
@@ -42,7 +42,7 @@ from common.clips import (
     stack,
 )
 from common.folder import newest
-from common.formats import Frame
+from common.formats import Frame, pick
 from common.machine import Machine
 from common.run import rows_of
 from data import DataConfig, at_least
@@ -73,7 +73,7 @@ class Painter(nn.Module):
 
     def __init__(self, D, width=64):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(D))  # of the tokens that it learns from
+        self.register_buffer("mean", torch.zeros(D))  # of the tokens it learns from
         self.register_buffer("scale", torch.ones(()))  # their standard deviation
         self.register_buffer("blank", torch.zeros(3, CELL, CELL))
         self.width, widths = width, (width, width, width // 2, width // 4)
@@ -91,7 +91,7 @@ class Painter(nn.Module):
     def picture(self, latents, shape):
         """The latents (N, D) of one frame -> uint8 (H, W, 3). shape: its (rows, columns) of cells.
 
-        Missing latents leave grey cells, and surplus latents add rows, so that both can be seen.
+        Missing latents leave grey cells and surplus latents add rows, so that both are visible.
         """
         rows, columns = shape
         cells = self(latents.to(self.blank.device)).clamp(0, 1)  # (N, 3, 32, 32)
@@ -100,7 +100,7 @@ class Painter(nn.Module):
         return to_pixels(torch.cat([cells, grey]), columns)
 
     def save(self, folder):
-        """Save it with the model in `folder`, in a folder of its own that other code ignores."""
+        """Save it with the model in `folder`, in a subfolder that other code ignores."""
         os.makedirs(os.path.join(folder, "painter"), exist_ok=True)
         path = os.path.join(folder, "painter", "painter.safetensors")
         save_file({name: w.half() for name, w in self.state_dict().items()}, path + ".part")
@@ -108,7 +108,7 @@ class Painter(nn.Module):
 
     @classmethod
     def beside(cls, folder):
-        """The painter that was saved with the model in `folder`, or None."""
+        """The painter saved with the model in `folder`, or None."""
         path = os.path.join(folder, "painter", "painter.safetensors")
         if not os.path.exists(path):
             return None
@@ -120,9 +120,9 @@ class Painter(nn.Module):
 
 
 def to_cells(patches):
-    """Patches uint8 (P, 1536) of single frames, as `resize_and_cut` cuts them -> (N, 3, 32, 32).
+    """Patches uint8 (P, 1536) of single frames, from `resize_and_cut` -> cells (N, 3, 32, 32).
 
-    Pixels in [0, 1], a cell for each token, in the order of the tokens.
+    Pixels are in [0, 1]. There is a cell for each token, in the order of the tokens.
     """
     x = patches.float().view(-1, MERGE, MERGE, 3, TEMPORAL, PATCH, PATCH)[:, :, :, :, 0]
     return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, 3, CELL, CELL) / 255
@@ -136,9 +136,9 @@ def to_pixels(cells, columns):
 
 
 def painting_error(painter, e, cells):
-    """Squared error of the cells painted from e (N, D), over the squared error of `blank`.
+    """The squared error of the cells painted from e (N, D), over the squared error of `blank`.
 
-    0 = painted exactly, 1 = no better than the mean cell everywhere.
+    0 = exact, 1 = no better than the mean cell everywhere.
     """
     with torch.no_grad():
         error = (painter(e) - cells).square().sum() / (painter.blank - cells).square().sum()
@@ -149,7 +149,7 @@ def painting_error(painter, e, cells):
 
 
 class Pairs(NamedTuple):
-    """Visual tokens, and the pixels that they stand for."""
+    """Visual tokens and the pixels that they stand for."""
 
     e: torch.Tensor  # (N, D)
     cells: torch.Tensor  # (N, 3, 32, 32)
@@ -157,7 +157,7 @@ class Pairs(NamedTuple):
 
 @torch.no_grad()
 def look(model, frames, budget, batch=64):
-    """Frames -> Pairs. Names the frames that cannot be read and leaves them out.
+    """Frames -> Pairs. Frames that cannot be read are named and left out.
 
     budget: pixels (min, max) of a frame. Raises SystemExit if no frame can be read.
     """
@@ -178,7 +178,7 @@ def look(model, frames, budget, batch=64):
 
 
 def teach(pairs, config):
-    """Pairs -> a Painter that has learnt from them: squared error, AdamW, one cycle of the rate."""
+    """Pairs -> a Painter trained on them: squared error, AdamW, one cycle of the learning rate."""
     torch.manual_seed(config.seed)
     painter = Painter(pairs.e.shape[1]).to(pairs.e.device)
     painter.mean.copy_(pairs.e.mean(0))
@@ -194,13 +194,13 @@ def teach(pairs, config):
         loss.backward()
         optimizer.step()
         schedule.step()
-    return painter.half().float().eval()  # rounded as the file is
+    return painter.half().float().eval()  # rounded as in the file
 
 
 def main(config):
-    """Teach a painter and save it with the model -> its error on frames of held-out clips.
+    """Teach a painter and save it with the model -> its error on the frames of held-out clips.
 
-    Raises SystemExit if the rows have frames of fewer than two clips.
+    Raises SystemExit if the rows' frames are of fewer than two clips.
     """
     # each frame once, clip by clip; the last tenth of the clips is held out
     frames = {}
@@ -211,7 +211,7 @@ def main(config):
     if len(clips) < 2:
         raise SystemExit(f"{config.data}: key frames of {len(clips)} clips, expected two or more")
     held_out = set(clips[-max(1, len(clips) // 10) :])
-    parts = [], []  # learnt from, held out
+    parts = [], []  # to learn from, held out
     for frame in frames:
         parts[frame.source in held_out].append(frame)
 
@@ -229,10 +229,10 @@ def main(config):
 
 
 def paint(painter, row, spans, budget):
-    """What a row's spans show -> a picture uint8 (H, W, 3) for each span. Raises ClipError.
+    """The spans of a row's answer -> a picture uint8 (H, W, 3) of each. Raises ClipError.
 
-    spans: (n, D) each. budget: pixels (min, max) of a coming frame, whose shape is taken from the
-    frames around it.
+    spans: (n, D) each. budget: pixels (min, max) of a future frame, which has the shape of the
+    row's other frames.
     """
     frames = film(row)
     H, W = fit(1, *frames[0][2].shape[:2], *budget) if frames else (CELL, CELL)
@@ -240,10 +240,10 @@ def paint(painter, row, spans, budget):
 
 
 def imagined(model, row, latents, lengths, budget):
-    """What report.html shows of a row's spans -> {"spans": lengths, "painted": PNGs in base64}.
+    """The pictures of a row's spans for report.html -> {"spans": lengths, "painted": PNGs, base64}.
 
-    latents (N, D); lengths: how many of them each span has. {"error": why} for a clip that cannot
-    be read; nothing is painted without a painter.
+    latents (N, D); lengths: the number of latents in each span. {"error": why} if the clip cannot
+    be read. Without a painter nothing is painted.
     """
     painter = Painter.beside(model.name_or_path)
     if painter is None or not lengths:
@@ -262,40 +262,45 @@ class Strip(NamedTuple):
     imagined: list
     came: list
     title: str  # above the pictures
-    verdict: str = ""  # after the title
-    right: bool | None = None  # decides the colour of the verdict
+    verdict: str  # after the title
+    right: bool | None  # decides the colour of the verdict
 
 
-def strip_of(row, painted, title, verdict="", right=None):
-    """A Row and what its spans painted -> its Strip. Raises ClipError."""
-    frames = film(row)
+def is_right(row, answer):
+    """Whether an answer, or None, is a row's true one; None for a row without options."""
+    if not row.options:
+        return None
+    gold = pick(row.answer, row.options)
+    return gold is not None and pick(answer, row.options) == gold
+
+
+def strip_of(painter, row, spans, answer, budget):
+    """A Row's answer (text or None) and its spans ((n, D) each) -> its Strip. Raises ClipError."""
+    frames, right = film(row), is_right(row, answer)
     seen = [pixels for _, role, pixels in frames if role == "seen"]
     came = [pixels for _, role, pixels in frames if role == "future"]
-    return Strip(seen, painted, came, title, verdict, right)
+    said = (answer or "no answer").strip()
+    verdict = said + {None: "", True: ": right", False: f": wrong, it is {row.answer}"}[right]
+    return Strip(seen, paint(painter, row, spans, budget), came, row.question, verdict, right)
 
 
 def coming(frames):
-    """The key frames (Frame) that are shown -> those of the clip that come after the first one and
-    are not shown.
-    """
+    """The key frames (Frame) that are shown -> those after the first one that are not shown."""
+
     seen = {frame.index for frame in frames}
     after = range(min(seen, default=8) + 1, 9)
     return [Frame(frames[0].source, k) for k in after if k not in seen]
 
 
 def write_strip(path, model, row, spans, answer, budget):
-    """Draw what a Row's answer imagined as a strip at `path` -> a line that says what was written.
+    """Draw the strip of a Row's answer at `path` -> a line that says what was written.
 
-    spans: (n, D) each; answer: text or None. Shows as many coming frames as there are spans.
+    spans: (n, D) each; answer: text or None. Raises ClipError.
     """
     painter = Painter.beside(model.name_or_path)
     if painter is None:
         return f"no strip: {model.name_or_path} has no painter (python -m common.painter)"
-    painted = paint(painter, row, spans, budget)
-    answer = (answer or "no answer").strip()
-    right = answer == row.answer if row.answer else None
-    strip = strip_of(row, painted, row.question, answer, right)
-    draw_strips([strip._replace(came=strip.came[: len(spans)])], path)
+    draw_strips([strip_of(painter, row, spans, answer, budget)], path)
     return f"{path}: what was seen, imagined, and really came"
 
 
@@ -305,14 +310,11 @@ SIDE, GAP, LINE = 96, 6, 20  # pixels: a picture's longer side, between pictures
 INK, GREY, RIGHT, WRONG = (30, 30, 36), (110, 110, 118), (28, 122, 53), (179, 38, 30)
 COLOURS = {"seen": (55, 120, 191), "imagined": (199, 125, 26), "came": (42, 157, 74)}
 HEADS = {"seen": "seen", "imagined": "imagined", "came": "what really came"}
-
-
-def font(size):
-    return ImageFont.load_default(size)
+font = ImageFont.load_default
 
 
 def tile(pixels, colour):
-    """uint8 (H, W, 3) -> a PIL image whose longer side is SIDE, in a frame of a colour."""
+    """uint8 (H, W, 3) -> a PIL image whose longer side is SIDE, with a border of this colour."""
     picture = Image.fromarray(pixels)
     scale = SIDE / max(picture.size)
     size = [max(1, round(side * scale)) for side in picture.size]
@@ -324,7 +326,7 @@ def draw_strips(strips, path):
 
     Below the column heads, each strip is a line of text and its pictures.
     """
-    # each kind of pictures is a column, as wide as the longest row of it
+    # each kind of picture has a column, as wide as its longest row
     left, width = {}, GAP
     for kind in COLOURS:
         longest = max(len(getattr(strip, kind)) for strip in strips)
@@ -347,14 +349,15 @@ def draw_strips(strips, path):
             for k, pixels in enumerate(getattr(strip, kind)):
                 place = x + k * (SIDE + 6 + GAP), y + LINE
                 sheet.paste(tile(pixels, COLOURS[kind]), place)
-    write_image(sheet, path)
+    make_folder_of(path)
+    sheet.save(path, optimize=True)
 
 
 def animate(strip, texts, path):
-    """An answer as a GIF at `path`: it comes word by word, and each span fades into its picture.
+    """An answer as a GIF at `path`: words appear one by one, and each span fades into its picture.
 
-    texts: the words before the first span and those after each span, so one more than imagined
-    pictures. The last picture adds what really came, below what was imagined, and the verdict.
+    texts: the words before the first span and those after each span, one more than there are
+    spans. The last picture adds the verdict and, below what was imagined, what really came.
     """
     words, shares = [0] * len(texts), [0.0] * len(strip.imagined)  # how much of each is shown
     frames, times = [panel(strip, texts, words, shares)], [900]
@@ -369,7 +372,8 @@ def animate(strip, texts, path):
             times.append(280)
     frames.append(panel(strip, texts, words, shares, end=True))
     moving = dict(save_all=True, append_images=frames[1:], duration=[*times, 4000], loop=0)
-    write_image(frames[0], path, **moving)
+    make_folder_of(path)
+    frames[0].save(path, optimize=True, **moving)
 
 
 def panel(strip, texts, words, shares, end=False):
@@ -384,7 +388,7 @@ def panel(strip, texts, words, shares, end=False):
     for column, pixels in enumerate(strip.seen):
         sheet.paste(tile(pixels, COLOURS["seen"]), (GAP + column * step, top))
 
-    # a span begins as an empty frame, which fills with what is imagined
+    # a span begins as an empty frame, in which its picture appears
     first = len(strip.seen)
     for m, (pixels, share) in enumerate(zip(strip.imagined, shares)):
         if share:
@@ -392,7 +396,7 @@ def panel(strip, texts, words, shares, end=False):
             picture = tile(faded.astype(np.uint8), COLOURS["imagined"])
             sheet.paste(picture, (GAP + (first + m) * step, top))
 
-    # the words before the first span go below what is seen, the others below their span
+    # the words before the first span go below what was seen, the others below their span
     for k, (text, n) in enumerate(zip(texts, words)):
         x = GAP + (first + k - 1 if k else 0) * step
         room = step * (first if k == 0 else 1) - GAP
@@ -410,17 +414,12 @@ def panel(strip, texts, words, shares, end=False):
     return sheet
 
 
-def write_image(image, path, **options):
-    """Write a PIL image under a temporary name, then rename it."""
-    if os.path.dirname(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-    kind = os.path.splitext(path)[1]
-    image.save(path + ".part" + kind, optimize=True, **options)
-    os.replace(path + ".part" + kind, path)
+def make_folder_of(path):
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
 
 
 def png(pixels):
-    """uint8 (H, W, 3) -> bytes of a PNG."""
+    """uint8 (H, W, 3) -> the bytes of a PNG."""
     out = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(out, "PNG", optimize=True)
     return out.getvalue()

@@ -21,13 +21,12 @@ import math
 import os
 
 import numpy as np
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common.clips import ClipError
 from common.folder import model_fingerprint, newest, read_json
 from common.formats import RecordError, Row, Skipped
-from common.run import read_lines, write, write_json
+from common.run import read_ahead, read_lines, write, write_json
 
 
 def settings_of(config, free):
@@ -197,13 +196,8 @@ def walk(book, blocks, encode_row, workers):
     left out. A block is left out if all its readable rows have their lines.
     """
     mine = book.machine.my_part(blocks)
-    ahead = DataLoader(
-        [[book.rows[id] for id in block] for block in mine],
-        batch_size=None,  # a block is a batch
-        collate_fn=functools.partial(encode_block, encode_row=encode_row),
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-    )
+    encode_some = functools.partial(encode_block, encode_row=encode_row)
+    ahead = read_ahead(book.rows, mine, workers, encode_some)
     total = sum(map(len, mine))
     with tqdm(total=total, desc=book.name, disable=not book.machine.master, mininterval=2) as bar:
         for block, encoded in zip(mine, ahead):

@@ -1,10 +1,10 @@
-"""A run's folder: its settings, log, checkpoints and what a resumed run needs.
+"""A training's folder: settings, log and checkpoints, and how a run is resumed from them.
 
 OUT/settings.json           the config of the run
-OUT/log.jsonl               a line a step
+OUT/log.jsonl               a line for each step
 OUT/step_N                  a model's folder, see common/folder.py; the last two are kept
-    trainer/trainer.pt      the step, and the optimizer's state by the weights' names, in whole
-                            tensors, so that another number of ranks can continue
+    trainer/trainer.pt      the step, and the optimizer's state by the names of the weights, in
+                            whole tensors, so that another number of ranks can continue
     trainer/rank_R.pt       the random state of rank R
 """
 
@@ -35,28 +35,28 @@ from data import Samples
 # fields that may differ between a run and its continuation
 HARMLESS = {"resume", "out", "workers", "max_bad", "save_every", "track", "eval_data", "judge_url"}
 HARMLESS |= {"gradient_checkpointing", "micro_batch", "shard", "cuda_graph"}
-TRACKERS = ("wandb", "trackio")  # packages with the same three functions: init, log, finish
+TRACKERS = ("wandb", "trackio")  # both packages have init, log and finish
 
 
 # ------------------------------------------------------------------------------------------- files
 
 
 def write(path, text):
-    """Write a file as a whole or not at all."""
+    """Write a file under a temporary name, then rename it: it is whole, or not there."""
     with open(path + ".part", "w", encoding="utf-8") as f:
         f.write(text)
     os.replace(path + ".part", path)
 
 
 def write_json(path, content):
-    """Write a JSON file as a whole or not at all."""
+    """Write a JSON file as `write` does."""
     write(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
 def read_lines(path):
-    """A .jsonl file -> its lines as dicts. The half-written last line of a killed run is cut off.
+    """A .jsonl file -> its lines as dicts. A half-written last line, of a killed run, is cut off.
 
-    Raises ValueError if the file holds something else.
+    Raises ValueError if a line is not JSON.
     """
     with open(path, "rb") as f:
         text = f.read()
@@ -70,22 +70,22 @@ def read_lines(path):
 
 
 def trim_log(path, first):
-    """Drop what was logged from step `first` on, because it is about to be done again."""
+    """Drop the lines from step `first` on, because these steps are about to be done again."""
     lines = read_lines(path) if os.path.exists(path) else []
     write(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] < first))
 
 
 def lock(folder):
-    """Take a folder for this process -> the open lock file, to be kept.
+    """Lock a folder for this process -> the open lock file, which has to be kept.
 
-    The kernel releases the lock when the process ends, however it ends. Raises SystemExit if
-    another process has it.
+    The kernel releases the lock when the process ends, even after kill -9. Raises SystemExit if
+    another process holds it.
     """
     os.makedirs(folder, exist_ok=True)
     file = open(os.path.join(folder, ".lock"), "a")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as e:  # which of them depends on the system
+    except (BlockingIOError, PermissionError) as e:  # systems differ in which one it is
         raise SystemExit(f"{folder}: another process is running in this folder") from e
     return file
 
@@ -104,7 +104,7 @@ def need_data(config):
 def rows_of(config, path=None):
     """The rows of config.data, or of another file. Bad records are reported and left out.
 
-    Raises SystemExit if no file is named or too many records are bad, RecordError if the file holds
+    Raises SystemExit if no file is named or too many records are bad, RecordError if the file has
     no records.
     """
     need_data(config)
@@ -115,15 +115,16 @@ def rows_of(config, path=None):
 
 
 def held_out_rows(config):
-    """The rows of config.eval_data, which are measured and not learnt from; [] without a file."""
+    """The rows of config.eval_data, the held-out set; [] without a file."""
     return rows_of(config, config.eval_data) if config.eval_data else []
 
 
 def in_order(rows, tokenizer, size, config, machine, **encoding):
     """Yields this rank's part of the rows in their order, encoded: lists of `size` samples.
 
-    The lists do not depend on the number of ranks. Each rank has the same number of them, the last
-    one may be empty, so that a forward that needs all ranks does not hang. encoding: `encode`'s.
+    The lists do not depend on the number of ranks. Each rank gets the same number of them, of which
+    the last may be empty, so that a forward that needs all ranks does not hang. encoding:
+    arguments of `encode`.
     """
     plan = [list(range(i, min(i + size, len(rows)))) for i in range(0, len(rows), size)]
     plan += [[]] * (-len(plan) % machine.world)
@@ -131,12 +132,15 @@ def in_order(rows, tokenizer, size, config, machine, **encoding):
     yield from read_ahead(samples, machine.my_part(plan), config.workers)
 
 
-def read_ahead(samples, plan, workers):
-    """A DataLoader over lists of indices -> lists of samples, encoded in background processes."""
+def read_ahead(samples, plan, workers, collate=list):
+    """A DataLoader: for each list of keys in `plan`, collate([samples[key], ...]).
+
+    It works ahead in background processes.
+    """
     return DataLoader(
         samples,
         batch_sampler=plan,
-        collate_fn=list,
+        collate_fn=collate,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
     )
@@ -144,7 +148,7 @@ def read_ahead(samples, plan, workers):
 
 @contextlib.contextmanager
 def aside(model):
-    """A measurement that the training does not notice: no gradient, the random state put back."""
+    """Measure without an effect on the training: no gradients, and the random state is restored."""
     state, training = random_state(), model.training
     model.eval()
     try:
@@ -156,9 +160,9 @@ def aside(model):
 
 
 def fingerprint(rows):
-    """What a run was trained on: ids, questions, options, answers, texts and frames of all rows.
+    """A hash of the rows that a run is trained on: all their fields that reach the model.
 
-    A frame counts by its path and index, or by its bytes; a cue where there is one.
+    A frame counts by its path and index, or by its bytes.
     """
     digest = hashlib.sha256()
     for row in rows:
@@ -173,11 +177,11 @@ def fingerprint(rows):
 class Run:
     """A training's folder: the lock, the checkpoints, the log.
 
-    name: what is trained, in a word; a run is continued under the same name only. checkpoint,
-    state: the newest checkpoint of the folder and its trainer.pt, or None. first: the first step
-    that is still to do.
-    Raises SystemExit if another process runs there, if the folder holds a checkpoint and `resume`
-    is off, or if that was made with other rows, other values or by another script.
+    name: a word for what is trained; a run only resumes a run of the same name. checkpoint, state:
+    the newest checkpoint in the folder and its trainer.pt, or None. first: the first step that is
+    still to do.
+    Raises SystemExit if another process runs in the folder, if it holds a checkpoint and `resume`
+    is off, or if that checkpoint was made with other rows, other values or by another script.
     """
 
     def __init__(self, config, rows, machine, name):
@@ -220,10 +224,10 @@ class Run:
         return state
 
     def start_folder(self, other=""):
-        """The folder or hub id that the run began with, which it needs to the end.
+        """The folder or hub id that the run began with, for runs that need it to the end.
 
-        other: a model to use instead of config.model. Raises SystemExit if a resumed run does not
-        find there what it began with.
+        other: a model to use instead of config.model. Raises SystemExit if a resumed run finds
+        other weights there.
         """
         if self.state:
             folder = self.state["origin"]["folder"]
@@ -238,10 +242,10 @@ class Run:
         return folder
 
     def load(self, **options):
-        """The model in fp32, from the newest checkpoint or from where the run begins.
+        """The model in fp32, from the newest checkpoint or the start -> (model, tokenizer).
 
-        With lora_rank: adapters beside the model that the run began with. options: those of
-        `Machine.load` -> (model, tokenizer).
+        With lora_rank it is the model that the run began with, with adapters beside it. options:
+        those of `Machine.load`.
         """
         config = self.config
         if config.lora_rank:
@@ -274,7 +278,7 @@ class Run:
         print(text)
 
     def steps(self, steps):
-        """The numbers of the steps that are still to do, under a progress bar."""
+        """The numbers of the steps that are still to do, with a progress bar."""
         todo, hidden = range(self.first, steps), not self.machine.master
         self.bar = tqdm(
             todo, initial=self.first, total=steps, desc=self.name, disable=hidden, mininterval=2
@@ -282,7 +286,7 @@ class Run:
         return self.bar
 
     def skips(self, skipped, judge=None):
-        """Name what this rank skipped -> what all ranks skipped, and the judge's failures."""
+        """Name the samples this rank skipped -> those of all ranks, and the judge's failures."""
         for where, why in skipped:
             tqdm.write(f"skipped {where}: {why}")
         failures = Counter(judge.failures) if judge else Counter()
@@ -317,13 +321,13 @@ class Run:
             tqdm.write(text)
 
     def due(self, done, steps):
-        """Whether a checkpoint follows after `done` of `steps` steps."""
+        """Whether a checkpoint is written after `done` of `steps` steps."""
         return done % self.config.save_every == 0 or done == steps
 
     def save(self, done, model, tokenizer, optimizer, **state):
         """Write a checkpoint under a temporary name, then rename it; keep the last two.
 
-        All ranks call this together. state: what the script wants back in `Run.state`.
+        All ranks call this together. state: values that a resumed run finds in `Run.state`.
         """
         config, machine, before = self.config, self.machine, self.checkpoint
         self.checkpoint = os.path.join(config.out, f"step_{done:06d}")
@@ -360,7 +364,7 @@ class Run:
                 shutil.rmtree(old)
 
     def finish(self):
-        """The end of a training -> the path of its last checkpoint, which the first rank prints."""
+        """End the training -> the path of its last checkpoint, which the first rank prints."""
         if self.tracker:
             self.tracker.finish()
         if self.machine.master:
@@ -405,9 +409,9 @@ def largest_expert(routers, machine):
 
 
 def start_tracker(config):
-    """The package that `--track` names, with a run of the folder's name that a resume continues.
+    """The package that `--track` names, with a run named as the folder, which --resume continues.
 
-    The project is $WANDB_PROJECT, or future-l1. Raises SystemExit if it is not installed.
+    The project is $WANDB_PROJECT, or future-l1. Raises SystemExit if the package is not installed.
     """
     if config.track not in TRACKERS:
         raise SystemExit(f"--track is {config.track!r}, expected {' or '.join(TRACKERS)}")
@@ -424,7 +428,7 @@ def start_tracker(config):
 
 
 def commit():
-    """The code's git commit, or None outside a checkout or without git."""
+    """The git commit of this code; None outside a checkout or without git."""
     here = os.path.dirname(os.path.abspath(__file__))
     command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
@@ -439,7 +443,7 @@ def commit():
 def optimizer_state(model, optimizer, keep=True):
     """{weight's name: {moment: whole tensor}}. All ranks call this together.
 
-    keep: False on ranks that only take part. Learning rate and decay are the config's.
+    keep: False on ranks that only take part. The learning rate and decay come from the config.
     """
     states = {}
     for name, p in model.named_parameters():
@@ -451,9 +455,9 @@ def optimizer_state(model, optimizer, keep=True):
 
 
 def restore(model, optimizer, checkpoint, trainer, rank):
-    """Put back a checkpoint's optimizer state, of which each rank takes its part, and random state.
+    """Restore a checkpoint's optimizer state, of which each rank takes its part, and random state.
 
-    More ranks than before take the random state of the last one there was.
+    If there are more ranks than before, the new ones take the random state of the last.
     """
     states = trainer.pop("optimizer")
     for name, p in model.named_parameters():
@@ -464,7 +468,7 @@ def restore(model, optimizer, checkpoint, trainer, rank):
 
 
 def random_state():
-    """Python's, numpy's, torch's and this process's GPU's, as plain values."""
+    """The random states of Python, numpy, torch and this process's GPU, as plain values."""
     name, keys, *rest = np.random.get_state()
     return dict(
         python=random.getstate(),

@@ -205,7 +205,7 @@ def test_settings_and_pools_do_not_mix(world, probed, tmp_path):
     assert open(os.path.join(probed, "probe.jsonl"), "rb").read() == before
     with pytest.raises(SystemExit, match="--part probe first"):
         curate.cut(config(world, tmp_path / "nothing"))
-    for bad in (dict(part="prob"), dict(k=-1), dict(rollouts=0), dict(judge_url="http://x")):
+    for bad in (dict(part="prob"), dict(k=-1), dict(rollouts=0)):
         with pytest.raises(ValueError, match="expected at least|expected probe|needs judge_model"):
             config(world, tmp_path, **bad)
 

@@ -63,7 +63,7 @@ def test_it_answers_and_imagines(shipped):
     painter, answers, budget, model = shipped
     assert sum(a.right for a in answers) >= 6 and all(a.spans for a in answers)
     first = torch.cat([a.spans[0] for a in answers])  # (8, D) four of each clip
-    came = look(model, [pictures.futures(a.row)[0] for a in answers], budget)
+    came = look(model, [a.row.futures[0] for a in answers], budget)
     own = painting_error(painter, first, came.cells)
     assert own < 0.4 and painting_error(painter, first.roll(4, 0), came.cells) > 2 * own
     errors = pictures.errors_of(painter, answers, budget)

@@ -3,10 +3,11 @@
     python -m common.painter --model DIR --data rows.jsonl                  # teach it first
     python -m tools.pictures --model DIR --data test.jsonl --out pictures
 
-The model answers --data's rows with the most coming frames. The first three right and the first
-three wrong answers are drawn in OUT/imagined.png, and OUT/imagine.gif shows the first of them word
-by word. OUT/imagined.json has the errors of what the spans paint: against the frame that really
-came, and against one that came in another clip. 0 = equal, 1 = as far off as the mean picture.
+The model answers the rows of --data that have the most future frames. The first three right and
+the first three wrong answers are drawn in OUT/imagined.png, and OUT/imagine.gif shows the first of
+them word by word. OUT/imagined.json has the errors of the pictures painted from the spans: against
+the frame that really came, and against one that came in another clip. 0 = equal, 1 = as far off as
+the mean picture.
 
 Source: ours.
 """
@@ -21,14 +22,22 @@ import torch
 from common.cli import run_script
 from common.clips import load_frames, stack
 from common.folder import newest
-from common.formats import Frame, Row, answer_of
+from common.formats import Row, answer_of
 from common.machine import Machine
-from common.painter import Painter, animate, draw_strips, paint, painting_error, strip_of, to_cells
+from common.painter import (
+    Painter,
+    animate,
+    draw_strips,
+    is_right,
+    painting_error,
+    strip_of,
+    to_cells,
+)
 from common.run import rows_of, write_json
 from data import DataConfig, at_least, encode
 from latent_decode import ask
 from model import LATENT_END, LATENT_START
-from rewards import pick, span_lengths
+from rewards import span_lengths
 
 
 @dataclass
@@ -56,11 +65,6 @@ class Answer(NamedTuple):
     right: bool | None  # None: the row has no options
 
 
-def futures(row):
-    """The frames that really came."""
-    return [part for part in row.response if isinstance(part, Frame)]
-
-
 def answer(model, tokenizer, rows, config):
     """Rows -> [Answer], decoded greedily. Raises ClipError, RecordError."""
     limits = dict(max_new_tokens=config.max_new_tokens, max_latents=config.max_latents)
@@ -70,27 +74,25 @@ def answer(model, tokenizer, rows, config):
         samples = [encode(row, tokenizer, config, train=False) for row in some]
         rollout, tokens, texts = ask(model, tokenizer, samples, **limits)
         for k, (row, text) in enumerate(zip(some, texts)):
-            spans, right = rollout.latents[k].split(span_lengths(tokens[k], *ids)), None
-            if row.options:
-                right = pick(answer_of(text), row.options) == pick(row.answer, row.options)
-            answers.append(Answer(row, text, spans, right))
+            spans = rollout.latents[k].split(span_lengths(tokens[k], *ids))
+            answers.append(Answer(row, text, spans, is_right(row, answer_of(text))))
     return answers
 
 
 def errors_of(painter, answers, budget):
-    """How far off what the spans paint is -> {"imagined 1": error, ...}, see `painting_error`.
+    """The errors of the pictures painted from the spans -> {"imagined 1": error, ...}.
 
-    Span m is compared with the m-th coming frame where both have the same length, and with that
-    frame of the next answer, if it is about another clip.
+    Errors are `painting_error`'s. Span m is compared with the m-th future frame if both have the
+    same length, and with the same frame of the next answer if that is about another clip.
     """
     pairs = {}  # {name: [(latents (n, D), cells (n, 3, 32, 32))]}
     for a, following in zip(answers, [*answers[1:], *answers[:1]]):
         for row in (a.row, following.row):
-            for m, (span, frame) in enumerate(zip(a.spans, futures(row)), 1):
+            for m, (span, frame) in enumerate(zip(a.spans, row.futures), 1):
                 cells = to_cells(stack(load_frames([frame], budget))[0]).to(span.device)
                 name = f"imagined {m}" if row is a.row else "imagined, beside another clip's"
-                other = row is not a.row and frame.source == futures(a.row)[0].source
-                if len(span) == len(cells) and not other:
+                same_clip = row is not a.row and frame.source == a.row.futures[0].source
+                if len(span) == len(cells) and not same_clip:
                     pairs.setdefault(name, []).append((span, cells))
     return {name: painting_error(painter, *map(torch.cat, zip(*p))) for name, p in pairs.items()}
 
@@ -100,18 +102,14 @@ def draw(painter, answers, budget, out, each=3):
     chosen = []
     for right in (True, False):
         chosen += [a for a in answers if a.right is right][:each]
-    chosen, strips = chosen or answers[: 2 * each], []
-    for a in chosen:
-        said = (answer_of(a.text) or "no answer").strip()
-        verdict = {None: "", True: ": right", False: f": wrong, it is {a.row.answer}"}[a.right]
-        painted = paint(painter, a.row, a.spans, budget)
-        strips.append(strip_of(a.row, painted, a.row.question, said + verdict, a.right))
+    chosen = chosen or answers[: 2 * each]
+    strips = [strip_of(painter, a.row, a.spans, answer_of(a.text), budget) for a in chosen]
     draw_strips(strips, os.path.join(out, "imagined.png"))
     animate(strips[0], texts_of(chosen[0].text), os.path.join(out, "imagine.gif"))
 
 
 def texts_of(response):
-    """A response -> its words before the first span and after each span, without markup."""
+    """A response -> its words before the first span and those after each span, without markup."""
     first, *rest = response.partition("<answer>")[0].split(LATENT_START)
     texts = [first, *(part.partition(LATENT_END)[2] for part in rest)]
     return [" ".join(re.sub(r"<[^>]*>", " ", text).split()) for text in texts]
@@ -120,8 +118,8 @@ def texts_of(response):
 def main(config):
     """Answer, draw -> the errors {name: error}. Raises SystemExit without a painter."""
     rows, folder, budget = rows_of(config), newest(config.model), config.budgets.future
-    most = max(len(futures(row)) for row in rows)
-    rows = [row for row in rows if len(futures(row)) == most][: config.rows]
+    most = max(len(row.futures) for row in rows)
+    rows = [row for row in rows if len(row.futures) == most][: config.rows]
     model, tokenizer = Machine().load(folder)
     painter = Painter.beside(folder)
     if painter is None:

@@ -126,7 +126,7 @@ WRONG = {
     "sample": ("--model ./nowhere --question q --video ./nowhere", "./nowhere: no such"),
     "tools.clips": ("--data ./nowhere.json", "./nowhere.json: No such file"),
     "tools.export": ("./nowhere --out x", "./nowhere: no such folder"),
-    "common.judge": ("./nowhere --model m", "./nowhere/settings.json: no such file"),
+    "common.judge": ("./nowhere --model m", "./nowhere/settings.json: No such file"),
     "common.report": ("./nowhere", "./nowhere"),
     "common.painter": ("--model ./nowhere --data ./nowhere", "./nowhere"),
     "toy.world": ("--clips x", "argument --clips: invalid int value: 'x'"),

@@ -336,7 +336,7 @@ def test_responses_wait_for_a_judge(answered, tmp_path, server, capsys):
     assert [scores[k] for k in ("waiting", "n", "skipped", "unparsed")] == [6, 0, 1, 0]
     with pytest.raises(SystemExit, match="--model is missing"):
         judge.score_run(judge.Config(run=str(tmp_path)))
-    with pytest.raises(SystemExit, match="settings.json: no such file"):
+    with pytest.raises(FileNotFoundError, match="settings.json"):
         judge.score_run(judge.Config(run=str(tmp_path / "x"), model="m"))
     assert not server.requests
 

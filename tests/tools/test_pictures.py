@@ -36,7 +36,7 @@ def test_errors_are_those_of_each_spans_own_frame(world):
     rows = [row for row in read_rows(world["test"]) if row.group == "3-hop"]  # of two clips
     budget, answers, frames = (1024, 1024), [], []
     for row in rows:
-        e = look(model, pictures.futures(row), budget).e
+        e = look(model, row.futures, budget).e
         answers.append(pictures.Answer(row, "", e.split([1, 1, 1]), True))
         frames += [part for part in (*row.prompt, *row.response) if isinstance(part, Frame)]
     painter = teach(look(model, frames, budget), PainterConfig(steps=150, batch=16))
