@@ -1,10 +1,10 @@
-"""The benchmarks: how their public files become rows, and what the paper published on them.
+"""The benchmarks: how their public files become rows.
 
     rows, average = read_benchmark("mcq", "videomme/test.parquet", "videomme/videos")
 
 Multiple choice has one normal form, {id, video, question, options, answer, group}, with start and
-end or a picture where a release has them; `RELEASES` says for each release which of its fields goes
-where. Rows of the normal form, and of every format of docs/data.md with options, need no entry.
+end or a picture where a release has them. `RELEASES` maps the fields of each release to it. Records
+in the normal form, or with options in any format of docs/data.md, need no entry.
 """
 
 import os
@@ -30,10 +30,10 @@ FILES = (".json", ".jsonl", ".parquet")
 
 
 class Release(NamedTuple):
-    """Where a release keeps what.
+    """The fields of a release.
 
-    Texts in braces are its fields; {stem} is the file's name, {n} the record's number, {folder} the
-    folder of MVBENCH.
+    Names in braces are its fields; {stem} is the file's name, {n} the record's number, {folder} the
+    folder in MVBENCH.
     """
 
     keys: str  # a record of this release has all of these
@@ -108,7 +108,7 @@ MVBENCH = (
 
 
 def release_of(record):
-    """The release to which a record belongs, or None."""
+    """The release that a record belongs to, or None."""
     keys = set(record) if isinstance(record, dict) else set()
     return next((r for r in RELEASES.values() if set(r.keys.split()) <= keys), None)
 
@@ -151,7 +151,7 @@ def normal_form(record, where, stem="", n=0):
 def options_of(record, release):
     """The texts of a record's options. Raises KeyError.
 
-    MLVU_dev without candidates: the lines of the question that begin with (A), (B), ...
+    In MLVU_dev without candidates they are the lines of the question that begin with (A), (B), ...
     """
     if release is RELEASES["MLVU_dev"] and not record.get(release.options):
         return re.findall(r"^\s*(\(?[A-H][).:]\s*\S.*?)\s*$", record["question"], re.M)
@@ -162,7 +162,8 @@ def options_of(record, release):
 def take_cut_clip(record, root):
     """MVBench's normal form -> the same with the clip of the `video` revision, if `root` has it.
 
-    `start` and `end` say where that clip was cut, so they go. Source: the revision's folders.
+    That clip is already cut at `start` and `end`, so they are dropped. Source: the revision's
+    folders.
     """
     for folder, cut, _ in MVBENCH:
         clip = record["video"].replace(folder + "/", cut + "/", 1)
@@ -174,9 +175,10 @@ def take_cut_clip(record, root):
 def files_of(data):
     """A path or a hub id -> [(name, records)].
 
-    A file, each file of a folder (of MLVU's the first seven: 8_ and 9_ have no options), or a hub
-    dataset's test split, `org/name` or `org/name:config` (by `datasets`). Raises FileNotFoundError
-    for what is none of them, RecordError for what cannot be read.
+    The path is a file or a folder of files; MLVU's files 8_ and 9_ have no options and are left
+    out. A hub id, `org/name` or `org/name:config`, means the test split of that dataset, which
+    `datasets` loads. Raises FileNotFoundError if it is none of these, RecordError if it cannot be
+    read.
     """
     if os.path.isdir(data):
         names = sorted(name for name in os.listdir(data) if name.endswith(FILES))
@@ -204,9 +206,10 @@ def files_of(data):
 
 
 def clips_folder(name, path, media_root):
-    """Where the clips of a benchmark's file lie: media_root, else the folder of the file.
+    """The folder of the clips of a benchmark's file: media_root, else the folder of the file.
 
-    FutureBench: else `first_part_video` beside the file. Raises ValueError for the whole videos.
+    For FutureBench the default is `first_part_video` in that folder. Raises ValueError for the
+    folder of its whole videos.
     """
     folder = os.path.dirname(os.path.abspath(path))
     if name != "futurebench":
@@ -221,13 +224,13 @@ def clips_folder(name, path, media_root):
 
 
 def read_benchmark(name, data, media_root=None, bad=None):
-    """-> (rows, how groups are averaged: micro | macro). Source: the public files, RELEASES.
+    """Read a benchmark -> (rows, how groups are averaged: micro | macro). Source: RELEASES.
 
     name: one of BENCHMARKS. data: a file, a folder of files, or a hub id. media_root: where
     relative clip paths start, default as in `clips_folder`. bad: a list that gets a Skipped for
-    each record that cannot be used; None = the first one raises RecordError. An id that comes again
-    gets a number. Raises ValueError for an unknown name, RecordError if no record can be used, and
-    as `files_of` and `clips_folder` do.
+    each record that cannot be used; None = the first one raises RecordError. A repeated id gets a
+    number. Raises ValueError for an unknown name, RecordError if no record can be used, and the
+    errors of `files_of` and `clips_folder`.
     """
     if name not in BENCHMARKS:
         known = ", ".join(b for b in BENCHMARKS if b)
@@ -264,12 +267,12 @@ def read_row(name, record, path, n, root):
         normal = take_cut_clip(normal, root)
     row = read_record(normal, where, root)
 
-    # SEED-Bench-R1 shows a picture after the clip, or instead of it where nothing was done yet
+    # SEED-Bench-R1 shows a picture after the clip, or instead of it if nothing was done yet
     if release and normal["picture"]:
         row.prompt.insert(1, Frame(os.path.join(root, normal["picture"])))
         row.prompt = row.prompt if record.get("task_progress_metadata") else row.prompt[1:]
 
-    # a file that names no id: short, and the same wherever the file lies
+    # a record without an id gets a short one that does not depend on the file's folder
     if name and row.id == where:
         row.id = f"{os.path.basename(path)}:{n}"
     if name == "futurebench":

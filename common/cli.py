@@ -23,15 +23,15 @@ from common.folder import SHARED, read_json, trained_with
 from common.machine import leave
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# a field of a dataclass in its source: comment lines above it, its name, the comment behind it
+# a field in the source of a dataclass: comment lines above it, its name, the comment behind it
 FIELD = re.compile(r"((?:^    # .*\n)*)^    (\w+): \w+ = .*?(?:  # (.*))?$", re.MULTILINE)
 
 
 def run_script(main, cls, argv=None, positional=None):
     """Run a script: parse the flags into a cls, call main(config), end all ranks together.
 
-    Errors you can fix are printed as one line on stderr, and the exit code is 2. positional: the
-    field that is given without the name of its flag.
+    Errors you can fix are printed as one line on stderr, with exit code 2. positional: the field
+    that is given without the name of its flag.
     """
     argv = sys.argv[1:] if argv is None else argv
     with errors_in_one_line("--debug" in argv):
@@ -41,7 +41,7 @@ def run_script(main, cls, argv=None, positional=None):
 
 @contextlib.contextmanager
 def errors_in_one_line(debug=False):
-    """Print an error that the user can fix as one line and exit with code 2; debug: raise it."""
+    """Print an error that the user can fix as one line, and exit with code 2; debug: raise it."""
     try:
         yield
     except (SystemExit, ValueError, OSError, ImportError) as e:
@@ -54,9 +54,9 @@ def errors_in_one_line(debug=False):
 
 
 def worded_for_user(error):
-    """Whether a line of this project raised the error, with a message for the user.
+    """Whether this project raised the error, with a message for the user.
 
-    An error from inside a library is a bug and keeps its traceback.
+    An error raised inside a library is a bug, and keeps its traceback.
     """
     if isinstance(error, SystemExit):
         return isinstance(error.code, str)
@@ -95,9 +95,9 @@ def parse_config(cls, argv, positional=None):
 
 
 def read_saved(path, cls):
-    """A --config file, or a run's folder with its settings.json -> {field: value}.
+    """A --config file, or the folder of a run, which has a settings.json -> {field: value}.
 
-    Raises SystemExit if a name or a type is not that of a field.
+    Raises SystemExit for a name that is no field, and for a value of another type.
     """
     path = os.path.join(path, "settings.json") if os.path.isdir(path) else path
     saved = read_json(path)
@@ -115,7 +115,7 @@ def read_saved(path, cls):
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line, which names the flag nearest to an unknown one."""
+    """argparse, but an error is one line that suggests a flag for an unknown one."""
 
     def error(self, message):
         flag = re.match(r"unrecognized arguments: (--[\w-]+)", message)
@@ -125,7 +125,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(cls, positional=None):
-    """A config dataclass -> its parser, which returns only the values that were given."""
+    """A config dataclass -> its parser, which returns only the flags that were given."""
     comments = field_comments(cls)
     usage = f"%(prog)s {positional.upper() + ' ' if positional else ''}[--flag value ...]"
     parser = _Parser(usage=usage, allow_abbrev=False, argument_default=argparse.SUPPRESS)
@@ -145,9 +145,9 @@ def make_parser(cls, positional=None):
 
 
 def field_comments(cls):
-    """A config dataclass -> {field: its comment}, behind it or in the lines above it.
+    """A config dataclass -> {field: the comment behind it or in the lines above it}.
 
-    A source behind the comment, `# paper Table 8`, is put in parentheses.
+    A source that follows the comment, as in `# paper Table 8`, is put in parentheses.
     """
     comments = {}
     for base in reversed(cls.__mro__[:-1]):  # all but `object`

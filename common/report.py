@@ -59,7 +59,7 @@ def shown_in_report(rows, n):
 
 
 def show(out, summary, lines, rows):
-    """Write an evaluation's summary.json and report.html, and print its scores."""
+    """Write summary.json and report.html of an evaluation, and print its scores."""
     write_json(os.path.join(out, "summary.json"), summary)
     write(os.path.join(out, "report.html"), page(summary, lines, rows))
     every = summary["scores"]["all"]
@@ -74,7 +74,7 @@ def show(out, summary, lines, rows):
 
 
 def score_rows(scores):
-    """{group: scores} -> (head, rows) of the table that is printed and that report.html shows."""
+    """{group: scores} -> (head, rows) of the table on the screen and in report.html."""
     judged = "chain" in next(iter(scores.values()))
     main = ["chain", "answer", "average"] if judged else ["accuracy"]
     readings = [k for k in ("strict", "official") if any(k in s for s in scores.values())]
@@ -94,7 +94,7 @@ def score_rows(scores):
 
 
 def as_text(head, rows):
-    """A table as text: the first column is aligned left, the others right."""
+    """A table as text, with the first column aligned left and the others right."""
     rows = [[str(cell) for cell in row] for row in [head, *rows]]
     wide = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join(
@@ -271,6 +271,7 @@ def _difference(pairs, macro):
 
 
 def markdown(head, rows):
+    """A table as markdown."""
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in [head, *rows]]
     return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
@@ -287,7 +288,7 @@ def axes(columns, width, height):
 
 
 def running_mean(values, n=10):
-    """The mean of each n values in a row; the values themselves if there are fewer."""
+    """The running mean of n values; the values themselves if there are fewer."""
     return np.convolve(values, np.ones(n) / n, "valid") if len(values) >= n else np.array(values)
 
 
@@ -308,7 +309,7 @@ def draw_curves(log, png, panels=SFT_PANELS):
     fig, places = axes(len(panels), 4 * len(panels), 3)
     for ax, keys in zip(places, panels):
         for key in keys:
-            # a step without an update and a held-out line lack some figures
+            # steps without an update, and those without a checkpoint, lack some figures
             some = [line for line in lines if line.get(key) is not None]
             if some:
                 steps, values = [line["step"] for line in some], [line[key] for line in some]
@@ -322,7 +323,7 @@ def draw_curves(log, png, panels=SFT_PANELS):
 
 
 def draw_rl(runs, png):
-    """{name: [log.jsonl of each seed]} -> reward and accuracy of the rollouts over the steps.
+    """Draw reward and accuracy of the rollouts over the steps, from {name: [a seed's log.jsonl]}.
 
     A line is the mean over ten steps and all seeds.
     """
@@ -339,9 +340,9 @@ def draw_rl(runs, png):
 
 
 def draw_bars(results, names, groups, png):
-    """[{training: {group: scores}} of each seed] -> accuracy by group as bars, a dot for each seed.
+    """Draw accuracy by group as bars, with a dot for each seed.
 
-    The grey line is chance among four options.
+    results: [{training: {group: scores}} of each seed]. The grey line is chance among four options.
     """
     fig, (ax,) = axes(1, 9, 3.4)
     groups, n = [*groups, "all"], len(results[0])

@@ -18,7 +18,7 @@ from glob import escape, glob
 import numpy as np
 
 from common.cli import errors_in_one_line
-from common.report import draw_bars, draw_rl
+from common.report import draw_bars, draw_rl, markdown
 from common.run import read_lines, write
 from toy.world import read_jsonl
 
@@ -113,10 +113,8 @@ def tabulate(folders, rows, groups=GROUPS, seconds=False):
             spent = [cpu_seconds(folder, name) for folder in folders]
             spent = [s for s in spent if s is not None]
             cells.append(spread(spent, digits=0) if spent else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    if not lines:
-        return ""
-    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *lines])
+        lines.append(cells)
+    return markdown(head, lines) if lines else ""
 
 
 def main_rows(folders):
