@@ -31,7 +31,7 @@ import la_dapo
 import latent_decode
 from common.cli import run_script
 from common.lora import add_adapters, frozen_alone
-from common.machine import Calls, shard
+from common.machine import Calls, narrow, shard, whole_copy
 from common.run import write_json
 from latent_decode import generate
 from sft import sft_loss
@@ -75,10 +75,10 @@ class Rehearsal:
         # weights and Adam's moments are there from the start; so that they are, a first step
         with self.making("weights"):
             lora = config.lora_rank
-            dtype = torch.bfloat16 if lora else torch.float32
-            self.model = shapes.make(config.shape, config.layers, dtype, self.device).train()
+            self.model = shapes.make(config.shape, config.layers, device=self.device).train()
             self.model.model.visual.requires_grad_(False)
             if lora:
+                narrow(self.model)
                 with mock.patch.object(torch.nn.Module, "_apply", moved):
                     add_adapters(self.model, lora)
             self.module = Calls(self.model)
@@ -167,10 +167,11 @@ class Rehearsal:
         if self.config.lora_rank:
             return frozen_alone(self.model)
         with self.making("reference"):
-            shape, layers = self.config.shape, self.config.layers
-            reference = Calls(shapes.make(shape, layers, torch.bfloat16, self.device).eval())
-            reference.requires_grad_(False)
-            return shard(reference, reference.model, bf16=True) if self.config.shard else reference
+            config = self.config
+            dtype = torch.bfloat16 if config.shard else torch.float32
+            model = shapes.make(config.shape, config.layers, dtype, self.device).eval()
+            model.requires_grad_(False)
+            return shard(Calls(model), model, bf16=True) if config.shard else Calls(narrow(model))
 
     def decode(self, steps):
         """A prompt's forward and first token; with more steps, the last of them alone.
@@ -182,6 +183,9 @@ class Rehearsal:
             with self.making("copies"):
                 shape, layers = self.config.shape, self.config.layers
                 model = shapes.make(shape, layers, torch.bfloat16, self.device)
+        elif not self.config.lora_rank:
+            with self.making("copies"):
+                model = whole_copy(model, bf16=True)
         batch = shapes.prompt(self.config, 1, self.device)
         settings = dict(max_new_tokens=steps, n=self.config.n, temperature=0.9, top_p=0.99)
 
