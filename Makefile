@@ -6,7 +6,7 @@ PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 .PHONY: taste demo test test-slow mutations gpu gpus lint
 
 taste: .venv/ready
-	.venv/bin/python sample.py
+	CUDA_VISIBLE_DEVICES= .venv/bin/python sample.py
 
 demo: .venv/ready
 	PATH="$$PWD/.venv/bin:$$PATH" bash toy/demo.sh

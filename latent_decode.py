@@ -29,9 +29,9 @@ Where this differs from the official code:
  5. A replay feeds the recorded latents; official feeds the `<|latent|>` token.
 
 How it is fast: vision and prompt run once a prompt, not once a sample, and the keys and values of a
-prompt exist once (common/shared_prefix.py; a reader may take it as causal attention and go on). CPU
-and GPU synchronise only every CHUNK tokens; finished rows are dropped then. On CUDA a step can be
-captured as one graph.
+prompt exist once (common/shared_prefix.py; a reader may take it as causal attention and go on).
+Finished rows are dropped every CHUNK tokens. On CUDA a step can be captured as one graph; CPU and
+GPU then synchronise only every CHUNK tokens, else once more at each token that is drawn by top-p.
 
 Axis letters: B prompts, R rows = B * n (row i * n + k is sample k of prompt i), P prompt tokens,
 T new tokens, S chosen tokens, N latents, D hidden, V vocabulary, K likeliest words.

@@ -4,6 +4,7 @@
 set -euo pipefail
 set -m  # each background job becomes a process group, which can be ended as a whole
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1  # so small a model gains nothing from a second thread
+export CUDA_VISIBLE_DEVICES=  # nor from a GPU, on which bf16 would give other figures
 
 # sizes; to change one, set it in the environment
 : "${CLIPS:=3000}"           # training clips
