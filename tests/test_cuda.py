@@ -391,12 +391,12 @@ def check_log(out):
     "script, more",
     [
         (sft, dict(freeze_vision=False, gradient_checkpointing=True)),
-        (sft, dict(lora_rank=2)),
+        (sft, dict(lora_rank=2, latent_head="")),
         (self_forcing, dict(self_forcing_from=0.0)),
         (set_spans, SETS),
         (mcr_sft, {}),
         (video_latent, PLAIN),
-        (m2la, dict(rank=20, calibration=4)),
+        (m2la, dict(rank=20)),
     ],
 )
 def test_three_steps_of_a_fine_tuning(script, more, world, tmp_path):

@@ -11,7 +11,7 @@ decoding steps with full caches. Each line says what that takes on one GPU:
     GB       the peak of live tensors, and the smallest card of 24, 80 or 141 GB that it fits with a
              tenth left free, for CUDA's context, the kernels' workspaces and fragments
     TFLOP    all products and attention, the frozen tower and what checkpointing computes again too
-    seconds  those TFLOPs at `share` of `peak`: the time of the arithmetic if nothing waits for it
+    seconds  those TFLOPs at SHARE of PEAK: the time of the arithmetic if nothing waits for it
     kernels  how many are launched; waits: how often the host waits for a number from the GPU
 
 Nothing here has been measured on a GPU. With --shard, or without a C++ compiler, kernels and waits
@@ -39,6 +39,8 @@ from tools import shapes
 
 CARDS = (24, 80, 141)  # GB
 USABLE = 0.9  # of a card
+PEAK, SHARE = 989e12, 0.4  # FLOP/s in bf16, a H100's data sheet; the part that is reached: a guess
+SHOWN = 3  # of the places where the host waits; --out has all
 
 
 @dataclasses.dataclass
@@ -54,9 +56,6 @@ class Config:
     new_tokens: int = 2048  # of each rollout: the longest there can be
     sft_tokens: int = 4300  # of a sample of SFT; what follows the prompt carries labels
     adjoint_terms: int = 8  # of the gradient through the latents; 0 = leave that case out
-    peak: float = 989.0  # TFLOP/s of the card in bf16: a H100's data sheet
-    share: float = 0.4  # of the peak that is reached: a guess
-    waits: int = 3  # the places where the host waits most often, so many a case
     out: str = ""  # also write all figures as JSON
 
     def __post_init__(self):
@@ -112,18 +111,18 @@ class Rehearsal:
 
     def case(self, name, work):
         """Run work() and write down what it took."""
-        gpu, peak = self.gpu, self.config.peak * 1e12 * self.config.share
+        gpu = self.gpu
         gpu.begin()
         work()
         parts = gpu.ledger.peak(gpu.since)
         figures = dict(bytes=sum(parts.values()), parts=parts, flops=gpu.flops)
-        figures.update(seconds=gpu.flops / peak, card=smallest_card(figures["bytes"]))
+        figures.update(seconds=gpu.flops / (PEAK * SHARE), card=smallest_card(figures["bytes"]))
         if HAS_CUDA and not self.config.shard:
             figures.update(kernels=sum(gpu.kernels.values()), waits=gpu.looks)
         calls = gpu.attention.items()
         figures["attention"] = {k: [sum(v.values()), len(v)] for k, v in calls}
         self.cases[name] = figures
-        print_case(name, figures, self.config)
+        print_case(name, figures)
 
     def train_on(self, loss_of):
         """A training step, as both scripts do it: forward, backward, clip, step."""
@@ -246,7 +245,7 @@ def smallest_card(size):
     return next((card for card in CARDS if size <= USABLE * card * 1e9), None)
 
 
-def print_case(name, figures, config):
+def print_case(name, figures):
     """One case in a few lines."""
     card = figures["card"]
     fits = f"a card of {card} GB" if card else f"no card of {CARDS[-1]} GB"
@@ -259,7 +258,7 @@ def print_case(name, figures, config):
     if "kernels" in figures:
         waits = figures["waits"]
         print(f"  {figures['kernels']:,} kernels, {sum(waits.values())} waits")
-        for place, times in waits.most_common(config.waits):
+        for place, times in waits.most_common(SHOWN):
             print(f"    {times} x {place}")
 
 
