@@ -330,6 +330,7 @@ class PretendedGPU(TorchDispatchMode):
         """Bytes, FLOPs and kernels of one operation."""
         on_gpu = [x for x in outs if isinstance(x, FakeTensor) and x.device.type == self.device]
         copy = packet is aten._to_copy and self.ledger.of(args[0]) == "weights"
+        copy = copy and self.kind == "activations"  # autocast's; else weights are being made
         for x in on_gpu:
             logits = x.ndim > 1 and x.shape[-1] == self.vocabulary
             self.ledger.add(x, "copies" if copy else "logits" if logits else self.kind)

@@ -123,10 +123,14 @@ def test_the_command(layout, tmp_path):
     flags = [f"--{name}={value}" for name, value in TINY.items()]
     command = [sys.executable, "-m", "tools.rehearse", *flags, *layout, f"--out={out}"]
     subprocess.run(command, cwd=ROOT, check=True, timeout=300)
-    cases, total = json.loads(out.read_text())["cases"], shapes.weights("tiny").total
-    a_weight = 2 if "--lora_rank" in layout else 2 if "--shard" in layout else 4
+    cases, w = json.loads(out.read_text())["cases"], shapes.weights("tiny")
+    a_weight = 2 if layout else 4
+    # of a frozen model, embeddings stay in fp32, and the output layer is a copy in bf16
+    more = 2 * w.words + 2 * w.head if "--lora_rank" in layout else 0
     for name, case in cases.items():
         assert case["flops"] > 0 and case["card"] == 24, name
-        assert case["parts"]["weights"] == pytest.approx(a_weight * total, rel=0.1), name
+        assert case["parts"]["weights"] == pytest.approx(a_weight * w.total + more, rel=0.1), name
     assert ("LA-DAPO, 1 terms through the latents" in cases) == ("--shard" not in layout)
     assert ("kernels" in cases["SFT"]) == (rehearse.HAS_CUDA or not layout[:1] == ["--shard"])
+    # made on the GPU, the indices of pictures and rows alone would be waited for 40 to 90 times
+    assert all(sum(case.get("waits", {}).values()) <= 30 for case in cases.values())
