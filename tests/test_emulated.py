@@ -34,10 +34,10 @@ def test_cuda_under_the_emulation():
     command += ["tests/test_cuda.py", "tests/test_emulated.py"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500)
     assert run.returncode == 0, run.stdout[-6000:]
-    skipped = re.findall(r"^SKIPPED .*: (.*)$", run.stdout, re.M)
+    skipped = re.findall(r"^SKIPPED \[\d+\] \S+ (.*)$", run.stdout, re.M)
     known = ("needs kernels", "could not import 'flash_attn'")
     assert all(reason.startswith(known) for reason in skipped), skipped
-    assert "failed" not in run.stdout and int(re.search(r"(\d+) passed", run.stdout)[1]) > 30
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 40
 
 
 # -------------------------------------------------------------------------------- under it: faults
