@@ -28,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from common.cli import run_script
@@ -185,7 +186,6 @@ def cut(video, piece, path):
         with av.open(video) as whole, av.open(path, "w", format="mp4") as clip:
             source, first = whole.streams.video[0], None
             target = clip.add_stream("libx264", rate=source.average_rate, options=dict(crf="18"))
-            target.width, target.height = source.width // 2 * 2, source.height // 2 * 2
             target.pix_fmt, target.time_base = "yuv420p", source.time_base
             whole.seek(int(piece.start / source.time_base), stream=source)  # the key frame before
             for frame in whole.decode(source):
@@ -193,16 +193,31 @@ def cut(video, piece, path):
                     continue
                 if frame.time >= piece.end:
                     break
-                first = frame.pts if first is None else first
-                frame.pts, frame.pict_type = frame.pts - first, 0
+                picture = upright(frame)
+                if first is None:
+                    first = frame.pts
+                    target.width, target.height = picture.width // 2 * 2, picture.height // 2 * 2
                 size = dict(width=target.width, height=target.height, format="yuv420p")
-                clip.mux(target.encode(frame.reformat(**size)))
+                picture = picture.reformat(**size)
+                picture.pts, picture.time_base = frame.pts - first, frame.time_base
+                picture.pict_type = 0
+                clip.mux(target.encode(picture))
             if first is not None:
                 clip.mux(target.encode())
     except Exception as e:  # whatever a damaged file provokes
         raise Failure(f"cannot be cut: {type(e).__name__} {e}") from e
     if first is None:
         raise Failure(f"the video ends before {piece.start:.1f} s")
+
+
+def upright(frame):
+    """A decoded frame, turned as its file says: phones write pictures that lie on their side."""
+    import av
+
+    if not frame.rotation:
+        return frame
+    pixels = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+    return av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
 
 
 def check(piece, path):

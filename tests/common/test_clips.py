@@ -339,6 +339,14 @@ def write_clip(path, pictures, milliseconds):
     return str(path)
 
 
+def turn_clip(path, a, b):
+    """Write into an mp4 how it is to be turned: by 90 degrees with the clock if a, b are 0, 1."""
+    with open(path, "r+b") as f:
+        content = f.read()
+        f.seek(content.index(b"tkhd") + 44)  # the display matrix of ISO 14496-12, 16.16 fixed point
+        f.write(struct.pack(">9i", a << 16, b << 16, 0, -b << 16, a << 16, 0, 0, 0, 1 << 30))
+
+
 @pytest.mark.parametrize("angle, a, b", [(0, 1, 0), (90, 0, 1), (180, -1, 0), (270, 0, -1)])
 @each_decoder
 def test_turned_clips(decoder, angle, a, b, tmp_path):
@@ -348,10 +356,7 @@ def test_turned_clips(decoder, angle, a, b, tmp_path):
     picture = np.full((5, 64, 96, 3), 90, np.uint8)
     picture[:, :32, :48] = 250, 0, 0
     path = write_clip(tmp_path / "turned.mp4", picture, range(0, 200, 40))
-    with open(path, "r+b") as f:
-        content = f.read()
-        f.seek(content.index(b"tkhd") + 44)  # the display matrix of ISO 14496-12, 16.16 fixed point
-        f.write(struct.pack(">9i", a << 16, b << 16, 0, -b << 16, a << 16, 0, 0, 0, 1 << 30))
+    turn_clip(path, a, b)
     pictures, *_ = clips.DECODERS[decoder](path, lambda clock, fps: [0, 3])
     expected = np.rot90(picture[[0, 3]], -angle // 90, axes=(1, 2)).astype(int)
     assert pictures.shape == expected.shape and np.abs(pictures - expected).mean() < 8

@@ -7,10 +7,12 @@ import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 
 from common.clips import key_frame_positions, read_clip
 from common.formats import RecordError, read_rows
+from tests.common.test_clips import turn_clip, write_clip
 from tests.conftest import shown
 from tools import clips
 from tools.clips import Config, Piece, piece_of
@@ -123,6 +125,18 @@ def test_a_second_run_does_what_is_missing(server, tmp_path):
     counts = clips.main(Config(data=data, out=out, url=url, again=False))
     assert asked == dict(good=2, gone=2, text=2, torn=2, short=2)
     assert counts["here"] == 2 and sum(counts["failed"].values()) == 5
+
+
+def test_a_turned_video(tmp_path):
+    """Breaks if the clip of a video that a phone wrote on its side lies on its side."""
+    picture = np.full((30, 64, 96, 3), 90, np.uint8)
+    picture[:, :32, :48] = 250, 0, 0  # red at its upper left
+    video = write_clip(tmp_path / "turned.mp4", picture, range(0, 1200, 40))
+    turn_clip(video, 0, 1)
+    clips.cut(video, Piece("x.mp4", "x", 0.2, 1.0), str(tmp_path / "part.mp4"))
+    pictures, numbers, _ = read_clip(str(tmp_path / "part.mp4"), lambda n: [0, n - 1])
+    assert numbers[-1] == 19 and pictures.shape == (2, 96, 64, 3)
+    assert np.abs(pictures - np.rot90(picture[:2], -1, axes=(1, 2)).astype(int)).mean() < 8
 
 
 def test_the_clips_are_what_the_scripts_read(server, tmp_path):
