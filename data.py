@@ -37,8 +37,11 @@ Where this differs from the paper and the official code:
 Axis letters: T frames, H and W pixels, P patches (before the 2x2 merge), B rows, L tokens.
 """
 
+import collections
 import dataclasses
 import functools
+import signal
+import threading
 from itertools import chain, groupby
 from typing import NamedTuple
 
@@ -329,14 +332,68 @@ def model_inputs(batch):
 
 
 def loader(samples, batches, workers, **collate_arguments):
-    """A DataLoader over lists of indices, one a batch, decoding ahead in `workers` processes.
+    """Yields `collate` of each list of indices, see `read_ahead`.
 
     Patches travel as bytes: what the workers have ready lies in shared memory.
     """
+    how = functools.partial(collate, raw=True, **collate_arguments)
+    return read_ahead(samples, batches, workers, how)
+
+
+def read_ahead(samples, batches, workers, collate_fn=list):
+    """Yields collate_fn of the samples of each list of indices; `workers` processes read ahead.
+
+    A worker that is killed, by a shortage of memory perhaps, costs the sample that does it, not the
+    run: that batch is read again, each sample by a process of its own. samples: has `rows`, too.
+    """
+    batches, given = iter(batches), collections.deque()  # given: to workers, not yet back
+
+    def plan():
+        for batch in batches:
+            given.append(batch)
+            yield batch
+
+    while True:
+        ahead = iter(_loader(samples, plan(), workers, collate_fn))
+        if workers and threading.current_thread() is threading.main_thread():
+            # torch's handler would raise wherever the main thread is just then
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        try:
+            for batch in ahead:
+                given.popleft()
+                yield batch
+            return
+        except RuntimeError as e:
+            if not _is_killed(e):
+                raise
+        del ahead
+        yield collate_fn([_read_alone(samples, i) for i in given.popleft()])
+        batches = chain(list(given), batches)
+        given.clear()
+
+
+def _loader(samples, batches, workers, collate_fn):
+    """A DataLoader with a generator of its own, because each draws a number when it starts."""
     return DataLoader(
         samples,
         batch_sampler=batches,
-        collate_fn=functools.partial(collate, raw=True, **collate_arguments),
+        collate_fn=collate_fn,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),
     )
+
+
+def _is_killed(error):
+    return str(error).startswith("DataLoader worker (pid")
+
+
+def _read_alone(samples, i):
+    """Sample i, read by a process of its own; a Skipped if that is killed as well."""
+    try:
+        [[sample]] = _loader(samples, [[i]], 1, list)
+    except RuntimeError as e:
+        if not _is_killed(e):
+            raise
+        return Skipped(samples.rows[i].where, "the process that read it was killed")
+    return sample

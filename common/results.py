@@ -13,7 +13,6 @@ that says why, and the next run tries it again.
 """
 
 import dataclasses
-import functools
 import glob
 import hashlib
 import json
@@ -26,7 +25,8 @@ from tqdm import tqdm
 from common.clips import ClipError
 from common.folder import model_fingerprint, newest, read_json
 from common.formats import RecordError, Row, Skipped
-from common.run import read_ahead, read_lines, write, write_json
+from common.run import read_lines, write, write_json
+from data import read_ahead
 
 
 def settings_of(config, free):
@@ -178,15 +178,18 @@ class Book:
 # ---------------------------------------------------------------------------------- the walk
 
 
-def encode_block(rows, encode_row):
-    """Rows -> encode_row(row) of each; a Skipped for a row that cannot be read."""
-    encoded = []
-    for row in rows:
+class Encoded:
+    """{id: row} -> what encode_row makes of each row; a Skipped for a row that cannot be read."""
+
+    def __init__(self, rows, encode_row):
+        self.rows, self.encode_row = rows, encode_row
+
+    def __getitem__(self, id):
+        row = self.rows[id]
         try:
-            encoded.append(row if isinstance(row, Skipped) else encode_row(row))
+            return row if isinstance(row, Skipped) else self.encode_row(row)
         except (ClipError, RecordError) as e:
-            encoded.append(Skipped(row.where, str(e)))
-    return encoded
+            return Skipped(row.where, str(e))
 
 
 def walk(book, blocks, encode_row, workers):
@@ -196,8 +199,7 @@ def walk(book, blocks, encode_row, workers):
     left out. A block is left out if all its readable rows have their lines.
     """
     mine = book.machine.my_part(blocks)
-    encode_some = functools.partial(encode_block, encode_row=encode_row)
-    ahead = read_ahead(book.rows, mine, workers, encode_some)
+    ahead = read_ahead(Encoded(book.rows, encode_row), mine, workers)
     total = sum(map(len, mine))
     with tqdm(total=total, desc=book.name, disable=not book.machine.master, mininterval=2) as bar:
         for block, encoded in zip(mine, ahead):

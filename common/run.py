@@ -22,7 +22,6 @@ from collections import Counter
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextTopKRouter
 
@@ -30,7 +29,7 @@ from common.folder import checkpoints, complete, describe_training, model_finger
 from common.formats import read_rows, report_bad
 from common.lora import adapters, add_adapters, merged, put_adapters
 from common.machine import part_of, whole, whole_weights
-from data import Samples
+from data import Samples, read_ahead
 
 # fields that may differ between a run and its continuation
 HARMLESS = {"resume", "out", "workers", "max_bad", "save_every", "track", "eval_data", "judge_url"}
@@ -130,20 +129,6 @@ def in_order(rows, tokenizer, size, config, machine, **encoding):
     plan += [[]] * (-len(plan) % machine.world)
     samples = Samples(rows, tokenizer, config, **encoding)
     yield from read_ahead(samples, machine.my_part(plan), config.workers)
-
-
-def read_ahead(samples, plan, workers, collate=list):
-    """A DataLoader: for each list of keys in `plan`, collate([samples[key], ...]).
-
-    It works ahead in background processes.
-    """
-    return DataLoader(
-        samples,
-        batch_sampler=plan,
-        collate_fn=collate,
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-    )
 
 
 @contextlib.contextmanager

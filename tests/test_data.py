@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -274,15 +276,51 @@ def test_patches_travel_as_bytes(film, words, data_config):
     assert all(torch.equal(moved[k], plain[k]) for k in plain if isinstance(plain[k], torch.Tensor))
 
 
+class Fatal(Samples):
+    """Samples of which two end the process that reads them."""
+
+    def __getitem__(self, i):
+        if i in (3, 8):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(i)
+
+
+def test_a_worker_that_is_killed_costs_its_sample(film, words, data_config):
+    """Breaks if it ends the run, takes others with it, changes their order, or is not named; or the
+    run's random state moves.
+    """
+    rows = [row(film(), f"f:{k}") for k in range(11)]
+    batches = [[0, 1], [2, 3, 4], [5], [6], [8, 7], [10, 9]]
+    torch.manual_seed(0)
+    found = list(data.loader(Fatal(rows, words, data_config), batches, 2, pad_id=0))
+    assert torch.initial_seed() == 0 and torch.equal(torch.rand(3), rand_of(0))
+    numbers = [[int(r.where[2:]) for r in batch["rows"]] for batch in found]
+    assert numbers == [[0, 1], [2, 4], [5], [6], [7], [10, 9]]
+    skipped = [skip for batch in found for skip in batch["skipped"]]
+    assert skipped == [(f"f:{k}", "the process that read it was killed") for k in (3, 8)]
+
+
+def rand_of(seed):
+    return torch.rand(3, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_fault_of_a_worker_is_no_skip(film, words, data_config):
+    """Breaks if a bug in the code that reads is taken for a killed worker."""
+    with pytest.raises(AttributeError):
+        list(data.loader(Samples([row(film()), None], words, data_config), [[0], [1]], 1, pad_id=0))
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc")
 def test_workers_keep_no_files_open(film, words, data_config):
     """Breaks if a cached frame that was sent holds a file open for good: after 10,000 small frames
     a run would end with "Too many open files".
     """
     samples = Samples([row(film(f"{k}.mp4")) for k in range(16)], words, data_config)
+    others = multiprocessing.active_children()
     batches = iter(data.loader(samples, [[k] for k in range(16)], 1, pad_id=0))
     kept = [next(batches)]  # 1 to 5 are on their way
-    files = f"/proc/{batches._workers[0].pid}/fd"
+    (worker,) = [child for child in multiprocessing.active_children() if child not in others]
+    files = f"/proc/{worker.pid}/fd"
     before = len(os.listdir(files))
     kept += [next(batches) for _ in range(10)]
     assert len(kept) == 11 and len(os.listdir(files)) < before + 20

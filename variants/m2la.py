@@ -339,7 +339,6 @@ def heal(config, rows):
     model.model.visual.requires_grad_(not config.freeze_vision)
     latent_id = model.config.latent_id
 
-    # the loader starts before the random state is restored, because it draws a number
     samples = Samples(rows, tokenizer, config, train=True, spans=config.spans)
     batches = sft.batches_of(samples, order, steps, run, tokenizer.pad_token_id or 0)
 

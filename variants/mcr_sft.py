@@ -150,7 +150,6 @@ def train(config):
         model.model.visual.requires_grad_(not config.freeze_vision)
     latent_id = model.config.latent_id
 
-    # the loader starts before the random state is restored, because it draws a number
     samples = LoopSamples(rows, tokenizer, config)
     batches = sft.batches_of(samples, order, steps, run, tokenizer.pad_token_id or 0)
 

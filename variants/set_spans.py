@@ -247,7 +247,6 @@ def train(config):
     model.model.visual.requires_grad_(not config.freeze_vision)
     latent_id = model.config.latent_id
 
-    # the loader starts before the random state is restored, because it draws a number
     samples = Samples(rows, tokenizer, config, train=True)
     batches = sft.batches_of(samples, order, steps, run, tokenizer.pad_token_id or 0)
 
