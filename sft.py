@@ -253,10 +253,7 @@ def micro_batches(order, first_step, steps, global_batch, micro_batch, rank, wor
 
 
 def batches_of(samples, order, steps, run, pad_id):
-    """An iterator over the steps that are still to do: this rank's micro-batches of each, a tuple.
-
-    Encoded ahead by a loader, which starts here.
-    """
+    """An iterator over the steps that are still to do: this rank's micro-batches of each, a tuple."""
     config, machine = run.config, run.machine
     sizes = config.global_batch, config.micro_batch, machine.rank, machine.world
     plan = list(micro_batches(order, run.first, steps, *sizes))
