@@ -62,7 +62,7 @@ from common.clips import (
 )
 from common.clips import key_frame_positions as key_frame_positions  # part of this file's surface
 from common.clips import resize_and_patchify as resize_and_patchify
-from common.formats import ASK_LETTER, Blank, Frame, RecordError, Skipped, option_lines, shows
+from common.formats import ASK_LETTER, Frame, RecordError, Skipped, option_lines, shows
 from model import LATENT, LATENT_END, LATENT_START
 
 SYSTEM = (
@@ -235,8 +235,7 @@ def _blocks(response, answer, futures):
         if isinstance(part, str):
             yield [f"<reason>{part}</reason>"]
             continue
-        blank = isinstance(part, Blank)
-        n = part.latents if blank else int(next(grids).prod()) // MERGE**2
+        n = int(next(grids).prod()) // MERGE**2
         yield [Special(LATENT_START), *[Special(LATENT)] * n, Special(LATENT_END)]
     yield [f"<answer>{answer}</answer>", Special("<|im_end|>")]
 

@@ -253,7 +253,7 @@ def micro_batches(order, first_step, steps, global_batch, micro_batch, rank, wor
 
 
 def batches_of(samples, order, steps, run, pad_id):
-    """An iterator over the steps that are still to do: this rank's micro-batches of each, a tuple."""
+    """An iterator over the steps that are still to do: this rank's micro-batches of each."""
     config, machine = run.config, run.machine
     sizes = config.global_batch, config.micro_batch, machine.rank, machine.world
     plan = list(micro_batches(order, run.first, steps, *sizes))
@@ -287,7 +287,7 @@ def measure_variance(model, samples, order, config, machine):
         with machine.autocast():
             e = model.encode_frames(batch["future_pixel_values"], batch["future_grid_thw"])
         return machine.sum([target_variance(e)])[0] / machine.world  # the same on every rank
-    if any(not isinstance(part, str) for row in samples.rows for part in row.response):
+    if any(map(has_future, samples.rows)):
         raise SystemExit("none of the first 64 samples has a future frame that can be read")
     return 1.0
 
@@ -322,6 +322,8 @@ def train(config, fed=teacher_forcing):
     sums_of = machine.wrap(model, unused=not config.freeze_vision)  # a batch may lack pictures
     optimizer, trained = adamw(model, config)
     run.start(model, optimizer, describe(config, rows, model, steps, machine))
+    if config.spans and not any(map(has_future, rows)):
+        run.say("no row has a future frame: nothing teaches the model to imagine")
 
     for step in run.steps(steps):
         # the step's samples
@@ -428,18 +430,22 @@ def print_row(batch, tokenizer, latent_id):
         print(f"       {token:>7} {label:>7}  {fed:<7}  {text!r}{more}")
 
 
+def has_future(row):
+    """Whether a row's chain holds a frame to imagine."""
+    return any(not isinstance(part, str) for part in row.response)
+
+
 def describe(config, rows, model, steps, machine):
     """The run in one line."""
     weights = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    with_spans = sum(any(not isinstance(p, str) for p in row.response) for row in rows)
-    nothing = "; no row has a span: nothing teaches it to imagine"
+    with_future = sum(map(has_future, rows))
     return (
-        f"{config.label} SFT: {len(rows)} rows, {with_spans} with spans"
+        f"{config.label} SFT: {len(rows)} rows, {with_future} with future frames"
         f"{unshown_options(rows, config)}, {steps} steps x {config.global_batch} samples on "
         f"{machine.world} ranks ({machine.device.type}), {config.micro_batch} a forward, seed "
         f"{config.seed}, {trained:,} parameters trained of {weights:,}, a checkpoint every "
-        f"{config.save_every} steps{nothing if config.spans and not with_spans else ''}"
+        f"{config.save_every} steps"
     )
 
 

@@ -51,12 +51,6 @@ class Frame(NamedTuple):
         return Clip(self.source, self.start, self.end)
 
 
-class Blank(NamedTuple):
-    """A latent span of a fixed length, with no future to imagine (variants/video_latent.py)."""
-
-    latents: int
-
-
 @dataclasses.dataclass
 class Row:
     """The one normal form of all formats."""
@@ -64,12 +58,11 @@ class Row:
     where: str  # "file:index", for every message
     id: str
     prompt: list  # str | Frame | Clip, in the order of the user turn
-    response: list  # str (a reasoning step) | Frame (a future to imagine) | Blank; may be empty
+    response: list  # str (a reasoning step) | Frame (a future to imagine); may be empty
     answer: str
     question: str = ""  # the prompt's text, options included, without ASK_LETTER
     options: list | None = None  # texts of A, B, C ..., without their letters
     group: str = "all"  # what scores are split by
-    cue: str = ""  # evidence in words, for a teacher's eyes alone (variants/opd.py)
 
     @property
     def futures(self):
@@ -273,9 +266,7 @@ def read_record(record, where, media_root="."):
         raise RecordError(f"{where}: expected an object, found {type(record).__name__}")
     read, _ = format_of(record)
     row = Row(where, str(record.get("id", where)), [], [], "")
-    row.group, row.cue = str(record.get("group", "all")), record.get("cue") or ""
-    if not isinstance(row.cue, str):
-        raise RecordError(f"{where}: 'cue' should be text, found {row.cue!r:.60}")
+    row.group = str(record.get("group", "all"))
     if record.get("options"):
         row.options = _options(record["options"], where)
     if read is None:
@@ -423,7 +414,7 @@ FORMATS = {  # the key that tells a format (the first that fits), its reader, it
     "problem": (_rl, "answer images videos problem_type"),
     "options": (_mcq, "video question answer"),
 }
-COMMON_KEYS = {*FORMATS, "id", "group", "start", "end", "meta_data", "cue"}
+COMMON_KEYS = {*FORMATS, "id", "group", "start", "end", "meta_data"}
 
 
 def format_of(record):
@@ -435,13 +426,13 @@ def format_of(record):
 
 
 def name_unknown_keys(path, records):
-    """Print once which keys of a file's records nothing reads: a misspelt one changes the data."""
+    """Print once which keys of a file's records no format has: a misspelt one changes the data."""
     unknown = set()
     for record in records:
         if isinstance(record, dict):
             unknown |= set(map(str, record)) - format_of(record)[1]
     if unknown:
-        say(f"{path}: these keys are not read: {', '.join(sorted(unknown))} (see docs/data.md)")
+        say(f"{path}: no format has these keys: {', '.join(sorted(unknown))} (see docs/data.md)")
 
 
 def _interleave(text, marker, frames, where, key):

@@ -147,11 +147,11 @@ def aside(model):
 def fingerprint(rows):
     """A hash of the rows that a run is trained on: all their fields that reach the model.
 
-    A frame counts by its path and index, or by its bytes.
+    A frame counts by its path and index, or by its bytes; what a variant adds to its rows, too.
     """
     digest = hashlib.sha256()
     for row in rows:
-        parts = row.id, row.question, row.options, row.answer, row.prompt, row.response, row.cue
+        parts = {k: v for k, v in vars(row).items() if k not in ("where", "group")}
         digest.update(repr(parts).encode())
     return digest.hexdigest()
 

@@ -17,7 +17,7 @@ import la_dapo
 import sft
 from common import clips
 from common import run as runs
-from common.formats import ASK_LETTER, Blank, Clip, Frame, RecordError, Row, Skipped, read_record
+from common.formats import ASK_LETTER, Clip, Frame, RecordError, Row, Skipped, read_record
 from data import Samples
 from tests.conftest import TINY_DATA, WORDS, shown
 from toy import tiny
@@ -80,24 +80,6 @@ def test_observed_and_future_frames_have_budgets_of_their_own(film, words, data_
         sample = data.encode(sight, words, config)
         assert [int(grid.prod()) // 4 for _, grid in sample["images"]] == [seen] * 2
         assert [int(grid.prod()) // 4 for _, grid in sample["futures"]] == [future] * 2
-
-
-def test_a_span_without_a_future(film, words, data_config):
-    """Breaks if a span of fixed length loads a frame, or stays in text-only SFT."""
-    sight = row(film("c.mp4", range(40), 64, 64))
-    sight.response = [Blank(3), "moves right", Blank(1)]
-    tokens, labels = [], []
-    for spans in (True, False):
-        sample = data.encode(sight, words, data_config, spans=spans)
-        assert not sample["futures"]
-        tokens.append(words.decode(sample["ids"]).split("assistant ")[1])
-        labels.append(sum(label == -100 for label in sample["labels"]))
-    said = "<reason> moves right </reason> <answer> red </answer> <|im_end|>"
-    start, end = "<|latent_start|>", "<|latent_end|>"
-    first, last = f"{start} {'<|latent|> ' * 3}{end}", f"{start} <|latent|> {end}"
-    expected = said.replace("<answer>", f"{last} <answer>")
-    assert [text.split() for text in tokens] == [f"{first} {expected}".split(), said.split()]
-    assert labels[0] == labels[1] + 4
 
 
 def test_text_never_becomes_a_special_token(film, words, data_config):
@@ -387,25 +369,29 @@ def test_options_that_are_not_shown_are_counted(rule, said, model):
         assert said in text and ("not shown" in text) == bool(said)
 
 
-def test_a_training_in_which_nothing_imagines_says_so(world, model, tmp_path, capsys):
+def test_a_training_in_which_nothing_imagines_says_so(world, tmp_path, capsys):
     """Breaks if SFT on rows without spans, or RL whose rollouts open none, pass for latent
     training, or a new latent head is saved that LoRA has frozen.
     """
-    machine = SimpleNamespace(world=1, device=torch.device("cpu"))
-    for response, spans, text in (
-        (["it falls"], True, "1 rows, 0 with spans"),
-        (["it falls"], False, "1 rows, 0 with spans"),
-        ([Frame("v", 1)], True, "1 rows, 1 with spans"),
-    ):
-        rows = [Row("f", "", ["q"], response, "a")]
-        said = sft.describe(sft.Config(spans=spans), rows, model, 3, machine)
-        assert text in said
-        assert ("nothing teaches it to imagine" in said) == (spans and "0 with" in text)
+    about = dict(model=world["model"], workers=0, **TINY_DATA)
+    said = "no row has a future frame: nothing teaches the model to imagine"
+    with open(world["data"]) as f:
+        records = [json.loads(line) for line in f][:4]
+    for spans, frames in ((True, False), (False, False), (True, True)):
+        for record in records if not frames else []:
+            record.update(video=os.path.join(os.path.dirname(world["data"]), record["video"]))
+            record["conversations"][1]["value"], record["reasoning_image"] = "", []
+        data_path = world["data"] if frames else str(tmp_path / "plain.jsonl")
+        (tmp_path / "plain.jsonl").write_text("\n".join(map(json.dumps, records)))
+        out = str(tmp_path / f"sft {spans} {frames}")
+        more = dict(steps=1, global_batch=2, micro_batch=2, spans=spans)
+        sft.train(sft.Config(data=data_path, out=out, **about, **more))
+        assert (said in capsys.readouterr().out) == (spans and not frames)
 
     with pytest.raises(ValueError, match="latent_head: not with lora_rank"):
         sft.Config(latent_head="linear", lora_rank=4)
 
-    small = dict(steps=1, groups=1, group_size=2, filter=False, workers=0, max_latents=2)
-    about = dict(model=world["model"], data=world["data"], out=str(tmp_path / "rl"))
-    la_dapo.train(la_dapo.Config(**about, **small, **TINY_DATA, max_new_tokens=1))
+    small = dict(steps=1, groups=1, group_size=2, filter=False, max_latents=2, max_new_tokens=1)
+    about.update(data=world["data"], out=str(tmp_path / "rl"))
+    la_dapo.train(la_dapo.Config(**about, **small))
     assert "step 0: no rollout opened a span: nothing is imagined" in capsys.readouterr().out

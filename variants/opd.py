@@ -49,7 +49,7 @@ import torch
 import evaluate
 import la_dapo
 from common.cli import run_script
-from common.formats import Skipped
+from common.formats import RecordError, Row, Skipped, read_records
 from common.machine import Machine, set_sync
 from common.report import draw_curves
 from common.run import Run, read_ahead, rows_of
@@ -123,6 +123,24 @@ class Config(DataConfig):
 
 
 # ---------------------------------------------------------------------------- what the teacher sees
+
+
+@dataclasses.dataclass
+class Cued(Row):
+    """A Row, and evidence in words for the teacher's eyes alone."""
+
+    cue: str = ""
+
+
+def with_cues(rows, path):
+    """The rows of a file -> the same with their records' cues. Raises RecordError."""
+    records, cued = read_records(path), []
+    for row in rows:
+        cue = records[int(row.where.rpartition(":")[2])].get("cue") or ""
+        if not isinstance(cue, str):
+            raise RecordError(f"{row.where}: 'cue' should be text, found {cue!r:.60}")
+        cued.append(Cued(**vars(row), cue=cue))
+    return cued
 
 
 def hint(row, config):
@@ -230,7 +248,7 @@ def train(config):
     """
     # the run's folder, student and teacher, the prompts in their order
     machine = Machine(config.bf16)
-    rows = rows_of(config)
+    rows = with_cues(rows_of(config), config.data)
     run = Run(config, rows, machine, config.label)
     torch.manual_seed(config.seed)
     model, tokenizer, teacher = load_pair(run)

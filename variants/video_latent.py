@@ -56,12 +56,12 @@ from torch.nn.utils.rnn import pad_sequence
 import evaluate
 import sft
 from common.cli import run_script
-from common.formats import Blank
+from common.formats import Skipped
 from common.machine import Machine, set_sync
 from common.report import draw_curves
 from common.run import Run, rows_of
 from data import Samples, at_least, model_inputs
-from model import FutureL1
+from model import LATENT, LATENT_END, LATENT_START, FutureL1
 
 TAU = 0.1  # temperature of B's and C's softmax; ours
 PROBES = 20  # times that other latents are tried in a training; ours
@@ -251,9 +251,25 @@ def with_answer(batch, c):
 # --------------------------------------------------------------------------------------------- loop
 
 
-def without_chain(rows, n):
-    """Rows -> the same with one span of n latents in the place of their chains."""
-    return [dataclasses.replace(row, response=[Blank(n)]) for row in rows]
+def without_chain(rows):
+    """Rows -> the same without their chains."""
+    return [dataclasses.replace(row, response=[]) for row in rows]
+
+
+class Spanned(Samples):
+    """Rows without chains; each has one span of n_latents before its answer."""
+
+    def __getitem__(self, i):
+        sample = super().__getitem__(i)
+        if isinstance(sample, Skipped) or not self.encoding.get("train", True):
+            return sample
+        names = LATENT_START, *[LATENT] * self.config.n_latents, LATENT_END
+        span = self.tokenizer.convert_tokens_to_ids(names)
+        ids, labels = sample["ids"], sample["labels"]
+        at = next(k for k, label in enumerate(labels) if label != -100)  # where the answer begins
+        learnt = [span[0], *[-100] * self.config.n_latents, span[-1]]
+        ids, labels = ids[:at] + span + ids[at:], labels[:at] + learnt + labels[at:]
+        return dict(sample, ids=ids, labels=labels)
 
 
 def answer_labels(batch, c):
@@ -340,7 +356,7 @@ def train(config):
     """
     # the run's folder, the rows in their order, the model with its head
     machine = Machine(config.bf16)
-    rows = without_chain(rows_of(config), config.n_latents)
+    rows = without_chain(rows_of(config))
     order, steps = sft.order_of(rows, config)
     run = Run(config, rows, machine, config.label)
     torch.manual_seed(config.seed)
@@ -348,7 +364,7 @@ def train(config):
     prepare(model, config)
     model.model.visual.requires_grad_(not config.freeze_vision)
 
-    samples = Samples(rows, tokenizer, config, train=True)
+    samples = Spanned(rows, tokenizer, config, train=True)
     batches = sft.batches_of(samples, order, steps, run, tokenizer.pad_token_id or 0)
 
     # the model over the ranks; what learns, and how

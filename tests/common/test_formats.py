@@ -353,7 +353,7 @@ def test_keys_that_nothing_reads_are_named_once(tmp_path, capsys):
     path = tmp_path / "f.json"
     path.write_text(json.dumps([mcq(answr="B"), rl(video="v.mp4"), rl(video="v.mp4")]))
     read_rows(str(path))
-    assert capsys.readouterr().out.startswith(f"{path}: these keys are not read: answr, video (")
+    assert capsys.readouterr().out.startswith(f"{path}: no format has these keys: answr, video (")
     path.write_text(json.dumps([make() for make in RECORDS]))
     read_rows(str(path))
     assert capsys.readouterr().out == ""

@@ -55,7 +55,6 @@ def test_random_state_goes_through_a_file_without_pickled_objects(tmp_path):
         dict(id="other"),
         dict(answer="other"),
         dict(options=["a", "c"]),
-        dict(cue="left"),
         dict(prompt=["see", Frame("a.mp4", 3), Clip("c.mp4", 1.0)]),
         dict(response=["so", Frame(b"PNG other", 0)]),
     ],

@@ -13,7 +13,8 @@ from test_la_dapo import settings as rl_settings
 
 import la_dapo
 from common.cli import parse_config
-from common.formats import RecordError, read_record, read_rows
+from common.formats import RecordError, read_rows
+from common.run import fingerprint
 from data import collate, encode, model_inputs
 from la_dapo import clipped_surrogate
 from latent_decode import token_logprobs
@@ -45,7 +46,7 @@ def with_hint(row, privilege):
 
 def rows_with_cues(world):
     rows = read_rows(world["data"])
-    return [dataclasses.replace(row, cue=HINTS[i % 4]) for i, row in enumerate(rows)]
+    return [opd.Cued(**vars(row), cue=HINTS[i % 4]) for i, row in enumerate(rows)]
 
 
 class Pair(NamedTuple):
@@ -167,13 +168,24 @@ def test_a_hint_is_put_into_the_prompt(world, loud):
             assert "red blue" not in tokenizer.decode(plain["ids"])
 
 
-def test_a_record_carries_its_cue():
-    """Breaks if a cue is lost, or something else is taken for one."""
-    record = dict(problem="which ?", answer="red", videos=["a.mp4"], cue="the ball is left")
-    assert read_record(record, "here").cue == "the ball is left"
-    assert read_record(dict(record, cue=None), "here").cue == ""
-    with pytest.raises(RecordError, match="here: 'cue' should be text, found \\['left'\\]"):
-        read_record(dict(record, cue=["left"]), "here")
+def test_a_record_carries_its_cue(tmp_path):
+    """Breaks if a cue is lost or another record's, or something else is taken for one."""
+    record, path = dict(problem="which ?", answer="red", videos=["a.mp4"]), tmp_path / "r.json"
+
+    def cues(*records):
+        path.write_text(json.dumps(records))
+        return [row.cue for row in opd.with_cues(read_rows(str(path), bad=[]), str(path))]
+
+    assert cues(dict(record, cue="left"), dict(cue="no row"), dict(record, cue=None), record) == [
+        "left",
+        "",
+        "",
+    ]
+    assert cues(dict(cue="no row"), dict(record, cue="up")) == ["up"]
+    up, down = (opd.Cued("f:0", "0", ["which ?"], [], "red", cue=cue) for cue in ("up", "down"))
+    assert fingerprint([up]) != fingerprint([down])  # a run is not continued with other cues
+    with pytest.raises(RecordError, match="r.json:0: 'cue' should be text, found \\['left'\\]"):
+        cues(dict(record, cue=["left"]))
 
 
 def test_the_teacher_scores_under_its_own_prompt(world, loud):

@@ -14,7 +14,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 import evaluate
 import sft
 from common.formats import Skipped, read_rows
-from data import Samples, collate, model_inputs
+from data import collate, model_inputs
 from latent_decode import generate
 from model import load
 from variants import video_latent
@@ -22,6 +22,7 @@ from variants.video_latent import (
     TAU,
     Config,
     Model,
+    Spanned,
     batch_sums,
     contrast,
     diversity_loss,
@@ -48,8 +49,9 @@ def encoded(world, n=N, train=True):
     inject(model)
     torch.manual_seed(0)
     torch.nn.init.normal_(model.latent_head.w2.weight, std=0.2)
-    rows = without_chain([read_rows(world["data"])[i] for i in (0, 5, 10, 15)], n)
-    samples = Samples(rows, tokenizer, settings(world, "unused", Config, **SPANS), train=train)
+    rows = without_chain([read_rows(world["data"])[i] for i in (0, 5, 10, 15)])
+    config = settings(world, "unused", Config, **SPANS, n_latents=n)
+    samples = Spanned(rows, tokenizer, config, train=train)
     return model, tokenizer, [samples[i] for i in range(4)]
 
 
