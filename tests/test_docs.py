@@ -93,6 +93,7 @@ MARKED = ["data.py", "common/formats.py", "common/clips.py", "model.py", "latent
 MARKED += ["sft.py", "rewards.py", "la_dapo.py", "curate.py", "evaluate.py", "variants/opd.py"]
 MARKED += ["variants/mcr.py", "variants/cue_recovery.py", "variants/set_spans.py"]
 MARKED += ["variants/m2la.py", "variants/video_latent.py"]
+MARKED += ["variants/logprob_gain.py"]
 
 
 @pytest.mark.parametrize("file", MARKED)
