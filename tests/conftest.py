@@ -125,12 +125,12 @@ def flags(config, **more):
 
 def launch(config, processes=1):
     """Run a config's script by its command line, in processes of its own -> what it said."""
-    script = os.path.join(ROOT, *type(config).__module__.split(".")) + ".py"
     ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(ranks if processes > 1 else []), script, *flags(config)]
+    script = ["-m", type(config).__module__, *flags(config)]
+    command = [sys.executable, *(ranks if processes > 1 else []), *script]
     env = dict(os.environ, OMP_NUM_THREADS="1")
     how = dict(env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240)
-    run = subprocess.run(command, **how)
+    run = subprocess.run(command, cwd=ROOT, **how)
     assert run.returncode == 0, run.stdout[-3000:]
     return run.stdout
 
