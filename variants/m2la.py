@@ -280,8 +280,12 @@ def convert(model, batches, config):
         raise ValueError("this model's attention is converted already")
     layers = model.model.language_model.layers
     moments = [Moments(layer.self_attn) for layer in layers]
-    for batch in batches:
-        sft.batch_sums(model, to_device(batch, model.device), sft.teacher_forcing, 0, 1, config)
+    # as in training: the flash-attn package refuses fp32, in which others would hold (T, T) scores
+    device = model.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=config.bf16 and device == "cuda"):
+        for batch in batches:
+            batch = to_device(batch, model.device)
+            sft.batch_sums(model, batch, sft.teacher_forcing, 0, 1, config)
     # deviation 1: one rank for all layers, for words and pictures; no adapters, no pooling
     settings = dict(rank=config.rank, roped=config.roped, norm=config.norm)
     for layer, known in zip(layers, moments):
