@@ -170,7 +170,7 @@ def test_unknown_keys_of_own_rows(tmp_path, capsys):
     """
     own = dict(id="1", video="v.mp4", question="?", options=["a", "b"], answer="a", strat=1)
     read_benchmark("mcq", write(tmp_path / "f.json", own, record("Video-MME")))
-    assert "f.json: these keys are not read: strat (" in capsys.readouterr().out
+    assert "f.json: no format has these keys: strat (" in capsys.readouterr().out
 
 
 def test_a_picture_after_the_clip(tmp_path):
