@@ -16,9 +16,9 @@ file. It writes OUT/selected (.jsonl, or .parquet if the pool is), best first, a
 and .png.
 
 The answer of a response is its first closed <answer>. A model that has never learnt the tags may
-leave them out; then it is the last line that is not empty, if the response came to its end. The
-rule of rewards.py decides whether it is right; if the rule says no, a judge is asked if there is
-one. A candidate with an unjudged rollout counts as unjudged, never as wrong.
+leave them out; then it is the last line that is not empty, if the response came to its end. It is
+right if the rule of rewards.py says so. If the rule says no, a judge may still say yes, where there
+is one. A candidate with an unjudged rollout counts as unjudged, never as wrong.
 
 Candidates are generated in fixed blocks (`batch` neighbours in the pool), one condition after the
 other. Each block is seeded by (seed, condition, ids of its readable rows). So the results do not
@@ -301,7 +301,8 @@ def probe(config, judge=None):
         if judge is None and any(isinstance(r, Row) and not r.options for r in rows.values()):
             print("open answers must match exactly: no --judge_model")
 
-    # the results of earlier runs; responses without a verdict are judged again
+    # the results of earlier runs, {id: line} in book.lines, which `book.add` appends to;
+    # responses without a verdict are judged again
     book = Book(config.out, "probe", rows, settings_of(config, FREE), machine)
     if judge and machine.master:
         usable = [row for row in rows.values() if isinstance(row, Row)]
@@ -315,6 +316,8 @@ def probe(config, judge=None):
     if blocks:
         model, tokenizer = machine.load(config.model)
         encode_row = functools.partial(encode_conditions, tokenizer=tokenizer, config=config)
+    # this rank's blocks, a list of rows and of what encode_row made of each; walk writes a line for
+    # rows that cannot be read and leaves them out
     for some, samples in walk(book, blocks, encode_row, config.workers):
         # n responses to each row under each condition
         responses = {}

@@ -2,6 +2,14 @@
 
     record --read_rows--> Row --encode--> ids, patches --collate--> batch
 
+A Row (common/formats.py) is a record in the one form that all formats are read into:
+    prompt      the user turn: texts, Frames (pictures) and Clips (whole videos), in their order
+    response    the assistant turn: texts (reasoning steps) and Frames (futures to imagine), which
+                row.futures lists; the answer is not in it
+    answer, question, options    texts; options is None where the record has none
+    where, id, group             "file:index" for messages; the key of results; a table's column
+Wherever a row or a sample can be unusable, a Skipped(where, why) stands in its place.
+
 Nothing here knows about training or generation; the scripts differ only in the arguments they pass.
 
 docs/data.md shows a record of each format; common/formats.py tells them apart by their keys:
@@ -117,8 +125,8 @@ class DataConfig:
 
     @property
     def budgets(self):
-        """The pixel budgets of these settings; a token of a video covers two frames."""
-        cell = CELL * CELL
+        """The pixel budgets of these settings."""
+        cell = CELL * CELL  # 32 x 32 pixels make a token; in a video it covers TEMPORAL = 2 frames
         # deviation 5: one token is the least, and the most of an image and a video is ours
         return Budgets(
             image=(cell, self.image_max_tokens * cell),
@@ -134,10 +142,10 @@ class Special(str):
 def encode(row, tokenizer, config, train=True, spans=True, futures=False):
     """Row -> dict of ids, labels and patches, ready for `collate`.
 
-    train: with the response and its labels, else the prompt alone; then futures: True decodes the
-    future frames all the same, for a reward that reads them. spans: False drops the latent spans
-    and leaves every other token (text-only SFT). Labels: all response tokens but
-    `<|latent|>`, incl. `<|im_end|>`. Raises ClipError for media, RecordError for a sample over
+    train: True encodes prompt and response, with labels; False encodes the prompt alone. futures:
+    True decodes the future frames without train, too, for a reward that reads them. spans: False
+    drops the latent spans and leaves every other token (text-only SFT). Labels: all response tokens
+    but `<|latent|>`, incl. `<|im_end|>`. Raises ClipError for media, RecordError for a sample over
     max_length. Source: chat layout above, sec. 3.2.
     """
     pieces, images, videos = _prompt(row, config)
@@ -280,7 +288,7 @@ class Samples(Dataset):
 
 
 def collate(samples, pad_id, side="right", raw=False):
-    """Encoded samples -> a batch: HF-named tensors, and lists of what they are.
+    """Encoded samples -> a batch: HF-named tensors, and the samples and rows they were made of.
 
     input_ids, attention_mask, labels (B, L); pixel_values / image_grid_thw, pixel_values_videos /
     video_grid_thw, future_pixel_values / future_grid_thw where there are any. side: "left" to
@@ -342,8 +350,9 @@ def loader(samples, batches, workers, **collate_arguments):
 def read_ahead(samples, batches, workers, collate_fn=list):
     """Yields collate_fn of the samples of each list of indices; `workers` processes read ahead.
 
-    A worker that is killed, by a shortage of memory perhaps, costs the sample that does it, not the
-    run: that batch is read again, each sample by a process of its own. samples: has `rows`, too.
+    If a worker is killed, for example because memory ran out, its batch is read again, each sample
+    in a process of its own. A sample whose process is killed too becomes a Skipped, and the run
+    goes on. samples: a Dataset with `rows`.
     """
     batches, given = iter(batches), collections.deque()  # given: to workers, not yet back
 

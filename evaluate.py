@@ -15,7 +15,7 @@ over all.
 The first closed <answer> is read in three ways: `accuracy` counts what training rewards
 (rewards.pick); `strict` counts the only letter that stands alone in it, or an option's text;
 `official`, for FutureBench alone, counts the first of A-D anywhere in it, even inside a word. The
-paper's figures use the last.
+paper reports the last.
 
 `--latents` asks whether the answer depends on what is imagined. A span is fed: generated (the
 model's own states) | zero | noise (Gaussian, with the mean and deviation of the true embeddings) |
@@ -249,8 +249,8 @@ def feed_of(vectors):
     table = torch.stack([filled(frames) for frames in vectors])  # (B, M, J, D)
 
     def feed(model, state):
-        span, place = state.span.clamp(0, M - 1), state.count.clamp(0, J - 1)
-        return table[state.row, span, place].to(state.h.dtype)  # (R, D)
+        m, j = state.span_number.clamp(0, M - 1), state.count.clamp(0, J - 1)
+        return table[state.row, m, j].to(state.h.dtype)  # (R, D)
 
     return feed
 
@@ -318,7 +318,8 @@ def evaluate(config, model=None, tokenizer=None, rows=None):
     rows = rows[: config.limit or None]
     unanswerable = check(rows, config)
 
-    # the results of earlier runs; prompts of similar length come together, which saves padding
+    # the results of earlier runs, to which `book.add` appends lines; prompts of similar length come
+    # together, which saves padding
     free = FREE - {"batch", "limit"} if config.latents in ("noise", "shuffled") else FREE
     settings = settings_of(config, free)
     ordered = sorted(rows, key=lambda row: (row.group, len(row.question)))
@@ -334,7 +335,9 @@ def evaluate(config, model=None, tokenizer=None, rows=None):
         shown = shown_in_report(rows, config.report)
         ids = model.config.latent_start_id, model.config.latent_id
 
-    # deviation 1: samples that cannot be read are named, and the next run tries them again
+    # this rank's blocks, a list of rows and of their encoded prompts
+    # deviation 1: rows that cannot be read are left out; walk writes why, and the next run tries
+    # them again
     for some, samples in walk(book, blocks, encode_row, config.workers):
         # the answers, greedily
         began = time.time()

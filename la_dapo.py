@@ -19,10 +19,10 @@ each chosen token, and through the latents, which are a function of the weights 
 read by everything after them.
   adjoint_terms = 0    recorded latents are constants, as in the paper and its kin: the second path
                        is dropped.
-  adjoint_terms = k    k vector-Jacobian products bring the second path back; as many as a response
-                       has latents are exact (-1). Each costs about half a backward pass over the
-                       response, not over the prompt, and no memory beyond the graph, which is kept
-                       until the last of them.
+  adjoint_terms = k    k vector-Jacobian products bring the second path back. The gradient is exact
+                       with as many as the longest response has latents (-1). Each costs about half
+                       a backward pass over the response, not over the prompt, and no memory beyond
+                       the graph, which is kept until the last of them.
 "Exact" holds for rewards that depend on the words alone. R_ctr and R_div also depend on the latents
 directly; that gradient, dR/dz, is dropped, as in the paper. So a group of identical rollouts, whose
 advantages are all zero, gives no update.
@@ -33,9 +33,10 @@ because afterwards the recorded latents are no longer the policy's.
 
 Memory: a group's prompt is stored once (common/shared_prefix.py); `gradient_checkpointing` keeps
 only the layers' inputs. `shard` spreads weights, reference and optimizer over the ranks
-(common/machine.py). With --shard each GPU also holds a full bf16 copy of the model while it
-generates: 2 bytes per weight, freed before the update. `lora_rank` trains small matrices beside a
-frozen model (common/lora.py), which is then the KL's reference, too.
+(common/machine.py). `lora_rank` trains small matrices beside a frozen model (common/lora.py), which
+is then the KL's reference, too. In bf16 each GPU also holds a whole frozen bf16 copy of the model
+while it generates: 2 bytes per weight, freed before the update. With `lora_rank` there is no copy,
+because the frozen model is in bf16 already. With --no-bf16 only --shard makes one, in fp32.
 
 Where this differs from the paper:
  1. A latent step's log-probability is that of its one decision, log(1 - p(LE)) or log p(LE); forced
@@ -414,7 +415,7 @@ def batch_of(groups, device, distinct=distinct):
 def no_batch(hidden, device):
     """A Batch of one token that nobody chose: it weighs nothing. hidden: D.
 
-    A forward needs all ranks; one whose groups are done runs this meanwhile.
+    A forward needs all ranks, so a rank without a group left runs this while others go on.
     """
     prompts = model_inputs(collate([], 0, side="left"))
     zero = torch.zeros(1, 1, dtype=torch.long, device=device)
@@ -501,7 +502,7 @@ def train(config, policy_loss=policy_loss):
     policy_loss(model, batch, counts, config) -> loss, {name: scalar}: see `policy_loss`.
     Raises SystemExit on a folder in use or bad input.
     """
-    # the run's folder, the policy, what it is compared with, the prompts in their order
+    # the run's folder, the policy, the KL's reference, the prompts in their order
     check_weights(config, OWN)
     machine = Machine(config.bf16, config.shard)
     rows, held_out = usable(rows_of(config), config), usable(held_out_rows(config), config)
@@ -512,16 +513,17 @@ def train(config, policy_loss=policy_loss):
     model.model.visual.requires_grad_(False)  # deviation 11: the vision tower is frozen
     hidden = model.config.text_config.hidden_size
     reference = load_reference(run, model)
-    # a latent head has no gradient where latents are constants, and DDP has to know
+    # policy(f, ...) is f(model, ...); with several ranks it goes through DDP or FSDP2, and DDP has
+    # to know that a latent head gets no gradient where latents are constants
     policy = machine.wrap(model, unused=model.latent_head is not None)
     # matrices before vectors, as in sft.py: the order decides how the gradient's norm is rounded
     trained = sorted((p for p in model.parameters() if p.requires_grad), key=lambda p: p.ndim < 2)
     betas, decay = (0.9, config.beta2), 0.0  # deviation 11: no weight decay
     optimizer = torch.optim.AdamW(trained, config.lr, betas, weight_decay=decay, fused=True)
-    place = run.state["batch"] if run.state else 0  # the batch of prompts that comes next
+    next_batch = run.state["batch"] if run.state else 0  # its number, k
     size = config.rollout_batch
     batches_a_try = -(-(config.prompts or config.groups) // size)
-    plan = prompt_batches(len(rows), size, place, config.seed, machine.rank, machine.world)
+    plan = prompt_batches(len(rows), size, next_batch, config.seed, machine.rank, machine.world)
     prompts = iter(read_ahead(Samples(rows, tokenizer, config, train=False), plan, config.workers))
     run.start(model, optimizer, describe(config, rows, model, steps, machine))
     rollouts_path = os.path.join(config.out, f"rollouts_{machine.rank}.jsonl")
@@ -529,11 +531,12 @@ def train(config, policy_loss=policy_loss):
 
     for step in run.steps(steps):
         # roll out and score prompts until enough groups, of all ranks, are worth learning from
-        groups, skipped, seconds, began_at = [], [], Counter(), place
+        groups, skipped, seconds, first_batch = [], [], Counter(), next_batch
+        # in bf16 or sharded a whole copy of the policy, else the policy itself
         decoder = machine.decoder(model)
         dropped = ("unjudged", "too hard", "too easy") if config.filter else ("unjudged",)
         for _ in range(config.max_tries):
-            for k in range(place, place + batches_a_try):
+            for k in range(next_batch, next_batch + batches_a_try):
                 if k % machine.world == machine.rank:
                     began = time.time()
                     samples = next(prompts)
@@ -544,7 +547,7 @@ def train(config, policy_loss=policy_loss):
                     seconds.update(rollout=rolled_out - began, reward=time.time() - rolled_out)
                     groups += new
                     skipped += [sample for sample in samples if isinstance(sample, Skipped)]
-            place += batches_a_try
+            next_batch += batches_a_try
             worth = [group for group in groups if group.verdict not in dropped]
             # the first ones in the order of the data
             places = sorted(machine.gather([group.place for group in worth]))[: config.groups]
@@ -579,7 +582,7 @@ def train(config, policy_loss=policy_loss):
                 with machine.autocast():
                     loss, logged = policy(policy_loss, batch, counts, config)
                 (loss * machine.world).backward()  # DDP and FSDP average the ranks' gradients
-                # in float64, and read after the step: here the GPU would be waited for
+                # summed in float64 on the GPU and read after the step, so that nothing waits here
                 figures.update({k: torch.as_tensor(x).double() for k, x in logged.items()})
             norms.append(whole(torch.nn.utils.clip_grad_norm_(trained, config.clip)).item())
             for param_group in optimizer.param_groups:
@@ -591,7 +594,7 @@ def train(config, policy_loss=policy_loss):
 
         # a line in the log, and now and then whole rollouts and a checkpoint
         skipped, failures = run.skips(skipped, judge)
-        line = dict(step=step, lr=lr, prompts=[began_at * size, place * size])
+        line = dict(step=step, lr=lr, prompts=[first_batch * size, next_batch * size])
         line.update(update_figures(figures, norms, machine))
         line.update(rollout_figures(groups, kept, worth, machine))
         line.update(skipped=len(skipped), skipped_names=skipped, judge_failures=failures)
@@ -612,7 +615,7 @@ def train(config, policy_loss=policy_loss):
                 line.update(held_out_accuracy(model, tokenizer, held_out, judge, run))
         run.log(line, "total", "accuracy", "groups", "eval_accuracy")
         if run.due(step + 1, steps):
-            run.save(step + 1, model, tokenizer, optimizer, batch=place)
+            run.save(step + 1, model, tokenizer, optimizer, batch=next_batch)
             if machine.master:
                 draw_curves(run.path, os.path.join(config.out, "rewards.png"), CURVES)
     return run.finish()

@@ -53,7 +53,7 @@ from model import LATENT, log_continue, places_of
 
 CHUNK = 16  # steps between two looks at which rows are done
 LIKELIEST = 1024  # words among which the nucleus of a low-entropy policy is looked for
-LOGITS = 1024  # tokens of a replay whose logits are in memory at a time
+LOGITS_AT_ONCE = 1024  # tokens of a replay whose logits are in memory at a time
 
 
 # ----------------------------------------------------------------------------------- the definition
@@ -134,7 +134,7 @@ def choose(logits, in_span, count, u, rule):
     stops = log_stop.exp() > u if rule.temperature else logp.argmax(-1) == rule.latent_end
     full = count >= rule.max_latents  # at its longest it stops, which is no choice
     stop = full | stops
-    log_event = torch.where(stop, log_stop, log_continue(log_stop))
+    log_event = torch.where(stop, log_stop, log_continue(log_stop))  # or log(1 - p(stop))
 
     token = torch.where(in_span, torch.where(stop, rule.latent_end, rule.latent), word)
     logprob = torch.where(in_span, log_event, logp.gather(1, word[:, None])[:, 0])
@@ -145,11 +145,11 @@ def choose(logits, in_span, count, u, rule):
 def choose_word(logp, u, temperature=1.0, top_p=1.0):
     """Log-probabilities (R, V), -inf = never -> words (R,): the likeliest, or drawn by u (R,).
 
-    The nucleus is the smallest set of words of probability top_p, the likeliest first; words as
-    likely as the least of them are in it, too. The word is where u falls in the cumulated
-    probabilities of the nucleus, in the vocabulary's order. It is not `multinomial`, because with
-    one number a row its words do not depend on what else is in the batch, nor on how the nucleus
-    was found. temperature 0 = the likeliest; else `logp` has been divided by it already.
+    The nucleus is the smallest set of likeliest words whose probabilities add up to top_p; words
+    that tie with the last of them are in it, too. The word is where u falls in the cumulated
+    probabilities of the nucleus, in the vocabulary's order. `multinomial` would not do: with one
+    number u a row, a row's words depend neither on the other rows of the batch nor on how the
+    nucleus was found. temperature 0 = the likeliest; else `logp` has been divided by it already.
     Source: ours.
     """
     if temperature == 0:
@@ -165,9 +165,11 @@ def choose_word(logp, u, temperature=1.0, top_p=1.0):
         else:
             p = p.gather(1, words)  # (R, K)
         p = p.masked_fill(p < floor, 0)
-    cdf = p.double().cumsum(-1)  # in float64 it makes no difference to add zeros or to leave them
+    # in float64, so that the zeros outside the nucleus change no sum, whether they are there or not
+    cdf = p.double().cumsum(-1)
     k = torch.searchsorted(cdf, u[:, None].double() * cdf[:, -1:], right=True)  # (R, 1)
-    last = (cdf < cdf[:, -1:]).sum(-1, keepdim=True)  # rounding must not lead past what is possible
+    # rounding of u * cdf must not lead past the last word that has a probability
+    last = (cdf < cdf[:, -1:]).sum(-1, keepdim=True)
     k = torch.minimum(k, last)
     return (k if words is None else words.gather(1, k))[:, 0]
 
@@ -212,7 +214,7 @@ class State(NamedTuple):
     h: torch.Tensor  # (R, D) the state that chooses the next token
     position: torch.Tensor  # (R, 1) M-RoPE position of the next token
     in_span: torch.Tensor  # (R,) bool
-    span: torch.Tensor  # (R,) number of the newest span, from 0; -1 = none yet
+    span_number: torch.Tensor  # (R,) of the newest span, from 0; -1 = none yet
     count: torch.Tensor  # (R,) latents of the open span so far
     done: torch.Tensor  # (R,) bool
 
@@ -251,13 +253,14 @@ def step(model, cache, state, u, rule, feed=own_latent):
     x = model.get_input_embeddings()(token)  # (R, D) a word
     x = torch.where(is_latent[:, None], z.to(x.dtype), x)  # or the state itself
     # deviation 3: whatever was chosen or forced is fed, so cache and record hold the same
+    # the language model on x, causal; the cache needs `token` only to tell equal rows apart
     h = cache.feed(model.model.language_model, x, state.position, token)
     after = State(
         row=state.row,
         h=h,
         position=state.position + 1,
         in_span=is_latent | opens,
-        span=state.span + opens,
+        span_number=state.span_number + opens,
         count=torch.where(is_latent, state.count + 1, 0),
         done=done,
     )
@@ -350,6 +353,7 @@ def generate(
         h, prompt = model.hidden(**dict(inputs, attention_mask=mask), use_cache=True)  # (B, P, D)
         cache_class = SharedCache if share else DecodingCache
         cache = cache_class(prompt, mask.sum(1).tolist(), n)
+        # `hidden` has left there what M-RoPE adds after the prompt's pictures
         position = mask.sum(-1, keepdim=True) + model.model.rope_deltas  # (B, 1)
         row = torch.arange(len(ids) * n, device=device)
         state = State(
@@ -357,7 +361,7 @@ def generate(
             h=h[:, -1].repeat_interleave(n, 0),  # (R, D)
             position=position.repeat_interleave(n, 0),  # (R, 1)
             in_span=torch.zeros_like(row, dtype=torch.bool),
-            span=torch.full_like(row, -1),
+            span_number=torch.full_like(row, -1),
             count=torch.zeros_like(row),
             done=torch.zeros_like(row, dtype=torch.bool),
         )
@@ -376,10 +380,10 @@ def generate(
             size = R, min(CHUNK, T - start)
             source = generator.device if generator else device
             u = torch.rand(size, generator=generator, device=source).to(device)
-            if cache.reserve(size[1]):
-                captured = None  # the cache has moved
+            if cache.reserve(size[1]):  # room for the chunk's tokens
+                captured = None  # the cache has moved, but a graph reads fixed places
 
-            # so many steps, without a look at what came out
+            # the chunk's steps; the CPU does not wait for their results
             records = []
             for drawn in u[state.row].unbind(1):  # (live,)
                 state, record = captured(state, drawn) if captured else run(state, drawn)
@@ -536,9 +540,11 @@ def replay(model, batch, rollout, temperature, prompt_of=None):
     own_lengths = [[] for _ in range(B)]
     for b, length in zip(prompt_of.tolist(), lengths.tolist()):
         own_lengths[b].append(length)
+    # [(length of a prompt, lengths of its rollouts)]: a rollout attends to its prompt and to itself
     layout = Layout(list(zip(mask.sum(1).tolist(), own_lengths)), device)
 
-    # deviation 5: the recorded latents are fed, a leaf, in the order in which the row reads them
+    # deviation 5: the recorded latents are fed. They are a leaf of the graph, and `place` puts them
+    # in the order of the row
     wide = torch.promote_types(model.dtype, torch.float32)
     z = torch.cat(rollout.latents).detach().to(wide).requires_grad_()  # (N_z, D)
     is_latent = flat == model.config.latent_id  # (N,)
@@ -583,11 +589,13 @@ def decisions(model, h, chosen, temperature):
             entropy = torch.where(in_span, of_event, -(logp.exp() * logp).sum(-1))
         return picked, entropy
 
-    if len(h) <= LOGITS:
+    if len(h) <= LOGITS_AT_ONCE:
         return choice(h, chosen)
-    # a piece's (S', V) is made again in the backward: at once, 16k tokens are 10 GB a copy
-    pieces = zip(h.split(LOGITS), chosen.split(LOGITS))
-    # the pieces' gradients add up in its dtype, and --shard gathers it in bf16
+    # the logits (S', V) of one piece at a time, computed again in the backward pass: those of 16k
+    # tokens together are 10 GB a copy
+    pieces = zip(h.split(LOGITS_AT_ONCE), chosen.split(LOGITS_AT_ONCE))
+    # in fp32, because the gradients of the pieces are added in the weight's dtype, and --shard
+    # gathers it in bf16
     weight = model.lm_head.weight
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     results = [checkpoint(choice, *piece, weight, use_reentrant=False) for piece in pieces]

@@ -14,15 +14,15 @@ fed back as the next input embedding.
 The loss, Eq. (1)-(3), is in sft.py.
 
 Where this differs from the paper:
- 1. Optional and off by default: a linear latent head. A tiny model needs it, whose states and
-    visual embeddings live on different scales; the paper's model does not.
+ 1. Optional and off by default: a linear latent head. A tiny model needs it, because its states
+    and visual embeddings have different scales; the paper's model does not.
 Where this differs from the official code:
  2. A subclass, not a patched copy: weights of either project load in the other and in stock
     Qwen3-VL. Stock `generate` feeds a span the embedding of `<|latent|>` and so does not imagine,
     unless it is given the folder's custom_generate/ (common/custom_generate.py).
  3. The number of latents is checked against the number of `<|latent|>` tokens before anything runs.
  4. What is learnt from or sampled from are logits in fp32 (`FutureL1.logits`), not rounded to bf16.
-Where this differs from both, which know the dense Qwen3-VL alone:
+Where this differs from both, which have the dense Qwen3-VL alone:
  5. `FutureL1MoE` has a mixture of experts (Qwen3-VL-30B-A3B). No loss balances its router in
     training; the largest expert's share of the tokens is logged.
 
@@ -67,7 +67,7 @@ class TwoChannels:
         patches = self.model.visual.patch_embed
         patches.proj = PatchProduct(patches.proj)
         self.latent_head = None  # the paper's method: the hidden state itself is the latent
-        self.latent_rows = None  # of the three tokens, trained beside frozen ones: common/lora.py
+        self.latent_rows = None  # with --lora_rank, the trained part of the three tokens' rows
         if getattr(config, "latent_head", None) == "linear":
             self.add_latent_head()
 
@@ -84,9 +84,10 @@ class TwoChannels:
     def from_pretrained(cls, folder, *args, **kwargs):
         """Load a Future-L1 folder, or a stock Qwen3-VL folder. Source: ours.
 
-        To a stock folder the three tokens are added, so its tokenizer is read too. Embeddings are
-        resized only if the ids do not fit. Stock Qwen3-VL has spare rows: these are left as they
-        are, so that a stock folder gives stock logits. Raises OSError if the folder is no model.
+        For a stock folder the tokenizer is read too, and gets the three tokens. Embeddings are
+        resized only if the new ids do not fit. Stock Qwen3-VL has spare rows for them, which keep
+        their values, so that a stock folder gives stock logits. Raises OSError if
+        the folder is no model.
         """
         loaded = super().from_pretrained(folder, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
@@ -228,7 +229,8 @@ class TwoChannels:
         embedded = self.embed(ids[real][None], latents, **media)  # (1, N, D)
         grids = media.get("image_grid_thw"), media.get("video_grid_thw")
         position_ids, deltas = self.positions(ids, real.long(), *grids)
-        self.model.rope_deltas = deltas.to(device)
+        self.model.rope_deltas = deltas.to(device)  # where decoding goes on: latent_decode.generate
+        # each sample is causal on its own: a "rollout" of a prompt of 0 tokens
         layout = shared_prefix.Layout([(0, [n]) for n in real.sum(1).tolist()], device)
         places = position_ids[:, real].to(device)
         h, cache = self.states(embedded, places, layout, use_cache)  # (N, D)
@@ -265,7 +267,7 @@ class TwoChannels:
     def forward(
         self, input_ids, attention_mask=None, logits_to_keep=0, mm_token_type_ids=None, **inputs
     ):
-        """Logits (B, T, V) of the lm_head, in its own dtype as stock's. `logits` rounds less.
+        """Logits (B, T, V) as stock Qwen3-VL gives them: in bf16 under bf16, unlike `logits`.
 
         inputs: HF-named tensors and `hidden`'s arguments. `latents` (N, D) are fed at the
         `<|latent|>` positions, row by row in order. `.hidden_states[-1]` is h (B, T, D).

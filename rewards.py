@@ -30,6 +30,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+# answer_of(response): the text of the first closed <answer>, or None. plain(text): in lower case,
+# single spaces, no outer punctuation. pick(answer, options): the number of the option whose text or
+# letter the answer is, or None.
 from common.formats import answer_of, pick, plain
 from model import LATENT, LATENT_END, LATENT_START
 
@@ -115,8 +118,8 @@ def _wide(z):
 def contrastive_reward(latents, correct, tau=0.5):
     """Eq. (5): imagine what the group's correct rollouts do, not what its wrong ones do -> (G,).
 
-    latents: G tensors (N_i, D), or None where there are none; correct: G bools. Without latents the
-    reward is 0, and the rollout is in no P_i and no N_i. Differentiable in the latents. The cases
+    latents: G tensors (N_i, D), or None for a rollout without; correct: G bools. A rollout without
+    latents has reward 0 and is in no P_i and no N_i. Differentiable in the latents. The cases
     that Eq. (5) leaves open are official's.
     """
     rows = [i for i, z in enumerate(latents) if z is not None and len(z)]

@@ -263,7 +263,7 @@ def batches_of(samples, order, steps, run, pad_id):
 
 
 def on_device(batch, machine):
-    """What a forward takes of a batch. FSDP would copy the tensors in `samples` to the GPU, too."""
+    """A batch on the device, without `samples`: FSDP would copy their tensors to the GPU, too."""
     return to_device({k: v for k, v in batch.items() if k != "samples"}, machine.device)
 
 
@@ -317,9 +317,11 @@ def train(config, fed=teacher_forcing):
     batches = batches_of(samples, order, steps, run, tokenizer.pad_token_id or 0)
 
     # what Eq. (3) is divided by; the model over the ranks; what learns, and how
+    # a resumed run finds what `run.save` stored with its checkpoint in run.state
     state = run.state or dict(latent_var=measure_variance(model, samples, order, config, machine))
     latent_var = state["latent_var"]
-    sums_of = machine.wrap(model, unused=not config.freeze_vision)  # a batch may lack pictures
+    # parallel(f, ...) is f(model, ...); with several ranks it goes through DDP or FSDP2
+    parallel = machine.wrap(model, unused=not config.freeze_vision)  # a batch may lack pictures
     optimizer, trained = adamw(model, config)
     run.start(model, optimizer, describe(config, rows, model, steps, machine))
     if config.spans and not any(map(has_future, rows)):
@@ -344,10 +346,10 @@ def train(config, fed=teacher_forcing):
         # forward and backward, a micro-batch at a time
         sums = torch.zeros(2, dtype=torch.float64, device=machine.device)
         for batch in micro if n_text else []:
-            set_sync(sums_of, last=batch is micro[-1])
+            set_sync(parallel, last=batch is micro[-1])
             arguments = on_device(batch, machine), fed, step / steps, latent_var, config
             with machine.autocast():
-                ce, latent = sums_of(batch_sums, *arguments)
+                ce, latent = parallel(batch_sums, *arguments)
             loss = ce / n_text + config.lam * latent / max(n_latent, 1)  # Eq. (1)
             (loss * machine.world).backward()  # DDP and FSDP average the ranks' gradients
             sums += torch.stack([ce, latent]).detach().double()
@@ -372,7 +374,7 @@ def train(config, fed=teacher_forcing):
             why = "no sample could be used" if norm is None else "gradient is not finite"
             run.say(f"step {step}: {why}, no update")
         if held_out and run.due(step + 1, steps):
-            line.update(held_out_loss(sums_of, held_out, tokenizer, latent_var, run))
+            line.update(held_out_loss(parallel, held_out, tokenizer, latent_var, run))
         run.log(line, "ce", "latent", "eval_loss")
         if run.due(step + 1, steps):
             run.save(step + 1, model, tokenizer, optimizer, latent_var=latent_var)
@@ -390,25 +392,25 @@ def means_of(sums, n_text, n_latent, config, machine):
     return dict(loss=ce + config.lam * latent, ce=ce, latent=latent)
 
 
-def held_out_loss(sums_of, rows, tokenizer, latent_var, run):
-    """Eq. (1)-(3) on rows that are not learnt from, the true future fed -> fields of the line.
+def held_out_loss(parallel, rows, tokenizer, latent_var, run):
+    """Eq. (1)-(3) on held-out rows, with the true future fed -> fields of the log's line.
 
     Means over the tokens of all rows and ranks, as eval_loss, eval_ce, eval_latent.
     """
     config, machine, began = run.config, run.machine, time.time()
     sums = torch.zeros(2, dtype=torch.float64, device=machine.device)
     counts, skipped = [0, 0], []
-    sums_of = without_ddp(sums_of)
-    with aside(sums_of):
+    parallel = without_ddp(parallel)
+    with aside(parallel):
         encoding = dict(train=True, spans=config.spans)
         for some in in_order(rows, tokenizer, config.micro_batch, config, machine, **encoding):
             batch = collate(some, tokenizer.pad_token_id or 0)
             skipped += batch["skipped"]
-            n_text, n_latent, _ = count(batch, sums_of.model.config.latent_id, config)
+            n_text, n_latent, _ = count(batch, parallel.model.config.latent_id, config)
             counts = [counts[0] + n_text, counts[1] + n_latent]
             arguments = on_device(batch, machine), teacher_forcing, 0.0, latent_var, config
             with machine.autocast():
-                sums += torch.stack(sums_of(batch_sums, *arguments)).double()
+                sums += torch.stack(parallel(batch_sums, *arguments)).double()
     n_text, n_latent = machine.sum(counts)
     means = means_of(sums, n_text, n_latent, config, machine)
     skipped, _ = run.skips(skipped)

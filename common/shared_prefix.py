@@ -314,8 +314,8 @@ class DecodingCache:
 class SharedCache(DecodingCache):
     """Samples of a prompt share one row of the cache until they part. Source: ours.
 
-    Exact while latents are a function of the words before them. Pays where samples part late
-    (a sure policy, short answers). Looks at the device at every step.
+    Exact as long as latents depend only on the tokens before them. Worth it when samples diverge
+    late (low-entropy policy, short answers). Costs one GPU synchronisation per token.
     """
 
     def __init__(self, prompt, lengths, n):

@@ -120,7 +120,7 @@ def test_vectors_are_addressed_by_span_and_place():
     cases |= {(1, -1, 0): 5, (1, 0, 2): 7, (1, 0, 3): 7, (1, 5, 1): 6}
     row, span, count = torch.tensor(list(cases)).T
     h = torch.zeros(len(row), 1, dtype=torch.bfloat16)
-    state = types.SimpleNamespace(row=row, span=span, count=count, h=h)
+    state = types.SimpleNamespace(row=row, span_number=span, count=count, h=h)
     vectors = feed(None, state)
     assert vectors.dtype == h.dtype and vectors[:, 0].tolist() == list(cases.values())
 

@@ -167,7 +167,7 @@ def test_bf16_autocast(model, tokenizer, monkeypatch):
     """Breaks if a dtype does not fit where weights are fp32 and the arithmetic is bf16, as on
     CUDA by default.
     """
-    monkeypatch.setattr(latent_decode, "LOGITS", 50)  # several pieces
+    monkeypatch.setattr(latent_decode, "LOGITS_AT_ONCE", 50)  # several pieces
     for share in (False, True):
         with torch.autocast("cpu", torch.bfloat16):
             how = dict(head=True, top_p=1.0, max_new_tokens=20)

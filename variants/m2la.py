@@ -351,7 +351,7 @@ def heal(config, rows):
         latent_var=sft.measure_variance(model, samples, order, config, machine)
     )
     latent_var = state["latent_var"]
-    sums_of = machine.wrap(model, unused=not config.freeze_vision)  # a batch may lack pictures
+    parallel = machine.wrap(model, unused=not config.freeze_vision)  # a batch may lack pictures
     optimizer, trained = sft.adamw(model, config)
     run.start(model, optimizer, sft.describe(config, rows, model, steps, machine))
 
@@ -367,11 +367,11 @@ def heal(config, rows):
         # forward and backward, a micro-batch at a time
         sums, progress = torch.zeros(2, dtype=torch.float64), step / steps
         for batch in micro if n_text else []:
-            set_sync(sums_of, last=batch is micro[-1])
+            set_sync(parallel, last=batch is micro[-1])
             batch = sft.on_device(batch, machine)
             fed = sft.teacher_forcing
             with machine.autocast():
-                ce, latent = sums_of(sft.batch_sums, batch, fed, progress, latent_var, config)
+                ce, latent = parallel(sft.batch_sums, batch, fed, progress, latent_var, config)
             loss = ce / n_text + config.lam * latent / max(n_latent, 1)  # Eq. (1)
             (loss * machine.world).backward()  # DDP and FSDP average the ranks' gradients
             sums += torch.stack([ce, latent]).detach().double().cpu()

@@ -357,10 +357,12 @@ def train(config):
     trained = sorted((p for p in model.parameters() if p.requires_grad), key=lambda p: p.ndim < 2)
     betas = 0.9, config.beta2
     optimizer = torch.optim.AdamW(trained, config.lr, betas, weight_decay=0.0, fused=True)
-    place = run.state["batch"] if run.state else 0  # the batch of prompts that comes next
+    next_batch = run.state["batch"] if run.state else 0  # its number, k
     size, hidden = config.rollout_batch, model.config.text_config.hidden_size
     batches_a_step = -(-(config.prompts or config.groups) // size)
-    plan = la_dapo.prompt_batches(len(rows), size, place, config.seed, machine.rank, machine.world)
+    plan = la_dapo.prompt_batches(
+        len(rows), size, next_batch, config.seed, machine.rank, machine.world
+    )
     prompts = iter(read_ahead(Samples(rows, tokenizer, config, train=False), plan, config.workers))
     run.start(model, optimizer, la_dapo.describe(config, rows, model, steps, machine))
     rollouts_path = os.path.join(config.out, f"rollouts_{machine.rank}.jsonl")
@@ -368,14 +370,14 @@ def train(config):
 
     for step in run.steps(steps):
         # play this rank's prompts to their ends, and score the transcripts
-        groups, skipped, began_at = [], [], place
-        for k in range(place, place + batches_a_step):
+        groups, skipped, first_batch = [], [], next_batch
+        for k in range(next_batch, next_batch + batches_a_step):
             if k % machine.world == machine.rank:
                 samples = next(prompts)
                 with machine.autocast():
                     groups += roll_out(model, tokenizer, samples, k, config)
                 skipped += [sample for sample in samples if isinstance(sample, Skipped)]
-        place += batches_a_step
+        next_batch += batches_a_step
         score_groups(groups, judge, config)
 
         # deviation 5: all judged groups are kept
@@ -403,7 +405,7 @@ def train(config):
 
         # a line in the log, and now and then whole transcripts and a checkpoint
         skipped, failures = run.skips(skipped, judge)
-        line = dict(step=step, lr=lr, prompts=[began_at * size, place * size])
+        line = dict(step=step, lr=lr, prompts=[first_batch * size, next_batch * size])
         line.update(la_dapo.update_figures(figures, norms, machine))
         # deviation 7: length and forced_stops count the environment's tokens too
         line.update(la_dapo.rollout_figures(groups, kept, kept, machine))
@@ -414,7 +416,7 @@ def train(config):
         if run.due(step + 1, steps):
             shown = step // config.save_every % config.group_size  # another rollout each time
             la_dapo.write_rollouts(rollouts_path, step, groups, shown)
-            run.save(step + 1, model, tokenizer, optimizer, batch=place)
+            run.save(step + 1, model, tokenizer, optimizer, batch=next_batch)
             if machine.master:
                 curves = os.path.join(config.out, "rewards.png")
                 draw_curves(run.path, curves, la_dapo.CURVES)

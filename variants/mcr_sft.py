@@ -158,7 +158,7 @@ def train(config):
         latent_var=sft.measure_variance(model, samples, order, config, machine)
     )
     latent_var = state["latent_var"]
-    sums_of = machine.wrap(model, unused=not config.freeze_vision)
+    parallel = machine.wrap(model, unused=not config.freeze_vision)
     optimizer, trained = sft.adamw(model, config)
     run.start(model, optimizer, sft.describe(config, rows, model, steps, machine))
 
@@ -174,10 +174,10 @@ def train(config):
         # forward and backward, a micro-batch at a time
         sums = torch.zeros(2, dtype=torch.float64)
         for batch in micro if n_text else []:
-            set_sync(sums_of, last=batch is micro[-1])
+            set_sync(parallel, last=batch is micro[-1])
             batch, progress = sft.on_device(batch, machine), step / steps
             with machine.autocast():
-                ce, latent = sums_of(
+                ce, latent = parallel(
                     sft.batch_sums, batch, sft.teacher_forcing, progress, latent_var, config
                 )
             loss = ce / n_text + config.lam * latent / max(n_latent, 1)  # Eq. (1)

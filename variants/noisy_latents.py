@@ -142,20 +142,22 @@ def train(config):
     trained = [p for p in model.parameters() if p.requires_grad]
     betas = 0.9, config.beta2
     optimizer = torch.optim.AdamW(trained, config.lr, betas, weight_decay=0.0, fused=True)
-    place = run.state["batch"] if run.state else 0
+    next_batch = run.state["batch"] if run.state else 0
     size = config.rollout_batch
     batches_a_try = -(-(config.prompts or config.groups) // size)
-    plan = la_dapo.prompt_batches(len(rows), size, place, config.seed, machine.rank, machine.world)
+    plan = la_dapo.prompt_batches(
+        len(rows), size, next_batch, config.seed, machine.rank, machine.world
+    )
     prompts = iter(read_ahead(Samples(rows, tokenizer, config, train=False), plan, config.workers))
     run.start(model, optimizer, la_dapo.describe(config, rows, model, steps, machine))
 
     for step in run.steps(steps):
         # roll out with noise and score, until enough groups are worth learning from
-        groups, skipped, began_at = [], [], place
+        groups, skipped, first_batch = [], [], next_batch
         decoder = machine.decoder(model)
         dropped = ("unjudged", "too hard", "too easy") if config.filter else ("unjudged",)
         for _ in range(config.max_tries):
-            for k in range(place, place + batches_a_try):
+            for k in range(next_batch, next_batch + batches_a_try):
                 if k % machine.world == machine.rank:
                     samples = next(prompts)
                     with machine.autocast():
@@ -163,7 +165,7 @@ def train(config):
                     la_dapo.score_groups(new, judge, config)
                     groups += new
                     skipped += [sample for sample in samples if isinstance(sample, Skipped)]
-            place += batches_a_try
+            next_batch += batches_a_try
             worth = [group for group in groups if group.verdict not in dropped]
             places = sorted(machine.gather([group.place for group in worth]))[: config.groups]
             if len(places) == config.groups:
@@ -198,13 +200,13 @@ def train(config):
 
         # a line in the log, and now and then a checkpoint
         skipped, failures = run.skips(skipped, judge)
-        line = dict(step=step, lr=lr, prompts=[began_at * size, place * size])
+        line = dict(step=step, lr=lr, prompts=[first_batch * size, next_batch * size])
         line.update(la_dapo.update_figures(figures, norms, machine))
         line.update(la_dapo.rollout_figures(groups, kept, worth, machine))
         line.update(skipped=len(skipped), skipped_names=skipped, judge_failures=failures)
         run.log(line, "total", "accuracy", "groups")
         if run.due(step + 1, steps):
-            run.save(step + 1, model, tokenizer, optimizer, batch=place)
+            run.save(step + 1, model, tokenizer, optimizer, batch=next_batch)
             if machine.master:
                 curves = os.path.join(config.out, "rewards.png")
                 draw_curves(run.path, curves, la_dapo.CURVES)

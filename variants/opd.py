@@ -262,10 +262,12 @@ def train(config):
     trained = sorted((p for p in model.parameters() if p.requires_grad), key=lambda p: p.ndim < 2)
     betas = 0.9, config.beta2
     optimizer = torch.optim.AdamW(trained, config.lr, betas, weight_decay=0.0, fused=True)
-    place = run.state["batch"] if run.state else 0  # the batch of prompts that comes next
+    next_batch = run.state["batch"] if run.state else 0  # its number, k
     size, hidden = config.rollout_batch, model.config.text_config.hidden_size
     batches_a_step = -(-config.prompts // size)
-    plan = la_dapo.prompt_batches(len(rows), size, place, config.seed, machine.rank, machine.world)
+    plan = la_dapo.prompt_batches(
+        len(rows), size, next_batch, config.seed, machine.rank, machine.world
+    )
     prompts = iter(read_ahead(Samples(rows, tokenizer, config, train=False), plan, config.workers))
     text = f"{config.label}: {len(rows)} prompts, {hints} with a hint, {steps} steps"
     run.start(model, optimizer, f"{text} of {config.prompts} x {config.group_size}")
@@ -273,13 +275,13 @@ def train(config):
     for step in run.steps(steps):
         # the student answers; what its answers earn is for the log alone
         groups, skipped = [], []
-        for k in range(place, place + batches_a_step):
+        for k in range(next_batch, next_batch + batches_a_step):
             if k % machine.world == machine.rank:
                 samples = next(prompts)
                 with machine.autocast():
                     groups += la_dapo.roll_out(model, tokenizer, samples, k, config)
                 skipped += [sample for sample in samples if isinstance(sample, Skipped)]
-        place += batches_a_step
+        next_batch += batches_a_step
         for group in groups:
             row = group.sample["row"]
             options = row.options if pick(row.answer, row.options or []) is not None else None
@@ -324,7 +326,7 @@ def train(config):
             raise SystemExit(f"none of the first prompts could be used, e.g. {skipped[:1]}")
         run.log(line, "gap", "accuracy")
         if run.due(step + 1, steps):
-            run.save(step + 1, model, tokenizer, optimizer, batch=place)
+            run.save(step + 1, model, tokenizer, optimizer, batch=next_batch)
             if machine.master:
                 draw_curves(run.path, os.path.join(config.out, "opd.png"), CURVES)
     return run.finish()

@@ -255,7 +255,7 @@ def train(config):
         latent_var=sft.measure_variance(model, samples, order, config, machine)
     )
     latent_var = state["latent_var"]
-    sums_of = machine.wrap(model, unused=not config.freeze_vision)  # a batch may lack pictures
+    parallel = machine.wrap(model, unused=not config.freeze_vision)  # a batch may lack pictures
     optimizer, trained = sft.adamw(model, config)
     run.start(model, optimizer, sft.describe(config, rows, model, steps, machine))
 
@@ -271,10 +271,10 @@ def train(config):
         # forward and backward, a micro-batch at a time
         sums = torch.zeros(2, dtype=torch.float64)
         for batch in micro if n_text else []:
-            set_sync(sums_of, last=batch is micro[-1])
+            set_sync(parallel, last=batch is micro[-1])
             arguments = sft.on_device(batch, machine), step / steps, latent_var, config
             with machine.autocast():
-                ce, latent = sums_of(batch_sums, *arguments)
+                ce, latent = parallel(batch_sums, *arguments)
             loss = ce / n_text + config.lam * latent / max(n_latent, 1)  # Eq. (1)
             (loss * machine.world).backward()  # DDP and FSDP average the ranks' gradients
             sums += torch.stack([ce, latent]).detach().double().cpu()

@@ -368,7 +368,7 @@ def train(config):
     batches = sft.batches_of(samples, order, steps, run, tokenizer.pad_token_id or 0)
 
     # the model over the ranks; what learns, and how
-    sums_of = machine.wrap(model, unused=True)  # a batch may lack pictures, or any span
+    parallel = machine.wrap(model, unused=True)  # a batch may lack pictures, or any span
     optimizer, trained = sft.adamw(model, config)
     run.start(model, optimizer, sft.describe(config, rows, model, steps, machine))
 
@@ -384,11 +384,11 @@ def train(config):
         # forward and backward, a micro-batch at a time; the first one may try other latents
         sums, figures = torch.zeros(2, dtype=torch.float64), {}
         for batch in micro if n_text else []:
-            set_sync(sums_of, last=batch is micro[-1])
+            set_sync(parallel, last=batch is micro[-1])
             probe = batch is micro[0] and probe_due(step, steps)
             batch = sft.on_device(batch, machine)
             with machine.autocast():
-                ce, latent, noted = sums_of(batch_sums, batch, probe, config)
+                ce, latent, noted = parallel(batch_sums, batch, probe, config)
             loss = ce / n_text + latent / max(n_latent, 1)  # Eq. (c): lam is 1
             (loss * machine.world).backward()  # DDP averages the ranks' gradients
             sums += torch.stack([ce, latent]).detach().double().cpu()

@@ -102,10 +102,10 @@ def test_the_head_of_many_pieces_has_one_rounded_gradient(model, monkeypatch):
     chosen = torch.randint(model.lm_head.out_features, (512,), generator=generator)
     head = model.bfloat16().lm_head.weight
     with torch.autocast("cpu", torch.bfloat16):
-        monkeypatch.setattr(latent_decode, "LOGITS", 16)
+        monkeypatch.setattr(latent_decode, "LOGITS_AT_ONCE", 16)
         loss = decisions(model, h, chosen, 0.9)[0].sum()
     (got,) = torch.autograd.grad(loss, head)
-    monkeypatch.setattr(latent_decode, "LOGITS", 512)
+    monkeypatch.setattr(latent_decode, "LOGITS_AT_ONCE", 512)
     h, head = h.detach().double(), model.double().lm_head.weight
     (exact,) = torch.autograd.grad(decisions(model, h, chosen, 0.9)[0].sum(), head)
     error = (got.double() - exact).norm() / exact.norm()
