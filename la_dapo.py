@@ -107,8 +107,8 @@ class Config(DataConfig):
     top_p: float = 0.99  # on words; log-probabilities are of the full softmax  # paper Table 9
     max_new_tokens: int = 2048  # as in evaluation  # ours
     max_latents: int = 8  # longest span; a trained folder brings its own, 2 * l_max  # official
-    share: bool = False  # decode once what rollouts have in common, while they are equal  # ours
-    cuda_graph: bool = False  # replay a captured decoding step; not with share  # ours
+    merge_equal: bool = False  # decode rollouts of a prompt once while they are equal  # ours
+    cuda_graph: bool = False  # replay a captured decoding step; not with merge_equal  # ours
     # rewards
     lambda_c: float = 0.2  # weight of R_ctr, Eq. (7)  # paper Table 9
     lambda_d: float = 0.1  # weight of R_div, Eq. (7)  # paper Table 9
@@ -152,8 +152,8 @@ class Config(DataConfig):
         at_least(self, 2, "group_size")  # an advantage compares
         at_least(self, 0, "prompts", "steps", "max_latents", "warmup_steps", "lora_rank")
         at_least(self, -1, "adjoint_terms")
-        if self.share and self.cuda_graph:
-            raise ValueError("share or cuda_graph: a captured step has one size")
+        if self.merge_equal and self.cuda_graph:
+            raise ValueError("merge_equal or cuda_graph: a captured step has one size")
         if self.temperature <= 0 or self.tau <= 0:  # a greedy group has nothing to compare
             raise ValueError(f"temperature {self.temperature}, tau {self.tau}: expected above 0")
         if self.shard and self.lora_rank:
@@ -305,7 +305,7 @@ def roll_out(model, tokenizer, samples, k, config):
         top_p=config.top_p,
         max_new_tokens=config.max_new_tokens,
         max_latents=config.max_latents,
-        share=config.share,
+        merge_equal=config.merge_equal,
         cuda_graph=config.cuda_graph,
         generator=generator,
     )

@@ -297,7 +297,7 @@ def generate(
     feed=own_latent,
     banned=(),
     stream=None,
-    share=False,
+    merge_equal=False,
     cuda_graph=False,
 ):
     """Continue each prompt n times -> Rollout. Source: sec. 3.1.
@@ -310,7 +310,7 @@ def generate(
     feed: what a span is fed, see `step`. It is called once a step, in order, with the live rows
     only; `state.row` are their numbers. So it may be an object with a state of its own.
     stream: called with each new piece of the tokens, (live rows, up to CHUNK), as it is known.
-    share: decode what the samples of a prompt have in common once, while they are equal. Another
+    merge_equal: decode the samples of a prompt once while they are equal (`SharedCache`). Another
     feed is refused then, because equal words would no longer mean equal latents.
     cuda_graph: on CUDA, capture one step and replay it; then feed may have no state on the host.
 
@@ -325,8 +325,10 @@ def generate(
         raise ValueError(
             f"bad arguments: {max_new_tokens=} {n=} {max_latents=} {temperature=} {top_p=}"
         )
-    if share and (feed is not own_latent or cuda_graph):
-        raise ValueError("share: takes no other feed, and no cuda_graph, whose step has one size")
+    if merge_equal and (feed is not own_latent or cuda_graph):
+        raise ValueError(
+            "merge_equal takes no other feed, and no cuda_graph, whose step has one size"
+        )
 
     # how tokens are chosen
     c, device = model.config, ids.device
@@ -351,7 +353,7 @@ def generate(
         # each prompt runs once; its n samples read its keys and values from one place
         inputs = {k: v for k, v in batch.items() if k != "mm_token_type_ids"}  # HF's: recomputed
         h, prompt = model.hidden(**dict(inputs, attention_mask=mask), use_cache=True)  # (B, P, D)
-        cache_class = SharedCache if share else DecodingCache
+        cache_class = SharedCache if merge_equal else DecodingCache
         cache = cache_class(prompt, mask.sum(1).tolist(), n)
         # `hidden` has left there what M-RoPE adds after the prompt's pictures
         position = mask.sum(-1, keepdim=True) + model.model.rope_deltas  # (B, 1)

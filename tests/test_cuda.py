@@ -409,7 +409,7 @@ def test_three_steps_of_a_fine_tuning(script, more, world, tmp_path):
     "script, more",
     [
         (la_dapo, dict(lora_rank=2, adjoint_terms=0)),
-        (la_dapo, dict(share=True, minibatches=2)),
+        (la_dapo, dict(merge_equal=True, minibatches=2)),
         (own_path, dict(own="both")),
         (noisy_latents, dict(density="sum", adjoint_terms=0)),
         (mcr, LOOPS),

@@ -168,10 +168,10 @@ def test_bf16_autocast(model, tokenizer, monkeypatch):
     CUDA by default.
     """
     monkeypatch.setattr(latent_decode, "LOGITS_AT_ONCE", 50)  # several pieces
-    for share in (False, True):
+    for merge_equal in (False, True):
         with torch.autocast("cpu", torch.bfloat16):
             how = dict(head=True, top_p=1.0, max_new_tokens=20)
-            batch, rollout = sampled(model, tokenizer, n=3, share=share, **how)
+            batch, rollout = sampled(model, tokenizer, n=3, merge_equal=merge_equal, **how)
             out = replay(model, batch, rollout, 0.9)
             loss = out.logprobs.sum()
             loss = loss + adjoint_loss(loss, out.predicted, out.latents, 3)
@@ -181,16 +181,16 @@ def test_bf16_autocast(model, tokenizer, monkeypatch):
 
 
 def test_what_saves_time_reaches_the_decoder(monkeypatch):
-    """Breaks if share or cuda_graph, which change no number, is lost on its way."""
+    """Breaks if merge_equal or cuda_graph, which change no number, is lost on its way."""
     asked = []
     monkeypatch.setattr(la_dapo, "groups_of", lambda *args: [])
     monkeypatch.setattr(la_dapo, "ask", lambda *args, **how: asked.append(how))
     model = torch.nn.Module()
     model.config = None
-    for share, cuda_graph in ((True, False), (False, True)):
-        config = la_dapo.Config(share=share, cuda_graph=cuda_graph)
+    for merge_equal, cuda_graph in ((True, False), (False, True)):
+        config = la_dapo.Config(merge_equal=merge_equal, cuda_graph=cuda_graph)
         la_dapo.roll_out(model, None, ["a sample"], 4, config)
-        assert (asked[-1]["share"], asked[-1]["cuda_graph"]) == (share, cuda_graph)
+        assert (asked[-1]["merge_equal"], asked[-1]["cuda_graph"]) == (merge_equal, cuda_graph)
 
 
 # --------------------------------------------------------------------------------------------- loop
@@ -420,7 +420,7 @@ def test_nothing_readable_ends_the_run(world, loud, tmp_path):
 @pytest.mark.parametrize(
     "name, value",
     [("temperature", 0.0), ("adjoint_terms", -2), ("prompts", -1), ("steps", -1), ("tau", 0.0)]
-    + [("groups", 0), ("group_size", 1), ("judge_url", "http://x"), ("share", True)],
+    + [("groups", 0), ("group_size", 1), ("judge_url", "http://x"), ("merge_equal", True)],
 )
 def test_bad_settings_are_refused(name, value):
     """Breaks if a setting without meaning runs, or is refused without its name."""

@@ -169,10 +169,10 @@ def test_sharing_what_is_equal_changes_nothing(model, tokenizer, eos):
         model.lm_head.weight.mul_(1.5)  # surer, so that samples stay together for a while
     how = dict(max_new_tokens=40, max_latents=3, temperature=1.0, top_p=0.95, n=6, eos_token_id=eos)
     runs = []
-    for share in (False, True):
+    for merge_equal in (False, True):
         sizes.clear()
         generator = torch.Generator().manual_seed(0)
-        rollout = generate(model, batch, **how, share=share, generator=generator)
+        rollout = generate(model, batch, **how, merge_equal=merge_equal, generator=generator)
         runs.append((rollout, sizes[:]))
     (plain, all_rows), (shared, fewer) = runs
     assert torch.equal(plain.tokens, shared.tokens) and torch.equal(plain.sampled, shared.sampled)
@@ -181,8 +181,8 @@ def test_sharing_what_is_equal_changes_nothing(model, tokenizer, eos):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
     assert fewer[1] < all_rows[1] == 6 * len(ROWS) and fewer[1] < max(fewer)
     assert sum(fewer) < 0.9 * sum(all_rows)
-    with pytest.raises(ValueError, match="share"):
-        generate(model, batch, **how, share=True, feed=lambda model, state: state.h)
+    with pytest.raises(ValueError, match="merge_equal"):
+        generate(model, batch, **how, merge_equal=True, feed=lambda model, state: state.h)
 
 
 # of the direct tests of `choose`; 3 stands for a picture's placeholder

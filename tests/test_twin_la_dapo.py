@@ -127,7 +127,7 @@ def test_same_weights_through_latents(world, tmp_path):
     through too. The twin lets the weights make the latents anew and differentiates that.
     """
     with in_double():
-        _, steps, ratio = train_both(world, tmp_path, **EXACT, filter=False, share=True)
+        _, steps, ratio = train_both(world, tmp_path, **EXACT, filter=False, merge_equal=True)
     assert ratio < 1e-9
     assert any(len(r.latents) > 2 for step in steps for g in step["kept"] for r in g.rollouts)
 

@@ -65,7 +65,7 @@ rl_rows() {
   row own-path -m variants.own_path "$@" --model "$latent"
 
   # noisy latents, so that the rollouts of a group differ in what they imagine
-  set -- -m variants.noisy_latents "$@" --latent_sigma 0.1 --no-share \
+  set -- -m variants.noisy_latents "$@" --latent_sigma 0.1 --no-merge_equal \
     --prompts 64 --steps $((RL_STEPS / 2)) --model "$latent"
   row noise "$@"
   row noise-none "$@" --lambda_c 0 --lambda_d 0

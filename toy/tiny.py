@@ -16,7 +16,7 @@ paper's settings, because the model is 10,000 times smaller and learns from scra
  3. The stop term: without it nothing teaches the model not to stop before its first latent.
  4. RL takes 16 rollouts at temperature 1.4 of each of 128 prompts and keeps every group with both
     outcomes: so low is the policy's entropy that few prompts have two. Rollouts are decoded
-    together while they are equal (`share`).
+    together while they are equal (`merge_equal`).
 
 Source: ours.
 """

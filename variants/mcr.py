@@ -90,7 +90,7 @@ class Config(la_dapo.Config):
         at_least(self, 0, "cost", "max_looks")
         at_least(self, 1, "max_turns")
         # deviation 6: the reference knows no transcripts
-        without = "filter kl lambda_c lambda_d share shard cuda_graph eval_data".split()
+        without = "filter kl lambda_c lambda_d merge_equal shard cuda_graph eval_data".split()
         if any(getattr(self, name) for name in without):
             raise ValueError(f"mcr: no {', '.join(without)}")
         if self.minibatches * self.inner_epochs != 1:

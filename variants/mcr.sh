@@ -124,7 +124,7 @@ loops() {
   loop_through mcr-loops 1
   for cost in $COSTS; do
     stage "mcr-cost-$cost" python -m variants.mcr --config toy/rl.json "${loop[@]}" --cost "$cost" \
-      --steps "$REWARD_STEPS" --prompts 32 --rollout_batch 32 --group_size 8 --no-share \
+      --steps "$REWARD_STEPS" --prompts 32 --rollout_batch 32 --group_size 8 --no-merge_equal \
       --adjoint_terms -1 --temperature 1.2 --lr 3e-4 --warmup_steps 5 --model "$home/mcr-loops" \
       --data "$data/mcr_prompts.jsonl" --out "$home/mcr-cost-$cost" "${common[@]}"
     loop_through "mcr-cost-$cost" 0

@@ -55,8 +55,8 @@ class Config(la_dapo.Config):
             )
         if self.adjoint_terms or self.minibatches * self.inner_epochs != 1:
             raise ValueError("noisy latents: adjoint_terms 0, one update a step")
-        if self.share or self.cuda_graph:  # the noise is drawn anew at each step
-            raise ValueError("noisy latents: no share, no cuda_graph")
+        if self.merge_equal or self.cuda_graph:  # the noise is drawn anew at each step
+            raise ValueError("noisy latents: no merge_equal, no cuda_graph")
 
     @property
     def label(self):

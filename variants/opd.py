@@ -103,7 +103,7 @@ class Config(DataConfig):
     save_every: int = 10  # steps between checkpoints; the last two are kept  # ours
     track: str = ""  # also log to wandb | trackio, a package that is installed  # ours
     # no flags: all weights are trained, and a prompt's few rollouts share nothing
-    lora_rank, share, cuda_graph = 0, False, False
+    lora_rank, merge_equal, cuda_graph = 0, False, False
 
     def __post_init__(self):
         super().__post_init__()

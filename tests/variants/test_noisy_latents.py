@@ -123,6 +123,11 @@ def test_two_steps_by_the_command_line(world, loud, tmp_path, monkeypatch):
 
 def test_settings_without_a_meaning():
     """Breaks if noise meets what needs equal samples, or latents that are a function."""
-    for bad in (dict(density="max"), dict(adjoint_terms=-1), dict(share=True), dict(minibatches=2)):
+    for bad in (
+        dict(density="max"),
+        dict(adjoint_terms=-1),
+        dict(merge_equal=True),
+        dict(minibatches=2),
+    ):
         with pytest.raises(ValueError, match="density 'max'|noisy latents"):
             Config(**bad)
