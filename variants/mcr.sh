@@ -70,8 +70,9 @@ PYTHON
 play() { python - "$1" "$data/mcr_test_0.jsonl" "$2" "$3" "$SEED" <<'PYTHON'; }
 import os, sys, torch
 import numpy as np
-from common.folder import newest, write_json
+from common.folder import newest
 from common.formats import read_rows
+from common.run import write_json
 from data import Samples
 from model import load
 from rewards import accuracy_reward
