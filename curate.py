@@ -230,9 +230,9 @@ def mark(rows, responses, judge=None):
 def score(rows, responses, judge=None):
     """Rows and {condition: the responses to each row} -> {id: the content of its line}.
 
-    A line has p_t and p_v; or, if rollouts are unjudged, their number and the responses (those
-    under t, those under v), to be judged later. A rollout without an answer is wrong, and counted
-    in no_answer. Source: sec. 3.2.
+    A line has p_t and p_v. If rollouts are unjudged it has their number instead, and all responses
+    [under t, under v], so that a later run can have them judged. A rollout without an answer is
+    wrong, and counted in no_answer. Source: sec. 3.2.
     """
     marks = {c: mark(rows, responses[c], judge) for c in CONDITIONS}
     lines = {}

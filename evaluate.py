@@ -17,11 +17,16 @@ The first closed <answer> is read in three ways: `accuracy` counts what training
 `official`, for FutureBench alone, counts the first of A-D anywhere in it, even inside a word. The
 paper reports the last.
 
-`--latents` asks whether the answer depends on what is imagined. A span is fed: generated (the
-model's own states) | zero | noise (Gaussian, with the mean and deviation of the true embeddings) |
-shuffled (the true futures of the next row of the same group about another clip) | true (its own
-true futures) | pause (the embedding of `<|latent|>`) | none (no span can be opened). The model
-still decides how long a span is. What a row is fed depends on the row alone, not on its batch.
+`--latents` asks whether the answer depends on what is imagined. A span is fed
+    generated    the model's own states
+    zero         zeros
+    noise        Gaussian noise with the mean and deviation of the true embeddings
+    shuffled     the true futures of the next row of the same group about another clip
+    true         the row's own true futures
+    pause        the embedding of `<|latent|>`
+    none         nothing, because no span can be opened
+The model still decides how long a span is. What a row is fed depends on the row alone, not on its
+batch.
 
 Where this differs from the paper and the official code:
  1. A sample that cannot be read, whose answer cannot be parsed, or on which the judge fails is
@@ -195,11 +200,11 @@ MEASURED = 64  # rows with futures that the scale of `noise` is measured on
 
 
 def make_feed(config, model, rows):
-    """`--latents` -> a function: the Rows of a batch -> (`feed` of generate, {id: why not}).
+    """What `--latents` feeds the spans -> feed_for, a function. Source: ours.
 
-    The second names the rows whose futures cannot be read: they are fed zeros, and their answers
-    are not used. What a row is fed depends on the row alone, not on its batch or rank. Source:
-    ours.
+    feed_for(rows of a batch) -> feed, the argument of `generate`, and {id: why} for rows whose
+    futures cannot be read: they are fed zeros, and their answers are not used. What a row is fed
+    depends on the row alone, not on its batch or rank.
     """
     kind, budget = config.latents, config.budgets.future
     if kind in ("generated", "none"):

@@ -280,7 +280,7 @@ class Group:
     texts: list  # G responses
     spans: list  # G lists: the latents in each span
     parts: dict = None  # of `rewards.score_group`
-    verdict: str = ""  # of `keep_group`
+    fate: str = ""  # what `keep_group` says
     A: torch.Tensor | None = None  # (G,) advantages
 
     @property
@@ -331,7 +331,7 @@ def groups_of(samples, answers, k, c, config):
 
 
 def score_groups(groups, judge, config):
-    """Eq. (7) for each group, and the filter's verdict on it. The judge gets all in one call."""
+    """Eq. (7) for each group, and what the filter says of it. The judge gets all in one call."""
     responses = [text for group in groups for text in group.texts]
     rows = [group.sample["row"] for group in groups for _ in group.texts]
     verdicts = ask_judge(judge, responses, rows)
@@ -347,7 +347,7 @@ def score_groups(groups, judge, config):
             weights=config,
         )
         correct, unjudged = group.parts["correct"], group.parts["unjudged"]
-        group.verdict = keep_group(correct, unjudged, config.low, config.high)
+        group.fate = keep_group(correct, unjudged, config.low, config.high)
 
 
 # -------------------------------------------------------------------------------- a batch, its loss
@@ -548,7 +548,7 @@ def train(config, policy_loss=policy_loss):
                     groups += new
                     skipped += [sample for sample in samples if isinstance(sample, Skipped)]
             next_batch += batches_a_try
-            worth = [group for group in groups if group.verdict not in dropped]
+            worth = [group for group in groups if group.fate not in dropped]
             # the first ones in the order of the data
             places = sorted(machine.gather([group.place for group in worth]))[: config.groups]
             if len(places) == config.groups:
@@ -692,7 +692,7 @@ def rollout_figures(groups, kept, worth, machine):
         counts.update(forced=int((fed & ~rollout.sampled).sum()))
         counts.update(cut_off=rollout.finish.count("length"))
         counts.update(unjudged=sum(group.parts["unjudged"]))
-        counts["unjudged_groups" if group.verdict == "unjudged" else group.verdict] += 1
+        counts["unjudged_groups" if group.fate == "unjudged" else group.fate] += 1
         values.append(group.rewards)
 
     total, rewards = Counter(), {name: [] for name in REWARDS}
@@ -751,7 +751,7 @@ def write_rollouts(path, step, groups, i):
     with open(path, "a", encoding="utf-8") as f:
         for group in groups:
             row = group.sample["row"]
-            line = dict(step=step, id=row.id, verdict=group.verdict, question=row.question)
+            line = dict(step=step, id=row.id, fate=group.fate, question=row.question)
             line.update(answer=row.answer, response=group.texts[i])
             line.update(group_accuracy=group.parts["accuracy"])
             line.update({name: values[i] for name, values in group.rewards.items()})

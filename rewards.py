@@ -173,7 +173,8 @@ def diversity_reward(latents, span_lengths):
 def needs_judge(response, gold, options=None):
     """Whether the rule says no and a judge could change something. Source: ours."""
     answer = answer_of(response)
-    # deviation 2: there is an answer, it is not plainly another option, R_acc is not -1 anyway
+    # deviation 2: not without an answer, nor where repetition makes R_acc -1, nor where the answer
+    # is another option's text or letter
     return bool(
         answer
         and not accuracy_reward(response, gold, options)

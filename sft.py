@@ -245,10 +245,10 @@ def micro_batches(order, first_step, steps, global_batch, micro_batch, rank, wor
     Step s owns order[s*G:(s+1)*G] whatever the number of ranks, so that 1 process and 8 see the
     same batches. Each rank has the same number of lists a step; some may be empty.
     """
-    count = -(-global_batch // (world * micro_batch))
+    lists = -(-global_batch // (world * micro_batch))  # a step
     for step in range(first_step, steps):
         own = order[step * global_batch : (step + 1) * global_batch][rank::world]
-        for k in range(count):
+        for k in range(lists):
             yield own[k * micro_batch : (k + 1) * micro_batch]
 
 
@@ -258,8 +258,8 @@ def batches_of(samples, order, steps, run, pad_id):
     sizes = config.global_batch, config.micro_batch, machine.rank, machine.world
     plan = list(micro_batches(order, run.first, steps, *sizes))
     batches = iter(loader(samples, plan, config.workers, pad_id=pad_id))
-    count = -(-config.global_batch // (config.micro_batch * machine.world))
-    return zip(*[batches] * count)  # `count` in a row from one iterator
+    lists = -(-config.global_batch // (config.micro_batch * machine.world))  # a step
+    return zip(*[batches] * lists)  # so many in a row from one iterator
 
 
 def on_device(batch, machine):
@@ -268,7 +268,7 @@ def on_device(batch, machine):
 
 
 def count(batch, latent_id, config):
-    """A batch -> its members of T in Eq. (2), of S in Eq. (3), all its tokens with padding."""
+    """A batch -> |T| of Eq. (2), |S| of Eq. (3), the number of its tokens with padding."""
     n_latent = int((batch["input_ids"] == latent_id).sum())
     n_text = int((batch["labels"][:, 1:] != -100).sum()) + n_latent * config.stop_term
     return n_text, n_latent, batch["input_ids"].numel()

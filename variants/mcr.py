@@ -382,7 +382,7 @@ def train(config):
 
         # deviation 5: all judged groups are kept
         # deviation 4: how their rollouts compare
-        kept = [group for group in groups if group.verdict != "unjudged"]
+        kept = [group for group in groups if group.fate != "unjudged"]
         for group in kept:
             group.A = differences(group.parts["total"])
         batches, counts = la_dapo.batches_of(kept, hidden, config, machine)

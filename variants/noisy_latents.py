@@ -166,7 +166,7 @@ def train(config):
                     groups += new
                     skipped += [sample for sample in samples if isinstance(sample, Skipped)]
             next_batch += batches_a_try
-            worth = [group for group in groups if group.verdict not in dropped]
+            worth = [group for group in groups if group.fate not in dropped]
             places = sorted(machine.gather([group.place for group in worth]))[: config.groups]
             if len(places) == config.groups:
                 break

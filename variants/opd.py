@@ -287,7 +287,7 @@ def train(config):
             options = row.options if pick(row.answer, row.options or []) is not None else None
             rollouts = group.texts, group.rollout.latents, group.spans
             group.parts = score_group(*rollouts, row.answer, options)
-            group.verdict, group.A = "kept", torch.zeros(config.group_size)
+            group.fate, group.A = "kept", torch.zeros(config.group_size)
 
         # the teacher scores every rollout, equal ones too
         batches, counts = la_dapo.batches_of(groups, hidden, config, machine, each_alone)
