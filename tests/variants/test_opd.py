@@ -237,7 +237,7 @@ def test_the_loss_by_hand(world, loud):
     (gradient,) = torch.autograd.grad(loss, pair.model.lm_head.weight)
 
     told, _ = opd.ask_teacher(pair.teacher, pair.tokenizer, batch, config)
-    logp = token_logprobs(pair.model, batch.prompts, batch.rollout, 0.9, batch.prompt_of)
+    logp = la_dapo.replayed(pair.model, batch, config).logprobs
     sampled, A = batch.rollout.sampled, (told.logprobs - logp).detach().clamp(-10, 10)
     share = sampled / sampled.sum(1, keepdim=True) / len(sampled)
     (expected,) = torch.autograd.grad(-(share * A * logp).sum(), pair.model.lm_head.weight)
@@ -253,7 +253,7 @@ def test_the_clip_acts_on_later_updates(world, loud):
     config = settings(world, loud, "unused", inner_epochs=2, eps=0.3)
     pair, batch = rolled_out(world, loud, config)
     with torch.no_grad():
-        new = token_logprobs(pair.model, batch.prompts, batch.rollout, 0.9, batch.prompt_of)
+        new = la_dapo.replayed(pair.model, batch, config).logprobs
     sampled = batch.rollout.sampled
     shift = torch.tensor([0.4, -0.4, 0.4, -0.4]).repeat(2)[:, None] * sampled
     A = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat(2)[:, None] * sampled
