@@ -15,7 +15,7 @@ import la_dapo
 from common.cli import parse_config
 from common.formats import RecordError, read_rows
 from common.run import fingerprint
-from data import collate, encode, model_inputs, to_device
+from data import collate, encode, model_inputs
 from la_dapo import clipped_surrogate
 from latent_decode import token_logprobs
 from model import load
@@ -70,8 +70,7 @@ def rolled_out(world, loud, config):
     for group in groups:
         group.parts = dict(unjudged=[False] * config.group_size)
         group.A = torch.zeros(config.group_size)
-    batch = la_dapo.batch_of(groups, torch.device("cpu"), each_alone)
-    return pair, dataclasses.replace(batch, prompts=to_device(batch.prompts, "cpu"))
+    return pair, la_dapo.batch_of(groups, torch.device("cpu"), each_alone)
 
 
 def loss_of(pair, batch, config):
