@@ -131,7 +131,7 @@ def trained(world, loud, tmp_path_factory):  # noqa: F811
         patch.setattr(torch.optim, "AdamW", SMOOTH)
         sft.train(sft_run("one"))
         sft.train(sft_run("one_vision", freeze_vision=False))
-        sft.train(sft_run("one_lora", lora_rank=3))
+        sft.train(sft_run("one_lora", lora_rank=3, latent_head=""))
         la_dapo.train(rl_run("one"))
         la_dapo.train(rl_run("one_lora", lora_rank=3))
         for kind in ("sft", "rl"):
@@ -156,7 +156,7 @@ def trained(world, loud, tmp_path_factory):  # noqa: F811
             ("undo", str(folder / "sft" / "again")),
             ("sft", sft_run("again", shard=True, resume=True)),
             ("parts", world["model"]),
-            ("sft", sft_run("two_lora", lora_rank=3)),
+            ("sft", sft_run("two_lora", lora_rank=3, latent_head="")),
             ("la_dapo", rl_run("two_lora", lora_rank=3)),
             ("la_dapo", rl_run("two_ddp")),
         )
