@@ -75,7 +75,7 @@ for arm in $ARMS; do
       ask sets-plain "$home/sets-plain" "${four[@]}" --max_latents 4 \
         --data "$data/joined_test.jsonl" ;;
     ar | frame | one | random)
-      stage "sets-$arm" python -m variants.set_spans "${tune[@]}" --schedule "$arm" --slots 12 \
+      stage "sets-$arm" python -m variants.set_spans "${tune[@]}" --schedule "$arm" --slots 16 \
         --no-stop_term
       schedules=$arm
       if [ "$arm" = random ]; then schedules="1 2 4"; fi  # trained with any number of sets
