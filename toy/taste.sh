@@ -40,8 +40,8 @@ cat > "$to/README.md" <<CARD
 A model of half a million weights that imagines, small enough to come with the code: it answers
 questions about the embedded world (toy/world.py), and about nothing else.
 
-- \`model/\`: LA-DAPO on the embedded world, one seed, as \`bash toy/demo.sh\` leaves it (code at commit
-  $commit, seed $seed). \`model/painter/\` turns its visual tokens and latents back into pixels
+- \`model/\`: LA-DAPO on the embedded world, seed $seed, trained by the command in toy/demo.sh with the
+  code of commit $commit. \`model/painter/\` turns its visual tokens and latents back into pixels
   (\`python -m common.painter\`, 7,200 frames of training clips, error on held-out frames in
   docs/results.md). \`model/future_l1.json\`: what it is to be asked with.
 - \`sft/\`: the latent SFT that RL started from, its weights rounded to bf16: a start for experiments
