@@ -10,13 +10,13 @@ script: docs/data.md trains with them.
 The embedded world's own settings stand beside this file (captions.json, sft.json, rl.json,
 curate.json, eval.json, pictures.json); its frames are one token each. What differs in both from the
 paper's settings, because the model is 10,000 times smaller and learns from scratch:
- 1. lr 2e-3 (RL 1e-4), beta2 0.98 (RL 0.99), no weight decay, no KL.
- 2. A linear latent head; Eq. (3) over the variance of its targets, with lambda = 1: raw states do
-    not fit visual embeddings at this size.
- 3. The stop term: without it nothing teaches the model not to stop before its first latent.
- 4. RL takes 16 rollouts at temperature 1.4 of each of 128 prompts and keeps every group with both
-    outcomes: so low is the policy's entropy that few prompts have two. Rollouts are decoded
-    together while they are equal (`merge_equal`).
+ - lr 2e-3 (RL 1e-4), beta2 0.98 (RL 0.99), no weight decay, no KL.
+ - A linear latent head; Eq. (3) over the variance of its targets, with lambda = 1: raw states do
+   not fit visual embeddings at this size.
+ - The stop term: without it nothing teaches the model not to stop before its first latent.
+ - RL takes 16 rollouts at temperature 1.4 of each of 128 prompts (16 of your own) and keeps every
+   group with both outcomes: so low is the policy's entropy that few prompts have two. Rollouts are
+   decoded together while they are equal (`merge_equal`).
 
 Source: ours.
 """
