@@ -316,8 +316,8 @@ def train(config, fed=teacher_forcing):
     samples = Samples(rows, tokenizer, config, train=True, spans=config.spans)
     batches = batches_of(samples, order, steps, run, tokenizer.pad_token_id or 0)
 
-    # what Eq. (3) is divided by; the model over the ranks; what learns, and how
-    # a resumed run finds what `run.save` stored with its checkpoint in run.state
+    # what Eq. (3) is divided by, which a resumed run finds in run.state, where `run.save` put it;
+    # the model over the ranks; the optimizer
     state = run.state or dict(latent_var=measure_variance(model, samples, order, config, machine))
     latent_var = state["latent_var"]
     # parallel(f, ...) is f(model, ...); with several ranks it goes through DDP or FSDP2

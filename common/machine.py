@@ -94,7 +94,9 @@ class Machine:
     def decoder(self, model):
         """A model that is trained -> the one to roll out with: itself, or a copy of it in bf16."""
         adapted = model.latent_rows is not None  # --lora_rank: its matrices are in bf16 already
-        return whole_copy(model, self.bf16) if self.shard or self.bf16 and not adapted else model
+        if self.shard or (self.bf16 and not adapted):
+            return whole_copy(model, self.bf16)
+        return model
 
     def wrap(self, model, unused=False):
         """A model of `load` -> run, a module with run(f, *args, **kwargs) = f(model, ...).

@@ -70,6 +70,8 @@ def test_encode(height, width, n, film, words, data_config):
     ):
         sample = data.encode(sight, words, data_config, **settings)
         assert words.convert_ids_to_tokens(sample["ids"]) == wanted and not sample["futures"]
+    sample = data.encode(sight, words, data_config, train=False, futures=True)  # for a reward
+    assert words.convert_ids_to_tokens(sample["ids"]) == prompt and len(sample["futures"]) == 2
 
 
 def test_observed_and_future_frames_have_budgets_of_their_own(film, words, data_config):

@@ -21,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     Qwen3VLProcessor,
+    TopPLogitsWarper,
 )
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import (
     Qwen3VLVideoProcessor,
@@ -303,6 +304,18 @@ def test_greedy_choices_of_both():
     greedy = SimpleNamespace(do_sample=False, heat=same, cut=same, never=[3, 4, 5, 6])
     found = choose(logits, in_span, count >= 3, config, greedy)
     assert torch.equal(found, expected) and len(found.unique()) == V - 2
+
+
+def test_top_p_leaves_a_stop_alone():
+    """Breaks if top-p acts on the decision to stop. At .5 it would leave out a stop of p = .3."""
+    config = SimpleNamespace(latent_id=0, latent_end_id=1)
+    logits = torch.tensor([0.1, 0.3, 0.6]).log().expand(4000, 3)
+    in_span, full = torch.ones(4000, dtype=torch.bool), torch.zeros(4000, dtype=torch.bool)
+    settings = SimpleNamespace(do_sample=True, never=[0, 1])
+    settings.heat, settings.cut = lambda _, scores: scores, TopPLogitsWarper(0.5)
+    torch.manual_seed(0)
+    stops = choose(logits, in_span, full, config, settings) == 1
+    assert stops.float().mean() == pytest.approx(0.3, abs=0.03)  # 4 standard deviations
 
 
 def probabilities(model, prompt, length, max_latents, temperature, top_p, eos):
