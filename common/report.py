@@ -355,8 +355,10 @@ def draw_bars(results, names, groups, png):
     ax.set(xticks=range(len(groups)), xticklabels=[*groups[:-1], "avg"])
     ax.set(ylabel="accuracy", ylim=(0, 1.02))
     ax.axhline(0.25, color="grey", lw=0.7, ls=":")
-    ax.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    fig.savefig(png, dpi=120)
+    # long titles make the picture wider, not the plot smaller
+    legend = ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    legend.set_in_layout(False)
+    fig.savefig(png, dpi=120, bbox_inches="tight", bbox_extra_artists=[legend])
 
 
 def tabulate_selection(rows, gains, fates):
