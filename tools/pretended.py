@@ -64,7 +64,8 @@ extern "C" void pretend() {
 def pretend_cuda():
     """Before torch is imported: one that has no CUDA will believe in a GPU -> whether it does.
 
-    Needs g++ once; the library is kept in ~/.cache.
+    Needs g++ once; the library is kept in ~/.cache and knows no folder of torch, because several
+    environments may share it.
     """
     torch_folder = os.path.dirname(importlib.util.find_spec("torch").origin)
     built_for_cuda = os.path.exists(os.path.join(torch_folder, "lib", "libtorch_cuda.so"))
@@ -72,16 +73,19 @@ def pretend_cuda():
         return False
     if "--shard" in sys.argv:  # FSDP wants streams, which only a real CUDA has
         return False
-    name = f"pretended_cuda-{importlib.metadata.version('torch')}.so"
+    name = f"pretended_gpu-{importlib.metadata.version('torch')}.so"
     library = os.path.join(os.path.expanduser("~/.cache/future_l1"), name)
+    lib = os.path.join(torch_folder, "lib")
     if not os.path.exists(library):
         os.makedirs(os.path.dirname(library), exist_ok=True)
-        include, lib = os.path.join(torch_folder, "include"), os.path.join(torch_folder, "lib")
+        include = os.path.join(torch_folder, "include")
         command = ["g++", "-x", "c++", "-", "-shared", "-fPIC", "-std=c++20", f"-I{include}"]
-        command += [f"-I{include}/torch/csrc/api/include", f"-L{lib}", f"-Wl,-rpath,{lib}"]
-        command += ["-lc10", "-ltorch_cpu", "-o", f"{library}.{os.getpid()}"]
+        command += [f"-I{include}/torch/csrc/api/include", f"-L{lib}", "-lc10", "-ltorch_cpu"]
+        command += ["-o", f"{library}.{os.getpid()}"]
         subprocess.run(command, input=DEVICE, text=True, check=True)
         os.replace(f"{library}.{os.getpid()}", library)
+    for needed in ("libc10.so", "libtorch_cpu.so"):
+        ctypes.CDLL(os.path.join(lib, needed))
     ctypes.CDLL(library).pretend()
     return True
 
