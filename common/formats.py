@@ -169,7 +169,7 @@ def _parse(text, where):
     """JSON -> its content, or the RecordError that says why not."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError as e:
+    except (ValueError, RecursionError) as e:  # also a number or a nesting beyond Python's limits
         return RecordError(f"{where}: not JSON ({e})")
 
 
@@ -212,9 +212,9 @@ class Record:
     def clip(self, name, key="video"):
         """A clip, or the part of it from the record's `start` to its `end`, in seconds."""
         try:
-            start = float(self.content.get("start") or 0)
-            end = float(self.content.get("end") or math.inf)
-        except (TypeError, ValueError) as e:
+            start = float(self.content["start"] if self.has("start") else 0)
+            end = float(self.content["end"] if self.has("end") else math.inf)
+        except (TypeError, ValueError, OverflowError) as e:
             raise self.fault(f"'start' and 'end' should be seconds ({e})") from e
         if not 0 <= start < end:
             raise self.fault(f"'start' is {start}, 'end' {end}: expected 0 <= start < end")
@@ -234,7 +234,8 @@ class Record:
         if others:
             raise self.fault(f"'observed' does not go with {', '.join(map(repr, others))}")
         observed, times = self.need("observed", list), self.need("future", list)
-        if not all(type(t) in (int, float) for t in (*observed, *times)):
+        # the bound also refuses NaN, which is not below anything, and infinity
+        if not all(type(t) in (int, float) and abs(t) < 1e9 for t in (*observed, *times)):
             raise self.fault(f"'observed' and 'future' should hold seconds: {observed}, {times}")
         if len(observed) != 2 or not 0 <= observed[0] < observed[1]:
             raise self.fault(f"'observed' should be [a, b] with 0 <= a < b, found {observed}")
@@ -265,8 +266,10 @@ def read_record(record, where, media_root="."):
     if not isinstance(record, dict):
         raise RecordError(f"{where}: expected an object, found {type(record).__name__}")
     read, _ = format_of(record)
-    row = Row(where, str(record.get("id", where)), [], [], "")
-    row.group = str(record.get("group", "all"))
+    # in parquet a record without one of these has it as None
+    id, group = record.get("id"), record.get("group")
+    row = Row(where, where if id is None else str(id), [], [], "")
+    row.group = "all" if group is None else str(group)
     if record.get("options"):
         row.options = _options(record["options"], where)
     if read is None:
