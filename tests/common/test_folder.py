@@ -8,18 +8,11 @@ import shutil
 
 import pytest
 import torch
-import transformers
-from PIL import Image
 from test_sft import settings
 
-import evaluate
 import sft
-from common.clips import pixels_of, resize_and_patchify
 from common.folder import SETTINGS, is_hub_id, newest, trained_with
-from common.formats import read_rows
 from common.run import read_lines
-from data import encode
-from model import load
 from tests.conftest import TINY_DATA
 
 IMAGES = dict(
@@ -66,61 +59,6 @@ def test_a_saved_folder_serves_others(world, released, trained):
             assert json.load(f)["size"]["longest_edge"] == TINY_DATA["image_max_tokens"] * 1024
 
 
-def test_stock_classes_open_a_saved_folder(world, trained):
-    """Breaks if transformers' own classes refuse the folder or read other weights."""
-    folder = newest(trained)
-    ours, _ = load(folder)
-    stock, info = transformers.Qwen3VLForConditionalGeneration.from_pretrained(
-        folder, output_loading_info=True
-    )
-    assert not info["missing_keys"]
-    theirs = stock.state_dict()
-    assert all(torch.equal(theirs[k], v) for k, v in ours.state_dict().items() if k in theirs)
-    assert len(transformers.AutoTokenizer.from_pretrained(folder)) > 10
-    assert image_processor(folder).patch_size == 16
-
-
-def test_a_base_without_processors_gets_them(world, tmp_path):
-    """Breaks if a model that begins here, such as the toy's, cannot be opened by others, or is
-    asked otherwise there than here.
-    """
-    sft.train(settings(world, tmp_path, steps=1))
-    folder = newest(str(tmp_path))
-    names = {"preprocessor_config.json", "video_preprocessor_config.json", "chat_template.jinja"}
-    assert names <= set(os.listdir(folder))
-    row, config = read_rows(world["test"])[0], settings(world, tmp_path, image_max_tokens=1)
-    _, tokenizer = load(folder)
-    ours = encode(row, tokenizer, config, train=False)
-    content = []
-    for part in row.prompt:
-        text = dict(type="text", text=part)
-        content.append(text if isinstance(part, str) else dict(type="image"))
-    messages = [dict(role="system", content=config.system), dict(role="user", content=content)]
-    theirs = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=True
-    )
-    assert theirs["input_ids"] == ours["ids"]  # a picture is one token here
-
-    picture = load_pixels(row)
-    pixels = image_processor(folder)(images=Image.fromarray(picture), return_tensors="pt")
-    patches, grid = resize_and_patchify(picture[None], *config.budgets[0])
-    assert pixels["image_grid_thw"].tolist() == [grid.tolist()]
-    torch.testing.assert_close(pixels["pixel_values"], patches, atol=0.02, rtol=0)
-
-
-def image_processor(folder):
-    """What AutoImageProcessor makes of it; 5.17 asks for torchvision then, its class does not."""
-    if not transformers.__version__.startswith("5.17"):
-        return transformers.AutoImageProcessor.from_pretrained(folder)
-    return transformers.Qwen2VLImageProcessorPil.from_pretrained(folder)
-
-
-def load_pixels(row):
-    """The first picture of a row: uint8 (H, W, 3)."""
-    frame = next(part for part in row.prompt if not isinstance(part, str))
-    return pixels_of([frame])[frame]
-
-
 def test_what_it_was_trained_with(world, trained):
     """Breaks if a later user cannot know how the model has to be asked, or what it learnt from."""
     about = trained_with(trained)
@@ -151,16 +89,6 @@ def test_each_training_is_remembered_once(world, trained, tmp_path):
     assert [t["name"] for t in about["trainings"]] == ["latent", "text"]
     assert [t["step"] for t in about["trainings"]] == [2, 2] and about["base"] == "model"
     assert "preprocessor_config.json" in os.listdir(newest(str(tmp_path)))
-
-
-def test_an_evaluation_writes_nothing_into_the_models_folder(world, trained, tmp_path):
-    """Breaks if asking a model changes its folder, which may lie in a repository."""
-    folder = newest(trained)
-    before = {name: os.stat(os.path.join(folder, name)).st_mtime_ns for name in os.listdir(folder)}
-    kept = dict(model=trained, data=world["test"], max_new_tokens=6, workers=0, **TINY_DATA)
-    evaluate.evaluate(evaluate.Config(**kept, out=str(tmp_path)))
-    after = {name: os.stat(os.path.join(folder, name)).st_mtime_ns for name in os.listdir(folder)}
-    assert after == before
 
 
 # ------------------------------------------------------------------------------ what scripts take
