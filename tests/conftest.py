@@ -70,18 +70,6 @@ def frames(count, height, width, seed=0):
     return np.clip(pictures, 0, 255).astype(np.uint8)
 
 
-@pytest.fixture
-def clip(tmp_path):
-    """clip(name, count, height, width) -> path of a real H.264 mp4."""
-
-    def make(name="clip.mp4", count=40, height=64, width=96, seed=0):
-        path = str(tmp_path / name)
-        paddle.write_mp4(path, frames(count, height, width, seed))
-        return path
-
-    return make
-
-
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """Six clips of the paddle box with their 24 rows, and a tiny model folder: dict(model, data,
@@ -123,16 +111,20 @@ def flags(config, **more):
     return argv
 
 
+def run_python(arguments, processes=1):
+    """Run python with these arguments, in one or several processes of its own -> what it said."""
+    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(ranks if processes > 1 else []), *map(str, arguments)]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    how = dict(env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=400)
+    run = subprocess.run(command, cwd=ROOT, **how)
+    assert run.returncode == 0, run.stdout[-6000:]
+    return run.stdout
+
+
 def launch(config, processes=1):
     """Run a config's script by its command line, in processes of its own -> what it said."""
-    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    script = ["-m", type(config).__module__, *flags(config)]
-    command = [sys.executable, *(ranks if processes > 1 else []), *script]
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    how = dict(env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240)
-    run = subprocess.run(command, cwd=ROOT, **how)
-    assert run.returncode == 0, run.stdout[-3000:]
-    return run.stdout
+    return run_python(["-m", type(config).__module__, *flags(config)], processes)
 
 
 def flat(numbers, height=64, width=64):

@@ -32,16 +32,17 @@ FB = {
 }
 
 
-def play(monkeypatch, tokenizer, script, seen=None):
-    """Let generate answer from the script: {"q0": response, ...}; latents are ones."""
+def play(monkeypatch, tokenizer, script, module=latent_decode):
+    """Let generate answer from the script: {"q0": response, ...}; latents are ones.
 
-    def generate(model, batch, **kwargs):
-        texts = []
-        for ids in batch["input_ids"]:
-            words = tokenizer.decode(ids).split()
-            texts.append(script[next(w for w in words if w in script)])
-            if seen is not None:
-                seen.append(words)
+    -> what it is asked: (words of each prompt, batch, settings) of each call.
+    """
+    asked = []
+
+    def generate(model, batch, **settings):
+        prompts = [tokenizer.decode(ids).split() for ids in batch["input_ids"]]
+        asked.append((prompts, batch, settings))
+        texts = [script[next(w for w in words if w in script)] for words in prompts]
         ids = [tokenizer(f"{t}<|im_end|>", add_special_tokens=False).input_ids for t in texts]
         tokens = [torch.tensor(row) for row in ids]
         lengths = torch.tensor([len(t) for t in tokens])
@@ -49,7 +50,8 @@ def play(monkeypatch, tokenizer, script, seen=None):
         latents = [torch.ones(int((t == model.config.latent_id).sum()), 96) for t in tokens]
         return Rollout(padded, padded > 0, latents, padded * 0.0, ["eos"] * len(tokens), lengths)
 
-    monkeypatch.setattr(latent_decode, "generate", generate)
+    monkeypatch.setattr(module, "generate", generate)
+    return asked
 
 
 def settings(folder, out, **more):

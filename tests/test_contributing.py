@@ -20,9 +20,9 @@ from test_la_dapo import log_of, loud, settings, wide_rollout
 
 import la_dapo
 import rewards
+from tests.conftest import ROOT
 
 loud = loud  # the fixture
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 with open(os.path.join(ROOT, "docs", "contributing.md")) as f:
     PAGE = f.read()
 

@@ -10,8 +10,7 @@ import re
 import pytest
 
 from common import formats
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from tests.conftest import ROOT
 
 
 def text_of(name):
@@ -88,12 +87,12 @@ def test_every_page_can_be_reached():
     assert [path for path in docs if path not in reached] == []
 
 
-# files whose lists of differences are marked at their lines
-MARKED = ["data.py", "common/formats.py", "common/clips.py", "model.py", "latent_decode.py"]
-MARKED += ["sft.py", "rewards.py", "la_dapo.py", "curate.py", "evaluate.py", "variants/opd.py"]
-MARKED += ["variants/mcr.py", "variants/cue_recovery.py", "variants/set_spans.py"]
-MARKED += ["variants/m2la.py", "variants/video_latent.py"]
-MARKED += ["variants/logprob_gain.py"]
+# files whose docstrings list differences that are marked at their lines
+SCRIPTS = [
+    path for part in ("", "common/", "variants/") for path in glob.glob(f"{ROOT}/{part}*.py")
+]
+MARKED = [file for file in sorted(SCRIPTS) if "# deviation 1" in text_of(file)]
+assert len(MARKED) > 16
 
 
 @pytest.mark.parametrize("file", MARKED)
@@ -136,13 +135,9 @@ def test_the_records_of_data_md_are_read():
         assert formats.shows(row.question, options) == (shown == "yes")
 
 
-def test_line_counts_and_no_placeholder():
-    """Breaks if a script has outgrown what README says by more than a tenth, or a blank was left
-    in the text.
-    """
+def test_line_counts():
+    """Breaks if a script has outgrown what README says by more than a tenth."""
     counts = re.findall(r"\| `(\w+\.py)` \| (\d+) \|", README)
     assert len(counts) >= 8
     for file, lines in counts:
         assert abs(len(text_of(file).splitlines()) - int(lines)) <= 0.1 * int(lines), file
-    for page in PAGES:
-        assert not re.search(r"\b(LINES|RESULTS|BENCH|DEMO_EXPECT)\b", text_of(page)), page

@@ -86,8 +86,8 @@ def test_futurebench_to_the_letter(scripted, tmp_path, monkeypatch, capsys):
     """Breaks if a split, a reading, the coverage or an entry of the result file is not what the
     seven records give.
     """
-    (folder, tokenizer), seen = scripted, []
-    play(monkeypatch, tokenizer, FB, seen)
+    folder, tokenizer = scripted
+    asked = play(monkeypatch, tokenizer, FB)
     config = settings(folder, tmp_path, benchmark="futurebench", data=futurebench(folder))
     assert config.num_frames == 32
     table = evaluate.evaluate(config)
@@ -100,7 +100,7 @@ def test_futurebench_to_the_letter(scripted, tmp_path, monkeypatch, capsys):
         "all": (5, 0.4, 0.4, 0.4, 2, 2, 0.6),
     }
     # a clip of 12 frames gives all of them, two a patch
-    assert seen[0].count("<|vision_start|>") == 6
+    assert asked[0][0][0].count("<|vision_start|>") == 6
     summary = json.load(open(tmp_path / "summary.json"))
     assert summary["found"] == 5 and summary["total"] == 7
     assert summary["coverage"] == 5 / 7 and {m["id"] for m in summary["missing"]} == {"x5", "x0#2"}

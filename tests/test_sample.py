@@ -22,14 +22,14 @@ def test_stream(tokenizer, model):
 
 
 @pytest.fixture
-def run(world, clip, tmp_path):
+def run(world, film, tmp_path):
     """run(**settings) -> what sample.py writes about a clip, or about the picture given."""
 
     def run(**more):
         out, asked = [], dict(image_max_tokens=1, l_max=1, system="watch the ball")
         asked.update(model=world["model"], question="which wall ?", max_new_tokens=20)
         if "image" not in more:
-            asked.update(video=clip(), key_frames="3,4")
+            asked.update(video=film(), key_frames="3,4")
         asked.update(strip=str(tmp_path / "strip"))
         sample.main(sample.Config(**{**asked, **more}), out.append)
         return "".join(out)

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import test_twin_la_dapo
@@ -14,8 +12,8 @@ from twin_world import disagreement, in_double
 
 import la_dapo
 import sft
+from tests.conftest import ROOT, run_python
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RUNS = """
 import json, sys
 sys.path[:0] = {paths!r}
@@ -39,11 +37,7 @@ def on_two_ranks(folder, configs):
     script = folder / "runs.py"
     script.write_text(RUNS.format(paths=[ROOT, f"{ROOT}/tests"]))
     runs = [(type(config).__module__, vars(config)) for config in configs]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launch, str(script), json.dumps(runs)]
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
-    assert run.returncode == 0, run.stderr[-6000:]
+    run_python([script, json.dumps(runs)], processes=2)
 
 
 @pytest.mark.slow

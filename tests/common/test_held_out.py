@@ -18,19 +18,15 @@ from common.machine import Machine
 from common.run import Run
 from data import Samples, collate, model_inputs
 from model import load
-from tests.conftest import launch
+from tests.conftest import changed_rows
 
 
 @pytest.fixture(scope="module")
 def broken(world):
     """The world's eight test rows, the sixth without its clip -> their file."""
-    with open(world["test"]) as f:
-        records = [json.loads(line) for line in f]
-    records[5]["video"] = "clips/missing.mp4"
-    path = os.path.join(os.path.dirname(world["data"]), "held_out.jsonl")
-    with open(path, "w") as f:
-        f.writelines(json.dumps(record) + "\n" for record in records)
-    return path
+    missing = dict(video="clips/missing.mp4")
+    rows = dict(data=world["test"])
+    return changed_rows(rows, "held_out.jsonl", lambda i, row: i == 5 and row.update(missing))
 
 
 @pytest.fixture(scope="module")
@@ -157,26 +153,8 @@ def test_other_rows_may_be_held_out_after_a_restart(world, loud, broken, tmp_pat
     more = dict(eval_data=world["test"], resume=True)
     sft.train(dataclasses.replace(config, **more))
     assert log_of(tmp_path / "a")[1]["eval_skipped"] == []
-    with open(broken) as f:
-        records = [json.loads(line) for line in f]
-    records[2]["answer"] = "purple"
-    odd = tmp_path / "odd.jsonl"
-    odd.write_text("".join(json.dumps(record) + "\n" for record in records))
+    purple = dict(answer="purple")
+    rows = dict(data=world["test"])
+    odd = changed_rows(rows, "odd.jsonl", lambda i, row: i == 2 and row.update(purple))
     with pytest.raises(SystemExit, match="1 of 8 records .*'purple' is none of"):
-        la_dapo.train(rl_settings(world, loud, tmp_path / "c", eval_data=str(odd)))
-
-
-@pytest.mark.slow  # processes of their own
-def test_two_ranks_measure_what_one_does(world, broken, tmp_path):
-    """Breaks if ranks do not share the rows, take a mean of means, or one waits for the other's
-    forward: three batches on two ranks, one of them with a row that cannot be read.
-    """
-    lines = []
-    for processes in (1, 2):
-        out, held_out = tmp_path / f"sft_{processes}", dict(eval_data=broken, max_bad=0.2)
-        sizes = dict(steps=1, global_batch=6, micro_batch=3, lr=0.0, **held_out)
-        launch(settings(world, out, **sizes), processes)
-        lines.append(log_of(out)[-1])
-    for name in ("loss", "ce", "latent"):
-        assert lines[0][f"eval_{name}"] == pytest.approx(lines[1][f"eval_{name}"], rel=1e-6)
-    assert lines[0]["eval_skipped"] == lines[1]["eval_skipped"] != []
+        la_dapo.train(rl_settings(world, loud, tmp_path / "c", eval_data=odd))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -153,13 +152,6 @@ def test_the_judge_of_a_script(server, monkeypatch):
         judge_of(SimpleNamespace(judge_url="", judge_model="m"))
 
 
-def test_judge_without_openai(monkeypatch):
-    """Breaks if a missing package is taken for a failing judge."""
-    monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(ImportError):
-        Judge("http://127.0.0.1:9/v1", "m")
-
-
 def test_judge_keeps_order_and_overlaps(server):
     """Breaks if requests do not overlap (each waits for three others), or results come as they
     end.
@@ -204,12 +196,6 @@ def test_a_failure_is_no_verdict(server, reply, requests, reason):
     assert asker([ITEM]) == [None] and len(server.requests) == requests
     ((found, count),) = asker.failures.items()
     assert reason in found and count == 1
-
-
-def test_a_passing_failure_costs_no_verdict(server):
-    """Breaks if a failed request is not repeated, or it leaves a mark in failures."""
-    asker = judge_at(server, lambda body: chat(YES) if len(server.requests) == 3 else (500, {}))
-    assert asker([ITEM]) == [True] and not asker.failures
 
 
 @pytest.mark.parametrize("refused", [("response_format",), ("response_format", "temperature")])
@@ -364,9 +350,9 @@ def test_twiffbench_judged_later(answered, tmp_path, server, capsys):
     # the failures are named
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["found"] == 6 and summary["total"] == 7
-    judged = {j["id"][-1]: j for j in runs.read_lines(str(tmp_path / "judged.jsonl"))}
-    assert len(judged) == 6 and judged["2"]["why"] == "InternalServerError 500"
-    assert judged["4"]["why"] == "APITimeoutError"
+    judged = {j["id"]: j for j in runs.read_lines(str(tmp_path / "judged.jsonl"))}
+    assert len(judged) == 6 and judged["twiff.jsonl:2"]["why"] == "InternalServerError 500"
+    assert judged["twiff.jsonl:4"]["why"] == "APITimeoutError"
     out = capsys.readouterr().out
     assert "judge: 1 x APITimeoutError" in out and "3 of 6 responses judged" in out
 

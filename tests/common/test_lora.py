@@ -14,10 +14,8 @@ from test_la_dapo import settings as rl_settings
 from test_sft import assert_resumes, read_log, settings, weights
 from transformers import Qwen3VLForConditionalGeneration
 
-import data
 import la_dapo
 import sft
-from common.formats import read_rows
 from common.lora import HEAD, WORDS, adapters, add_adapters, frozen_alone, merged
 from latent_decode import token_logprobs
 from model import FutureL1, load
@@ -185,44 +183,6 @@ def test_sft_goes_on_with_its_adapters(world, tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
-def stock_folder(world, folder, tie):
-    """The world's model as a stock one: rows of the latent tokens alike and nearly zero."""
-    model, tokenizer = load(world["model"])
-    model = tied(model) if tie else model
-    with torch.no_grad():
-        for W in (model.get_input_embeddings().weight, model.lm_head.weight):
-            W[latent_ids(model)] = 1e-4 * torch.ones(W.shape[1])
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.mark.parametrize("tie", [False, True])
-def test_a_stock_model_learns_to_open_a_span(world, tmp_path, tie):
-    """Breaks if the rows stay as they are: <|latent_start|> and <|latent_end|>, alike at first,
-    would be equally probable for ever.
-    """
-    stock = stock_folder(world, tmp_path / "stock", tie)
-    more = dict(lora_rank=4, latent_head="", lam=0.0, steps=20, micro_batch=8, lr=3e-2)
-    config = settings({**world, "model": stock}, tmp_path / "run", **more)
-    before, after = opening(stock, config), opening(sft.train(config), config)
-    assert before[0] == pytest.approx(before[1]) and before[0] < 0.05
-    assert after[0] > 10 * before[0] and after[0] > 10 * after[1]
-
-
-def opening(folder, config):
-    """p(<|latent_start|>) and p(<|latent_end|>) where a span of the data opens, means of 8 rows."""
-    model, tokenizer = load(folder)
-    samples = data.Samples(read_rows(config.data), tokenizer, config)
-    batch = data.collate([samples[i] for i in range(8)], 0)
-    e = model.encode_frames(batch["future_pixel_values"], batch["future_grid_thw"])
-    with torch.no_grad():
-        h, _ = model.eval().hidden(**data.model_inputs(batch), latents=e)
-        opens = batch["labels"][:, 1:] == model.config.latent_start_id
-        p = model.logits(h[:, :-1][opens]).softmax(-1).mean(0)
-    return p[latent_ids(model)[::2]].tolist()
-
-
 def test_la_dapo_with_adapters(world, loud, tmp_path):  # noqa: F811
     """Breaks if the reference is not the model it began with, if a resumed run differs, or goes on
     beside other weights than it began with.
@@ -257,3 +217,5 @@ def test_what_is_asked_for_and_absent(model, monkeypatch):
             Config(lora_rank=4, shard=True)
         with pytest.raises(ValueError, match="lora_rank is -1"):
             Config(lora_rank=-1)
+    with pytest.raises(ValueError, match="latent_head: not with lora_rank"):
+        sft.Config(latent_head="linear", lora_rank=4)

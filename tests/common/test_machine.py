@@ -6,8 +6,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,10 +17,8 @@ from transformers import Qwen3VLForConditionalGeneration
 import la_dapo
 import sft
 from common import machine
-from tests.conftest import changed_rows
+from tests.conftest import ROOT, changed_rows, run_python
 from variants import self_forcing
-
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 # A first step of AdamW is a sign. With this eps it is a smooth function of the gradient.
 SMOOTH = functools.partial(torch.optim.AdamW, eps=0.1)
@@ -55,11 +51,7 @@ def on_two_ranks(folder, *runs):
     script = folder / "runs.py"
     script.write_text(RUNS.format(paths=[ROOT, f"{ROOT}/tests", f"{ROOT}/tests/common"]))
     runs = [(name, what if isinstance(what, str) else vars(what)) for name, what in runs]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    command = [*launch, str(script), json.dumps(runs)]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
-    assert run.returncode == 0, run.stderr[-6000:]
+    run_python([script, json.dumps(runs)], processes=2)
 
 
 def parts_of_a_model(folder):
@@ -119,7 +111,7 @@ def trained(world, loud, tmp_path_factory):  # noqa: F811
     """
     folder = tmp_path_factory.mktemp("trained")
     five = changed_rows(dict(data=world["test"]), "five.jsonl", lambda i, row: None, 5)
-    held_out = dict(eval_data=five)
+    held_out, checkpointing = dict(eval_data=five), dict(gradient_checkpointing=True)
 
     def sft_run(name, **more):
         return settings(world, folder / "sft" / name, **{**SFT, **held_out, **more})
@@ -143,14 +135,9 @@ def trained(world, loud, tmp_path_factory):  # noqa: F811
             ("sft", sft_run("two_ddp")),
             ("sft", sft_run("two_vision", shard=True, freeze_vision=False)),
             ("sft", sft_run("two_vision_ddp", freeze_vision=False)),
-            (
-                "sft",
-                sft_run(
-                    "stock", bf16=True, shard=True, gradient_checkpointing=True, latent_head=""
-                ),
-            ),
+            ("sft", sft_run("stock", bf16=True, shard=True, latent_head="", **checkpointing)),
             ("sft", sft_run("goes_on", shard=True, resume=True)),
-            ("la_dapo", rl_run("two", shard=True, gradient_checkpointing=True)),
+            ("la_dapo", rl_run("two", shard=True, **checkpointing)),
             ("la_dapo", rl_run("goes_on", shard=True, resume=True)),
             ("sft", sft_run("again", shard=True)),
             ("undo", str(folder / "sft" / "again")),

@@ -13,7 +13,7 @@ from common import painter as painting
 from common.clips import normalise, resize_and_cut
 from common.folder import model_fingerprint
 from common.formats import Frame, Row
-from common.painter import Config, Painter, Pairs, look, painting_error, teach, to_cells, to_pixels
+from common.painter import Config, Painter, look, painting_error, to_cells, to_pixels
 from model import load
 from tests.conftest import frames
 
@@ -27,29 +27,6 @@ def test_cells_stand_where_their_pixels_are():
     second_row = picture[0, 32:64, 32:64].transpose(2, 0, 1) / 255
     assert np.allclose(cells[4], second_row, atol=1e-6)  # 2 rows of 3 cells: the middle one below
     assert np.array_equal(to_pixels(cells, 3), picture[0])
-
-
-def encoded(n, seed):
-    """n cells of a bright spot on grey, and tokens that say where it is and nothing else."""
-    rng = np.random.default_rng(seed)
-    places = torch.tensor(rng.uniform(6, 26, (n, 2)), dtype=torch.float32)
-    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
-    distance = (y - places[:, :1, None]) ** 2 + (x - places[:, 1:, None]) ** 2
-    spots = (0.3 + 0.6 * torch.exp(-distance / 18))[:, None].expand(-1, 3, -1, -1)
-    mix = torch.randn(2, 12, generator=torch.Generator().manual_seed(7))
-    return Pairs((places - 16) @ mix / 6, spots.contiguous())
-
-
-def test_a_painter_learns_and_is_honest():
-    """Breaks if it does not learn, or if a picture shows anything but what its token says."""
-    painter = teach(encoded(2000, 0), Config(steps=250, batch=32, lr=3e-3))
-    e, cells = encoded(100, 1)
-    assert painting_error(painter, e, cells) < 0.15
-    assert painting_error(painter, e.roll(1, 0), cells) > 1  # another's token: not its own picture
-    brightest = painter(e)[:, 0].flatten(1).argmax(1)
-    true = cells[:, 0].flatten(1).argmax(1)
-    rows_off, columns_off = (brightest // 32 - true // 32).abs(), (brightest % 32 - true % 32).abs()
-    assert rows_off.median() <= 1 and columns_off.median() <= 1
 
 
 def test_the_error_by_hand():
@@ -76,11 +53,11 @@ def test_too_few_and_too_many_latents_are_seen():
     assert painter.picture(e, (2, 2)).shape == (96, 64, 3)
 
 
-def test_spans_are_painted_with_the_painter_of_the_model(model, tokenizer, tmp_path, clip):
+def test_spans_are_painted_with_the_painter_of_the_model(model, tokenizer, tmp_path, film):
     """Breaks if another painter comes back, the folder counts as another model with it, a span
     gets another's picture, or a model without a painter or a clip that is gone fails.
     """
-    folder, path = str(tmp_path / "model"), clip(height=64, width=64)
+    folder, path = str(tmp_path / "model"), film()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(3)
@@ -104,11 +81,11 @@ def test_spans_are_painted_with_the_painter_of_the_model(model, tokenizer, tmp_p
     assert found == dict(error="gone.mp4: no such file")
 
 
-def test_true_frames_and_their_tokens_pair_up(model, clip, capsys):
+def test_true_frames_and_their_tokens_pair_up(model, film, capsys):
     """Breaks if the k-th token is not that of the k-th frame's cell, or one bad clip ends the run
     or goes unnamed.
     """
-    path, budget = clip(height=32, width=32), (1024, 1024)
+    path, budget = film(height=32, width=32), (1024, 1024)
     pairs = look(model, [Frame(path, 5), Frame("gone.mp4", 1), Frame(path, 2)], budget)
     assert "gone.mp4: no such file" in "".join(capsys.readouterr()) and len(pairs.e) == 2
     picture = to_pixels(pairs.cells[1:], 1)

@@ -140,17 +140,6 @@ def test_the_bootstrap_of_known_deviations():
             bootstrap(**wrong)
 
 
-def test_the_bootstrap_draws_clips():
-    """Breaks if two questions on one clip count as two draws: their interval must not be narrower.
-
-    100 clips with two equal values each: the spread is that of 100 values, not of 200.
-    """
-    values, clips = [0, 1] * 50, [f"{i:02}" for i in range(100)]
-    once = bootstrap(values, clips)
-    assert bootstrap(values * 2, clips * 2) == once == bootstrap(values)
-    assert np.diff(bootstrap(values * 2)) < 0.8 * np.diff(once)
-
-
 def test_groups_that_share_their_clips_are_drawn_together():
     """Breaks if each group draws clips of its own: four groups with the same answers on the same
     100 clips are one group, so their interval is not narrower than one group's by half.

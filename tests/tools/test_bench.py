@@ -150,56 +150,6 @@ def test_weights_are_those_of_the_model(shape):
     assert counts.matrices == sum(matrices) == counts.layer * len(layers)
 
 
-def test_peak_of_live_tensors():
-    """Breaks if what was freed still counts, or what is there at the same time does not."""
-
-    def step():
-        first = torch.ones(1000, 1000)
-        second = first + 1
-        del first
-        return second + 1
-
-    assert bench.peak_of(step) == pytest.approx(8e6, rel=0.01)
-
-
-@pytest.mark.parametrize("new_tokens, shortest", [(1, 1), (16, 1), (19, 0.5), (64, 0.25)])
-def test_a_group_holds_four_spans(new_tokens, shortest):
-    """Breaks if a span overwrites another's end, or rows and latents do not belong together."""
-    config, ids = bench.Config(shape="50m", new_tokens=new_tokens, n=3), shapes.special("50m")
-    rollout = shapes.random_group(config, 8, "cpu", shortest)
-    longest = max(16, new_tokens)
-    assert rollout.lengths.tolist()[::2] == [max(16, int(shortest * longest)), longest]
-    for row, said, length, latents in zip(
-        rollout.tokens, rollout.sampled, rollout.lengths, rollout.latents
-    ):
-        assert said.tolist() == [True] * length + [False] * (longest - length)
-        row = row[:length].tolist()
-        starts = [i for i, token in enumerate(row) if token == ids.latent_start]
-        assert len(starts) == 4
-        for i in starts:
-            assert row[i + 1 : i + 4] == [ids.latent, ids.latent, ids.latent_end]
-        assert latents.shape == (8, 8) == (row.count(ids.latent), 8)
-
-
-def test_special_tokens_of_a_small_vocabulary():
-    """Breaks if a small model knows its special tokens by other ids than the inputs have."""
-    ids, config = shapes.special("50m"), shapes.make("50m", device="meta").config
-    assert max(ids) < 32768 == config.text_config.vocab_size
-    assert (ids.image, ids.video) == (config.image_token_id, config.video_token_id)
-    assert (ids.vision_start, ids.eos) == (config.vision_start_token_id, 32768 - 291)
-    assert ids.latent == config.latent_id and shapes.special("2b") == shapes.Special()
-    stock = shapes.Qwen3VLConfig()
-    assert stock.image_token_id == shapes.Special().image
-    assert stock.vision_end_token_id == shapes.Special().vision_end
-
-
-@pytest.mark.parametrize("cls", [bench.Config, shapes.Config])
-def test_a_shape_that_is_none(cls):
-    """Breaks if a misspelt shape is a KeyError deep inside."""
-    with pytest.raises(ValueError, match="shape is '3b', expected one of 2b, 4b, 8b, tiny"):
-        cls(shape="3b")
-
-
 def test_a_model_folder(world, tmp_path, monkeypatch):
     """Breaks if a model is written beside a tokenizer whose ids are not its own: it would read a
     picture's place as a word.

@@ -9,16 +9,13 @@ import types
 from typing import NamedTuple
 
 import pytest
-import torch
 from PIL import Image
+from scripted import play
 
 from common.folder import SETTINGS
-from latent_decode import Rollout
-from tests.conftest import frames
+from tests.conftest import ROOT, frames
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 NAME = "future_l1_lmms_eval"
-VIDEOS = {"a": "0.mp4", "b": "1.mp4", "gone": "gone.mp4"}
 
 
 class Lmms(abc.ABC):
@@ -82,22 +79,6 @@ def requests(model, folder, texts, visuals, **settings):
     return out
 
 
-def play(plugin, monkeypatch, tokenizer, responses):
-    """Let generate give these responses in turn -> list of what it was asked."""
-    asked, left = [], list(responses)
-
-    def generate(model, batch, **settings):
-        asked.append((batch, settings))
-        texts = [left.pop(0) + "<|im_end|>" for _ in batch["input_ids"]]
-        ids = [torch.tensor(tokenizer(t, add_special_tokens=False).input_ids) for t in texts]
-        lengths = torch.tensor([len(row) for row in ids])
-        padded = torch.nn.utils.rnn.pad_sequence(ids, True, tokenizer.pad_token_id)
-        return Rollout(padded, padded > 0, [], padded * 0.0, ["eos"] * len(ids), lengths)
-
-    monkeypatch.setattr(plugin, "generate", generate)
-    return asked
-
-
 def test_answers_of_a_task(plugin, folder, monkeypatch, capsys):
     """Breaks if answers come in another order than the requests, without the task's visual, or an
     unreadable clip ends the run.
@@ -107,9 +88,9 @@ def test_answers_of_a_task(plugin, folder, monkeypatch, capsys):
         f"pretrained={folder / 'model'},num_frames=2", dict(batch_size="2", device=None)
     )
     assert (model.config.num_frames, model.config.system, model.max_latents) == (2, "system", 2)
-    responses = ["<reason> one </reason> <answer> B </answer>", "<answer> A </answer>"]
-    responses += ["<reason> two </reason> </answer>", "<answer> C next </answer>"]
-    asked = play(plugin, monkeypatch, tokenizer, responses)
+    script = dict(q0="<reason> one </reason> <answer> B </answer>", q1="<answer> A </answer>")
+    script.update(q3="<reason> two </reason> </answer>", q4="<answer> C next </answer>")
+    asked = play(monkeypatch, tokenizer, script, plugin)
     picture = Image.fromarray(frames(1, 64, 64)[0])
     visuals = [[str(folder / "0.mp4")], [picture], [str(folder / "gone.mp4")], None, [picture] * 2]
     texts = ["what next ? q0", "<image> what ? q1", "what ? q2", "q3", "q4"]
@@ -120,7 +101,7 @@ def test_answers_of_a_task(plugin, folder, monkeypatch, capsys):
     assert "gone.mp4: no such file" not in str(answers)
 
     shapes = []
-    for batch, settings in asked:
+    for _, batch, settings in asked:
         assert settings["max_new_tokens"] == 2048 and settings["max_latents"] == 2
         assert settings["temperature"] == 0.0 and settings["top_p"] == 1.0
         videos = len(batch.get("video_grid_thw", []))

@@ -1,19 +1,16 @@
 """The rehearsal on fake tensors, against real tensors and against counts by hand."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from sft import sft_loss
+from tests.conftest import run_python
 from tools import rehearse, shapes
 from tools.bench import peak_of
 from tools.pretended import PretendedGPU
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 TINY = dict(shape="tiny", images=1, words=20, n=2, new_tokens=16, sft_tokens=400, adjoint_terms=1)
 
 # six layers that weigh about as much as the head: whoever forgets either is found out
@@ -121,8 +118,7 @@ def test_the_command(layout, tmp_path):
     """Breaks if a case does not run, or a layout's weights are not what each GPU holds of them."""
     out = tmp_path / "rehearsed.json"
     flags = [f"--{name}={value}" for name, value in TINY.items()]
-    command = [sys.executable, "-m", "tools.rehearse", *flags, *layout, f"--out={out}"]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+    run_python(["-m", "tools.rehearse", *flags, *layout, f"--out={out}"])
     cases, w = json.loads(out.read_text())["cases"], shapes.weights("tiny")
     a_weight = 2 if layout else 4
     # of a frozen model, embeddings stay in fp32, and the output layer is a copy in bf16

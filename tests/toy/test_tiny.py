@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 import curate
 import evaluate
@@ -17,19 +16,6 @@ from model import load
 from tools import pictures
 from toy import tiny
 from variants import opd, video_latent
-
-
-def test_the_tokenizer_loads_as_any_other(world):
-    """Breaks if the saved folder is not one that AutoTokenizer understands, or a control token is
-    split.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(world["model"])
-    ids = tokenizer(
-        "<reason> hits red </reason> <|latent_start|> <|latent|> <|latent_end|> <|im_end|>"
-    ).input_ids
-    assert len(ids) == 8 and tokenizer.unk_token_id not in ids
-    assert tokenizer.decode(ids[:4]) == "<reason> hits red </reason>"
-    assert tokenizer.eos_token == "<|im_end|>"
 
 
 def test_the_command_knows_the_words_of_its_files(world, tmp_path):
@@ -58,18 +44,7 @@ def test_each_format_gives_its_words():
         for i, block in enumerate(re.findall(r"```json\n(.*?)```", f.read(), re.S)):
             texts += tiny.words_of([read_record(json.loads(block), f"data.md:{i}")])
     words = set(" ".join(texts).split())
-    assert {
-        "left",
-        "yellow",
-        "shelf.",
-        "water",
-        "A)",
-        "B",
-        "wall",
-        "sits",
-        "letter",
-        "wins.",
-    } <= words
+    assert set("left yellow shelf. water A) B wall sits letter wins.".split()) <= words
     assert not {"THOUGHT", "<image>", "<rimage>"} & words
 
 

@@ -9,24 +9,6 @@ import sys
 
 import pytest
 
-from common.clips import key_frame_positions
-from toy.world import FPS, FRAMES
-
-
-def as_clips(path):
-    """Key-frame rows of toy/world.py -> the same about clips, with `observed` and `future`."""
-    lines = []
-    for record in map(json.loads, path.read_text().splitlines()):
-        seen, future = (
-            [key_frame_positions(FRAMES)[i - 1] / FPS for i in record.pop(key)]
-            for key in ("image", "reasoning_image")
-        )
-        if record["group"] != "interp":  # it shows what comes after what is imagined
-            human = record["conversations"][0]
-            human["value"] = human["value"].replace("<image>", "").strip()
-            lines.append(json.dumps(dict(record, observed=[0, seen[-1]], future=future)))
-    path.write_text("\n".join(lines))
-
 
 def cpu_seconds():
     """Of all processes that were started here and are done."""
@@ -35,8 +17,7 @@ def cpu_seconds():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", ["key frames", "clips"])
-def test_twenty_clips_to_a_report(rows, tmp_path):
+def test_twenty_clips_to_a_report(tmp_path):
     """Breaks if a command of the walk does, or needs more than is said there; if the five take five
     minutes of CPU time; if a row is lost on the way, or the small model does not imagine.
     """
@@ -53,9 +34,6 @@ def test_twenty_clips_to_a_report(rows, tmp_path):
         assert done.returncode == 0, done.stdout[-3000:]
 
     run(world)
-    if rows == "clips":
-        as_clips(tmp_path / "my" / "train.jsonl")
-        as_clips(tmp_path / "my" / "test.jsonl")
     n, n_test = (
         len((tmp_path / "my" / f"{name}.jsonl").read_text().splitlines())
         for name in ("train", "test")
