@@ -177,18 +177,13 @@ def test_clips_cut_by_stream_copy(start, back, first, expected, tmp_path):
     start: the first packet; back: frames by which the clock is put back; first: the first visible.
     """
     whole, path = str(tmp_path / "whole.mp4"), str(tmp_path / "cut.mp4")
-    with av.open(whole, "w") as container:  # a key frame every 12
-        options = dict(g="12", bf="0", sc_threshold="0", crf="10")
-        stream = container.add_stream("libx264", rate=12, options=options)
-        stream.width = stream.height = 64
-        for picture in flat(range(40)):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+    every_12 = dict(g="12", bf="0", sc_threshold="0")  # key frames
+    write_clip(whole, flat(range(40)), range(0, 4000, 100), **every_12)
     with av.open(whole) as source, av.open(path, "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
         for k, packet in enumerate(source.demux(video=0)):
             if packet.dts is not None and k >= start:
-                ticks, packet.stream = back * packet.duration, stream
+                ticks, packet.stream = int(back / 10 / packet.time_base), stream
                 packet.pts, packet.dts = packet.pts - ticks, packet.dts - ticks
                 target.mux(packet)
     assert shown(read_clip(path, key_frame_positions)[0]) == [first + k for k in expected]
@@ -241,10 +236,10 @@ def test_read_image(mode, tmp_path, monkeypatch):
 # clips as phones make them: turned pictures, frames at uneven times
 
 
-def write_clip(path, pictures, milliseconds):
+def write_clip(path, pictures, milliseconds, **options):
     """An mp4 whose frames are shown at these times -> its path."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=30, options=dict(crf="10", bf="2"))
+        stream = container.add_stream("libx264", rate=30, options=dict(crf="10", bf="2") | options)
         stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "yuv420p"
         stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
         for picture, time in zip(pictures, milliseconds):

@@ -16,7 +16,6 @@ from common import run as runs
 from common.formats import Frame, Row
 from common.judge import OPTIONS, Judge, judge_of, read_scores, read_verdict, score_messages
 from model import LATENT, LATENT_END, LATENT_START
-from rewards import score_group
 
 KEY = "sk-secret-0123456789abcdef"
 ITEM = ("which wall?", "red wall", "the wall in red")
@@ -228,19 +227,12 @@ def test_one_refused_item_changes_no_other(server):
 
 
 def test_judge_counts_failures_by_reason_and_none_is_wrong(server):
-    """Breaks if failures are mixed up or forgotten, hit other rows, or a failed row counts as
-    wrong in Eq. (7).
-    """
+    """Breaks if failures are mixed up or forgotten, hit other rows, or count as wrong."""
     replies = dict(yes=chat(YES), no=chat(NO), mute=chat("?"), busy=(500, {}))
     asker = judge_at(server, lambda body: replies[candidate(body).split()[0]], retries=0)
     names, expected = ["busy", "yes", "mute", "no", "busy"], [None, True, None, False, None]
     assert asker([("q", "red", f"{name} {i}") for i, name in enumerate(names)]) == expected
-    counts = {"InternalServerError 500": 2, "unreadable reply (ValueError)": 1}
-    assert asker.failures == counts
-    texts = [f"<answer>{name}</answer>" for name in names]
-    found = score_group(texts, [None] * 5, [[]] * 5, "red", verdicts=expected)
-    assert found["accuracy"] == [None, 1.0, None, 0.0, None]
-    assert [t is None for t in found["total"]] == found["unjudged"] == [v is None for v in expected]
+    assert asker.failures == {"InternalServerError 500": 2, "unreadable reply (ValueError)": 1}
 
 
 @pytest.mark.parametrize("status", [200, 400, 401, 500])

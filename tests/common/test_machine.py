@@ -215,20 +215,6 @@ def test_what_is_saved_in_parts_is_a_stock_folder(trained):
     assert len(state) > 20 and all(state[k]["exp_avg"].shape == saved[k].shape for k in state)
 
 
-@pytest.mark.parametrize("kl", [0.0, 0.1])
-def test_a_batch_that_weighs_nothing(model, kl):
-    """Breaks if what a rank runs along with the others has a loss, a gradient or a figure."""
-    config = la_dapo.Config(kl=kl)
-    batch = la_dapo.no_batch(96, "cpu")
-    if kl:
-        batch.ref = la_dapo.replayed(model, batch, config).logprobs.detach()
-    loss, figures = la_dapo.policy_loss(model, batch, la_dapo.Counts(7, 3, 1), config)
-    loss.backward()
-    assert loss == 0 and not any(figures.values())
-    grads = {n: p.grad for n, p in model.named_parameters() if "visual" not in n}
-    assert all(grad is not None and not grad.any() for grad in grads.values())
-
-
 def test_the_device_is_chosen_before_the_ranks_meet(monkeypatch):
     """Breaks if NCCL has to guess which GPU a rank has."""
     order = []
