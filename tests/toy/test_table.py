@@ -74,21 +74,3 @@ def test_what_a_curation_chose_and_how_far_pictures_are(tmp_path):
         "- true frames, held out: 0.004",
         "- imagined 1: 0.250 ± 0.177",
     ]
-
-
-def test_the_pictures_are_of_whole_rows(seeds, tmp_path):
-    """Breaks if the tables are not written beside the seeds, if a row of one seed ends the
-    drawing, or a folder without evaluations is taken for an empty table.
-    """
-    table.main(seeds)
-    assert (tmp_path / "table.md").read_text() == table.report(seeds) + "\n"
-    assert (tmp_path / "accuracy.png").stat().st_size > 5000
-    assert not (tmp_path / "rl.png").exists()  # no training with rewards has a log here
-
-    (tmp_path / "seed_0" / "la-dapo").mkdir()
-    log = "".join(json.dumps(dict(step=s, total=0.5, accuracy=0.5)) + "\n" for s in range(12))
-    (tmp_path / "seed_0" / "la-dapo" / "log.jsonl").write_text(log)
-    table.main(seeds[:1])
-    assert (tmp_path / "rl.png").stat().st_size > 5000
-    with pytest.raises(SystemExit, match="nowhere: no evaluation"):
-        table.main([str(tmp_path / "nowhere")])

@@ -1,21 +1,13 @@
-"""The tiny tokenizer is one like any other, and the settings are such as their scripts take."""
+"""The tiny model knows the words of its files, and the seed decides its weights."""
 
 import json
 import re
 
-import pytest
 import torch
 
-import curate
-import evaluate
-import la_dapo
-import sft
-from common.cli import read_saved
 from common.formats import read_record
 from model import load
-from tools import pictures
 from toy import tiny
-from variants import opd, video_latent
 
 
 def test_the_command_knows_the_words_of_its_files(world, tmp_path):
@@ -32,9 +24,6 @@ def test_the_command_knows_the_words_of_its_files(world, tmp_path):
     assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
     text = "watch the clip <reason> moves right up </reason> hits yellow third x3 y23"
     assert tokenizer.unk_token_id not in tokenizer(text).input_ids
-    for name, script in (("sft", sft), ("rl", la_dapo), ("curate", curate), ("eval", evaluate)):
-        saved = read_saved(f"{out}/{name}.json", script.Config)
-        assert script.Config(**saved).system == "watch the clip and answer"
 
 
 def test_each_format_gives_its_words():
@@ -46,24 +35,3 @@ def test_each_format_gives_its_words():
     words = set(" ".join(texts).split())
     assert set("left yellow shelf. water A) B wall sits letter wins.".split()) <= words
     assert not {"THOUGHT", "<image>", "<rimage>"} & words
-
-
-@pytest.mark.parametrize(
-    "path, script",
-    [
-        ("toy/captions.json", sft),
-        ("toy/sft.json", sft),
-        ("toy/rl.json", la_dapo),
-        ("toy/curate.json", curate),
-        ("toy/eval.json", evaluate),
-        ("toy/pictures.json", pictures),
-        ("variants/opd.json", opd),
-        ("variants/video_latent.json", video_latent),
-    ],
-)
-def test_settings_fit_their_scripts(path, script):
-    """Breaks if a script no longer has a flag that a file sets, or a file says what is the
-    script's default anyway.
-    """
-    saved, own = read_saved(path, script.Config), vars(script.Config())
-    assert [name for name in saved if own[name] == saved[name]] == []
