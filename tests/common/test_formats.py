@@ -15,7 +15,8 @@ LATER = "THOUGHT 1: goes left {} THOUGHT 2: it falls"
 HUMAN = {"from": "human", "value": "<image><image>was – 次?"}
 GPT = {"from": "gpt", "value": LATER.format("<image>")}
 STEPS = ["goes left", Frame(V, 5), "it falls"]
-TWO = "Who?\nA) one\nB) two"
+SEEN, TWO = Clip(V, 0.0, 2.5), "Who?\nA) one\nB) two"
+MOMENTS = ["goes left", Frame(V, 1, 3.0, 3.0), "it", Frame(V, 1, 4.5, 4.5), "falls"]
 
 
 def talk(**more):
@@ -63,15 +64,7 @@ def mcq(**more):
 # format: (a record, the Row it is: id, prompt, response, answer, question, options, group)
 RECORDS = {
     talk: ("7", [Frame(V, 1), Frame(V, 3), "was – 次?"], STEPS, "y", "was – 次?", ["x", "y"], "g"),
-    clip_talk: (
-        "7",
-        [Clip(V, 0.0, 2.5), "was – 次?"],
-        ["goes left", Frame(V, 1, 3.0, 3.0), "it", Frame(V, 1, 4.5, 4.5), "falls"],
-        "y",
-        "was – 次?",
-        ["x", "y"],
-        "g",
-    ),
+    clip_talk: ("7", [SEEN, "was – 次?"], MOMENTS, "y", "was – 次?", ["x", "y"], "g"),
     twiff: ("t", [Frame(V, 2), Frame(V, 4), "Next?"], STEPS, "a cup", "Next?", None, "c"),
     bench: ("b", ["At ", Frame("/m/q.png"), " what?"], [], "a cup", "At  what?", None, "all"),
     futurebench: ("3", [Clip("/m/a/v.mp4"), TWO], [], "B", TWO, ["one", "two"], "hop2"),
