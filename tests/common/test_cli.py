@@ -128,7 +128,7 @@ WRONG = {
     "common.painter": ("--model ./nowhere --data ./nowhere", "./nowhere"),
     "toy.world": ("--clips x", "argument --clips: invalid int value: 'x'"),
     "toy.tiny": ("--data ./nowhere --out x", "./nowhere"),
-    "toy.table": ("./nowhere", "./nowhere: no evaluation"),
+    "toy.table": ("./nowhere", "nowhere: no evaluation"),
     "tools.pictures": ("--model ./nowhere --data ./nowhere", "./nowhere"),
 }
 
