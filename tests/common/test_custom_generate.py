@@ -122,7 +122,7 @@ def test_far_from_this_repository(exported, tmp_path):
             assert sequences[r, : len(expected)].tolist() == expected
             assert (sequences[r, len(expected) :] == tokenizer.eos_token_id).all()
             if latents:
-                torch.testing.assert_close(latents[r], rollout.latents[r], atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(latents[r], rollout.latents[r], atol=1e-4, rtol=0)
             number += len(rollout.latents[r])
     assert number > 12
 
