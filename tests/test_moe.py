@@ -1,24 +1,19 @@
 """The mixture of experts: the same method around the layers of transformers' Qwen3VLMoe."""
 
-import dataclasses
 import json
 import os
 import re
-import shutil
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
-from test_la_dapo import ROWS, compute_norms_exactly, decoded_again, shuffle, wide_rollout
+from test_la_dapo import ROWS, shuffle
 from test_la_dapo import settings as rl_settings
 from test_latent_decode import EOS
 from test_model import make_batch, save
-from test_sft import assert_resumes, read_log, settings, weights
+from test_sft import read_log, settings, weights
 from transformers import AutoModelForImageTextToText, Qwen3VLMoeConfig
 from transformers import Qwen3VLMoeForConditionalGeneration as Stock
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
-from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe as layers
 
 import evaluate
 import la_dapo
@@ -27,7 +22,7 @@ from common import custom_generate
 from common.lora import HEAD, WORDS
 from common.machine import Machine
 from common.run import count_tokens, largest_expert
-from latent_decode import decode_slowly, generate, replay
+from latent_decode import decode_slowly, generate
 from model import FutureL1, FutureL1MoE, add_latent_tokens, load
 from tests.common.test_machine import SMOOTH, on_two_ranks
 from tests.conftest import TINY_DATA
@@ -96,56 +91,15 @@ def test_decoding_is_the_definition(model, tokenizer, tmp_path):
         torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
 
 
-def test_the_gradient_through_latents(model, tokenizer, monkeypatch):
-    """Breaks if a path from an expert or a router through a latent to a later choice is lost."""
-    compute_norms_exactly(monkeypatch)
-    exact_norm = Qwen3VLTextRMSNorm.forward
-    monkeypatch.setattr(layers.Qwen3VLMoeTextRMSNorm, "forward", exact_norm)
-
-    def route(self, x):  # in float64; transformers' own rounds to fp32
-        logits = x.reshape(-1, self.hidden_dim) @ self.weight.T
-        p, experts = logits.softmax(-1).topk(self.top_k)
-        return logits, p / p.sum(-1, keepdim=True), experts
-
-    monkeypatch.setattr(layers.Qwen3VLMoeTextTopKRouter, "forward", route)
-    model.set_experts_implementation("eager")  # the grouped product has no float64
-    batch, rollout = wide_rollout(model, tokenizer)
-    g = torch.Generator().manual_seed(1)
-    A = torch.randn(len(rollout.tokens), 1, dtype=torch.float64, generator=g)
-    first, last = (layer.mlp for layer in model.model.language_model.layers)
-    trained = [first.gate.weight, first.experts.gate_up_proj, last.experts.down_proj]
-
-    out = replay(model, batch, rollout, 0.9)
-    loss = (A * out.logprobs).sum()
-    constants = torch.autograd.grad(loss, trained, retain_graph=True)
-    longest = max(map(len, rollout.latents))
-    through = la_dapo.adjoint_loss(loss, out.predicted, out.latents, longest)
-    exact = torch.autograd.grad(loss + through, trained)
-    errors = []
-    for w, *gradients in zip(trained, exact, constants):
-        direction = torch.randn(w.shape, dtype=w.dtype, generator=g)
-        direction *= 1e-6 / direction.norm()
-        values = []
-        for sign in (1, -1):
-            with torch.no_grad():
-                w.add_(sign * direction)
-                values.append(decoded_again(model, batch, rollout, A))
-                w.sub_(sign * direction)
-        change = (values[0] - values[1]) / 2
-        errors.append([abs((g * direction).sum().item() / change - 1) for g in gradients])
-    errors = np.array(errors)  # (weights, exact or constant)
-    assert errors[:, 0].max() < 1e-6 and np.median(errors[:, 1]) > 0.01
-
-
 # --------------------------------------------------------------------------------------- trainings
 
 
 def test_sft(moe_world, tmp_path):
-    """Breaks if a resumed run differs, an expert or a router is not trained, the folder is not
-    stock's, or the largest expert's share is not logged.
+    """Breaks if an expert or a router is not trained, the folder is not stock's, or the largest
+    expert's share is not logged.
     """
-    config = settings(moe_world, tmp_path / "a", save_every=2)
-    assert_resumes(sft.train, config)
+    config = settings(moe_world, tmp_path / "a")
+    sft.train(config)
     for line in read_log(config.out):
         assert 0.5 <= line["largest_expert"] <= 1
     folder = os.path.join(config.out, "step_000004")
@@ -163,16 +117,13 @@ def test_sft(moe_world, tmp_path):
 
 
 def test_la_dapo_then_evaluate(moe_world, tmp_path):
-    """Breaks if a resumed run differs, rollouts are not replayed as they were made, the KL has no
-    reference, or what was trained cannot be evaluated.
+    """Breaks if rollouts are not replayed as they were made, the KL has no reference, or what was
+    trained cannot be evaluated.
     """
     more = dict(kl=0.05, adjoint_terms=-1, lr=1e-3)
     config = rl_settings(moe_world, moe_world["model"], tmp_path / "rl", **more)
-    straight, log = la_dapo.train(config), read_log(config.out)
-    trained = weights(straight)
-    shutil.rmtree(straight)
-    again = weights(la_dapo.train(dataclasses.replace(config, resume=True)))
-    assert all(torch.equal(again[name], weight) for name, weight in trained.items())
+    la_dapo.train(config)
+    log = read_log(config.out)
     assert log[0]["kl"] == pytest.approx(0, abs=1e-6) and log[-1]["kl"] > 1e-6
     assert all(line["replay_rms"] < 1e-3 and line["largest_expert"] >= 0.5 for line in log)
     shared = dict(data=moe_world["test"], max_new_tokens=6, workers=0, **TINY_DATA)
