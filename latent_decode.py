@@ -522,42 +522,31 @@ def replay(model, batch, rollout, temperature, prompt_of=None):
     device = rollout.tokens.device
     ids, mask = batch["input_ids"].cpu(), batch["attention_mask"].cpu()  # (B, P)
     tokens, sampled = rollout.tokens.cpu(), rollout.sampled.cpu()  # (R, T)
-    (B, P), (R, T), lengths = ids.shape, tokens.shape, rollout.lengths.cpu()
+    B, (R, T), lengths = len(ids), tokens.shape, rollout.lengths.cpu()
     prompt_of = torch.arange(R) // (R // B) if prompt_of is None else prompt_of.cpu()
 
-    # all real tokens, flat: first the prompts', then the rollouts'
+    # all real tokens in one row without padding: the prompts', then the rollouts'
     real = mask.bool()  # (B, P)
     said = torch.arange(T) < lengths[:, None]  # (R, T)
-    flat = torch.cat([ids[real], tokens[said]])  # (N,)
-    number = torch.arange(B)[:, None].expand(B, P)
-    number = torch.cat([number[real], prompt_of[:, None].expand(R, T)[said]])  # (N,) its prompt's
+    row = torch.cat([ids[real], tokens[said]])  # (N,)
     grids = batch.get("image_grid_thw"), batch.get("video_grid_thw")
     positions, offset = model.positions(ids, mask, *grids)  # (3, B, P), (B, 1)
     after = (mask.sum(-1, keepdim=True) + offset)[prompt_of]  # (R, 1) of a rollout's first token
     after = (after + torch.arange(T))[said]  # (rollouts' tokens,)
     positions = torch.cat([positions[:, real], after.expand(3, -1)], 1)  # (3, N)
+    # a prompt attends to itself, a rollout to its prompt and to itself
+    each = [*mask.sum(1).tolist(), *lengths.tolist()]
+    layout = Layout(each, device, prompt_of=[-1] * B + prompt_of.tolist())
 
-    # one row without padding: each prompt once, its rollouts after it
-    order = number.argsort(stable=True)  # (N,) flat -> row
-    own_lengths = [[] for _ in range(B)]
-    for b, length in zip(prompt_of.tolist(), lengths.tolist()):
-        own_lengths[b].append(length)
-    # [(length of a prompt, lengths of its rollouts)]: a rollout attends to its prompt and to itself
-    layout = Layout(list(zip(mask.sum(1).tolist(), own_lengths)), device)
-
-    # deviation 5: the recorded latents are fed. They are a leaf of the graph, and `place` puts them
-    # in the order of the row
+    # deviation 5: the recorded latents are fed. They are a leaf of the graph
     wide = torch.promote_types(model.dtype, torch.float32)
     z = torch.cat(rollout.latents).detach().to(wide).requires_grad_()  # (N_z, D)
-    is_latent = flat == model.config.latent_id  # (N,)
-    place = (is_latent.cumsum(0) - 1)[order][is_latent[order]]  # (N_z,)
     media = {name: value for name, value in batch.items() if name in MEDIA}
-    embedded = model.embed(flat[order][None], z[place.to(device)], **media)
-    h, _ = model.states(embedded, positions[:, order].to(device), layout)  # (N, D)
-    h = h[order.argsort().to(device)]  # flat again
+    embedded = model.embed(row[None], z, **media)
+    h, _ = model.states(embedded, positions.to(device), layout)  # (N, D)
 
     # the state that chose each token is that of the token before it: at first the prompt's last
-    places = torch.arange(int(real.sum()), len(flat))
+    places = torch.arange(int(real.sum()), len(row))
     own = tokens.new_zeros(R, T).masked_scatter(said, places)  # (R, T)
     last = mask.sum(1).cumsum(0) - 1  # (B,)
     before = torch.cat([last[prompt_of][:, None], own[:, :-1]], 1)  # (R, T)

@@ -230,8 +230,7 @@ class TwoChannels:
         grids = media.get("image_grid_thw"), media.get("video_grid_thw")
         position_ids, deltas = self.positions(ids, real.long(), *grids)
         self.model.rope_deltas = deltas.to(device)  # where decoding goes on: latent_decode.generate
-        # each sample is causal on its own: a "rollout" of a prompt of 0 tokens
-        layout = shared_prefix.Layout([(0, [n]) for n in real.sum(1).tolist()], device)
+        layout = shared_prefix.Layout(real.sum(1).tolist(), device)  # each row is causal on its own
         places = position_ids[:, real].to(device)
         h, cache = self.states(embedded, places, layout, use_cache)  # (N, D)
         padded = h.new_zeros(real.numel(), h.shape[-1])

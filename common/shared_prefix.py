@@ -8,13 +8,13 @@ token. Here they exist once.
 
 *Training* (`Layout`): all sequences lie in one row without padding,
 
-    [prompt 1 | rollout 1.1 | rollout 1.2 | ... | prompt 2 | ...]
+    [prompt 1 | prompt 2 | ... | rollout 1.1 | rollout 1.2 | ... | rollout 2.1 | ...]
 
 and attention is a few calls, causal from the lower right: a rollout's query at place t sees its
 prompt and its own first t + 1 tokens. Sequences of a call are padded on the right. A padded key
 lies after every real query, so no mask is needed, and on CUDA each call is a FlashAttention kernel:
-PyTorch's own, or that of the flash-attn package where it is installed. A sample of SFT is a rollout
-of an empty prompt.
+PyTorch's own, or that of the flash-attn package where it is installed. A sample of SFT is a
+sequence that follows no other.
 
 *Decoding* (`DecodingCache`): the prompt's keys and values once a prompt, a small cache of its own
 for each row, one softmax over the scores against both.
@@ -27,6 +27,7 @@ Axis letters: N tokens of the row, S sequences of a call, T their longest, P pro
 d head width, B prompts, n rows a prompt, R rows = B * n.
 """
 
+import itertools
 from collections import defaultdict
 
 import torch
@@ -85,48 +86,30 @@ def flash_causal(query, key, value, scaling):
 
 
 class Layout:
-    """Where prompts and what follows them lie in one row, and the calls that attend to them.
+    """Where sequences lie in one row, and the calls that attend to them.
 
-    sequences: [(length of a prompt, lengths of its rollouts)], in the order of the row. A prompt of
-    length 0 is no prompt: its "rollouts" are whole samples.
+    lengths: of the sequences, in the order of the row. prompt_of: for each the number of the
+    sequence that it follows, -1 = it follows none; by default none does.
     """
 
-    def __init__(self, sequences, device):
-        self.prompts, self.rollouts = [], []  # (start, length); (start, length, number of prompt)
-        place = 0
-        for number, (prompt, lengths) in enumerate(sequences):
-            self.prompts.append((place, prompt))
-            place += prompt
-            for length in lengths:
-                self.rollouts.append((place, length, number))
-                place += length
-        self.device = device
-        self.calls = [*self._prompt_calls(), *self._rollout_calls()]
+    def __init__(self, lengths, device, prompt_of=None):
+        self.prompt_of = [-1] * len(lengths) if prompt_of is None else prompt_of
+        self.starts = [0, *itertools.accumulate(lengths)][:-1]
+        # sequences share a call if their prompts have equal length, and long ones their prompt;
+        # a long sequence without a prompt goes alone
+        shared = defaultdict(list)
+        for i, (length, prompt) in enumerate(zip(lengths, self.prompt_of)):
+            P = 0 if prompt < 0 else lengths[prompt]
+            alone = P > PADDED_TOGETHER or (not P and length > PADDED_TOGETHER)
+            shared[P, (prompt if P else i) if alone else -1].append(i)
+        self.calls = []
+        for (P, _), some in shared.items():
+            starts, prompts = [self.starts[i] for i in some], [self.prompt_of[i] for i in some]
+            before = [self.starts[prompt] for prompt in prompts] if P else []
+            self.calls.append(_Call(starts, [lengths[i] for i in some], device, P, before))
         back = torch.cat([call.order for call in self.calls]).argsort()  # (N,)
         in_order = torch.equal(back, torch.arange(len(back)))
         self.back = None if in_order else back.to(device)
-
-    def _prompt_calls(self):
-        """Prompts of equal length share a call."""
-        by_length = defaultdict(list)
-        for start, length in self.prompts:
-            if length:
-                by_length[length].append(start)
-        for length, starts in by_length.items():
-            yield _Call(starts, [length] * len(starts), self.device)
-
-    def _rollout_calls(self):
-        """Rollouts share a call if their prompts have equal length, and long ones their prompt."""
-        shared = defaultdict(list)
-        for start, length, number in self.rollouts:
-            prompt_start, prompt = self.prompts[number]
-            key = (prompt, number if prompt > PADDED_TOGETHER else None)
-            if length > PADDED_TOGETHER and not prompt:
-                key = (prompt, start)  # a long sample goes alone
-            shared[key].append((start, length, prompt_start))
-        for (prompt, _), some in shared.items():
-            starts, lengths, prompt_starts = zip(*some)
-            yield _Call(starts, lengths, self.device, prompt, prompt_starts)
 
     def attend(self, layer, query, key, value, scaling):
         """query (1, H, N, d), key and value (1, H_kv, N, d) -> (1, N, H, d)."""

@@ -155,14 +155,16 @@ def test_logits_in_bf16():
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 def test_a_row_of_sequences(dtype, tolerance):
     """Breaks if a CUDA kernel is not causal from the lower right, forward or backward."""
-    N = sum(prompt + sum(lengths) for prompt, lengths in by_hand.SEQUENCES)
     exact, ours = [], []
     for i, heads in enumerate((by_hand.H, by_hand.H_KV, by_hand.H_KV)):
-        x = by_hand.states(N, heads, i).detach().to(dtype)  # rounded once, for both
+        x = (
+            by_hand.states(sum(by_hand.LENGTHS), heads, i).detach().to(dtype)
+        )  # rounded once, for both
         exact.append(x.double().requires_grad_())
         ours.append(x.to(DEVICE).requires_grad_())
-    expected = by_hand.plain(*exact, by_hand.seen_by(by_hand.SEQUENCES))
-    out = Layout(by_hand.SEQUENCES, DEVICE).attend(0, *ours, by_hand.SCALE)[0]
+    sequences = by_hand.LENGTHS, by_hand.PROMPT_OF
+    expected = by_hand.plain(*exact, by_hand.seen_by(*sequences))
+    out = Layout(by_hand.LENGTHS, DEVICE, by_hand.PROMPT_OF).attend(0, *ours, by_hand.SCALE)[0]
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(9))
     wanted = torch.autograd.grad((expected * weight.double()).sum(), exact)
     got = torch.autograd.grad((out * weight.to(DEVICE, dtype)).sum(), ours)

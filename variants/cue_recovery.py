@@ -92,12 +92,11 @@ class Places(NamedTuple):
 def find_places(layout, visual):
     """Where sequences lie (common/shared_prefix.py), what is visual (1, N) bool -> Places.
 
-    A sequence is a prompt with what follows it, or, where the prompt is empty, a whole sample.
+    Looked at are the sequences that follow no other: prompts, and whole samples.
     """
     # deviation 2: of several prompts in one row, each first token reads its own
-    starts = [start for start, length in layout.prompts if length]
-    starts += [start for start, _, number in layout.rollouts if not layout.prompts[number][1]]
-    starts = torch.tensor(sorted(starts), device=visual.device)
+    starts = [start for start, prompt in zip(layout.starts, layout.prompt_of) if prompt < 0]
+    starts = torch.tensor(starts, device=visual.device)
     place = visual[0].nonzero()[:, 0]
     owner = torch.searchsorted(starts, place, right=True) - 1
     count = torch.bincount(owner, minlength=len(starts))

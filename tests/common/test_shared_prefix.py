@@ -5,6 +5,7 @@ forward a token in test_latent_decode.py.
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from transformers.cache_utils import DynamicCache
@@ -13,8 +14,9 @@ from common import shared_prefix
 from common.shared_prefix import DecodingCache, Layout
 
 H, H_KV, D, SCALE = 4, 2, 8, 0.3
-# a prompt and its rollouts; short ones share calls; no prompt; a long prompt; a prompt alone
-SEQUENCES = [(7, [3, 5, 1]), (0, [4, 9]), (7, [2, 2]), (300, [5, 6]), (0, [300]), (4, [])]
+# two prompts of equal length, a long one, sequences that nothing follows; then the rollouts
+LENGTHS = [7, 4, 7, 300, 9, 300, 3, 5, 1, 2, 2, 5, 6]
+PROMPT_OF = [-1] * 6 + [0, 2, 0, 2, 0, 3, 3]
 
 
 def states(N, heads, seed):
@@ -22,17 +24,12 @@ def states(N, heads, seed):
     return torch.randn(1, heads, N, D, dtype=torch.float64, generator=generator).requires_grad_()
 
 
-def seen_by(sequences):
+def seen_by(lengths, prompt_of):
     """For each place of the row, the places its query sees."""
-    seen, place = [], 0
-    for prompt, lengths in sequences:
-        start = place
-        seen += [list(range(start, start + t + 1)) for t in range(prompt)]
-        place += prompt
-        for length in lengths:
-            before = list(range(start, start + prompt))
-            seen += [before + list(range(place, place + t + 1)) for t in range(length)]
-            place += length
+    starts, seen = np.cumsum([0, *lengths]), []
+    for start, length, prompt in zip(starts, lengths, prompt_of):
+        before = range(starts[prompt], starts[prompt] + lengths[prompt]) if prompt >= 0 else []
+        seen += [[*before, *range(start, start + t + 1)] for t in range(length)]
     return seen
 
 
@@ -48,10 +45,10 @@ def plain(q, k, v, seen):
 
 def test_a_row_of_sequences_and_its_gradient():
     """Breaks if a query sees another sequence, what is to come or padding, or misses its prompt."""
-    N = sum(prompt + sum(lengths) for prompt, lengths in SEQUENCES)
-    q, k, v = (states(N, heads, i) for i, heads in enumerate((H, H_KV, H_KV)))
-    layout = Layout(SEQUENCES, "cpu")
-    out, expected = layout.attend(0, q, k, v, SCALE)[0], plain(q, k, v, seen_by(SEQUENCES))
+    q, k, v = (states(sum(LENGTHS), heads, i) for i, heads in enumerate((H, H_KV, H_KV)))
+    layout = Layout(LENGTHS, "cpu", PROMPT_OF)
+    out = layout.attend(0, q, k, v, SCALE)[0]
+    expected = plain(q, k, v, seen_by(LENGTHS, PROMPT_OF))
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
     weight = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(9))
     got, wanted = (torch.autograd.grad((x * weight).sum(), (q, k, v)) for x in (out, expected))
@@ -84,10 +81,10 @@ def flash_attn(monkeypatch):
 
 def test_the_flash_attn_package_in_the_row(flash_attn):
     """Breaks if it is given another layout, scale or convention than it has, or is not called."""
-    N = sum(prompt + sum(lengths) for prompt, lengths in SEQUENCES)
-    q, k, v = (states(N, heads, i) for i, heads in enumerate((H, H_KV, H_KV)))
-    layout = Layout(SEQUENCES, "cpu")
-    out, expected = layout.attend(0, q, k, v, SCALE)[0], plain(q, k, v, seen_by(SEQUENCES))
+    q, k, v = (states(sum(LENGTHS), heads, i) for i, heads in enumerate((H, H_KV, H_KV)))
+    layout = Layout(LENGTHS, "cpu", PROMPT_OF)
+    out = layout.attend(0, q, k, v, SCALE)[0]
+    expected = plain(q, k, v, seen_by(LENGTHS, PROMPT_OF))
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
     assert len(flash_attn) == len(layout.calls)
     for of_q, of_k, *settings in flash_attn:
@@ -108,9 +105,10 @@ def test_without_a_gpu_pytorch_attends(dtype, monkeypatch):
 
 def test_short_sequences_share_calls():
     """Breaks if many small groups become many small calls: 64 of 20 + 16 x 8 tokens are two."""
-    assert len(Layout([(20, [8] * 16)] * 64, "cpu").calls) == 2
-    assert len(Layout([(0, [n]) for n in range(1, 65)], "cpu").calls) == 1
-    assert len(Layout([(0, [300]), (0, [301])], "cpu").calls) == 2  # long ones are not padded
+    prompt_of = [-1] * 64 + [prompt for prompt in range(64) for _ in range(16)]
+    assert len(Layout([20] * 64 + [8] * 1024, "cpu", prompt_of).calls) == 2
+    assert len(Layout(list(range(1, 65)), "cpu").calls) == 1
+    assert len(Layout([300, 301], "cpu").calls) == 2  # long ones are not padded
 
 
 def test_scores_in_decoding_are_not_rounded_to_bf16():

@@ -71,13 +71,13 @@ def test_a_look_by_hand():
 
 def test_places_by_hand():
     """Breaks if a first token is not its prompt's, or reads another prompt."""
-    layout = Layout([(4, [2, 1]), (3, []), (3, [2]), (0, [4, 2])], "cpu")
+    layout = Layout([4, 3, 3, 4, 2, 2, 1, 2], "cpu", prompt_of=[-1, -1, -1, -1, -1, 0, 0, 2])
     visual = torch.zeros(1, 21, dtype=torch.bool)
-    #  0123 45 6 | 789 | 10 11 12 13 14 | 15 16 17 18, 19 20
-    visual[0, [1, 3, 11, 16, 17, 18]] = True
+    #  0123 | 456 | 789 | 10 11 12 13 | 14 15; then what follows the first and the third
+    visual[0, [1, 3, 8, 11, 12, 13]] = True
     places = find_places(layout, visual)
     seen = [row[real].tolist() for row, real in zip(places.seen, places.real)]
-    assert places.first.tolist() == [0, 10, 15] and seen == [[1, 3], [11], [16, 17, 18]]
+    assert places.first.tolist() == [0, 7, 10] and seen == [[1, 3], [8], [11, 12, 13]]
 
 
 def test_nothing_changes_at_first(deep, tokenizer):

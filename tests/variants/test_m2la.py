@@ -130,7 +130,7 @@ def test_full_rank_is_a_model_with_partial_rope(layer):
     angle = torch.randn(n, D_HEAD // 2, dtype=torch.float64).repeat(1, 2)  # any: M-RoPE has three
     cos, sin = angle.cos(), angle.sin()
     with torch.no_grad():
-        out, _ = new(x, (cos[None], sin[None]), prefix=Layout([(0, [n])], "cpu"))
+        out, _ = new(x, (cos[None], sin[None]), prefix=Layout([n], "cpu"))
         q = attention.q_norm(attention.q_proj(x).view(n, H, D_HEAD)).numpy()
 
     _, calibrated, _ = scaled_keys(attention, read, read)
