@@ -38,6 +38,7 @@ T new tokens, S chosen tokens, N latents, D hidden, V vocabulary, K likeliest wo
 """
 
 import contextlib
+import functools
 import re
 from dataclasses import dataclass
 from itertools import chain
@@ -46,6 +47,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig
 
 from common.shared_prefix import DecodingCache, Layout, SharedCache
 from data import MEDIA, collate, model_inputs, to_device
@@ -104,17 +106,15 @@ def ends_of(model, eos=None):
 
 @dataclass
 class Rule:
-    """How tokens are chosen; the ids are those of the three latent tokens."""
+    """How tokens are chosen."""
 
-    latent_start: int
-    latent: int
-    latent_end: int
-    banned: torch.Tensor  # (V,) -inf for what cannot be produced among words, else 0
+    config: PreTrainedConfig  # the model's, with the ids of the three latent tokens
+    banned: torch.Tensor  # ids that cannot be produced among words
     temperature: float = 0.0  # 0 = greedy
     top_p: float = 1.0  # on words
     max_latents: int = 8  # longest span
     eos: torch.Tensor | None = None  # (ends,) ids that end a row
-    pad: torch.Tensor | int = 0  # what a finished row gets
+    pad: int = 0  # what a finished row gets
 
 
 def choose(logits, in_span, count, u, rule):
@@ -125,18 +125,20 @@ def choose(logits, in_span, count, u, rule):
     Log-probabilities are those of the full softmax, whatever top_p and banned leave out.
     Source: sec. 3.1; in a span ours.
     """
+    c = rule.config
     logp = (logits.float() / (rule.temperature or 1.0)).log_softmax(-1)  # (R, V)
-    word = choose_word(logp + rule.banned, u, rule.temperature, rule.top_p)
+    words = logp.index_fill(1, rule.banned, -torch.inf)
+    word = choose_word(words, u, rule.temperature, rule.top_p)
 
     # deviation 4: in a span the one event is to stop or to continue
-    log_stop = logp[:, rule.latent_end]
+    log_stop = logp[:, c.latent_end_id]
     # deviation 1: p(stop) decides alone, without top-p
-    stops = log_stop.exp() > u if rule.temperature else logp.argmax(-1) == rule.latent_end
+    stops = log_stop.exp() > u if rule.temperature else logp.argmax(-1) == c.latent_end_id
     full = count >= rule.max_latents  # at its longest it stops, which is no choice
     stop = full | stops
     log_event = torch.where(stop, log_stop, log_continue(log_stop))  # or log(1 - p(stop))
 
-    token = torch.where(in_span, torch.where(stop, rule.latent_end, rule.latent), word)
+    token = torch.where(in_span, torch.where(stop, c.latent_end_id, c.latent_id), word)
     logprob = torch.where(in_span, log_event, logp.gather(1, word[:, None])[:, 0])
     sampled = ~(in_span & full)
     return token, logprob.masked_fill(~sampled, 0), sampled
@@ -248,8 +250,8 @@ def step(model, cache, state, u, rule, feed=own_latent):
     record = Record(token, logprob.masked_fill(state.done, 0), sampled & ~state.done, z)
 
     done = state.done | (torch.isin(token, rule.eos) & ~state.in_span)
-    is_latent = state.in_span & (token == rule.latent)
-    opens = (token == rule.latent_start) & ~done
+    is_latent = state.in_span & (token == rule.config.latent_id)
+    opens = (token == rule.config.latent_start_id) & ~done
     x = model.get_input_embeddings()(token)  # (R, D) a word
     x = torch.where(is_latent[:, None], z.to(x.dtype), x)  # or the state itself
     # deviation 3: whatever was chosen or forced is fed, so cache and record hold the same
@@ -304,14 +306,12 @@ def generate(
 
     batch: dict of HF-named tensors, left-padded (`data.model_inputs`).
     temperature 0 = greedy; log-probabilities are then those of the untempered softmax.
-    max_latents: longest span; official: 2 * L_max = 8.
-    eos_token_id: int or list, by default the model's.
+    max_latents: longest span. eos_token_id: int or list, by default the model's.
     generator: where random numbers come from. banned: ids that are never produced among words.
     feed: what a span is fed, see `step`. It is called once a step, in order, with the live rows
-    only; `state.row` are their numbers. So it may be an object with a state of its own.
+    (`state.row`), so it may be an object with a state of its own.
     stream: called with each new piece of the tokens, (live rows, up to CHUNK), as it is known.
-    merge_equal: decode the samples of a prompt once while they are equal (`SharedCache`). Another
-    feed is refused then, because equal words would no longer mean equal latents.
+    merge_equal: decode the samples of a prompt once while they are equal (`SharedCache`).
     cuda_graph: on CUDA, capture one step and replay it; then feed may have no state on the host.
 
     A greedy result does not depend on what else is in the batch (up to rounding). A sampled one
@@ -325,39 +325,27 @@ def generate(
         raise ValueError(
             f"bad arguments: {max_new_tokens=} {n=} {max_latents=} {temperature=} {top_p=}"
         )
-    if merge_equal and (feed is not own_latent or cuda_graph):
-        raise ValueError(
-            "merge_equal takes no other feed, and no cuda_graph, whose step has one size"
-        )
+    if merge_equal and (feed is not own_latent or cuda_graph):  # equal words, other latents
+        raise ValueError("merge_equal goes neither with another feed nor with cuda_graph")
 
     # how tokens are chosen
-    c, device = model.config, ids.device
-    ends = (
-        ends_of(model) if eos_token_id is None else torch.tensor([eos_token_id]).flatten().tolist()
-    )
-    not_words = torch.zeros(model.lm_head.out_features, device=device)  # (V,)
-    not_words[[*never_words(c), *banned]] = -torch.inf
-    rule = Rule(
-        latent_start=c.latent_start_id,
-        latent=c.latent_id,
-        latent_end=c.latent_end_id,
-        banned=not_words,
-        temperature=temperature,
-        top_p=top_p,
-        max_latents=max_latents,
-        eos=torch.tensor(ends, device=device, dtype=torch.long),
-        pad=torch.tensor(ends[0] if ends else 0, device=device),
-    )
+    device, ends = ids.device, ends_of(model, eos_token_id)
+    banned = torch.tensor([*never_words(model.config), *banned], device=device)
+    eos = torch.tensor(ends, dtype=torch.long, device=device)
+    pad = ends[0] if ends else 0
+    rule = Rule(model.config, banned, temperature, top_p, max_latents, eos, pad)
 
     with in_eval_mode(model):
         # each prompt runs once; its n samples read its keys and values from one place
-        inputs = {k: v for k, v in batch.items() if k != "mm_token_type_ids"}  # HF's: recomputed
-        h, prompt = model.hidden(**dict(inputs, attention_mask=mask), use_cache=True)  # (B, P, D)
+        h, prompts = model.hidden(**model_inputs(batch), use_cache=True)  # (B, P, D)
         cache_class = SharedCache if merge_equal else DecodingCache
-        cache = cache_class(prompt, mask.sum(1).tolist(), n)
+        cache = cache_class(prompts, mask.sum(1).tolist(), n)
+        run = functools.partial(step, model, cache, rule=rule, feed=feed)
+        run = CapturedStep(run, cache) if cuda_graph and ids.is_cuda else run
         # `hidden` has left there what M-RoPE adds after the prompt's pictures
         position = mask.sum(-1, keepdim=True) + model.model.rope_deltas  # (B, 1)
-        row = torch.arange(len(ids) * n, device=device)
+        R, T = len(ids) * n, max_new_tokens
+        row = torch.arange(R, device=device)
         state = State(
             row=row,
             h=h[:, -1].repeat_interleave(n, 0),  # (R, D)
@@ -367,43 +355,31 @@ def generate(
             count=torch.zeros_like(row),
             done=torch.zeros_like(row, dtype=torch.bool),
         )
-        R, T = len(row), max_new_tokens
-        tokens = rule.pad.expand(R, T).clone()
+        tokens = torch.full((R, T), pad, device=device)
         sampled = torch.zeros_like(tokens, dtype=torch.bool)
         logprobs = torch.zeros_like(tokens, dtype=torch.float32)
         latents = [[] for _ in range(R)]
 
-        def run(state, u):
-            return step(model, cache, state, u, rule, feed)
-
-        captured = None  # the CUDA graph of a step, once a plain one has run at this number of rows
         for start in range(0, T, CHUNK):
             # drawn for all rows, live or not: a row's numbers do not depend on when others finish
-            size = R, min(CHUNK, T - start)
+            stop = min(start + CHUNK, T)
             source = generator.device if generator else device
-            u = torch.rand(size, generator=generator, device=source).to(device)
-            if cache.reserve(size[1]):  # room for the chunk's tokens
-                captured = None  # the cache has moved, but a graph reads fixed places
+            u = torch.rand(R, stop - start, generator=generator, device=source).to(device)
 
             # the chunk's steps; the CPU does not wait for their results
+            cache.reserve(stop - start)
             records = []
             for drawn in u[state.row].unbind(1):  # (live,)
-                state, record = captured(state, drawn) if captured else run(state, drawn)
-                if cuda_graph and ids.is_cuda and captured is None:
-                    captured = capture(run, state, drawn)
+                state, record = run(state, drawn)
                 records.append(record)
-            cache.used += size[1]
 
             # write them down
             chunk = Record(*(torch.stack(field, 1) for field in zip(*records)))  # (live, steps)
-            columns = slice(start, start + size[1])
-            tokens[state.row, columns] = chunk.token
-            sampled[state.row, columns] = chunk.sampled
-            logprobs[state.row, columns] = chunk.logprob
-            is_latent = chunk.token == rule.latent  # (live, steps)
-            parts = chunk.z[is_latent].split(is_latent.sum(1).tolist())
-            for r, part in zip(state.row.tolist(), parts):
-                latents[r].append(part)
+            tokens[state.row, start:stop] = chunk.token
+            sampled[state.row, start:stop] = chunk.sampled
+            logprobs[state.row, start:stop] = chunk.logprob
+            for r, z, token in zip(state.row.tolist(), chunk.z, chunk.token):
+                latents[r].append(z[token == model.config.latent_id])  # (latents, D)
             if stream:
                 stream(chunk.token)
 
@@ -412,10 +388,10 @@ def generate(
             if not len(live):
                 break
             if len(live) <= len(state.row) // 2:
-                state, captured = state.at(live), None
+                state = state.at(live)
                 cache.keep(live)
 
-    ended = torch.isin(tokens, rule.eos) & sampled  # (R, T)
+    ended = torch.isin(tokens, eos) & sampled  # (R, T)
     lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, T)
     finish = ["eos" if e else "length" for e in ended.any(1).tolist()]
     return Rollout(tokens, sampled, [torch.cat(z) for z in latents], logprobs, finish, lengths)
@@ -432,23 +408,34 @@ def in_eval_mode(model):
         model.train(training)
 
 
-def capture(run, state, u):
+class CapturedStep:
     """`run(state, u)` as a CUDA graph: the same function, its inputs copied to fixed places. Ours.
 
-    Capturing runs nothing. The cache is updated in place, inside the graph as outside.
+    It is captured anew when rows have left or the cache has moved. Capturing runs nothing. The
+    cache is updated in place, inside the graph as outside.
     """
-    fixed, fixed_u = State(*(x.clone() for x in state)), u.clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        after, record = run(fixed, fixed_u)
 
-    def replayed(state, u):
-        for place, value in zip((*fixed, fixed_u), (*state, u)):
+    def __init__(self, run, cache):
+        self.run, self.cache, self.size = run, cache, None
+
+    def __call__(self, state, u):
+        size = len(u), self.cache.room
+        if size != self.size:
+            self.size = size
+            state, record = self.run(state, u)
+            self.capture(state, u)
+            return state, record
+        for place, value in zip(self.fixed, (*state, u)):
             place.copy_(value)
-        graph.replay()
-        return State(*(x.clone() for x in after)), Record(*(x.clone() for x in record))
+        self.graph.replay()
+        return State(*(x.clone() for x in self.after)), Record(*(x.clone() for x in self.record))
 
-    return replayed
+    def capture(self, state, u):
+        """Record what `run` does with a state and numbers of this size."""
+        self.fixed = [x.clone() for x in (*state, u)]
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.after, self.record = self.run(State(*self.fixed[:-1]), self.fixed[-1])
 
 
 def ask(model, tokenizer, samples, **how):

@@ -185,8 +185,8 @@ class DecodingCache:
             # contiguous: a product with a transposed view would copy the prompts at every step
             self.prompt.append(tuple(x.transpose(0, 1).contiguous() for x in (keys, values)))
             self.own.append([x.new_empty(B * n, len(x), 0, x.shape[-1]) for x in (keys, values)])
-        self.used = 0  # places of the own caches that are filled
-        self.place = torch.zeros(1, dtype=torch.long, device=device)  # the same, for the kernels
+        self.used = 0  # places of the own caches that are filled, or reserved
+        self.place = torch.zeros(1, dtype=torch.long, device=device)  # the next one to be filled
         self._seat(torch.arange(B, device=device).repeat_interleave(n))
 
     def _seat(self, prompt_of):
@@ -200,13 +200,16 @@ class DecodingCache:
         self.seat = None if full else prompt_of * self.n + own_place  # (R,)
 
     def reserve(self, steps):
-        """Room for so many more tokens a row -> whether that took new memory."""
-        room = self.own[0][0].shape[2]
-        if self.used + steps <= room:
-            return False
-        more = max(2 * room, self.used + steps) - room
-        self.own = [[F.pad(x, (0, 0, 0, more)) for x in pair] for pair in self.own]
-        return True
+        """Room for so many more tokens a row."""
+        self.used += steps
+        if self.used > self.room:
+            more = max(2 * self.room, self.used) - self.room
+            self.own = [[F.pad(x, (0, 0, 0, more)) for x in pair] for pair in self.own]
+
+    @property
+    def room(self):
+        """Places of the rows' own caches."""
+        return self.own[0][0].shape[2]
 
     def feed(self, text, x, position, token):
         """One more input a row: x (R, D) at position (R, 1) -> the states after it (R, D).
@@ -261,7 +264,7 @@ class DecodingCache:
 
     def _unseen(self):
         """(R, 1, 1, P + C): a row's prompt's padding, and its own places that are still to come."""
-        to_come = torch.arange(self.own[0][0].shape[2], device=self.place.device) > self.place
+        to_come = torch.arange(self.room, device=self.place.device) > self.place
         before = self.padding[self.prompt_of]  # (R, 1, 1, P)
         return torch.cat([before, to_come.expand(*before.shape[:3], -1)], -1)
 

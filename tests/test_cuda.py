@@ -81,13 +81,13 @@ def rollout_on(device, rollout):
 
 def check_captured(monkeypatch, model, batch, **settings):
     """The same rollouts, captured and plain -> the plain ones."""
-    captures, capture = [], latent_decode.capture
+    captures, capture = [], latent_decode.CapturedStep.capture
 
     def counted(*args):
         captures.append(1)
         return capture(*args)
 
-    monkeypatch.setattr(latent_decode, "capture", counted)
+    monkeypatch.setattr(latent_decode.CapturedStep, "capture", counted)
     plain, captured = (
         generate(
             model, batch, generator=torch.Generator().manual_seed(1), cuda_graph=graph, **settings

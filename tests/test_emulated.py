@@ -16,7 +16,7 @@ from test_model import make_batch
 
 import latent_decode
 from common.shared_prefix import DecodingCache
-from latent_decode import generate
+from latent_decode import CapturedStep, generate
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 EMULATED = sys.modules.get("tests.emulated")
@@ -109,7 +109,7 @@ def decoded(model, batch, graph):
 
 
 MIXED = "on the GPU and on the CPU"
-CLONED = "State(*(x.clone() for x in after)), Record(*(x.clone() for x in record))"
+CLONED = "State(*(x.clone() for x in self.after)), Record(*(x.clone() for x in self.record))"
 
 
 @inside
@@ -124,9 +124,9 @@ CLONED = "State(*(x.clone() for x in after)), Record(*(x.clone() for x in record
         # the host looks at the device inside the step
         (latent_decode, "choose", "word = ", "count.sum().item(); word = ", "waits for the GPU"),
         # what a replay gives is overwritten by the next
-        (latent_decode, "capture", CLONED, "after, record", None),
+        (CapturedStep, "__call__", CLONED, "self.after, self.record", None),
         # the cache has grown, and the graph still writes to where it was
-        (DecodingCache, "reserve", "return True", "return False", "out of bounds"),
+        (CapturedStep, "__call__", "len(u), self.cache.room", "len(u), 0", "out of bounds"),
     ],
 )
 def test_a_planted_fault_is_found(owner, name, old, new, error, model, tokenizer, monkeypatch):

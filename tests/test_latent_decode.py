@@ -5,6 +5,7 @@ fed in test_twin_evaluate.py.
 
 import contextlib
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import latent_decode
 from common import shared_prefix
 from common.shared_prefix import DecodingCache
 from latent_decode import Rule, choose, decode_slowly, generate
+from model import LATENT_IDS
 
 ROWS = [
     ["watch", IMAGE, "the ball"],
@@ -187,14 +189,14 @@ def test_sharing_what_is_equal_changes_nothing(model, tokenizer, eos):
 
 # of the direct tests of `choose`; 3 stands for a picture's placeholder
 V, IDS, NEVER = 12, (9, 10, 11), [10, 11, 3]
-BANNED = torch.zeros(V).index_fill(0, torch.tensor(NEVER), -torch.inf)
+CONFIG = SimpleNamespace(**dict(zip(LATENT_IDS, IDS)))
 
 
 def decide(logits, u, in_span=False, count=0, **more):
     """One row of logits, many u -> what `choose` gives, as numpy."""
     u = torch.as_tensor(u, dtype=torch.float32)
     states = torch.full((len(u),), in_span), torch.full((len(u),), count)
-    got = choose(logits.expand(len(u), V), *states, u, Rule(*IDS, BANNED, **more))
+    got = choose(logits.expand(len(u), V), *states, u, Rule(CONFIG, torch.tensor(NEVER), **more))
     return [x.numpy() for x in got]
 
 

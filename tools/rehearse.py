@@ -227,12 +227,10 @@ def full_cache(rehearsal):
             ledger.mark([x for pair in self.prompt for x in pair], "KV")
 
         def reserve(self, steps):
-            if self.own[0][0].shape[2]:
-                return False
-            for some in (-(-room // 2), room):
+            half = -(-room // 2)
+            for some in (half, room - half) if not self.used else ():
                 super().reserve(some)
                 ledger.mark([x for pair in self.own for x in pair], "KV")
-            return True
 
     return FullCache
 
