@@ -82,7 +82,7 @@ from common.judge import judge_of
 from common.lora import frozen_alone
 from common.machine import Machine, set_sync, whole
 from common.report import draw_curves
-from common.run import Run, aside, held_out_rows, in_order, read_ahead, rows_of, trim_log
+from common.run import Run, aside, held_out_rows, in_order, read_ahead, rows_of
 from data import DataConfig, Samples, at_least, collate, model_inputs, to_device, unshown_options
 from latent_decode import Rollout, ask, join, replay, take
 from rewards import accuracy_reward, ask_judge, check_weights, score_group, span_lengths
@@ -289,17 +289,18 @@ class Group:
         return {k: v for k, v in self.parts.items() if k not in ("correct", "unjudged")}
 
 
-def roll_out(model, tokenizer, samples, k, config):
-    """Batch k of the prompts, encoded or Skipped -> a Group for each that could be read."""
-    readable = [sample for sample in samples if not isinstance(sample, Skipped)]
-    if not readable:
+def roll_out(model, tokenizer, samples, k, config, **more):
+    """Batch k of the prompts, encoded or Skipped -> a Group for each that could be read.
+
+    more: other arguments of `generate`.
+    """
+    numbers = [i for i, sample in enumerate(samples) if not isinstance(sample, Skipped)]
+    if not numbers:
         return []
-    # deviation 8: the seed and k decide what is sampled, whatever the number of ranks
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + k)
-    answers = ask(
+    rollout, tokens, texts = ask(
         model,
         tokenizer,
-        readable,
+        [samples[i] for i in numbers],
         n=config.group_size,
         temperature=config.temperature,
         top_p=config.top_p,
@@ -307,26 +308,16 @@ def roll_out(model, tokenizer, samples, k, config):
         max_latents=config.max_latents,
         merge_equal=config.merge_equal,
         cuda_graph=config.cuda_graph,
-        generator=generator,
+        # deviation 8: the seed and k decide what is sampled, whatever the number of ranks
+        generator=torch.Generator().manual_seed(config.seed * 1_000_003 + k),
+        **more,
     )
-    return groups_of(samples, answers, k, model.config, config)
-
-
-def groups_of(samples, answers, k, c, config):
-    """Batch k of the prompts, encoded or Skipped, and what `ask` gave for it -> its Groups.
-
-    c: the model's config.
-    """
-    (rollout, tokens, texts), groups = answers, []
-    for i, sample in enumerate(samples):
-        if isinstance(sample, Skipped):
-            continue
-        first = len(groups) * config.group_size
-        own = range(first, first + config.group_size)
+    groups, c = [], model.config
+    for j, i in enumerate(numbers):
+        own = range(j * config.group_size, (j + 1) * config.group_size)
         spans = [span_lengths(tokens[r], c.latent_start_id, c.latent_id) for r in own]
-        place = k * config.rollout_batch + i
-        rows = take(rollout, own)
-        groups.append(Group(place, sample, rows, [texts[r] for r in own], spans))
+        place, said = k * config.rollout_batch + i, [texts[r] for r in own]
+        groups.append(Group(place, samples[i], take(rollout, own), said, spans))
     return groups
 
 
@@ -429,8 +420,9 @@ def batches_of(groups, hidden, config, machine, distinct=distinct):
     size = config.micro_batch
     parts = [groups[i : i + size] for i in range(0, len(groups), size)]
     batches = [batch_of(part, machine.device, distinct) for part in parts]
-    own = [batch.weight.sum() for batch in batches], [batch.times.sum() for batch in batches]
-    counts = machine.sum([sum(own[0]), sum(own[1]), len(groups)])
+    tokens = sum(batch.weight.sum() for batch in batches)
+    rollouts = sum(batch.times.sum() for batch in batches)
+    counts = machine.sum([tokens, rollouts, len(groups)])
     # deviation 7: DDP and FSDP need every rank in every forward
     missing = max(machine.gather([len(batches)])) - len(batches)
     batches += [no_batch(hidden, machine.device) for _ in range(missing)]
@@ -526,27 +518,23 @@ def train(config, policy_loss=policy_loss):
     plan = prompt_batches(len(rows), size, next_batch, config.seed, machine.rank, machine.world)
     prompts = iter(read_ahead(Samples(rows, tokenizer, config, train=False), plan, config.workers))
     run.start(model, optimizer, describe(config, rows, model, steps, machine))
-    rollouts_path = os.path.join(config.out, f"rollouts_{machine.rank}.jsonl")
-    trim_log(rollouts_path, run.first)
 
     for step in run.steps(steps):
         # roll out and score prompts until enough groups, of all ranks, are worth learning from
-        groups, skipped, seconds, first_batch = [], [], Counter(), next_batch
+        groups, skipped, first_batch, began = [], [], next_batch, time.time()
         # in bf16 or sharded a whole copy of the policy, else the policy itself
         decoder = machine.decoder(model)
         dropped = ("unjudged", "too hard", "too easy") if config.filter else ("unjudged",)
         for _ in range(config.max_tries):
+            new = []
             for k in range(next_batch, next_batch + batches_a_try):
                 if k % machine.world == machine.rank:
-                    began = time.time()
                     samples = next(prompts)
                     with machine.autocast():
-                        new = roll_out(decoder, tokenizer, samples, k, config)
-                    rolled_out = time.time()
-                    score_groups(new, judge, config)
-                    seconds.update(rollout=rolled_out - began, reward=time.time() - rolled_out)
-                    groups += new
+                        new += roll_out(decoder, tokenizer, samples, k, config)
                     skipped += [sample for sample in samples if isinstance(sample, Skipped)]
+            score_groups(new, judge, config)
+            groups += new
             next_batch += batches_a_try
             worth = [group for group in groups if group.fate not in dropped]
             # the first ones in the order of the data
@@ -558,7 +546,7 @@ def train(config, policy_loss=policy_loss):
 
         # advantages; log-probabilities of the reference, and of the policy if it is to move
         # more than once
-        began = time.time()
+        rolled_out = time.time()
         for group in kept:
             group.A = group_advantages(group.parts["total"])
         minibatches = []
@@ -576,6 +564,7 @@ def train(config, policy_loss=policy_loss):
 
         # an update for each minibatch: loss, backward, clip, step
         lr, figures, norms = learning_rate(step, steps, config), Counter(), []
+        optimizer.param_groups[0]["lr"] = lr
         for batches, counts in minibatches * config.inner_epochs:
             for batch in batches:
                 set_sync(policy, last=batch is batches[-1])
@@ -585,32 +574,22 @@ def train(config, policy_loss=policy_loss):
                 # summed in float64 on the GPU and read after the step, so that nothing waits here
                 figures.update({k: torch.as_tensor(x).double() for k, x in logged.items()})
             norms.append(whole(torch.nn.utils.clip_grad_norm_(trained, config.clip)).item())
-            for param_group in optimizer.param_groups:
-                param_group["lr"] = lr
             if math.isfinite(norms[-1]):  # the norm is equal on all ranks
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        seconds["update"] = time.time() - began
 
         # a line in the log, and now and then whole rollouts and a checkpoint
+        seconds = round(rolled_out - began, 4), round(time.time() - rolled_out, 4)
         skipped, failures = run.skips(skipped, judge)
         line = dict(step=step, lr=lr, prompts=[first_batch * size, next_batch * size])
+        line.update(seconds_rollout=seconds[0], seconds_update=seconds[1])
         line.update(update_figures(figures, norms, machine))
         line.update(rollout_figures(groups, kept, worth, machine))
         line.update(skipped=len(skipped), skipped_names=skipped, judge_failures=failures)
-        line.update({f"seconds_{name}": round(value, 4) for name, value in seconds.items()})
-        if step == 0 and not line["rollouts"]:
-            why = f", e.g. {skipped[0][1]}" if skipped else ""
-            raise SystemExit(f"none of the first prompts could be used{why}")
-        if not norms:
-            run.say(f"step {step}: no group kept, no update")
-        if step == run.first and line["rollouts"] and not line["spans"]:
-            run.say(f"step {step}: no rollout opened a span: nothing is imagined (see sft.py)")
-        if line["updates_skipped"]:
-            run.say(f"step {step}: gradient is not finite, update skipped")
+        check_step(line, run)
         if run.due(step + 1, steps):
             shown = step // config.save_every % config.group_size  # another rollout each time
-            write_rollouts(rollouts_path, step, groups, shown)
+            write_rollouts(run, step, groups, shown)
             if held_out:
                 line.update(held_out_accuracy(model, tokenizer, held_out, judge, run))
         run.log(line, "total", "accuracy", "groups", "eval_accuracy")
@@ -728,7 +707,7 @@ COUNTS = ("rollouts", "unjudged", "unjudged_groups", "surplus", "groups")
 OWN = {*COUNTS, "step", "lr", "prompts", "skipped", "skipped_names", "judge_failures"}
 OWN |= {"loss", "ratio", "clip_fraction", "kl", "entropy", "replay_rms", "grad_norm"}
 OWN |= {"updates", "updates_skipped", "length", "spans", "latents", "forced_stops", "cut_off"}
-OWN |= {"kept", "too_easy", "too_hard", "seconds_rollout", "seconds_reward", "seconds_update"}
+OWN |= {"kept", "too_easy", "too_hard", "seconds_rollout", "seconds_update"}
 
 
 def update_figures(figures, norms, machine):
@@ -746,8 +725,26 @@ def update_figures(figures, norms, machine):
     return dict(out, grad_norm=norms[-1] if n else None, updates=n, updates_skipped=skipped)
 
 
-def write_rollouts(path, step, groups, i):
+def check_step(line, run):
+    """Say what the reader of a step's line should not overlook.
+
+    Raises SystemExit if none of the first step's prompts could be used.
+    """
+    step, skipped = line["step"], line["skipped_names"]
+    if step == 0 and not line["rollouts"]:
+        why = f", e.g. {skipped[0][1]}" if skipped else ""
+        raise SystemExit(f"none of the first prompts could be used{why}")
+    if not line["updates"]:
+        run.say(f"step {step}: no group kept, no update")
+    if step == run.first and line["rollouts"] and not line["spans"]:
+        run.say(f"step {step}: no rollout opened a span: nothing is imagined (see sft.py)")
+    if line["updates_skipped"]:
+        run.say(f"step {step}: gradient is not finite, update skipped")
+
+
+def write_rollouts(run, step, groups, i):
     """Append rollout i of each group, whole, to rollouts_R.jsonl of rank R."""
+    path = os.path.join(run.config.out, f"rollouts_{run.machine.rank}.jsonl")
     with open(path, "a", encoding="utf-8") as f:
         for group in groups:
             row = group.sample["row"]

@@ -11,6 +11,7 @@ OUT/step_N                  a model's folder, see common/folder.py; the last two
 import contextlib
 import dataclasses
 import fcntl
+import glob
 import hashlib
 import importlib
 import json
@@ -255,7 +256,9 @@ class Run:
         if not self.machine.master:
             return
         write_json(os.path.join(config.out, "settings.json"), dataclasses.asdict(config))
-        trim_log(self.path, self.first)
+        of_rollouts = glob.glob(os.path.join(glob.escape(config.out), "rollouts_*.jsonl"))
+        for path in (self.path, *of_rollouts):  # a line of each has its step
+            trim_log(path, self.first)
         if config.resume and not self.first:
             print(f"nothing to resume in {config.out}: starting at step 0")
         if config.track:

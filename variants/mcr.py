@@ -62,7 +62,7 @@ from common.formats import Frame, Skipped
 from common.judge import judge_of
 from common.machine import Machine, set_sync
 from common.report import draw_curves
-from common.run import Run, read_ahead, rows_of, trim_log
+from common.run import Run, read_ahead, rows_of
 from data import Samples, Special, at_least, collate, model_inputs, to_device, tokenize, visual
 from latent_decode import Replay, Rollout, decisions, generate
 from rewards import span_lengths
@@ -365,8 +365,6 @@ def train(config):
     )
     prompts = iter(read_ahead(Samples(rows, tokenizer, config, train=False), plan, config.workers))
     run.start(model, optimizer, la_dapo.describe(config, rows, model, steps, machine))
-    rollouts_path = os.path.join(config.out, f"rollouts_{machine.rank}.jsonl")
-    trim_log(rollouts_path, run.first)
 
     for step in run.steps(steps):
         # play this rank's prompts to their ends, and score the transcripts
@@ -415,7 +413,7 @@ def train(config):
         run.log(line, "total", "accuracy", "looks")
         if run.due(step + 1, steps):
             shown = step // config.save_every % config.group_size  # another rollout each time
-            la_dapo.write_rollouts(rollouts_path, step, groups, shown)
+            la_dapo.write_rollouts(run, step, groups, shown)
             run.save(step + 1, model, tokenizer, optimizer, batch=next_batch)
             if machine.master:
                 curves = os.path.join(config.out, "rewards.png")

@@ -38,7 +38,6 @@ from common.machine import Machine, set_sync, whole
 from common.report import draw_curves
 from common.run import Run, read_ahead, rows_of
 from data import Samples
-from latent_decode import ask
 
 
 @dataclasses.dataclass
@@ -103,26 +102,6 @@ def each_alone(group):
     return [[i] for i in range(len(unjudged)) if not unjudged[i]]
 
 
-def roll_out(model, tokenizer, samples, k, config):
-    """`la_dapo.roll_out` with noise: batch k of the prompts -> its Groups."""
-    readable = [sample for sample in samples if not isinstance(sample, Skipped)]
-    if not readable:
-        return []
-    answers = ask(
-        model,
-        tokenizer,
-        readable,
-        n=config.group_size,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        max_new_tokens=config.max_new_tokens,
-        max_latents=config.max_latents,
-        generator=torch.Generator().manual_seed(config.seed * 1_000_003 + k),
-        feed=Feed(config, k),
-    )
-    return la_dapo.groups_of(samples, answers, k, model.config, config)
-
-
 def train(config):
     """LA-DAPO with noisy latents -> path of the last checkpoint. The loop of la_dapo.py, with one
     update a step and one minibatch.
@@ -161,7 +140,8 @@ def train(config):
                 if k % machine.world == machine.rank:
                     samples = next(prompts)
                     with machine.autocast():
-                        new = roll_out(decoder, tokenizer, samples, k, config)
+                        feed = Feed(config, k)
+                        new = la_dapo.roll_out(decoder, tokenizer, samples, k, config, feed=feed)
                     la_dapo.score_groups(new, judge, config)
                     groups += new
                     skipped += [sample for sample in samples if isinstance(sample, Skipped)]
