@@ -17,7 +17,6 @@ Axis letters: N tokens or latents, D hidden, H and W pixels.
 import base64
 import io
 import os
-import textwrap
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -351,67 +350,6 @@ def draw_strips(strips, path):
                 sheet.paste(tile(pixels, COLOURS[kind]), place)
     make_folder_of(path)
     sheet.save(path, optimize=True)
-
-
-def animate(strip, texts, path):
-    """An answer as a GIF at `path`: words appear one by one, and each span fades into its picture.
-
-    texts: the words before the first span and those after each span, one more than there are
-    spans. The last picture adds the verdict and, below what was imagined, what really came.
-    """
-    words, shares = [0] * len(texts), [0.0] * len(strip.imagined)  # how much of each is shown
-    frames, times = [panel(strip, texts, words, shares)], [900]
-    for k, text in enumerate(texts):
-        for share in (0.05, 0.3, 0.6, 1.0) if 0 < k <= len(shares) else ():
-            shares[k - 1] = share
-            frames.append(panel(strip, texts, words, shares))
-            times.append(180)
-        for n in range(len(text.split())):
-            words[k] = n + 1
-            frames.append(panel(strip, texts, words, shares))
-            times.append(280)
-    frames.append(panel(strip, texts, words, shares, end=True))
-    moving = dict(save_all=True, append_images=frames[1:], duration=[*times, 4000], loop=0)
-    make_folder_of(path)
-    frames[0].save(path, optimize=True, **moving)
-
-
-def panel(strip, texts, words, shares, end=False):
-    """One picture of `animate`: the first `words` of each text, pictures faded by `shares`."""
-    step, columns = SIDE + 6 + 4 * GAP, len(strip.seen) + len(strip.imagined)
-    top = 2 * LINE
-    below = top + SIDE + 10 + 2 * LINE + GAP
-    size = max(480, columns * step), below + SIDE + 6 + GAP
-    sheet = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((GAP, GAP), strip.title, INK, font(16))
-    for column, pixels in enumerate(strip.seen):
-        sheet.paste(tile(pixels, COLOURS["seen"]), (GAP + column * step, top))
-
-    # a span begins as an empty frame, in which its picture appears
-    first = len(strip.seen)
-    for m, (pixels, share) in enumerate(zip(strip.imagined, shares)):
-        if share:
-            faded = pixels * share + 255 * (1 - share)
-            picture = tile(faded.astype(np.uint8), COLOURS["imagined"])
-            sheet.paste(picture, (GAP + (first + m) * step, top))
-
-    # the words before the first span go below what was seen, the others below their span
-    for k, (text, n) in enumerate(zip(texts, words)):
-        x = GAP + (first + k - 1 if k else 0) * step
-        room = step * (first if k == 0 else 1) - GAP
-        shown = " ".join(text.split()[:n])
-        for line, part in enumerate(textwrap.wrap(shown, room // 8)):  # 8 pixels a letter
-            pen.text((x, top + SIDE + 10 + line * LINE), part, INK, font(15))
-    if not end:
-        return sheet
-
-    pen.text((GAP, below), HEADS["came"], COLOURS["came"], font(15))
-    colour = {True: RIGHT, False: WRONG, None: GREY}[strip.right]
-    pen.text((GAP, below + 2 * LINE), strip.verdict, colour, font(20))
-    for m, pixels in enumerate(strip.came[: len(strip.imagined)]):
-        sheet.paste(tile(pixels, COLOURS["came"]), (GAP + (first + m) * step, below))
-    return sheet
 
 
 def make_folder_of(path):

@@ -41,7 +41,6 @@ def about(rows, lines, no_option):
     return dict(
         found=len(read),
         total=len(rows),
-        coverage=len(read) / len(rows),
         missing=[dict(id=line["id"], why=line["skipped"]) for line in lines if "skipped" in line],
         no_option=no_option,
         seconds=round(mean_of([line["seconds"] for line in read]), 4),
@@ -320,45 +319,6 @@ def draw_curves(log, png, panels=SFT_PANELS):
         ax.set(xlabel="step", yscale="log" if keys[0] in ON_LOG_SCALE else "linear")
         ax.legend(frameon=False, fontsize=8)
     fig.savefig(png, dpi=110)
-
-
-def draw_rl(runs, png):
-    """Draw reward and accuracy of the rollouts over the steps, from {name: [a seed's log.jsonl]}.
-
-    A line is the mean over ten steps and all seeds.
-    """
-    fig, places = axes(2, 11, 3.4)
-    figures = {"total": "reward R, Eq. (7)", "accuracy": "accuracy of the rollouts"}
-    for ax, (key, label) in zip(places, figures.items()):
-        for name, logs in runs.items():
-            values = [[line[key] for line in read_lines(log)] for log in logs]  # (seeds, steps)
-            smooth, last = running_mean(np.mean(values, 0)), len(values[0])
-            ax.plot(np.arange(last - len(smooth), last), smooth, lw=1, label=name)
-        ax.set(xlabel="step", ylabel=label)
-    places[1].legend(fontsize=7, frameon=False)
-    fig.savefig(png, dpi=120)
-
-
-def draw_bars(results, names, groups, png):
-    """Draw accuracy by group as bars, with a dot for each seed.
-
-    results: [{training: {group: scores}} of each seed]. The grey line is chance among four options.
-    """
-    fig, (ax,) = axes(1, 9, 3.4)
-    groups, n = [*groups, "all"], len(results[0])
-    for i, name in enumerate(results[0]):
-        values = [[seed[name][group]["accuracy"] for group in groups] for seed in results]
-        values = np.array(values)  # (seeds, groups)
-        at = np.arange(len(groups)) + (i - (n - 1) / 2) * 0.8 / n
-        ax.bar(at, values.mean(0), 0.8 / n, label=names.get(name, name))
-        ax.plot(np.repeat(at[None], len(values), 0), values, "k.", ms=3)
-    ax.set(xticks=range(len(groups)), xticklabels=[*groups[:-1], "avg"])
-    ax.set(ylabel="accuracy", ylim=(0, 1.02))
-    ax.axhline(0.25, color="grey", lw=0.7, ls=":")
-    # long titles make the picture wider, not the plot smaller
-    legend = ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    legend.set_in_layout(False)
-    fig.savefig(png, dpi=120, bbox_inches="tight", bbox_extra_artists=[legend])
 
 
 def tabulate_selection(rows, gains, fates):

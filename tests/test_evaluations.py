@@ -103,7 +103,7 @@ def test_futurebench_to_the_letter(scripted, tmp_path, monkeypatch, capsys):
     assert asked[0][0][0].count("<|vision_start|>") == 6
     summary = json.load(open(tmp_path / "summary.json"))
     assert summary["found"] == 5 and summary["total"] == 7
-    assert summary["coverage"] == 5 / 7 and {m["id"] for m in summary["missing"]} == {"x5", "x0#2"}
+    assert {m["id"] for m in summary["missing"]} == {"x5", "x0#2"}
     assert "gone.mp4: no such file" in str(summary["missing"])
     assert "broken.mp4" in str(summary["missing"])
     settings_kept = dict(num_frames=32, max_new_tokens=40, latents="generated", average="micro")

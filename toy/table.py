@@ -18,7 +18,7 @@ from glob import escape, glob
 import numpy as np
 
 from common.cli import errors_in_one_line
-from common.report import draw_bars, draw_rl, markdown
+from common.report import axes, markdown, running_mean
 from common.run import read_lines, write
 from toy.world import read_jsonl
 
@@ -186,6 +186,45 @@ def is_whole(folders, name):
     """Whether all seeds have an evaluation, of all groups."""
     scores = [scores_of(folder, name) for folder in folders]
     return all(some and {*GROUPS} <= {*some} for some in scores)
+
+
+def draw_rl(runs, png):
+    """Draw reward and accuracy of the rollouts over the steps, from {name: [a seed's log.jsonl]}.
+
+    A line is the mean over ten steps and all seeds.
+    """
+    fig, places = axes(2, 11, 3.4)
+    figures = {"total": "reward R, Eq. (7)", "accuracy": "accuracy of the rollouts"}
+    for ax, (key, label) in zip(places, figures.items()):
+        for name, logs in runs.items():
+            values = [[line[key] for line in read_lines(log)] for log in logs]  # (seeds, steps)
+            smooth, last = running_mean(np.mean(values, 0)), len(values[0])
+            ax.plot(np.arange(last - len(smooth), last), smooth, lw=1, label=name)
+        ax.set(xlabel="step", ylabel=label)
+    places[1].legend(fontsize=7, frameon=False)
+    fig.savefig(png, dpi=120)
+
+
+def draw_bars(results, names, groups, png):
+    """Draw accuracy by group as bars, with a dot for each seed.
+
+    results: [{training: {group: scores}} of each seed]. The grey line is chance among four options.
+    """
+    fig, (ax,) = axes(1, 9, 3.4)
+    groups, n = [*groups, "all"], len(results[0])
+    for i, name in enumerate(results[0]):
+        values = [[seed[name][group]["accuracy"] for group in groups] for seed in results]
+        values = np.array(values)  # (seeds, groups)
+        at = np.arange(len(groups)) + (i - (n - 1) / 2) * 0.8 / n
+        ax.bar(at, values.mean(0), 0.8 / n, label=names.get(name, name))
+        ax.plot(np.repeat(at[None], len(values), 0), values, "k.", ms=3)
+    ax.set(xticks=range(len(groups)), xticklabels=[*groups[:-1], "avg"])
+    ax.set(ylabel="accuracy", ylim=(0, 1.02))
+    ax.axhline(0.25, color="grey", lw=0.7, ls=":")
+    # long titles make the picture wider, not the plot smaller
+    legend = ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    legend.set_in_layout(False)
+    fig.savefig(png, dpi=120, bbox_inches="tight", bbox_extra_artists=[legend])
 
 
 def draw(folders, out):

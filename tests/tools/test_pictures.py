@@ -3,8 +3,11 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from common import painter
 from common.formats import Frame, read_rows
 from common.painter import Config as PainterConfig
 from common.painter import Painter, look, teach
@@ -51,3 +54,21 @@ def test_words_between_spans():
     span = f"{LATENT_START} {LATENT} {LATENT_END}"
     text = f"<reason> up </reason> {span} {span} <reason> hits red </reason> <answer> red </answer>"
     assert pictures.texts_of(text + "<|im_end|>") == ["up", "", "hits red"]
+
+
+def test_an_answer_moves_word_by_word(tmp_path):
+    """Breaks if a span's picture is there before its words, or what came is shown too early."""
+    moving = [np.full((32, 32, 3), 40 * k, np.uint8) for k in range(1, 5)]
+    strip = painter.Strip(moving[:2], moving[2:3], moving[3:4], "which ?", "red: right", True)
+    pictures.animate(strip, ["goes up", "hits red"], str(tmp_path / "a.gif"))
+    gif = Image.open(tmp_path / "a.gif")
+    assert gif.n_frames == 1 + 2 + 4 + 2 + 1
+    shown = {kind: [] for kind in painter.COLOURS}
+    for n in range(gif.n_frames):
+        gif.seek(n)
+        shot = np.array(gif.convert("RGB")).astype(int)
+        for kind, colour in painter.COLOURS.items():
+            shown[kind].append(bool((np.abs(shot - colour).max(-1) < 12).sum() > 300))
+    assert all(shown["seen"])
+    assert shown["imagined"] == [False] * 3 + [True] * 7
+    assert shown["came"] == [False] * 9 + [True]
