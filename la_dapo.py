@@ -84,7 +84,7 @@ from common.machine import Machine, set_sync, whole
 from common.report import draw_curves
 from common.run import Run, aside, held_out_rows, in_order, read_ahead, rows_of
 from data import DataConfig, Samples, at_least, collate, model_inputs, to_device, unshown_options
-from latent_decode import Rollout, ask, join, replay, take
+from latent_decode import Rollout, ask, gather, replay
 from rewards import accuracy_reward, ask_judge, check_weights, score_group, span_lengths
 
 
@@ -317,7 +317,7 @@ def roll_out(model, tokenizer, samples, k, config, **more):
         own = range(j * config.group_size, (j + 1) * config.group_size)
         spans = [span_lengths(tokens[r], c.latent_start_id, c.latent_id) for r in own]
         place, said = k * config.rollout_batch + i, [texts[r] for r in own]
-        groups.append(Group(place, samples[i], take(rollout, own), said, spans))
+        groups.append(Group(place, samples[i], gather([(rollout, own)]), said, spans))
     return groups
 
 
@@ -390,17 +390,17 @@ def batch_of(groups, device, distinct=distinct):
     """Groups that have advantages -> Batch. distinct(group): which rollouts share a row."""
     samples = [group.sample for group in groups]
     prompts = model_inputs(collate(samples, 0, side="left", raw=True))  # padding is masked
-    prompt_of, A, members, rollouts = [], [], [], []
+    prompt_of, A, members, parts = [], [], [], []
     for k, group in enumerate(groups):
         rows = distinct(group)  # deviation 6: equal rollouts are replayed once and counted
         prompt_of += [k] * len(rows)
         A += [group.A[row].mean() for row in rows]
         members += rows
-        rollouts.append(take(group.rollout, [row[0] for row in rows]))
+        parts.append((group.rollout, [row[0] for row in rows]))
     prompt_of = torch.tensor(prompt_of, device=device)  # (R,)
     times = torch.tensor([[len(row)] for row in members], device=device)  # (R, 1)
     A = torch.stack(A)[:, None].to(device)  # (R, 1)
-    return Batch(prompts, join(rollouts), prompt_of, A, times, members, groups)
+    return Batch(prompts, gather(parts), prompt_of, A, times, members, groups)
 
 
 def no_batch(hidden, device):

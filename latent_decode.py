@@ -30,18 +30,17 @@ Where this differs from the official code:
 
 How it is fast: vision and prompt run once a prompt, not once a sample, and the keys and values of a
 prompt exist once (common/shared_prefix.py; a reader may take it as causal attention and go on).
-Finished rows are dropped every CHUNK tokens. On CUDA a step can be captured as one graph; CPU and
-GPU then synchronise only every CHUNK tokens, else once more at each token that is drawn by top-p.
+CPU and GPU synchronise only every CHUNK tokens; finished rows are dropped then. On CUDA a step can
+be captured as one graph.
 
 Axis letters: B prompts, R rows = B * n (row i * n + k is sample k of prompt i), P prompt tokens,
-T new tokens, S chosen tokens, N latents, D hidden, V vocabulary, K likeliest words.
+T new tokens, S chosen tokens, N latents, D hidden, V vocabulary.
 """
 
 import contextlib
 import functools
 import re
 from dataclasses import dataclass
-from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -54,7 +53,6 @@ from data import MEDIA, collate, model_inputs, to_device
 from model import LATENT, log_continue, places_of
 
 CHUNK = 16  # steps between two looks at which rows are done
-LIKELIEST = 1024  # words among which the nucleus of a low-entropy policy is looked for
 LOGITS_AT_ONCE = 1024  # tokens of a replay whose logits are in memory at a time
 
 
@@ -150,60 +148,23 @@ def choose_word(logp, u, temperature=1.0, top_p=1.0):
     The nucleus is the smallest set of likeliest words whose probabilities add up to top_p; words
     that tie with the last of them are in it, too. The word is where u falls in the cumulated
     probabilities of the nucleus, in the vocabulary's order. `multinomial` would not do: with one
-    number u a row, a row's words depend neither on the other rows of the batch nor on how the
-    nucleus was found. temperature 0 = the likeliest; else `logp` has been divided by it already.
-    Source: ours.
+    number u a row, a row's words do not depend on the other rows of the batch.
+    temperature 0 = the likeliest; else `logp` has been divided by it already. Source: ours.
     """
     if temperature == 0:
         return logp.argmax(-1)
-    p, words = (logp - logp.amax(-1, keepdim=True)).exp(), None  # (R, V), up to a factor
+    p = (logp - logp.amax(-1, keepdim=True)).exp()  # (R, V), up to a factor
     if top_p < 1:
-        mass = top_p * p.sum(-1, keepdim=True, dtype=torch.float64)  # (R, 1)
-        # a captured step cannot look whether the likeliest words are enough
-        capturing = p.is_cuda and torch.cuda.is_current_stream_capturing()
-        words, floor = (None, None) if capturing else likeliest(p, mass)
-        if words is None:
-            floor = nucleus_floor(p, mass)
-        else:
-            p = p.gather(1, words)  # (R, K)
-        p = p.masked_fill(p < floor, 0)
-    # in float64, so that the zeros outside the nucleus change no sum, whether they are there or not
+        falling = p.sort(-1, descending=True).values  # (R, V)
+        mass = falling.double().cumsum(-1)
+        end = (mass < top_p * mass[:, -1:]).sum(-1, keepdim=True)  # (R, 1) of the nucleus
+        p = p.masked_fill(p < falling.gather(1, end), 0)
+    # in float64, so that the zeros outside the nucleus change no sum
     cdf = p.double().cumsum(-1)
     k = torch.searchsorted(cdf, u[:, None].double() * cdf[:, -1:], right=True)  # (R, 1)
     # rounding of u * cdf must not lead past the last word that has a probability
     last = (cdf < cdf[:, -1:]).sum(-1, keepdim=True)
-    k = torch.minimum(k, last)
-    return (k if words is None else words.gather(1, k))[:, 0]
-
-
-def likeliest(p, mass):
-    """The K likeliest words in the vocabulary's order (R, K), the least probability inside the
-    nucleus (R, 1); None, None if they do not hold every row's nucleus. Synchronises with the GPU.
-
-    p (R, V), mass (R, 1). Source: ours, because a sort of 151,936 words costs more than the rest.
-    """
-    top, words = p.topk(min(LIKELIEST, p.shape[1]))  # (R, K)
-    covered = top.double().cumsum(-1) >= mass
-    if not bool(covered[:, -1].all()):
-        return None, None
-    return words.sort(-1).values, top.gather(1, covered.int().argmax(-1, keepdim=True))
-
-
-def nucleus_floor(p, mass):
-    """The least probability inside the nucleus (R, 1): the largest t with sum_{p >= t} p >= mass.
-
-    p (R, V), mass (R, 1). By bisection over the bits of a float, which are in the order of the
-    numbers. It takes 31 rounds whatever the values, without a sort or a synchronisation, so a
-    captured step can run it. Source: ours.
-    """
-    low = torch.zeros_like(mass, dtype=torch.int32)  # all of p is enough
-    high = p.amax(-1, keepdim=True).float().view(torch.int32) + 1  # nothing is not
-    for _ in range(31):
-        middle = low + (high - low) // 2
-        above = p.masked_fill(p < middle.view(torch.float32), 0)
-        enough = above.sum(-1, keepdim=True, dtype=torch.float64) >= mass
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    return low.view(torch.float32)
+    return torch.minimum(k, last)[:, 0]
 
 
 # ------------------------------------------------------------------------- one step, state to state
@@ -455,33 +416,22 @@ def one_mark_a_span(text):
     return re.sub(f"(?:{re.escape(LATENT)}\\s*)+", LATENT, text)
 
 
-def take(rollout, rows):
-    """Some rows of a Rollout, cut to the longest of them."""
-    rows = torch.as_tensor(rows, device=rollout.tokens.device)
-    lengths = rollout.lengths[rows]
+def gather(parts):
+    """Some rows of several Rollouts as one, padded to the longest. parts: [(rollout, rows)]."""
+    rows = [(rollout, r) for rollout, some in parts for r in some]
+    lengths = torch.stack([rollout.lengths[r] for rollout, r in rows])  # (R,)
+
+    def cut(name):
+        values = [getattr(rollout, name)[r] for rollout, r in rows]
+        return pad_sequence(values, batch_first=True)[:, : lengths.max()]  # (R, T)
+
     return Rollout(
-        tokens=rollout.tokens[rows, : lengths.max()],
-        sampled=rollout.sampled[rows, : lengths.max()],
-        latents=[rollout.latents[r] for r in rows.tolist()],
-        logprobs=rollout.logprobs[rows, : lengths.max()],
-        finish=[rollout.finish[r] for r in rows.tolist()],
+        tokens=cut("tokens"),
+        sampled=cut("sampled"),
+        latents=[rollout.latents[r] for rollout, r in rows],
+        logprobs=cut("logprobs"),
+        finish=[rollout.finish[r] for rollout, r in rows],
         lengths=lengths,
-    )
-
-
-def join(rollouts):
-    """Rollouts one below the other, padded to the longest."""
-
-    def rows(name):
-        return list(chain.from_iterable(getattr(rollout, name) for rollout in rollouts))
-
-    return Rollout(
-        tokens=pad_sequence(rows("tokens"), batch_first=True),
-        sampled=pad_sequence(rows("sampled"), batch_first=True),
-        latents=rows("latents"),
-        logprobs=pad_sequence(rows("logprobs"), batch_first=True),
-        finish=rows("finish"),
-        lengths=torch.stack(rows("lengths")),
     )
 
 

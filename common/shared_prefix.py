@@ -33,6 +33,7 @@ from collections import defaultdict
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 from transformers.utils import is_flash_attn_2_available
 
@@ -172,20 +173,18 @@ class DecodingCache:
     """
 
     def __init__(self, prompt, lengths, n):
-        B, P = len(lengths), max(lengths)
-        device = prompt.layers[0].keys.device
-        starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)[:, None]
-        place, length = torch.arange(P)[None], torch.tensor(lengths)[:, None]
-        index = (starts + torch.minimum(place, length - 1)).to(device)  # (B, P)
-        self.padding = (place >= length).to(device)[:, None, None]  # (B, 1, 1, P)
+        B, device = len(lengths), prompt.layers[0].keys.device
+        padding = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]  # (B, P)
+        self.padding = padding.to(device)[:, None, None]  # (B, 1, 1, P)
         self.prompt, self.own = [], []  # (keys, values) a layer: (B, H_kv, P, d), (R, H_kv, C, d)
         for layer in prompt.layers:
-            keys, values = (_in_dtype(x)[0][:, index] for x in (layer.keys, layer.values))
+            both = [_in_dtype(x)[0].transpose(0, 1) for x in (layer.keys, layer.values)]  # (N, ...)
             layer.keys = layer.values = None
+            padded = [pad_sequence(x.split(lengths), True).transpose(1, 2) for x in both]
             # contiguous: a product with a transposed view would copy the prompts at every step
-            self.prompt.append(tuple(x.transpose(0, 1).contiguous() for x in (keys, values)))
-            self.own.append([x.new_empty(B * n, len(x), 0, x.shape[-1]) for x in (keys, values)])
-        self.used = 0  # places of the own caches that are filled, or reserved
+            self.prompt.append(tuple(x.contiguous() for x in padded))
+            self.own.append([x.new_empty(B * n, x.shape[1], 0, x.shape[-1]) for x in padded])
+        self.used, self.room = 0, 0  # places of the own caches: filled or reserved, and all
         self.place = torch.zeros(1, dtype=torch.long, device=device)  # the next one to be filled
         self._seat(torch.arange(B, device=device).repeat_interleave(n))
 
@@ -205,11 +204,7 @@ class DecodingCache:
         if self.used > self.room:
             more = max(2 * self.room, self.used) - self.room
             self.own = [[F.pad(x, (0, 0, 0, more)) for x in pair] for pair in self.own]
-
-    @property
-    def room(self):
-        """Places of the rows' own caches."""
-        return self.own[0][0].shape[2]
+            self.room += more
 
     def feed(self, text, x, position, token):
         """One more input a row: x (R, D) at position (R, 1) -> the states after it (R, D).

@@ -21,7 +21,7 @@ from test_rewards import slow_contrastive, slow_likeness
 import la_dapo
 from common.cli import parse_config
 from la_dapo import Batch, Counts, Group
-from latent_decode import take
+from latent_decode import gather
 from tests.conftest import flags
 from variants import own_path
 from variants.own_path import Config
@@ -47,7 +47,7 @@ def two_groups(model, tokenizer, A):
         correct = [i in (0, TWICE, 3, 6) and not unjudged[i] for i in range(G)]
         total = [None if unjudged[i] else 0.9 * correct[i] + 0.01 * i for i in range(G)]
         parts = dict(correct=correct, total=total, unjudged=unjudged)
-        rows = take(rollout, own)
+        rows = gather([(rollout, own)])
         lengths = [spans_of(rows, i, model.config) for i in range(G)]
         groups.append(Group(0, {}, rows, [""] * G, lengths, parts))
         members += [[i] for i in range(6) if not unjudged[i]]
@@ -55,7 +55,7 @@ def two_groups(model, tokenizer, A):
     rows = [i for i in range(12) if i != UNJUDGED]
     prompt_of = torch.tensor([0] * 5 + [1] * 6)
     times = torch.tensor([[len(row)] for row in members])
-    return Batch(prompts, take(rollout, rows), prompt_of, A, times, members, groups)
+    return Batch(prompts, gather([(rollout, rows)]), prompt_of, A, times, members, groups)
 
 
 def slow_own_rewards(batch, latents, c, own):
@@ -126,12 +126,12 @@ def test_equal_rollouts_have_an_update(model, tokenizer):
     group, config = batch.groups[1], Config(own="div", kl=0.0, temperature=0.9)
     i = int(np.argmax([len(lengths) for lengths in group.spans]))
     parts = dict(correct=[True] * 8, total=[1.0] * 8, unjudged=[False] * 8)
-    same = Group(0, {}, take(group.rollout, [i] * 8), [""] * 8, [group.spans[i]] * 8, parts)
+    same = Group(0, {}, gather([(group.rollout, [i] * 8)]), [""] * 8, [group.spans[i]] * 8, parts)
     prompts = {k: v for k, v in batch.prompts.items() if k in ("input_ids", "attention_mask")}
     prompts = {k: v[1:] for k, v in prompts.items()}  # the second prompt is of words alone
 
     def gradient(loss, rows):
-        rollout = take(same.rollout, [row[0] for row in rows])
+        rollout = gather([(same.rollout, [row[0] for row in rows])])
         zero, times = torch.zeros(len(rows), 1), torch.tensor([[len(row)] for row in rows])
         of = torch.zeros(len(rows), dtype=torch.long)
         one = Batch(prompts, rollout, of, zero, times, rows, [same])

@@ -6,7 +6,7 @@ from test_la_dapo import wide_rollout
 
 import la_dapo
 from la_dapo import Batch, Counts, Group, keep_group, no_batch
-from latent_decode import replay, take
+from latent_decode import gather, replay
 from variants import right_rollouts
 from variants.right_rollouts import Config
 
@@ -22,7 +22,7 @@ def test_the_loss_by_hand(model, tokenizer, terms):
     for k in range(2):
         own = range(6 * k, 6 * k + 6)
         parts = dict(correct=right[6 * k : 6 * k + 6], unjudged=[False] * 6)
-        groups.append(Group(k, {}, take(rollout, own), [""] * 6, [[]] * 6, parts))
+        groups.append(Group(k, {}, gather([(rollout, own)]), [""] * 6, [[]] * 6, parts))
     times = torch.ones(12, 1)
     times[2] = 3  # it came three times
     prompt_of, members = torch.tensor([0] * 6 + [1] * 6), [[i] for i in range(6)] * 2
