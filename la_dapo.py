@@ -454,7 +454,6 @@ def clipped_loss(new, batch, counts, config):
 
     Latents are held constant.
     """
-    recorded = batch.rollout.logprobs  # (R, T)
     # deviation 5: every chosen token of the step counts 1/n
     weight = batch.weight / counts.tokens  # (R, T)
     # deviation 9: with one update a step pi_old is this very forward
@@ -462,18 +461,8 @@ def clipped_loss(new, batch, counts, config):
     bounds = config.eps_low, config.eps_high, config.dual_clip
     surrogate, r = clipped_surrogate(new.logprobs, old, batch.A, *bounds)  # (R, T)
     kl = torch.zeros_like(surrogate) if batch.ref is None else kl_k3(new.logprobs, batch.ref)
-
-    with torch.no_grad():
-        too_high = (r > 1 + config.eps_high) & (batch.A > 0)
-        too_low = (r < 1 - config.eps_low) & (batch.A < 0)
-        figures = dict(
-            loss=(surrogate * weight).sum(),
-            ratio=(r * weight).sum(),
-            clip_fraction=((too_high | too_low) * weight).sum(),
-            kl=(kl * weight).sum(),
-            entropy=(new.entropy * weight).sum(),
-            replay_ms=((new.logprobs - recorded).square() * weight).sum(),
-        )
+    figures = token_figures(new, batch, surrogate, r, kl, config)
+    figures = {name: (value.detach() * weight).sum() for name, value in figures.items()}
     return (surrogate * weight).sum(), (kl * weight).sum(), figures
 
 
@@ -653,6 +642,15 @@ CURVES = (
     ("entropy", "kl"),
     ("grad_norm",),
 )
+
+
+def token_figures(new, batch, surrogate, r, kl, config):
+    """What is logged of the update's tokens -> {name: (R, T)}; the log has their weighted sums."""
+    too_high = (r > 1 + config.eps_high) & (batch.A > 0)
+    too_low = (r < 1 - config.eps_low) & (batch.A < 0)
+    error = (new.logprobs.detach() - batch.rollout.logprobs).square()
+    figures = dict(loss=surrogate, ratio=r, kl=kl, entropy=new.entropy)
+    return dict(figures, clip_fraction=too_high | too_low, replay_ms=error)
 
 
 def rollout_figures(groups, kept, worth, machine):
