@@ -76,13 +76,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from common.ahead import read_ahead
 from common.cli import run_script
 from common.formats import Skipped, no_option, report_bad
 from common.judge import judge_of
 from common.lora import frozen_alone
 from common.machine import Machine, set_sync, whole
 from common.report import draw_curves
-from common.run import Run, aside, held_out_rows, in_order, read_ahead, rows_of
+from common.run import Run, aside, held_out_rows, in_order, rows_of
 from data import DataConfig, Samples, at_least, collate, model_inputs, to_device, unshown_options
 from latent_decode import Rollout, ask, gather, replay
 from rewards import accuracy_reward, ask_judge, check_weights, score_group, span_lengths

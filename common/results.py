@@ -22,11 +22,11 @@ import os
 import numpy as np
 from tqdm import tqdm
 
+from common.ahead import read_ahead
 from common.clips import ClipError
 from common.folder import model_fingerprint, newest, read_json
 from common.formats import RecordError, Row, Skipped
 from common.run import read_lines, write, write_json
-from data import read_ahead
 
 
 def settings_of(config, free):

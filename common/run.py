@@ -26,11 +26,12 @@ import torch
 from tqdm import tqdm
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextTopKRouter
 
+from common.ahead import read_ahead
 from common.folder import checkpoints, complete, describe_training, model_fingerprint, newest
 from common.formats import read_rows, report_bad
 from common.lora import adapters, add_adapters, merged, put_adapters
 from common.machine import part_of, whole, whole_weights
-from data import Samples, read_ahead
+from data import Samples
 
 # fields that may differ between a run and its continuation
 HARMLESS = {"resume", "out", "workers", "max_bad", "save_every", "track", "eval_data", "judge_url"}

@@ -8,7 +8,7 @@ import os
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # what the ground stands on
-CELLAR = ("common.clips", "common.formats", "common.shared_prefix")
+CELLAR = ("common.ahead", "common.clips", "common.formats", "common.shared_prefix")
 GROUND = {"model", "data"}
 SCRIPTS = {"latent_decode", "rewards", "sft", "la_dapo", "curate", "evaluate", "sample"}
 LOOPS = {"sft", "la_dapo", "curate", "evaluate", "sample"}  # no script imports one of these
@@ -33,7 +33,7 @@ def modules():
 
 
 def floor(name):
-    """0 model and data (with the three files they may use), 1 common, 2 scripts, 3 variants and
+    """0 model and data (with the four files they may use), 1 common, 2 scripts, 3 variants and
     tools, 4 toy.
     """
     folder = name.split(".")[0] if "." in name or name in ("common", "toy", "tools") else ""

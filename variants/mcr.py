@@ -56,13 +56,14 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import la_dapo
+from common.ahead import read_ahead
 from common.cli import run_script
 from common.clips import ClipError, load_frames
 from common.formats import Frame, Skipped
 from common.judge import judge_of
 from common.machine import Machine, set_sync
 from common.report import draw_curves
-from common.run import Run, read_ahead, rows_of
+from common.run import Run, rows_of
 from data import Samples, Special, at_least, collate, model_inputs, to_device, tokenize, visual
 from latent_decode import Replay, Rollout, decisions, generate
 from rewards import span_lengths

@@ -31,12 +31,13 @@ from collections import Counter
 import torch
 
 import la_dapo
+from common.ahead import read_ahead
 from common.cli import run_script
 from common.formats import Skipped
 from common.judge import judge_of
 from common.machine import Machine, set_sync, whole
 from common.report import draw_curves
-from common.run import Run, read_ahead, rows_of
+from common.run import Run, rows_of
 from data import Samples
 
 

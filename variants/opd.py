@@ -48,11 +48,12 @@ import torch
 
 import evaluate
 import la_dapo
+from common.ahead import read_ahead
 from common.cli import run_script
 from common.formats import RecordError, Row, Skipped, read_records
 from common.machine import Machine, set_sync
 from common.report import draw_curves
-from common.run import Run, read_ahead, rows_of
+from common.run import Run, rows_of
 from data import DataConfig, Samples, at_least, collate, model_inputs, tokenize
 from rewards import pick, score_group
 from variants.cue_recovery import Model, add_recovery
