@@ -557,7 +557,7 @@ def train(config, policy_loss=policy_loss):
         optimizer.param_groups[0]["lr"] = lr
         for batches, counts in minibatches * config.inner_epochs:
             for batch in batches:
-                set_sync(policy, last=batch is batches[-1])
+                set_sync(policy, last=batch is batches[-1])  # DDP averages once an update
                 with machine.autocast():
                     loss, logged = policy(policy_loss, batch, counts, config)
                 (loss * machine.world).backward()  # DDP and FSDP average the ranks' gradients

@@ -346,7 +346,7 @@ def train(config, fed=teacher_forcing):
         # forward and backward, a micro-batch at a time
         sums = torch.zeros(2, dtype=torch.float64, device=machine.device)
         for batch in micro if n_text else []:
-            set_sync(parallel, last=batch is micro[-1])
+            set_sync(parallel, last=batch is micro[-1])  # DDP averages once a step
             arguments = on_device(batch, machine), fed, step / steps, latent_var, config
             with machine.autocast():
                 ce, latent = parallel(batch_sums, *arguments)
