@@ -298,7 +298,7 @@ def generate(
 
     with in_eval_mode(model):
         # each prompt runs once; its n samples read its keys and values from one place
-        h, prompts = model.hidden(**model_inputs(batch), use_cache=True)  # (B, P, D)
+        h, prompts = model.hidden(**batch, use_cache=True)  # (B, P, D)
         cache_class = SharedCache if merge_equal else DecodingCache
         cache = cache_class(prompts, mask.sum(1).tolist(), n)
         run = functools.partial(step, model, cache, rule=rule, feed=feed)

@@ -217,11 +217,15 @@ class TwoChannels:
         )
         return out.last_hidden_state[0], out.past_key_values
 
-    def hidden(self, input_ids, attention_mask=None, latents=None, use_cache=False, **media):
+    def hidden(
+        self, input_ids, attention_mask=None, latents=None, use_cache=False, mm_token_type_ids=None,
+        **media,
+    ):  # fmt: skip
         """A padded batch -> last hidden states (B, T, D), 0 at padding; the cache of `states`.
 
         The rows are put into one row without padding. media: pixel_values, image_grid_thw,
-        pixel_values_videos, video_grid_thw. Arguments as `forward`.
+        pixel_values_videos, video_grid_thw. Arguments as `forward`. mm_token_type_ids is accepted
+        because HF processors return it; it is recomputed.
         """
         ids, device = input_ids.cpu(), self.device  # indices are made on the host
         real = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
@@ -263,15 +267,12 @@ class TwoChannels:
         """Logits (..., V) of the output layer -> with what common/lora.py adds to three of them."""
         return logits if self.latent_rows is None else self.latent_rows.add_out(logits, h)
 
-    def forward(
-        self, input_ids, attention_mask=None, logits_to_keep=0, mm_token_type_ids=None, **inputs
-    ):
+    def forward(self, input_ids, attention_mask=None, logits_to_keep=0, **inputs):
         """Logits (B, T, V) as stock Qwen3-VL gives them: in bf16 under bf16, unlike `logits`.
 
         inputs: HF-named tensors and `hidden`'s arguments. `latents` (N, D) are fed at the
         `<|latent|>` positions, row by row in order. `.hidden_states[-1]` is h (B, T, D).
-        logits_to_keep: only the last k positions, 0 = all. mm_token_type_ids is accepted because HF
-        processors return it; it is recomputed. Raises ValueError on a count mismatch.
+        logits_to_keep: only the last k positions, 0 = all. Raises ValueError on a count mismatch.
         """
         h, _ = self.hidden(input_ids, attention_mask, **inputs)
         h_kept = h[:, -logits_to_keep:]
