@@ -16,7 +16,6 @@ from test_latent_decode import EOS, ROWS, shuffle, spans
 from test_model import make_batch, save
 from test_sft import assert_resumes, weights
 from test_sft import read_log as log_of
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
 import la_dapo
 import latent_decode
@@ -121,16 +120,6 @@ def sampled(model, tokenizer, n=6, seed=5, head=False, rows=ROWS, dtype=torch.fl
     generator = torch.Generator().manual_seed(0)
     how.update(n=n, eos_token_id=ends, generator=generator, **more)
     return batch, generate(shuffle(model, seed, head).to(dtype), batch, **how)
-
-
-def compute_norms_exactly(monkeypatch):
-    """transformers' own computes in fp32 whatever comes in, too coarse for a difference."""
-
-    def norm(self, x):
-        variance = x.square().mean(-1, keepdim=True)
-        return self.weight * x * torch.rsqrt(variance + self.variance_epsilon)
-
-    monkeypatch.setattr(Qwen3VLTextRMSNorm, "forward", norm)
 
 
 def wide_rollout(model, tokenizer):

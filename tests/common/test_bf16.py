@@ -1,5 +1,6 @@
 """bf16 arithmetic as on CUDA, by autocast on a CPU: which numbers have to be equal to the bit."""
 
+import itertools
 import types
 
 import pytest
@@ -7,12 +8,15 @@ import torch
 from test_la_dapo import sampled
 from test_lora import tied
 from test_model import save
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextRMSNorm
 
 import la_dapo
 import latent_decode
 from common.machine import Machine
 from common.run import Run
 from latent_decode import decisions, generate, token_logprobs
+from model import FusedRMSNorm
 
 
 @pytest.fixture
@@ -121,6 +125,32 @@ def test_the_patch_embedding_is_the_convolution(model):
     torch.testing.assert_close(layer.product(x), conv, atol=1e-5, rtol=0)
     names = [name for name in model.state_dict() if "patch_embed" in name]
     assert names == [f"model.visual.patch_embed.proj.{name}" for name in ("weight", "bias")]
+
+
+@pytest.mark.parametrize("stock", [Qwen3VLTextRMSNorm, Qwen3VLMoeTextRMSNorm])
+def test_the_norm_is_transformers(stock):
+    """Breaks if the fused norm is another in fp32, its result has another dtype, or it is rounded
+    more often than transformers' own.
+    """
+    norm = stock(64)
+    norm.weight.data.uniform_(0.5, 1.5)
+    fused, x = FusedRMSNorm(norm), 3 * torch.randn(50, 64)
+    both = [torch.autograd.grad(f(x).square().sum(), norm.weight)[0] for f in (norm, fused)]
+    assert torch.equal(*both) and torch.equal(fused(x), norm(x))
+    for y, weight in itertools.product((x, x.bfloat16()), (norm.weight, norm.weight.bfloat16())):
+        fused.weight = norm.weight = torch.nn.Parameter(weight.detach())
+        exact = y.double() * y.double().square().mean(-1, keepdim=True).rsqrt() * weight
+        errors = [((f(y) - exact) / exact).abs().max() for f in (fused, norm)]
+        assert fused(y).dtype == norm(y).dtype and errors[0] <= errors[1] + 1e-6
+
+
+def test_no_norm_of_words_is_left_to_transformers(model):
+    """Breaks if a norm keeps its many kernels, or a weight gets another name."""
+    text = model.model.language_model
+    norms = [m for m in text.modules() if "RMSNorm" in type(m).__name__]
+    assert len(norms) == 4 * len(text.layers) + 1
+    assert all(isinstance(m, FusedRMSNorm) for m in norms)
+    assert "model.language_model.layers.0.self_attn.q_norm.weight" in model.state_dict()
 
 
 def test_cudnn_does_not_attend():

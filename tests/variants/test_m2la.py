@@ -10,7 +10,6 @@ import torch
 from test_latent_decode import EOS, ROWS, shuffle, spans
 from test_model import make_batch
 from test_sft import SMALL, read_log, settings
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
 import evaluate
 from common.shared_prefix import Layout
@@ -25,17 +24,7 @@ FULL = (2 * G - 1) * D_HEAD  # the rank with which only RoPE is lost
 
 
 @pytest.fixture
-def exact(monkeypatch):
-    """Text norms in the dtype of what they read: transformers' compute in fp32."""
-
-    def forward(self, x):
-        return self.weight * x * (x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
-
-    monkeypatch.setattr(Qwen3VLTextRMSNorm, "forward", forward)
-
-
-@pytest.fixture
-def trained(batch, exact):
+def trained(batch):
     """A model in float64 whose norms have gains, and a batch with images and latents."""
     model, b = batch
     model.double().requires_grad_(False)
@@ -188,7 +177,7 @@ def test_linear_norm_by_least_squares(trained, layer, monkeypatch):
 
 
 @pytest.mark.parametrize("norm", ["exact", "linear"])
-def test_absorbed_decoding_is_one_expanded_forward(model, tokenizer, exact, norm):
+def test_absorbed_decoding_is_one_expanded_forward(model, tokenizer, norm):
     """Breaks if the two ways to attend differ, so that a record is not what it was fed: left
     padding, images, videos, latents, samples decoded together; or if greedy decoding is not
     section 3.1 to the letter.

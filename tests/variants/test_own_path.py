@@ -6,15 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from test_la_dapo import (
-    compute_norms_exactly,
-    decoded_again,
-    latents_again,
-    log_of,
-    settings,
-    weights,
-    wide_rollout,
-)
+from test_la_dapo import decoded_again, latents_again, log_of, settings, weights, wide_rollout
 from test_latent_decode import spans
 from test_rewards import slow_contrastive, slow_likeness
 
@@ -78,13 +70,12 @@ def slow_own_rewards(batch, latents, c, own):
 
 
 @pytest.mark.parametrize("own", ["ctr", "div", "both"])
-def test_the_gradient_equals_finite_differences(model, tokenizer, monkeypatch, own):
+def test_the_gradient_equals_finite_differences(model, tokenizer, own):
     """Breaks if a path from a weight through a latent to a reward is lost, a merged row does not
     count as often as it came, an unjudged one counts, or the unit is another.
 
     Words, verdicts and the deviation are held fixed; the latents are decoded again.
     """
-    compute_norms_exactly(monkeypatch)
     generator = torch.Generator().manual_seed(1)
     A = 1e-3 * torch.randn(11, 1, dtype=torch.float64, generator=generator)  # own: a like share
     batch = two_groups(model, tokenizer, A)
