@@ -22,6 +22,7 @@ from test_sft import read_log
 from test_sft import settings as sft_settings
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRMSNorm
 
 import evaluate
 import la_dapo
@@ -30,12 +31,12 @@ import sft
 from common import shared_prefix
 from common.shared_prefix import Layout, causal
 from latent_decode import generate, replay, token_logprobs
-from model import load
+from model import FusedRMSNorm, load
 from sft import sft_loss
 from tests.common import test_shared_prefix as by_hand
 from tools import bench, rehearse
 from tools.pretended import PretendedGPU
-from tools.shapes import SHAPES, VOCABULARY, make, prompt, random_group, sft_sample
+from tools.shapes import SHAPES, make, prompt, random_group, sft_sample
 from variants import (
     m2la,
     mcr,
@@ -350,16 +351,29 @@ def test_attention_at_many_lengths():
 
 
 @on_a_card
+@pytest.mark.parametrize("width", [128, 2048])
+def test_a_norm_is_one_kernel(width):
+    """Breaks if PyTorch's norm falls back to many kernels for these sizes or for fp32."""
+    norm = FusedRMSNorm(Qwen3VLTextRMSNorm(width)).to(DEVICE)
+    x = torch.randn(64, width, device=DEVICE)
+    norm(x)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        norm(x)
+    on_gpu = torch.autograd.DeviceType.CUDA
+    assert len([event for event in profiler.events() if event.device_type == on_gpu]) == 1
+
+
+@on_a_card
 def test_memory_is_what_was_rehearsed():
     """Breaks if tools/rehearse.py is off by more than a tenth, or fragments cost more than that."""
     config = rehearse.Config(shape="2b")
-    with (gpu := PretendedGPU(DEVICE, VOCABULARY)):
+    with (gpu := PretendedGPU(DEVICE)):
         fake = rehearse.Rehearsal(config, gpu)
-        fake.checkpoint(True)
+        bench.checkpoint_activations(fake.model, True)
         fake.case("SFT, checkpointing, rehearsed", fake.sft)
     (figures,) = fake.cases.values()
     real = rehearse.Rehearsal(config, SimpleNamespace(device=DEVICE))
-    real.checkpoint(True)
+    bench.checkpoint_activations(real.model, True)
     real.sft()
     allocated, reserved = bench.peak_of(real.sft, DEVICE), torch.cuda.max_memory_reserved()
     print(f"measured: {allocated / 1e9:.1f} GB, reserved {reserved / 1e9:.1f} GB")

@@ -29,7 +29,7 @@ import time
 from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen3VLForConditionalGeneration
 
@@ -50,7 +50,6 @@ SURE = 1000  # words that hold 99 % of the probability in a low-entropy policy
 class Config:
     shape: str = ""  # SFT and update, see tools/shapes.py; "" = 50m on a CPU, 2b on a GPU
     decoder: str = ""  # decoding; "" = 110m on a CPU (the released vocabulary), 2b on a GPU
-    layers: int = 0  # fewer layers of words and vision; 0 = all
     rounds: int = 2  # each way once a round
     n: int = 8  # rollouts of a prompt
     images: int = 3  # of a prompt, 258 tokens each; decoding: frames of a video
@@ -209,10 +208,8 @@ def rows_of(config, lengths, device="cpu"):
         rows.append(row)
     batch = {}
     for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
-        parts = [
-            F.pad(row[name], (0, max(lengths) - row[name].shape[1]), value=fill) for row in rows
-        ]
-        batch[name] = torch.cat(parts)  # (B, T)
+        parts = [row[name][0] for row in rows]
+        batch[name] = pad_sequence(parts, batch_first=True, padding_value=fill)  # (B, T)
     for name in ("pixel_values", "image_grid_thw"):
         batch[name] = torch.cat([row[name] for row in rows])
     return batch
@@ -358,7 +355,7 @@ def main(config):
         torch.set_num_threads(1)  # then CPU seconds are those of the work
     figures = dict(device=name, torch=torch.__version__, config=dataclasses.asdict(config))
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    decoder, model = make(config.decoder, config.layers, dtype, device).eval(), None
+    decoder, model = make(config.decoder, dtype=dtype, device=device).eval(), None
     for case, ways, base in (
         (f"decoding {config.n} x {config.new_tokens} tokens", decoding_ways, "transformers"),
         ("SFT, forward and backward", sft_ways, "padded"),
@@ -367,12 +364,11 @@ def main(config):
         if ways is not decoding_ways and model is None:
             decoder = None
             free()
-            model = make_trainable(config.shape, config.layers, device)
+            model = make_trainable(config.shape, 0, device)
         works = ways(config, model or decoder, device)
         figures[case] = measured(works, device, config.rounds, deadline)
-        print(
-            f"\n{as_text([case, 'seconds', 'ratio', 'MiB', 'ratio'], table(figures[case], base))}"
-        )
+        header = [case, "seconds", "ratio", "MiB", "ratio"]
+        print("\n" + as_text(header, table(figures[case], base)))
         if config.out:
             write_json(config.out, figures)
     return figures

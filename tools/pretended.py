@@ -16,6 +16,7 @@ It cannot see what a kernel does: its speed, the shapes it refuses, its workspac
 This uses private parts of torch 2.13. Source: ours.
 """
 
+import contextlib
 import ctypes
 import importlib.metadata
 import importlib.util
@@ -24,7 +25,8 @@ import shutil
 import subprocess
 import sys
 import weakref
-from collections import Counter, defaultdict
+from collections import Counter
+from unittest import mock
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DEVICE = r"""
@@ -98,7 +100,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 from torch.utils.weak import WeakIdKeyDictionary
 
 from common import shared_prefix
@@ -136,13 +138,6 @@ class Ledger:
         self.events.append((number, size - self.size[number]))
         self.size[number] = size
 
-    def mark(self, tensors, kind):
-        """Say what tensors are."""
-        for tensor in tensors:
-            number = self.number.get(tensor.untyped_storage())
-            if number is not None:
-                self.kind[number] = kind
-
     def of(self, tensor):
         """What a tensor is; None if it was never entered."""
         return self.kind.get(self.number.get(tensor.untyped_storage()))
@@ -164,7 +159,7 @@ class Ledger:
 
 # functions for which the host has to know numbers, and which of their arguments hold these
 LOOKS = {aten._local_scalar_dense: 0, aten.nonzero: 0, aten.bincount: 0, aten.equal: 0}
-LOOKS |= {aten._unique2: 0, aten.repeat_interleave: 0, aten.masked_select: 1}
+LOOKS |= {aten._unique2: 0, aten.repeat_interleave: 0}
 NO_KERNEL = set(
     "view _unsafe_view reshape transpose t permute expand slice select unsqueeze squeeze unbind "
     "split split_with_sizes detach alias as_strided lift_fresh empty empty_like empty_strided "
@@ -173,12 +168,18 @@ NO_KERNEL = set(
 ONE_DTYPE = (aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.convolution, aten.index_copy_)
 
 
+@register_flop_formula(aten._grouped_mm)
+def grouped_flops(a, b, *args, out_shape=None, **kwargs):
+    """Of experts: rows a (S, K), each with its expert's matrix of b (E, K, N); or a gradient."""
+    return 2 * a[0] * a[1] * b[-1]
+
+
 class PretendedGPU(TorchDispatchMode):
     """Inside, tensors are fake; `ledger`, `flops`, `kernels`, `looks`, `attention` say what ran."""
 
-    def __init__(self, device, vocabulary=0):
+    def __init__(self, device):
         super().__init__()
-        self.device, self.vocabulary = device, vocabulary
+        self.device = device
         self.fake, self.numbers = FakeTensorMode(allow_non_fake_inputs=True), WeakIdKeyDictionary()
         self.ledger, self.kind = Ledger(), "activations"
         self.begin()
@@ -186,33 +187,35 @@ class PretendedGPU(TorchDispatchMode):
     def begin(self):
         """Count from here on."""
         self.since, self.flops = len(self.ledger.events), 0
-        self.kernels, self.looks, self.attention = Counter(), Counter(), defaultdict(Counter)
+        self.kernels, self.looks, self.attention = Counter(), Counter(), Counter()
 
     def __enter__(self):
         _device_constructors()  # a cache, of the real torch.tensor
-        self.patched = (
-            (torch, "tensor", torch.tensor),
-            (torch.UntypedStorage, "resize_", torch.UntypedStorage.resize_),
-            (torch.cuda, "is_current_stream_capturing", torch.cuda.is_current_stream_capturing),
-            (FakeTensor, "is_cuda", FakeTensor.is_cuda),
-            (FakeTensor, "tolist", FakeTensor.tolist),
-            (F, "scaled_dot_product_attention", F.scaled_dot_product_attention),
-            (shared_prefix, "causal", shared_prefix.causal),
-        )
-        torch.UntypedStorage.resize_ = lambda x, size: self.resize(x, size)
-        torch.tensor, torch.cuda.is_current_stream_capturing = self.tensor, lambda: False
-        FakeTensor.is_cuda = True  # also where the device is called "cpu": code takes CUDA's way
-        FakeTensor.tolist = lambda x: self.tolist(x)
-        F.scaled_dot_product_attention = self.attend
-        shared_prefix.causal = lambda q, k, v, scale: self.attend(q, k, v, None, 0, True, scale)
-        self.fake.__enter__()
+        self.inside = contextlib.ExitStack()
+        for place, name, value in (
+            (torch, "tensor", self.tensor),
+            (torch.UntypedStorage, "resize_", lambda x, size: self.resize(x, size)),
+            (torch.cuda, "is_current_stream_capturing", lambda: False),
+            (torch.cuda, "get_device_capability", lambda *args: (9, 0)),  # an H100's
+            # also where the device is called "cpu": code takes CUDA's way
+            (FakeTensor, "is_cuda", True),
+            (FakeTensor, "tolist", lambda x: self.tolist(x)),
+            (F, "scaled_dot_product_attention", self.attend),
+            (
+                shared_prefix,
+                "causal",
+                lambda q, k, v, s: self.attend(q, k, v, is_causal=True, scale=s),
+            ),
+            # as CUDA's: one kernel, which keeps its input; fake tensors have that of layer_norm
+            (F, "rms_norm", lambda x, shape, w, eps: F.layer_norm(x, shape, w, None, eps)),
+        ):
+            self.inside.enter_context(mock.patch.object(place, name, value))
+        self.inside.enter_context(self.fake)
         return super().__enter__()
 
     def __exit__(self, *error):
         super().__exit__(*error)
-        self.fake.__exit__(*error)
-        for place, name, value in self.patched:
-            setattr(place, name, value)
+        self.inside.__exit__(*error)
 
     # ---- numbers
 
@@ -288,13 +291,6 @@ class PretendedGPU(TorchDispatchMode):
         """An operation whose result's shape, or itself, depends on numbers."""
         deciding = args[LOOKS[func.overloadpacket]]
         self.look(deciding)
-        if func.overloadpacket is aten.masked_select:
-            mask = self.told(deciding)
-            with _disable_current_modes():
-                count = int(mask.expand(args[0].shape).sum())
-            out = args[0].new_empty(count)
-            self.count(func.overloadpacket, args, [out], args, kwargs, out)
-            return out
         real_args = [self.told(x) if isinstance(x, torch.Tensor) else x for x in args]
         with _disable_current_modes():
             out = func(*real_args, **kwargs)
@@ -336,8 +332,7 @@ class PretendedGPU(TorchDispatchMode):
         copy = packet is aten._to_copy and self.ledger.of(args[0]) == "weights"
         copy = copy and self.kind == "activations"  # autocast's; else weights are being made
         for x in on_gpu:
-            logits = x.ndim > 1 and x.shape[-1] == self.vocabulary
-            self.ledger.add(x, "copies" if copy else "logits" if logits else self.kind)
+            self.ledger.add(x, "copies" if copy else self.kind)
         if packet in flop_registry:
             if packet in (aten.mm, aten.bmm):
                 args, kwargs = args[:2], {}  # without the dtype of the result
@@ -355,19 +350,18 @@ class PretendedGPU(TorchDispatchMode):
         """
         if torch.is_autocast_enabled(query.device.type):
             query, key, value = (x.bfloat16() for x in (query, key, value))
-        shapes = tuple(query.shape), tuple(key.shape)
         if query.element_size() == 2 and attn_mask is None and query.shape[-1] <= 256:
-            self.attention["flash"][shapes] += 1
+            self.attention["flash"] += 1
             d = query.shape[-1]
-            query, key, value = (F.pad(x, (0, -d % 8)) for x in (query, key, value))
+            if d % 8:
+                query, key, value = (F.pad(x, (0, -d % 8)) for x in (query, key, value))
             settings = dict(scale=scale or d**-0.5)
             flash = aten._scaled_dot_product_flash_attention
             return flash(query, key, value, dropout_p, is_causal, False, **settings)[0][..., :d]
-        self.attention["products"][shapes] += 1
-        n = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(n, 1), value.repeat_interleave(n, 1)
-        score = query @ key.transpose(-1, -2) * (scale or query.shape[-1] ** -0.5)
-        return score.softmax(-1) @ value
+        self.attention["products"] += 1
+        settings = dict(scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+        products = aten._scaled_dot_product_attention_math
+        return products(query, key, value, attn_mask, dropout_p, False, **settings)[0]
 
 
 def adds_up_gradients(tensors):
@@ -377,13 +371,11 @@ def adds_up_gradients(tensors):
 
 
 def where():
-    """file:line of this project's innermost frame, and of transformers' where that is deeper."""
-    frame, theirs = sys._getframe(2), ""
+    """file:line of this project's innermost frame."""
+    frame = sys._getframe(2)
     while frame:
         name = frame.f_code.co_filename
         if name.startswith(ROOT + os.sep) and ".venv" not in name and name != __file__:
-            return f"{os.path.relpath(name, ROOT)}:{frame.f_lineno}{theirs}"
-        if f"{os.sep}transformers{os.sep}" in name and not theirs:
-            theirs = f" ({os.path.basename(name)}:{frame.f_lineno})"
+            return f"{os.path.relpath(name, ROOT)}:{frame.f_lineno}"
         frame = frame.f_back
-    return f"in a backward{theirs}"
+    return "in a backward"

@@ -36,6 +36,7 @@ from common.run import write_json
 from latent_decode import generate
 from sft import sft_loss
 from tools import shapes
+from tools.bench import checkpoint_activations
 
 CARDS = (24, 80, 141)  # GB
 USABLE = 0.9  # of a card
@@ -45,8 +46,7 @@ SHOWN = 3  # of the places where the host waits; --out has all
 
 @dataclasses.dataclass
 class Config:
-    shape: str = "8b"  # 2b | 4b | 8b: those of Qwen3-VL
-    layers: int = 0  # fewer layers of words and vision; 0 = all
+    shape: str = "8b"  # 2b | 4b | 8b | 30b-a3b: those of Qwen3-VL
     gpus: int = 1  # ranks; without shard each holds the same
     shard: bool = False  # weights, gradients, optimizer spread over the ranks
     lora_rank: int = 0  # of matrices trained beside a frozen model; 0 = the model itself
@@ -62,6 +62,8 @@ class Config:
         shapes.check_shape(self.shape)
         if self.shard and (self.lora_rank or self.gpus < 2):
             raise ValueError("shard: needs --gpus 2 or more, and no --lora_rank")
+        if self.shape == "30b-a3b" and not (self.shard or self.lora_rank):
+            raise ValueError("30b-a3b: needs --shard or --lora_rank, else it takes 500 GB")
 
 
 class Rehearsal:
@@ -74,11 +76,13 @@ class Rehearsal:
         # weights and Adam's moments are there from the start; so that they are, a first step
         with self.making("weights"):
             lora = config.lora_rank
-            self.model = shapes.make(config.shape, config.layers, device=self.device).train()
+            self.model = shapes.make(config.shape, device=self.device).train()
             self.model.model.visual.requires_grad_(False)
             if lora:
                 narrow(self.model)
-                with mock.patch.object(torch.nn.Module, "_apply", moved):
+                # made where they belong, because peft cannot move fake weights
+                stay = mock.patch.object(torch.nn.Module, "to", lambda module, *_, **__: module)
+                with stay, torch.device(self.device):
                     add_adapters(self.model, lora)
             self.module = Calls(self.model)
             if config.shard:
@@ -101,14 +105,6 @@ class Rehearsal:
     def autocast(self):
         return torch.autocast(self.device, torch.bfloat16)
 
-    def checkpoint(self, on):
-        """Whether a backward makes its activations again."""
-        if on:
-            options = dict(use_reentrant=False)
-            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-        else:
-            self.model.activation_checkpointing_disable()
-
     def case(self, name, work):
         """Run work() and write down what it took."""
         gpu = self.gpu
@@ -119,8 +115,7 @@ class Rehearsal:
         figures.update(seconds=gpu.flops / (PEAK * SHARE), card=smallest_card(figures["bytes"]))
         if HAS_CUDA and not self.config.shard:
             figures.update(kernels=sum(gpu.kernels.values()), waits=gpu.looks)
-        calls = gpu.attention.items()
-        figures["attention"] = {k: [sum(v.values()), len(v)] for k, v in calls}
+        figures["attention"] = gpu.attention
         self.cases[name] = figures
         print_case(name, figures)
 
@@ -157,9 +152,10 @@ class Rehearsal:
     def update(self, reference, terms=0):
         """The reference's log-probabilities, then the update of one group."""
         batch, settings = self.group(), la_dapo.Config(adjoint_terms=terms)
+        counts = la_dapo.Counts(batch.weight.sum().item(), rollouts=self.config.n, groups=1)
         with torch.no_grad(), self.autocast():
             batch.ref = reference(lambda model: la_dapo.replayed(model, batch, settings)).logprobs
-        self.train_on(lambda model: policy_loss(model, batch, settings))
+        self.train_on(lambda model: la_dapo.policy_loss(model, batch, counts, settings)[0])
 
     def reference(self):
         """The KL's reference, in bf16: as a function of functions of a model."""
@@ -168,7 +164,7 @@ class Rehearsal:
         with self.making("reference"):
             config = self.config
             dtype = torch.bfloat16 if config.shard else torch.float32
-            model = shapes.make(config.shape, config.layers, dtype, self.device).eval()
+            model = shapes.make(config.shape, dtype=dtype, device=self.device).eval()
             model.requires_grad_(False)
             return shard(Calls(model), model, bf16=True) if config.shard else Calls(narrow(model))
 
@@ -180,8 +176,8 @@ class Rehearsal:
         model = self.model
         if self.config.shard:
             with self.making("copies"):
-                shape, layers = self.config.shape, self.config.layers
-                model = shapes.make(shape, layers, torch.bfloat16, self.device)
+                where = dict(dtype=torch.bfloat16, device=self.device)
+                model = shapes.make(self.config.shape, **where)
         elif not self.config.lora_rank:
             with self.making("copies"):
                 model = whole_copy(model, bf16=True)
@@ -199,38 +195,20 @@ class Rehearsal:
                 generate(model, batch, **settings)
 
 
-def policy_loss(model, batch, config):
-    """`la_dapo.policy_loss` of one batch that is the whole update."""
-    tokens = batch.weight.sum().item()
-    counts = la_dapo.Counts(tokens, rollouts=len(batch.A), groups=1)
-    return la_dapo.policy_loss(model, batch, counts, config)[0]
-
-
-def moved(module, function, recurse=True):
-    """`Module._apply` by new parameters, because fake ones cannot be swapped in place."""
-    for child in module.children():
-        moved(child, function)
-    for name, p in module._parameters.items():
-        if p is not None:
-            module._parameters[name] = torch.nn.Parameter(function(p.detach()), p.requires_grad)
-    return module
-
-
 def full_cache(rehearsal):
     """DecodingCache that at once has the room of the longest rollout, grown as it would grow."""
-    ledger, room = rehearsal.gpu.ledger, rehearsal.config.new_tokens
+    room = rehearsal.config.new_tokens
 
     class FullCache(latent_decode.DecodingCache):
         def __init__(self, prompt, lengths, n):
-            ledger.mark([x for layer in prompt.layers for x in (layer.keys, layer.values)], "KV")
-            super().__init__(prompt, lengths, n)
-            ledger.mark([x for pair in self.prompt for x in pair], "KV")
+            with rehearsal.making("KV"):
+                super().__init__(prompt, lengths, n)
 
         def reserve(self, steps):
             half = -(-room // 2)
-            for some in (half, room - half) if not self.used else ():
-                super().reserve(some)
-                ledger.mark([x for pair in self.own for x in pair], "KV")
+            with rehearsal.making("KV"):
+                for some in (half, room - half) if not self.used else ():
+                    super().reserve(some)
 
     return FullCache
 
@@ -251,8 +229,8 @@ def print_case(name, figures):
     print(f"\n{name}: {size:.1f} GB ({fits}), {work:.1f} TFLOP, {figures['seconds']:.2f} s")
     parts = sorted(figures["parts"].items(), key=lambda part: -part[1])
     print("  " + ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in parts if size > 5e6))
-    for kind, (calls, n_shapes) in figures["attention"].items():
-        print(f"  attention: {kind}, {calls} calls of {n_shapes} shapes")
+    for kind, calls in figures["attention"].items():
+        print(f"  attention: {kind}, {calls} calls")
     if "kernels" in figures:
         waits = figures["waits"]
         print(f"  {figures['kernels']:,} kernels, {sum(waits.values())} waits")
@@ -270,15 +248,14 @@ def main(config):
     if device == "cpu":
         why = "--shard is rehearsed on CPU tensors" if config.shard else "g++ or CUDA is missing"
         print(f"kernels and waits: not counted, {why}")
-    gpu = PretendedGPU(device, shapes.SHAPES[config.shape].vocabulary)
-    with gpu:
+    with (gpu := PretendedGPU(device)):
         rehearsal = Rehearsal(config, gpu)
         for checkpointing in (False, True):
-            rehearsal.checkpoint(checkpointing)
+            checkpoint_activations(rehearsal.model, checkpointing)
             rehearsal.case("SFT" + ", checkpointing" * checkpointing, rehearsal.sft)
         reference = rehearsal.reference()
         for checkpointing in (False, True):
-            rehearsal.checkpoint(checkpointing)
+            checkpoint_activations(rehearsal.model, checkpointing)
             mark = ", checkpointing" * checkpointing
             rehearsal.case("LA-DAPO" + mark, lambda: rehearsal.update(reference))
             if config.adjoint_terms and not config.shard:

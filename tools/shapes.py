@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, Qwen3VLConfig
+from transformers import AutoTokenizer, Qwen3VLConfig, Qwen3VLMoeConfig
 
 from common.cli import run_script
 from latent_decode import Rollout
-from model import LATENT_IDS, FutureL1, add_latent_tokens
+from model import LATENT_IDS, FutureL1, FutureL1MoE, add_latent_tokens
 
 VOCABULARY, KEY_HEADS, HEAD_DIM = 151936, 8, 128
 
@@ -64,6 +64,25 @@ SHAPES = {  # the released configs
             hidden_size=1152,
             intermediate_size=4304,
             out_hidden_size=4096,
+            deepstack_visual_indexes=[8, 16, 24],
+        ),
+        tied=False,
+    ),
+    "30b-a3b": Shape(
+        dict(
+            hidden_size=2048,
+            num_hidden_layers=48,
+            num_attention_heads=32,
+            num_key_value_heads=4,
+            num_experts=128,
+            num_experts_per_tok=8,
+            moe_intermediate_size=768,
+        ),
+        dict(
+            depth=27,
+            hidden_size=1152,
+            intermediate_size=4304,
+            out_hidden_size=2048,
             deepstack_visual_indexes=[8, 16, 24],
         ),
         tied=False,
@@ -141,60 +160,8 @@ def special_of(tokenizer):
 # ------------------------------------------------------------------------------- models and inputs
 
 
-class Weights(NamedTuple):
-    """Numbers of weights, not bytes."""
-
-    layer: int  # the matrices of one layer of the language model
-    layers: int  # all layers of the language model, their norms too
-    words: int  # input embeddings; the output layer too, where it is another
-    head: int  # output layer
-    vision: int  # tower and merger, frozen
-    matrices: int  # what autocast keeps a bf16 copy of
-
-    @property
-    def trained(self):
-        return self.layers + self.words
-
-    @property
-    def total(self):
-        return self.trained + self.vision
-
-
-class Widths(NamedTuple):
-    D: int
-    F: int
-    Q: int
-    K: int
-    L: int
-
-
-def widths(shape):
-    text = SHAPES[shape].text
-    heads, L = text["num_attention_heads"], text["num_hidden_layers"]
-    key_heads = text.get("num_key_value_heads", KEY_HEADS)
-    sizes = text["hidden_size"], text["intermediate_size"]
-    return Widths(*sizes, heads * HEAD_DIM, key_heads * HEAD_DIM, L)
-
-
-def weights(shape):
-    """A shape's name -> Weights, as a model of it has them."""
-    D, F, Q, K, L = widths(shape)
-    layer = 2 * D * Q + 2 * D * K + 3 * D * F
-    layers = L * (layer + 2 * D + 2 * HEAD_DIM) + D
-    head = SHAPES[shape].vocabulary * D
-    words = head * (1 if SHAPES[shape].tied else 2)
-
-    vision = SHAPES[shape].vision
-    H, wide, out = (vision[k] for k in ("hidden_size", "intermediate_size", "out_hidden_size"))
-    block = 4 * H * H + 4 * H + 2 * H * wide + wide + H + 4 * H
-    merger = 4 * H * (4 * H + 1) + out * (4 * H + 1)  # without its norm
-    deepstack = len(vision["deepstack_visual_indexes"]) * (merger + 8 * H)
-    tower = vision["depth"] * block + (1536 + 1 + 2304) * H + merger + 2 * H + deepstack
-    return Weights(layer, layers, words, head, tower, L * layer)
-
-
 def make(shape, layers=0, dtype=torch.float32, device="cpu", ids=None):
-    """A random FutureL1 of a shape. layers: fewer of words and vision; 0 = all.
+    """A random model of a shape. layers: fewer of words and vision; 0 = all.
 
     ids: its Special tokens, default those of its vocabulary.
     """
@@ -216,7 +183,8 @@ def make(shape, layers=0, dtype=torch.float32, device="cpu", ids=None):
         rope_parameters=rope,
     )
     vision = dict(vision, num_heads=16, num_position_embeddings=2304)
-    config = Qwen3VLConfig(
+    experts = "num_experts" in text
+    config = (Qwen3VLMoeConfig if experts else Qwen3VLConfig)(
         text_config=text,
         vision_config=vision,
         tie_word_embeddings=tied,
@@ -229,7 +197,7 @@ def make(shape, layers=0, dtype=torch.float32, device="cpu", ids=None):
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model = FutureL1(config)
+            model = (FutureL1MoE if experts else FutureL1)(config)
     finally:
         torch.set_default_dtype(torch.float32)
     model.set_latent_tokens(ids.latent_ids)
@@ -305,7 +273,7 @@ def random_group(config, hidden, device, shortest=1.0):
 
 @dataclasses.dataclass
 class Config:
-    shape: str = "2b"  # 2b | 4b | 8b: those of Qwen3-VL; 50m | 110m | tiny: to try things
+    shape: str = "2b"  # 2b | 4b | 8b | 30b-a3b: those of Qwen3-VL; 50m | 110m | tiny: to try things
     layers: int = 0  # fewer layers of words and vision; 0 = all
     tokenizer: str = ""  # folder of the tokenizer to put beside the model
     out: str = ""  # folder to write, in fp32

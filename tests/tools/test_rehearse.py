@@ -8,7 +8,7 @@ import torch
 from sft import sft_loss
 from tests.conftest import run_python
 from tools import rehearse, shapes
-from tools.bench import peak_of
+from tools.bench import checkpoint_activations, peak_of
 from tools.pretended import PretendedGPU
 
 TINY = dict(shape="tiny", images=1, words=20, n=2, new_tokens=16, sft_tokens=400, adjoint_terms=1)
@@ -23,7 +23,7 @@ SMALL = shapes.Shape(
 
 def rehearsed(config):
     """A Rehearsal on CPU tensors, as it is without a compiler."""
-    return rehearse.Rehearsal(config, PretendedGPU("cpu", shapes.SHAPES[config.shape].vocabulary))
+    return rehearse.Rehearsal(config, PretendedGPU("cpu"))
 
 
 @pytest.mark.slow
@@ -33,19 +33,16 @@ def test_the_rehearsed_peak_is_what_is_measured(words, checkpointing, monkeypatc
     """Breaks if an activation, a copy or a gradient is not in the ledger, or is not taken out."""
     monkeypatch.setitem(shapes.SHAPES, "small", SMALL)
     config = rehearse.Config(shape="small", images=1, words=words, sft_tokens=1400)
-    with (gpu := PretendedGPU("cpu", SMALL.vocabulary)):
+    with (gpu := PretendedGPU("cpu")):
         fake = rehearse.Rehearsal(config, gpu)
-        fake.checkpoint(checkpointing)
+        checkpoint_activations(fake.model, checkpointing)
         fake.case("SFT", fake.sft)
     parts = fake.cases["SFT"]["parts"]
     passing = sum(parts.values()) - sum(parts[k] for k in ("weights", "gradients", "moments"))
 
     model = shapes.make("small").train()
     model.model.visual.requires_grad_(False)
-    if checkpointing:
-        model.activation_checkpointing_enable(
-            activation_checkpointing_kwargs=dict(use_reentrant=False)
-        )
+    checkpoint_activations(model, checkpointing)
     batch = shapes.sft_sample(config, "cpu")
     frames = batch.pop("future_pixel_values"), batch.pop("future_grid_thw")
 
@@ -60,7 +57,7 @@ def test_the_rehearsed_peak_is_what_is_measured(words, checkpointing, monkeypatc
 def test_flops_are_counted_as_by_hand():
     """Breaks if a product is missing, counted twice, or in the wrong size."""
     T, words = 40, 9
-    with PretendedGPU("cpu", shapes.SHAPES["tiny"].vocabulary) as gpu:
+    with PretendedGPU("cpu") as gpu:
         fake = rehearse.Rehearsal(rehearse.Config(**TINY), gpu)
         ids = torch.ones(1, T, dtype=torch.long)
         gpu.begin()
@@ -68,9 +65,35 @@ def test_flops_are_counted_as_by_hand():
             lambda model: model.logits(model.hidden(ids)[0][0, :words]).logsumexp(-1).sum()
         )
         flops = gpu.flops
-    counts, w = shapes.weights("tiny"), shapes.widths("tiny")
+    model = shapes.make("tiny", device="meta")
+    layers = model.model.language_model.layers
+    matrices = sum(p.numel() for p in layers.parameters() if p.ndim == 2)
+    queries = layers[0].self_attn.q_proj.out_features
     # a weight: 2 FLOPs a token forward, 4 backward; attention: 2 products forward, 5 backward
-    assert flops == 6 * (counts.matrices * T + counts.head * words) + 7 * 2 * w.L * w.Q * T**2
+    in_products = 6 * (matrices * T + model.lm_head.weight.numel() * words)
+    assert flops == in_products + 7 * 2 * len(layers) * queries * T**2
+
+
+def test_flops_of_experts():
+    """Breaks if a token is counted at each expert, or a gradient of the experts is left out."""
+    with PretendedGPU("cpu") as gpu:
+        x, w = (torch.randn(*size).bfloat16().requires_grad_() for size in ((24, 16), (4, 16, 32)))
+        ends = torch.tensor([6, 12, 18, 24], dtype=torch.int32)
+        torch.nn.functional.grouped_mm(x, w, offs=ends).square().sum().backward()
+        assert gpu.flops == 3 * 2 * 24 * 16 * 32
+
+
+@pytest.mark.slow
+def test_a_mixture_of_experts(monkeypatch):
+    """Breaks if fake tensors do not run the experts, or a mixture is rehearsed in fp32."""
+    text = shapes.SHAPES["tiny"].text | dict(num_experts=8, num_experts_per_tok=2)
+    mixture = shapes.SHAPES["tiny"]._replace(text=text | dict(moe_intermediate_size=48))
+    monkeypatch.setitem(shapes.SHAPES, "30b-a3b", mixture)
+    settings = TINY | dict(shape="30b-a3b")
+    cases = rehearse.main(rehearse.Config(**settings, lora_rank=4))
+    assert len(cases) == 8 and all(case["flops"] > 0 for case in cases.values())
+    with pytest.raises(ValueError, match="500 GB"):
+        rehearse.Config(**settings)
 
 
 def test_numbers_that_decide_are_known():
@@ -119,13 +142,14 @@ def test_the_command(layout, tmp_path):
     out = tmp_path / "rehearsed.json"
     flags = [f"--{name}={value}" for name, value in TINY.items()]
     run_python(["-m", "tools.rehearse", *flags, *layout, f"--out={out}"])
-    cases, w = json.loads(out.read_text())["cases"], shapes.weights("tiny")
+    cases, model = json.loads(out.read_text())["cases"], shapes.make("tiny", device="meta")
+    weights, head = sum(p.numel() for p in model.parameters()), model.lm_head.weight.numel()
     a_weight = 2 if layout else 4
     # of a frozen model, embeddings stay in fp32, and the output layer is a copy in bf16
-    more = 2 * w.words + 2 * w.head if "--lora_rank" in layout else 0
+    more = 2 * head + 2 * head if "--lora_rank" in layout else 0
     for name, case in cases.items():
         assert case["flops"] > 0 and case["card"] == 24, name
-        assert case["parts"]["weights"] == pytest.approx(a_weight * w.total + more, rel=0.1), name
+        assert case["parts"]["weights"] == pytest.approx(a_weight * weights + more, rel=0.1), name
     assert ("LA-DAPO, 1 terms through the latents" in cases) == ("--shard" not in layout)
     assert ("kernels" in cases["SFT"]) == (rehearse.HAS_CUDA or not layout[:1] == ["--shard"])
     # made on the GPU, the indices of pictures and rows alone would be waited for 40 to 90 times
