@@ -284,11 +284,6 @@ class Group:
     fate: str = ""  # what `keep_group` says
     A: torch.Tensor | None = None  # (G,) advantages
 
-    @property
-    def rewards(self):
-        """{name: G values}: the reward and its parts, whatever `rewards.score_group` gives."""
-        return {k: v for k, v in self.parts.items() if k not in ("correct", "unjudged")}
-
 
 def roll_out(model, tokenizer, samples, k, config, **more):
     """Batch k of the prompts, encoded or Skipped -> a Group for each that could be read.
@@ -654,6 +649,11 @@ def token_figures(new, batch, surrogate, r, kl, config):
     return dict(figures, clip_fraction=too_high | too_low, replay_ms=error)
 
 
+def rewards_of(group):
+    """{name: G values}: the reward and its parts, whatever `rewards.score_group` gives."""
+    return {k: v for k, v in group.parts.items() if k not in ("correct", "unjudged")}
+
+
 def rollout_figures(groups, kept, worth, machine):
     """This rank's groups of a step -> figures of all ranks' rollouts, a field each.
 
@@ -671,7 +671,7 @@ def rollout_figures(groups, kept, worth, machine):
         counts.update(cut_off=rollout.finish.count("length"))
         counts.update(unjudged=sum(group.parts["unjudged"]))
         counts["unjudged_groups" if group.fate == "unjudged" else group.fate] += 1
-        values.append(group.rewards)
+        values.append(rewards_of(group))
 
     total, rewards = Counter(), {name: [] for name in REWARDS}
     for some_counts, some_values in machine.gather([(counts, values)]):
@@ -750,7 +750,7 @@ def write_rollouts(run, step, groups, i):
             line = dict(step=step, id=row.id, fate=group.fate, question=row.question)
             line.update(answer=row.answer, response=group.texts[i])
             line.update(group_accuracy=group.parts["accuracy"])
-            line.update({name: values[i] for name, values in group.rewards.items()})
+            line.update({name: values[i] for name, values in rewards_of(group).items()})
             f.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 

@@ -277,7 +277,7 @@ def test_reward_by_hand(played):
             right = accuracy_reward(text, row.answer, row.options) > 0
             expected = right - 0.25 * tokenizer.decode(episode.tokens).count("<|image_pad|>")
             assert group.parts["total"][i] == pytest.approx(expected)
-            assert group.rewards["looks"][i] == len(episode.seen)
+            assert la_dapo.rewards_of(group)["looks"][i] == len(episode.seen)
 
 
 class Draws:
