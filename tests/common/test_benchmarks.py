@@ -1,4 +1,4 @@
-"""Readers of the releases on made records with real mp4 and PNG bytes."""
+"""Readers of the releases, on records with the fields that are public."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""common/clips.py against hand numbers, plain loops and other libraries."""
+"""common/clips.py against hand numbers and other libraries; decoders that fail or die."""
 
 import io
 import re

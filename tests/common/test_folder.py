@@ -1,4 +1,4 @@
-"""A model's folder: what a training leaves there, who can open it, what scripts take from it."""
+"""A model's folder: what a training leaves there, and what scripts take from it."""
 
 import dataclasses
 import filecmp
@@ -15,21 +15,14 @@ from common.folder import SETTINGS, is_hub_id, newest, trained_with
 from common.run import read_lines
 from tests.conftest import TINY_DATA
 
-IMAGES = dict(
-    image_processor_type="Qwen2VLImageProcessor", patch_size=16, temporal_patch_size=2, merge_size=2
-)
-IMAGES.update(size=dict(shortest_edge=65536, longest_edge=16777216), image_mean=[0.5] * 3)
-IMAGES.update(image_std=[0.5] * 3, processor_class="Qwen3VLProcessor")
-
 
 @pytest.fixture(scope="module")
 def released(world, tmp_path_factory):
-    """The world's model in a folder with the files that released models have."""
+    """The world's model in a folder with a chat template and larger pictures, as released ones."""
     folder = tmp_path_factory.mktemp("released") / "model"
     shutil.copytree(world["model"], folder)
-    videos = dict(IMAGES, video_processor_type="Qwen3VLVideoProcessor")
-    (folder / "preprocessor_config.json").write_text(json.dumps(IMAGES))
-    (folder / "video_preprocessor_config.json").write_text(json.dumps(videos))
+    images = dict(size=dict(shortest_edge=65536, longest_edge=16777216))
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
     template = "{% for m in messages %}{{ m.role }} {{ m.content }}{% endfor %}"
     (folder / "chat_template.json").write_text(json.dumps(dict(chat_template=template)))
     return str(folder)

@@ -1,4 +1,4 @@
-"""Latents back to pixels: cells in their places, an honest painter, and what is drawn of it."""
+"""Latents back to pixels: cells in their places, errors by hand, and what is drawn of them."""
 
 import base64
 import io
