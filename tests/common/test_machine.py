@@ -39,6 +39,10 @@ for name, what in json.loads(sys.argv[1]):
         torch.distributed.barrier()
     elif name == "parts":
         test_machine.parts_of_a_model(what)
+    elif name == "uneven":  # from here on
+        la_dapo.roll_out = test_machine.uneven
+    elif name == "bf16":  # from here on, where it is asked for
+        sft.Machine = la_dapo.Machine = test_machine.Narrow
     else:
         script = dict(sft=sft, la_dapo=la_dapo)[name]
         script.train(script.Config(**what))
@@ -52,6 +56,20 @@ def on_two_ranks(folder, *runs):
     script.write_text(RUNS.format(paths=[ROOT, f"{ROOT}/tests", f"{ROOT}/tests/common"]))
     runs = [(name, what if isinstance(what, str) else vars(what)) for name, what in runs]
     run_python([script, json.dumps(runs)], processes=2)
+
+
+def uneven(model, tokenizer, samples, k, config, roll_out=la_dapo.roll_out):
+    """`la_dapo.roll_out`, but of two ranks the second has rollouts ten times as long."""
+    n = config.max_new_tokens * (10 if k % 2 else 1)
+    return roll_out(model, tokenizer, samples, k, dataclasses.replace(config, max_new_tokens=n))
+
+
+class Narrow(machine.Machine):
+    """A CPU that computes in bf16 as CUDA does."""
+
+    def __init__(self, bf16=True, shard=False):
+        super().__init__(bf16, shard)
+        self.bf16 = bf16
 
 
 def parts_of_a_model(folder):
@@ -126,6 +144,9 @@ def trained(world, loud, tmp_path_factory):  # noqa: F811
         sft.train(sft_run("one_lora", lora_rank=3, latent_head=""))
         la_dapo.train(rl_run("one"))
         la_dapo.train(rl_run("one_lora", lora_rank=3))
+        with pytest.MonkeyPatch.context() as longer:
+            longer.setattr(la_dapo, "roll_out", uneven)
+            la_dapo.train(rl_run("one_uneven"))
         for kind in ("sft", "rl"):
             shutil.copytree(folder / kind / "one", folder / kind / "goes_on")
             shutil.rmtree(folder / kind / "goes_on" / "step_000002")
@@ -146,6 +167,11 @@ def trained(world, loud, tmp_path_factory):  # noqa: F811
             ("sft", sft_run("two_lora", lora_rank=3, latent_head="")),
             ("la_dapo", rl_run("two_lora", lora_rank=3)),
             ("la_dapo", rl_run("two_ddp")),
+            ("bf16", ""),
+            ("la_dapo", rl_run("two_bf16", bf16=True, shard=True, minibatches=1)),
+            ("uneven", ""),
+            ("la_dapo", rl_run("two_uneven", shard=True)),
+            ("la_dapo", rl_run("two_uneven_ddp")),
         )
         shutil.copytree(folder / "sft" / "two", folder / "sft" / "alone")
         shutil.rmtree(folder / "sft" / "alone" / "step_000002")
@@ -194,6 +220,28 @@ def test_la_dapo_in_parts_is_la_dapo(trained, name):
     assert_same(trained / "rl" / "one", trained / "rl" / name, *figures)
     log = read_log(trained / "rl" / "two")
     assert log[1]["kl"] > 0 and log[0]["updates"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["two_uneven", "two_uneven_ddp"])
+def test_a_rank_whose_rollouts_are_ten_times_longer(trained, name):
+    """Breaks if a rank that is ready first does not wait, or its few tokens count for more."""
+    one = trained / "rl" / "one_uneven"
+    assert_same(one, trained / "rl" / name, "total", "kl", "grad_norm", "length")
+    assert read_log(one)[1]["length"] > 4 * read_log(trained / "rl" / "one")[1]["length"]
+
+
+@pytest.mark.slow
+def test_la_dapo_in_parts_in_bf16(trained):
+    """Breaks if policy and reference, both in parts, do not round equally, if what decodes rounds
+    otherwise than what learns by more than its kernels do, or if bf16 is what is saved.
+    """
+    first, second = read_log(trained / "rl" / "two_bf16")
+    assert first["kl"] == 0 < second["kl"] and first["groups"] == 3
+    assert 1e-4 < first["replay_rms"] < 0.03
+    before, after = (weights(trained / "rl" / "two_bf16" / f"step_00000{i}") for i in (1, 2))
+    assert all(x.dtype == torch.float32 for x in after.values()) and apart(before, after) > 1e-5
+    assert any(not torch.equal(x, x.bfloat16().float()) for x in after.values())
 
 
 @pytest.mark.slow
