@@ -426,8 +426,8 @@ def test_three_steps_of_a_fine_tuning(script, more, world, tmp_path):
     [
         (la_dapo, dict(lora_rank=2, adjoint_terms=0)),
         (la_dapo, dict(merge_equal=True, minibatches=2)),
-        (own_path, dict(own="both")),
-        (noisy_latents, dict(density="sum", adjoint_terms=0)),
+        (own_path, {}),
+        (noisy_latents, dict(density="sum", adjoint_terms=0, kl=0.0)),
         (mcr, LOOPS),
     ],
 )
@@ -443,7 +443,7 @@ def test_three_steps_of_distillation(world, loud, tmp_path):  # noqa: F811
     shared = vars(rl_settings(world, loud, tmp_path, steps=3, prompts=4, group_size=2))
     names = {field.name for field in dataclasses.fields(opd.Config)}
     shared = {name: value for name, value in shared.items() if name in names}
-    shared.update(adjoint_terms=0, privilege="answer", marker="where is the ball ?", gate=True)
+    shared.update(adjoint_terms=0, privilege="answer", marker="where is the ball ?")
     opd.train(opd.Config(**shared))
     check_log(tmp_path)
 

@@ -40,20 +40,19 @@ from variants.mcr import Said, Shown, environment, frames_in, user_turn
 @dataclasses.dataclass
 class Config(sft.Config):
     copies: int = 4  # loops made from a record  # ours
-    looks: float = 0.5  # share of the future frames that are looked at  # ours
 
     def __post_init__(self):
         super().__post_init__()
         at_least(self, 1, "copies")
-        if not self.spans or self.eval_data or not 0 <= self.looks <= 1:
-            raise ValueError("scripted loops: spans, no eval_data, and looks between 0 and 1")
+        if not self.spans or self.eval_data:
+            raise ValueError("scripted loops: spans, and no eval_data")
 
     @property
     def label(self):
         return "loops"
 
 
-def script(row, draw, looks=0.5):
+def script(row, draw):
     """A Row's chain as a loop: parts of its response and feedback, in order. Source: ours.
 
     draw: a random.Random.
@@ -70,11 +69,11 @@ def script(row, draw, looks=0.5):
     for part in row.response:
         if not isinstance(part, Frame):
             parts.append(part)
-        elif draw.random() < looks:
+        elif draw.random() < 0.5:
             act(f"look {part.index}")
         else:
             parts.extend(["imagine", part])
-    if act("check") == Said("unseen") and draw.random() < looks:
+    if act("check") == Said("unseen") and draw.random() < 0.5:
         act(f"look {frames_in(row.response)[-1].index}")
         parts.extend([part for part in row.response if isinstance(part, str)][-1:])
     return parts
@@ -86,7 +85,7 @@ def scripts(rows, config):
     for row in rows:
         for copy in range(config.copies):
             draw = random.Random(f"{config.seed} {row.id} {copy}")
-            response = script(row, draw, config.looks)
+            response = script(row, draw)
             loops.append(dataclasses.replace(row, id=f"{row.id}#{copy}", response=response))
     return loops
 

@@ -13,8 +13,10 @@ A fork of la_dapo.py. What it changes:
  3. Latents are not a function of the weights here, so there is no adjoint: adjoint_terms = 0.
  4. One update a step: the ratio is 1, and the loss above is its surrogate. (A latent's density when
     it was sampled is not recorded.)
- 5. The KL is that of words and decisions to stop. Equal words are not merged: their latents differ.
-What stays: the rollouts' words, the rewards, the filter, the advantages, the loop.
+ 5. No KL. Equal words are not merged, because their latents differ.
+ 6. A step rolls out `prompts` prompts once (0: `groups`) and learns from all that the filter keeps:
+    nothing is refilled, and max_tries has no effect.
+What stays: the rollouts' words, the rewards, the filter, the advantages.
 
 A latent's noise depends on the seed, the batch of prompts, the rollout and the step alone.
 
@@ -45,6 +47,7 @@ from data import Samples
 class Config(la_dapo.Config):
     latent_sigma: float = 0.1  # deviation of the noise  # ours
     density: str = "sum"  # over D: sum (the score function) | mean (1/D of it)  # ours
+    kl: float = 0.0  # no reference
 
     def __post_init__(self):
         super().__post_init__()
@@ -53,8 +56,8 @@ class Config(la_dapo.Config):
                 f"latent_sigma {self.latent_sigma}, density {self.density!r}: expected above 0, "
                 "and sum or mean"
             )
-        if self.adjoint_terms or self.minibatches * self.inner_epochs != 1:
-            raise ValueError("noisy latents: adjoint_terms 0, one update a step")
+        if self.adjoint_terms or self.kl or self.minibatches * self.inner_epochs != 1:
+            raise ValueError("noisy latents: adjoint_terms 0, no KL, one update a step")
         if self.merge_equal or self.cuda_graph:  # the noise is drawn anew at each step
             raise ValueError("noisy latents: no merge_equal, no cuda_graph")
 
@@ -87,14 +90,14 @@ class Feed:
 
 
 def policy_loss(model, batch, counts, config):
-    """`la_dapo.policy_loss` with the latents' log-density, and without the adjoint."""
+    """`la_dapo.policy_loss` with the latents' log-density, without the adjoint and the KL."""
     new = la_dapo.replayed(model, batch, config)
-    loss, kl, figures = la_dapo.clipped_loss(new, batch, counts, config)
+    loss, _, figures = la_dapo.clipped_loss(new, batch, counts, config)
     z, sizes = new.latents.detach(), [len(z) for z in batch.rollout.latents]
     logp = log_density(z, new.predicted, config.latent_sigma, config.density)  # (N,)
     of_row = torch.stack([part.sum() for part in logp.split(sizes)])  # (R,)
     density = -((batch.A * batch.times)[:, 0] * of_row).sum() / counts.tokens
-    return loss + config.kl * kl + density, dict(figures, density=density.detach())
+    return loss + density, dict(figures, density=density.detach())
 
 
 def each_alone(group):
@@ -105,11 +108,11 @@ def each_alone(group):
 
 def train(config):
     """LA-DAPO with noisy latents -> path of the last checkpoint. The loop of la_dapo.py, with one
-    update a step and one minibatch.
+    try and one update a step.
 
     Raises SystemExit on a folder in use or bad input.
     """
-    # the run's folder, the policy, what it is compared with, the prompts in their order
+    # the run's folder, the policy, the prompts in their order
     machine = Machine(config.bf16, config.shard)
     rows = la_dapo.usable(rows_of(config), config)
     steps, judge = la_dapo.count_steps(rows, config), judge_of(config)
@@ -117,14 +120,13 @@ def train(config):
     torch.manual_seed(config.seed)
     model, tokenizer = run.load()
     model.model.visual.requires_grad_(False)
-    reference = la_dapo.load_reference(run, model)
     policy = machine.wrap(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     betas = 0.9, config.beta2
     optimizer = torch.optim.AdamW(trained, config.lr, betas, weight_decay=0.0, fused=True)
     next_batch = run.state["batch"] if run.state else 0
     size = config.rollout_batch
-    batches_a_try = -(-(config.prompts or config.groups) // size)
+    batches_a_step = -(-(config.prompts or config.groups) // size)
     plan = la_dapo.prompt_batches(
         len(rows), size, next_batch, config.seed, machine.rank, machine.world
     )
@@ -132,36 +134,27 @@ def train(config):
     run.start(model, optimizer, la_dapo.describe(config, rows, model, steps, machine))
 
     for step in run.steps(steps):
-        # roll out with noise and score, until enough groups are worth learning from
+        # roll out with noise, and score
         groups, skipped, first_batch = [], [], next_batch
         decoder = machine.decoder(model)
-        dropped = ("unjudged", "too hard", "too easy") if config.filter else ("unjudged",)
-        for _ in range(config.max_tries):
-            for k in range(next_batch, next_batch + batches_a_try):
-                if k % machine.world == machine.rank:
-                    samples = next(prompts)
-                    with machine.autocast():
-                        feed = Feed(config, k)
-                        new = la_dapo.roll_out(decoder, tokenizer, samples, k, config, feed=feed)
-                    la_dapo.score_groups(new, judge, config)
-                    groups += new
-                    skipped += [sample for sample in samples if isinstance(sample, Skipped)]
-            next_batch += batches_a_try
-            worth = [group for group in groups if group.fate not in dropped]
-            places = sorted(machine.gather([group.place for group in worth]))[: config.groups]
-            if len(places) == config.groups:
-                break
+        for k in range(next_batch, next_batch + batches_a_step):
+            if k % machine.world == machine.rank:
+                samples = next(prompts)
+                with machine.autocast():
+                    feed = Feed(config, k)
+                    groups += la_dapo.roll_out(decoder, tokenizer, samples, k, config, feed=feed)
+                skipped += [sample for sample in samples if isinstance(sample, Skipped)]
         del decoder
-        kept = [group for group in worth if group.place in places]
+        next_batch += batches_a_step
+        la_dapo.score_groups(groups, judge, config)
 
-        # advantages, and the reference's log-probabilities; no rollouts are merged
+        # the groups worth learning from, and their advantages; no rollouts are merged
+        dropped = ("unjudged", "too hard", "too easy") if config.filter else ("unjudged",)
+        kept = [group for group in groups if group.fate not in dropped]
         for group in kept:
             group.A = la_dapo.group_advantages(group.parts["total"])
         hidden = model.config.text_config.hidden_size
         batches, counts = la_dapo.batches_of(kept, hidden, config, machine, each_alone)
-        for batch in batches if reference is not None else []:
-            with torch.no_grad(), machine.autocast():
-                batch.ref = reference(la_dapo.replayed, batch, config).logprobs
 
         # one update: loss with the latents' density, backward, clip, step
         lr, figures, norms = la_dapo.learning_rate(step, steps, config), Counter(), []
@@ -183,7 +176,7 @@ def train(config):
         skipped, failures = run.skips(skipped, judge)
         line = dict(step=step, lr=lr, prompts=[first_batch * size, next_batch * size])
         line.update(la_dapo.update_figures(figures, norms, machine))
-        line.update(la_dapo.rollout_figures(groups, kept, worth, machine))
+        line.update(la_dapo.rollout_figures(groups, kept, kept, machine))
         line.update(skipped=len(skipped), skipped_names=skipped, judge_failures=failures)
         run.log(line, "total", "accuracy", "groups")
         if run.due(step + 1, steps):

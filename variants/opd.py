@@ -19,8 +19,6 @@ from X, so that I(y_n; S | X, y_<n) = 0, Eq. (1): what it teaches can be learnt.
 
 -A_n is one sample of KL(p, p_T) at step n. The gradient is that of the sum of these KLs with the
 visited states held constant: how a word changes what comes after it is not seen (no return-to-go).
---gate        StreamOPD's weights (arXiv 2608.16320): A <- w A, w = clip(1 + g~ / 2, 0, 2). g is a
-              response's mean of log p_T(. | X, S) - log p_T(. | X), g~ standardised over a group.
 --lam         adds lam sum ||z - z_T||^2 / sum ||z_T||^2, z_T what the teacher would imagine. Ours.
 --recovery    the student's first token looks at all visual tokens (variants/cue_recovery.py).
 
@@ -85,7 +83,6 @@ class Config(DataConfig):
     # objective
     eps: float = 0.2  # official
     lam: float = 0.0  # weight of the distance to the teacher's latents  # ours
-    gate: bool = False  # weigh a rollout by what the cue tells of it  # StreamOPD
     inner_epochs: int = 1  # updates from the same rollouts  # ours
     adjoint_terms: int = 0  # gradient through the latents, as in la_dapo.py: -1 exact  # ours
     recovery: bool = False  # add the cue recovery module to a student without  # paper sec. 3.2
@@ -114,8 +111,8 @@ class Config(DataConfig):
         at_least(self, -1, "adjoint_terms")
         if self.privilege not in ("cue", "answer", "none"):
             raise ValueError(f"privilege is {self.privilege!r}, expected cue, answer or none")
-        if self.temperature <= 0 or (self.gate and self.group_size < 2):
-            raise ValueError("expected a temperature above 0; and with gate, group_size 2 or more")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}, expected above 0")
 
     @property
     def label(self):
@@ -178,27 +175,16 @@ def token_weights(sampled, n_rollouts):
     return sampled / sampled.sum(1, keepdim=True).clamp(min=1) / n_rollouts
 
 
-def gate(g):
-    """g, what the cue tells of each rollout (B, G) -> StreamOPD's w = clip(1 + g~ / 2, 0, 2)."""
-    mean, std = g.mean(1, keepdim=True), g.std(1, correction=0, keepdim=True)
-    return (1 + 0.5 * (g - mean) / (std + 1e-4)).clamp(0, 2)
-
-
 # --------------------------------------------------------------------------------------------- loss
 
 
 @torch.no_grad()
 def ask_teacher(teacher, tokenizer, batch, config):
-    """The teacher scores a batch's rollouts -> its Replay, the weight w of each rollout (R, 1)."""
+    """The teacher scores a batch's rollouts under its own prompts -> its Replay."""
     samples = [hinted(group.sample, tokenizer, config) for group in batch.groups]
     prompts = model_inputs(collate(samples, 0, side="left"))  # pads are masked
     # deviation 1: the teacher is fed the student's latents
-    told = la_dapo.replayed(teacher, dataclasses.replace(batch, prompts=prompts), config)
-    if not config.gate:
-        return told, torch.ones_like(batch.A)
-    plain = la_dapo.replayed(teacher, batch, config)
-    g = (told.logprobs - plain.logprobs).sum(1) / batch.weight.sum(1).clamp(min=1)  # (R,)
-    return told, gate(g.view(-1, config.group_size)).view(-1, 1)
+    return la_dapo.replayed(teacher, dataclasses.replace(batch, prompts=prompts), config)
 
 
 def opd_loss(model, batch, told, weight, size, config):
@@ -292,23 +278,18 @@ def train(config):
 
         # the teacher scores every rollout, equal ones too
         batches, counts = la_dapo.batches_of(groups, hidden, config, machine, each_alone)
-        real = [batch for batch in batches if batch.groups]  # the others fill up, see batches_of
         with machine.autocast():
-            views = [ask_teacher(teacher, tokenizer, batch, config) for batch in real]
-        (z_size,) = machine.sum([sum(told.predicted.square().sum() for told, _ in views)])
+            views = [ask_teacher(teacher, tokenizer, batch, config) for batch in batches]
+        (z_size,) = machine.sum([sum(told.predicted.square().sum() for told in views)])
 
         # the student learns: loss, backward, clip, step
         lr, figures, norms = la_dapo.learning_rate(step, steps, config), Counter(), []
         for _ in range(config.inner_epochs):
-            for i, batch in enumerate(batches):
-                set_sync(student, last=i == len(batches) - 1)
+            for batch, told in zip(batches, views):
+                set_sync(student, last=batch is batches[-1])
                 weight = token_weights(batch.rollout.sampled, counts.rollouts)
-                if i < len(views):
-                    told, w = views[i]
-                else:  # it weighs nothing
-                    told, w = la_dapo.replayed(teacher, batch, config), 1.0
                 with machine.autocast():
-                    loss, logged = student(opd_loss, batch, told, w * weight, z_size, config)
+                    loss, logged = student(opd_loss, batch, told, weight, z_size, config)
                 (loss * machine.world).backward()  # DDP averages the ranks' gradients
                 figures.update({name: float(value) for name, value in logged.items()})
             norms.append(torch.nn.utils.clip_grad_norm_(trained, config.clip).item())

@@ -10,7 +10,7 @@ adjoint as dloss/dz (la_dapo.adjoint_loss):
     g = d/dz ( clipped loss - 1/n sum_groups sum_i (lambda_c R_ctr,i + lambda_d R_div,i) / std )
 
  1. std is the deviation of the group's R, the unit of its advantages; it is a constant, and at
-    least `least_std`. An advantage is bounded however small std is; this term would not be.
+    least .1. An advantage is bounded however small std is; this term would not be.
  2. All of dR/dz: R_ctr of one rollout depends on the latents of the others, and what it says about
     theirs counts too. (In R grad log pi each rollout has its own reward alone.)
  3. Which rollouts are right, and the words, are held fixed. An unjudged rollout has no part.
@@ -18,7 +18,7 @@ adjoint as dloss/dz (la_dapo.adjoint_loss):
 What stays: rollouts, rewards, filter, advantages, the loop. A group of equal rollouts, which has no
 advantages, has an update here.
 
-    python -m variants.own_path --model runs/sft --data train.json --own div
+    python -m variants.own_path --model runs/sft --data train.json
 
 Source: ours.
 """
@@ -31,23 +31,21 @@ import la_dapo
 from common.cli import run_script
 from rewards import contrastive_reward, span_likeness
 
+LEAST_STD = 0.1  # of a group's rewards; ours
+
 
 @dataclasses.dataclass
 class Config(la_dapo.Config):
-    own: str = "both"  # whose path: ctr | div | both  # ours
-    least_std: float = 0.1  # of a group's rewards  # ours
     adjoint_terms: int = -1  # -1 exact; k terms of the series
 
     def __post_init__(self):
         super().__post_init__()
-        if self.own not in ("ctr", "div", "both"):
-            raise ValueError(f"own is {self.own!r}, expected ctr, div or both")
-        if self.least_std <= 0 or self.adjoint_terms == 0:
-            raise ValueError("own path: least_std above 0, and adjoint_terms not 0")
+        if self.adjoint_terms == 0:
+            raise ValueError("own path: adjoint_terms is 0, so it has no way to the weights")
 
     @property
     def label(self):
-        return f"own path ({self.own})"
+        return "own path"
 
 
 def own_rewards(group, latents, config):
@@ -55,14 +53,11 @@ def own_rewards(group, latents, config):
 
     latents: G tensors (N_i, D), None = unjudged. Differentiable in them. Source: Eq. (4)-(7).
     """
-    reward = torch.zeros(())
-    if config.own != "div":
-        ctr = contrastive_reward(latents, group.parts["correct"], config.tau)
-        reward = reward + config.lambda_c * ctr.sum()
-    if config.own != "ctr":
-        for z, lengths in zip(latents, group.spans):
-            if z is not None:
-                reward = reward - config.lambda_d * span_likeness(z, lengths).cpu()
+    ctr = contrastive_reward(latents, group.parts["correct"], config.tau)
+    reward = config.lambda_c * ctr.sum()
+    for z, lengths in zip(latents, group.spans):
+        if z is not None:
+            reward = reward - config.lambda_d * span_likeness(z, lengths).cpu()
     return reward
 
 
@@ -79,7 +74,7 @@ def batch_rewards(latents, batch, config):
     total = torch.zeros(())
     for group, own in zip(batch.groups, of_group):
         known = torch.tensor([R for R in group.parts["total"] if R is not None])
-        std = known.std().clamp(min=config.least_std)
+        std = known.std().clamp(min=LEAST_STD)
         with torch.autocast(latents[0].device.type, enabled=False):
             total = total + own_rewards(group, own, config) / std
     return total
