@@ -8,8 +8,9 @@ import torch
 
 from common.formats import read_rows
 from curate import with_future
-from data import Samples, collate, encode, model_inputs
+from data import collate, encode, model_inputs
 from model import load
+from tests.conftest import changed_rows
 from toy.tiny import settings
 from variants import logprob_gain
 
@@ -23,12 +24,18 @@ def config(world, out, **more):
 
 def test_logprob_score_by_transformers(world, tmp_path):
     """Breaks if the score is not the mean log-probability of the answer's words behind <answer>,
-    under t and under v.
+    under t and under v: of one word, and in the first row of three.
     """
-    c = config(world, tmp_path)
+
+    def change(i, record):
+        if i == 0:
+            record.update(answer="red blue red", options=None)
+
+    data = changed_rows(dict(data=world["test"]), "words.jsonl", change)
+    c = config(world, tmp_path, data=data)
     lines = logprob_gain.probe(c)
     model, tokenizer = load(world["model"])
-    for row in read_rows(world["test"]):
+    for row in read_rows(data):
         for key, prompt in (
             ("logp_t", dataclasses.replace(row, response=[])),
             ("logp_v", with_future(row)),
@@ -51,20 +58,3 @@ def test_logprob_score_by_transformers(world, tmp_path):
     written = [json.loads(line) for line in open(tmp_path / "selected.jsonl")]
     assert written == chosen and len(chosen) < 8
     assert logprob_gain.probe(c) == lines  # all is done
-
-
-def test_logprob_of_an_answer_of_several_words(world):
-    """Breaks if a tag's token is counted, or a word of the answer that equals a tag's is left
-    out.
-    """
-    model, tokenizer = load(world["model"])
-    c, row = config(world, "unused"), read_rows(world["test"])[0]
-    empty = [tokenizer.convert_tokens_to_ids(t) for t in ("<answer>", "</answer>", "<|im_end|>")]
-    row = dataclasses.replace(row, response=[], answer="red blue red")
-    batch = collate([Samples([row], tokenizer, c)[0]], pad_id=0)
-    with torch.no_grad():
-        logp = model(**model_inputs(batch)).logits[0].log_softmax(-1)
-    ids = batch["input_ids"][0]
-    expected = [logp[i - 1, ids[i]].item() for i in range(len(ids) - 5, len(ids) - 2)]
-    assert [tokenizer.decode([t]) for t in ids[-5:-2]] == ["red", "blue", "red"]
-    assert logprob_gain.mean_logprob(model, batch, empty) == pytest.approx([sum(expected) / 3])

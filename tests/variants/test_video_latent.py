@@ -3,7 +3,6 @@ what they say.
 """
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ import evaluate
 import sft
 from common.formats import Skipped, read_rows
 from data import collate, model_inputs
-from latent_decode import generate
 from model import load
 from variants import video_latent
 from variants.video_latent import (
@@ -23,14 +21,11 @@ from variants.video_latent import (
     Model,
     Spanned,
     batch_sums,
-    contrast,
     diversity_loss,
     inject,
-    mean_distance,
     pairwise_cosine,
     prepare,
     probe_due,
-    read_out,
     unroll,
     with_answer,
     without_chain,
@@ -40,7 +35,7 @@ SPANS = dict(latent_head="", latent_loss="mse", stop_term=False)
 N = 3
 
 
-def encoded(world, n=N, train=True):
+def encoded(world, n=N):
     """A model whose head does something, and rows of four groups about four clips, with a span of
     n each.
     """
@@ -50,7 +45,7 @@ def encoded(world, n=N, train=True):
     torch.nn.init.normal_(model.latent_head.w2.weight, std=0.2)
     rows = without_chain([read_rows(world["data"])[i] for i in (0, 5, 10, 15)])
     config = settings(world, "unused", Config, **SPANS, n_latents=n)
-    samples = Spanned(rows, tokenizer, config, train=train)
+    samples = Spanned(rows, tokenizer, config, train=True)
     return model, tokenizer, [samples[i] for i in range(4)]
 
 
@@ -71,28 +66,10 @@ def sums_of(model, batch, probe=False, **more):
 # ----------------------------------------------------------------------------------------- N passes
 
 
-@torch.no_grad()
-def test_after_n_passes_the_latents_are_those_of_decoding(answers, world):
-    """Breaks if a pass reads or writes a latent at the wrong place, or N passes are too few."""
-    model, tokenizer, batch = answers
-    z = unroll(model, model_inputs(batch), N)
-
-    model.one_length = True
-    prompts = model_inputs(collate(encoded(world, train=False)[2], 0, side="left"))
-    c = model.config
-    others = [i for i in range(len(tokenizer)) if i != c.latent_start_id]
-    rollout = generate(model, prompts, max_new_tokens=N + 2, max_latents=N, banned=others)
-    assert rollout.tokens[:, 1 : N + 1].eq(c.latent_id).all()
-    assert rollout.tokens[:, -1].eq(c.latent_end_id).all() and not rollout.sampled[:, -1].any()
-    torch.testing.assert_close(z, torch.stack(rollout.latents), atol=2e-5, rtol=0)
-
-    # after N - 1 passes the first N - 1 are right, the last is not
-    error = (unroll(model, model_inputs(batch), N - 1) - z).abs().amax((0, 2))  # (N,)
-    assert error[: N - 1].max() < 2e-5 and error[-1] > 1e-2
-
-
 def test_the_gradient_is_that_of_a_loop_over_tokens(world):
-    """Breaks if a pass is left out of the gradient, or a latent reaches another row. In float64."""
+    """Breaks if N passes do not give the latents that decoding feeds one after another, a pass is
+    left out of the gradient, or a latent reaches another row. In float64.
+    """
     model, _, samples = encoded(world, n=2)
     model.double().requires_grad_(True)
     layers = model.model.language_model.layers
@@ -124,7 +101,7 @@ def test_the_gradient_is_that_of_a_loop_over_tokens(world):
 
 def test_the_head_by_hand_and_in_a_folder(world, tmp_path):
     """h + W2 silu(W1 RMSNorm(h)). Breaks if a part is missing, it is not the identity at first, or
-    it is lost with a save; or if a head that is there is replaced.
+    it is lost with a save.
     """
     model, tokenizer = load(world["model"])
     prepare(model, Config(n_latents=7))
@@ -140,11 +117,6 @@ def test_the_head_by_hand_and_in_a_folder(world, tmp_path):
     again, _ = load(str(tmp_path), cls=Model)
     np.testing.assert_allclose(again.to_latent(h).detach(), expected, rtol=1e-4, atol=1e-4)
     assert again.config.n_latents == 7
-
-    model, _ = load(world["model"], latent_head="linear")
-    head = model.latent_head
-    prepare(model, Config())
-    assert model.latent_head is head
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -163,32 +135,6 @@ def test_diversity_by_hand():
     np.testing.assert_allclose(diversity_loss(z), by_loop, rtol=1e-5)
 
 
-def test_contrast_by_hand():
-    """Breaks if rows are compared with themselves alone, or temperature or sign are wrong."""
-    zbar = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
-    c = torch.tensor([[1.0, 0.0], [1.0, 1.0]], requires_grad=True)
-    near = np.array([[1, math.sqrt(0.5)], [0, math.sqrt(0.5)]]) / 0.5
-    expected = [math.log(np.exp(near[i]).sum()) - near[i, i] for i in range(2)]
-    loss = contrast(zbar.requires_grad_(), c, tau=0.5)
-    np.testing.assert_allclose(loss.detach(), expected, rtol=1e-5)
-    loss.sum().backward()
-    assert c.grad is None and zbar.grad.abs().sum() > 0
-
-
-def test_read_out_by_hand():
-    """Breaks if a row reads another row's pictures, or the softmax is of something else."""
-    v = torch.tensor([[3.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
-    own = torch.tensor([[True, True, False], [False, False, True]])
-    h = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
-    a = math.exp(1 / 0.5) / (math.exp(1 / 0.5) + 1)
-    expected = [[3 * a, 2 * (1 - a)], [1.0, 1.0]]
-    np.testing.assert_allclose(read_out(h, v, own, tau=0.5), expected, rtol=1e-5)
-
-    z = torch.tensor([[[1.0, 0.0], [0.0, 5.0], [-1.0, 0.0]]])
-    target = torch.tensor([[[2.0, 0.0]] * 3])
-    assert mean_distance(z, target).item() == pytest.approx((0 + 1 + 2) / 3)
-
-
 def test_the_answer_is_shown_in_the_question(answers):
     """Breaks if a token of the prompt is lost or moved, or the answer is not where it should be."""
     model, tokenizer, batch = answers
@@ -202,26 +148,14 @@ def test_the_answer_is_shown_in_the_question(answers):
         assert own.startswith(question + rest + answer)
 
 
-def test_align_a_is_nothing_without_the_answer(answers, monkeypatch):
-    """Breaks if the teacher differs from the student by anything but the answer."""
-    model, _, batch = answers
-    assert sums_of(model, batch, align="A", alpha=0.5)[0][1] > 1e-3
-
-    def unshown(batch, c):
-        end = (batch["input_ids"] == c.latent_end_id).int().argmax(1)  # (B,)
-        mask = (torch.arange(batch["input_ids"].shape[1]) <= end[:, None]).long()
-        return batch["input_ids"] * mask, mask
-
-    monkeypatch.setattr(video_latent, "with_answer", unshown)
-    assert sums_of(model, batch, align="A", alpha=0.5)[0][1].abs() < 1e-5
-
-
 # --------------------------------------------------------------------------------------------- loop
 
 
 @pytest.mark.parametrize("align", ["A", "B", "C"])
 def test_the_sums_of_a_batch(answers, align):
-    """Breaks if a loss has another weight, or B's or C's pictures and states are not the row's."""
+    """Breaks if a loss has another weight, sign, temperature or target: the answer's latents, the
+    row's own pictures, the means of all rows.
+    """
     model, _, batch = answers
     (words, latents), figures = sums_of(model, batch, align=align, alpha=0.3, beta=0.2)
     z = unroll(model, model_inputs(batch), N)
