@@ -343,11 +343,6 @@ def batch_sums(model, batch, probe, config):
     return words["ce_sum"], latents, figures
 
 
-def probe_due(step, steps):
-    """Whether other latents are tried at a step: PROBES times in a training, first in step 0."""
-    return step * PROBES // steps != (step - 1) * PROBES // steps
-
-
 def train(config):
     """SFT on rows without their chains -> path of the last checkpoint. The loop of sft.py, without
     targets: Eq. (c) in the place of Eq. (1).
@@ -385,7 +380,7 @@ def train(config):
         sums, figures = torch.zeros(2, dtype=torch.float64), {}
         for batch in micro if n_text else []:
             set_sync(parallel, last=batch is micro[-1])
-            probe = batch is micro[0] and probe_due(step, steps)
+            probe = batch is micro[0] and step % max(1, steps // PROBES) == 0
             batch = sft.on_device(batch, machine)
             with machine.autocast():
                 ce, latent, noted = parallel(batch_sums, batch, probe, config)
