@@ -126,10 +126,13 @@ def test_the_loss_by_hand(slots, rows):
         assert (ce.item() == pytest.approx(plain["ce_sum"].item(), rel=1e-5)) == (schedule == "ar")
     latent.backward()
     assert slots.slots.weight.grad[:5].abs().sum(1).all()
+    assert slots.get_input_embeddings().weight.grad[slots.config.latent_id].any()  # m_n = it + e_n
 
 
 def test_random_cuts_depend_on_seed_progress_and_id_alone(slots, rows, monkeypatch):
-    """Breaks if a row's cuts depend on its neighbours, or are the same at every step."""
+    """Breaks if a row's cuts depend on its neighbours, or are the same at every step or for every
+    row.
+    """
     seen = []
     monkeypatch.setattr(set_spans, "lay_out", lambda *args: seen.append(lay_out(*args)) or seen[-1])
 
@@ -140,6 +143,7 @@ def test_random_cuts_depend_on_seed_progress_and_id_alone(slots, rows, monkeypat
 
     assert second_row() == second_row(ids="xby")
     assert len({second_row(k / 10) for k in range(5)} | {second_row(seed=1)}) > 3
+    assert len({second_row(ids=f"a{k}c") for k in range(5)}) > 1
 
 
 @pytest.mark.slow  # whole trainings
