@@ -64,8 +64,6 @@ curate() {
   done
 }
 
-painter_and_curation() { painter; curate; }
-
 ablate() {  # does the answer depend on what is imagined?
   score latent
   for fed in zero pause noise shuffled true; do
@@ -73,10 +71,13 @@ ablate() {  # does the answer depend on what is imagined?
   done
 }
 
-score_all() {
+draw() {
   score la-dapo
   stage pictures python -m tools.pictures --config toy/pictures.json --model "$home/la-dapo" \
     --data "$data/test.jsonl" --out "$home/pictures"
+}
+
+score_the_rest() {
   score base
   score text
   for name in able chosen random; do
@@ -85,11 +86,15 @@ score_all() {
   done
 }
 
+# two stages at a time, in two rows that take about as long
+text_and_painter() { text; painter; }
+first_row() { reinforce; ablate; draw; }
+second_row() { curate; score_the_rest; }
+
 echo "Each stage names itself and its seconds when it is done; what it says is in $logs."
 at_once begin
-at_once latent text
-at_once reinforce painter_and_curation
-at_once ablate score_all
+at_once latent text_and_painter
+at_once first_row second_row
 
 python -m toy.table "$home"
 echo "
