@@ -97,11 +97,13 @@ class Judge:
     ImportError without the openai package.
     """
 
-    def __init__(self, url, model, *, concurrency=16, retries=3, timeout=60.0):
+    retries, timeout = 3, 120.0  # of a failed request; seconds
+
+    def __init__(self, url, model, concurrency=16):
         import openai
 
         key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY") or "none"
-        options = dict(api_key=key, timeout=timeout, max_retries=retries)
+        options = dict(api_key=key, timeout=self.timeout, max_retries=self.retries)
         self.client, self.openai = openai.OpenAI(base_url=url or None, **options), openai
         self.model, self.concurrency = model, concurrency
         self.options, self.failures = OPTIONS, Counter()
@@ -163,8 +165,6 @@ class Config:
     model: str = ""  # the judge's name at the server
     url: str = ""  # an OpenAI-compatible server, ".../v1"; "" = OpenAI's
     images: bool = True  # show it the frames; --no-images for a judge that only reads  # ours
-    retries: int = 3  # of a failed request  # ours
-    timeout: float = 120.0  # seconds a request  # ours
     concurrency: int = 16  # requests at a time  # ours
 
 
@@ -221,8 +221,7 @@ def score_run(config):
     done = {id for id, v in before.items() if v["judged"] and v.items() >= keys.get(id, {}).items()}
     asked = [row for row in rows if row.id not in done]
 
-    settings = dict(concurrency=config.concurrency, retries=config.retries, timeout=config.timeout)
-    judge = Judge(config.url, config.model, **settings)
+    judge = Judge(config.url, config.model, config.concurrency)
 
     def score(row):
         try:

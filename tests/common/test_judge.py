@@ -106,7 +106,8 @@ def server(monkeypatch):
 def judge_at(server, reply, **more):
     """A judge whose server gives `reply`, or what the function `reply` returns."""
     server.reply = reply if callable(reply) else lambda body: reply
-    return Judge(server.url, "m", **{**dict(retries=2, timeout=5.0, concurrency=4), **more})
+    patient = type("Patient", (Judge,), dict(retries=2, timeout=5.0) | more)
+    return patient(server.url, "m", concurrency=4)
 
 
 def candidate(body):
@@ -300,7 +301,9 @@ def answered(scripted, tmp_path, monkeypatch, server):
         reply for word, reply in server.replies.items() if word in json.dumps(body)
     )
     run = dict(run=str(tmp_path), model="m", url=server.url)
-    return config, judge.Config(**run, retries=1, timeout=1.0)
+    monkeypatch.setattr(Judge, "retries", 1)
+    monkeypatch.setattr(Judge, "timeout", 1.0)
+    return config, judge.Config(**run)
 
 
 def test_responses_wait_for_a_judge(answered, tmp_path, server, capsys):
