@@ -53,6 +53,7 @@ from data import MEDIA, collate, model_inputs, to_device
 from model import LATENT, log_continue, places_of
 
 CHUNK = 16  # steps between two looks at which rows are done
+LIKELIEST = 1024  # words among which a CPU looks for the nucleus first
 LOGITS_AT_ONCE = 1024  # tokens of a replay whose logits are in memory at a time
 
 
@@ -155,9 +156,14 @@ def choose_word(logp, u, temperature=1.0, top_p=1.0):
         return logp.argmax(-1)
     p = (logp - logp.amax(-1, keepdim=True)).exp()  # (R, V), up to a factor
     if top_p < 1:
-        falling = p.sort(-1, descending=True).values  # (R, V)
-        mass = falling.double().cumsum(-1)
-        end = (mass < top_p * mass[:, -1:]).sum(-1, keepdim=True)  # (R, 1) of the nucleus
+        needed = top_p * p.sum(-1, keepdim=True, dtype=torch.float64)  # (R, 1)
+        # the likeliest words first, (R, V) or a part; a CPU sorts 151,936 words for longer than
+        # the model runs, and few of them are enough for a trained model
+        falling = p.topk(min(LIKELIEST, p.shape[1])).values if p.is_cpu else None
+        if falling is None or bool((falling.double().sum(-1, keepdim=True) < needed).any()):
+            falling = p.sort(-1, descending=True).values
+        before = falling.double().cumsum(-1) < needed  # whether the nucleus goes on after a word
+        end = before.sum(-1, keepdim=True).clamp(max=falling.shape[1] - 1)  # (R, 1)
         p = p.masked_fill(p < falling.gather(1, end), 0)
     # in float64, so that the zeros outside the nucleus change no sum
     cdf = p.double().cumsum(-1)

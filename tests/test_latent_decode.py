@@ -248,7 +248,7 @@ def test_choose_at_the_edges():
     assert all(decide(steep, u, temperature=t)[0].tolist() == [4, 4] for t in (0.0, 1.0))
 
 
-@pytest.mark.parametrize("scale", [1.0, 6.0])  # flat to sure
+@pytest.mark.parametrize("scale", [1, 6, torch.linspace(1, 6, 64)[:, None]])  # flat, sure, both
 def test_top_p_is_its_definition(scale):
     """Breaks if the nucleus is larger or smaller, leaves out a tie, or another word is drawn."""
     random = torch.randn(64, 5000, generator=torch.Generator().manual_seed(0))
