@@ -345,8 +345,10 @@ def generate(
             tokens[state.row, start:stop] = chunk.token
             sampled[state.row, start:stop] = chunk.sampled
             logprobs[state.row, start:stop] = chunk.logprob
-            for r, z, token in zip(state.row.tolist(), chunk.z, chunk.token):
-                latents[r].append(z[token == model.config.latent_id])  # (latents, D)
+            is_latent = chunk.token == model.config.latent_id  # (live, steps)
+            parts = chunk.z[is_latent].split(is_latent.sum(1).tolist())
+            for r, part in zip(state.row.tolist(), parts):
+                latents[r].append(part)  # (latents, D)
             if stream:
                 stream(chunk.token)
 
