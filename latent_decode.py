@@ -157,13 +157,14 @@ def choose_word(logp, u, temperature=1.0, top_p=1.0):
     p = (logp - logp.amax(-1, keepdim=True)).exp()  # (R, V), up to a factor
     if top_p < 1:
         needed = top_p * p.sum(-1, keepdim=True, dtype=torch.float64)  # (R, 1)
-        # the likeliest words first, (R, V) or a part; a CPU sorts 151,936 words for longer than
-        # the model runs, and few of them are enough for a trained model
+        # the likeliest words first, (R, V) or, on a CPU, at first a part: to sort 151,936 words
+        # takes it as long as a small model's step, and a trained model seldom needs so many
         falling = p.topk(min(LIKELIEST, p.shape[1])).values if p.is_cpu else None
         if falling is None or bool((falling.double().sum(-1, keepdim=True) < needed).any()):
             falling = p.sort(-1, descending=True).values
         before = falling.double().cumsum(-1) < needed  # whether the nucleus goes on after a word
-        end = before.sum(-1, keepdim=True).clamp(max=falling.shape[1] - 1)  # (R, 1)
+        # its last word (R, 1); there is one, although sums in two orders may round differently
+        end = before.sum(-1, keepdim=True).clamp(max=falling.shape[1] - 1)
         p = p.masked_fill(p < falling.gather(1, end), 0)
     # in float64, so that the zeros outside the nucleus change no sum
     cdf = p.double().cumsum(-1)
