@@ -267,7 +267,9 @@ BAD = [  # ... = the key is gone
 ]
 
 
-@pytest.mark.parametrize("make, key, value, message", BAD, ids=lambda x: str(x)[:20])
+@pytest.mark.parametrize(
+    "make, key, value, message", BAD, ids=lambda x: getattr(x, "__name__", str(x)[:20])
+)
 def test_malformed_records(make, key, value, message):
     """Breaks if one is no RecordError with file, index and fault: a TypeError ends a run, and a row
     that is read askew is not noticed at all.
