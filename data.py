@@ -146,7 +146,7 @@ def encode(row, tokenizer, config, train=True, spans=True, futures=False):
     but `<|latent|>`, incl. `<|im_end|>`. Raises ClipError for media, RecordError for a sample over
     max_length. Source: chat layout above, sec. 3.2.
     """
-    pieces, images, videos = _prompt(row, config)
+    pieces, images, videos = _prompt(row, config, all_eight=train or futures)
     ids, loaded = tokenize(pieces, tokenizer), []
     labels = [-100] * len(ids)
     response = [part for part in row.response if spans or isinstance(part, str)]
@@ -192,12 +192,15 @@ def unshown_options(rows, config):
     return f", {count} rows with options that are not shown" if count else ""
 
 
-def _prompt(row, config):
-    """Row -> the pieces of its prompt, its images and its videos, (patches, grid) each."""
+def _prompt(row, config, all_eight=True):
+    """Row -> the pieces of its prompt, its images and its videos, (patches, grid) each.
+
+    all_eight: see `load_frames`; questions about a clip often show the same frames.
+    """
     prompt = shown_prompt(row, config.show_options)
     frames = [part for part in prompt if isinstance(part, Frame)]
     # deviation 1: midpoints, whichever script asks
-    images = load_frames(frames, config.budgets.image)
+    images = load_frames(frames, config.budgets.image, all_eight)
     videos, shown = [], iter(images)
     pieces = [Special("<|im_start|>"), "system\n" + config.system, Special("<|im_end|>"), "\n"]
     pieces += [Special("<|im_start|>"), "user\n"]

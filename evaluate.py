@@ -26,7 +26,7 @@ paper reports the last.
     pause        the embedding of `<|latent|>`
     none         nothing, because no span can be opened
 The model still decides how long a span is. What a row is fed depends on the row alone, not on its
-batch.
+batch. Several kinds (`--latents zero,noise`) are evaluated one after the other, each in OUT_KIND.
 
 Where this differs from the paper and the official code:
  1. A sample that cannot be read, whose answer cannot be parsed, or on which the judge fails is
@@ -89,7 +89,8 @@ class Config(DataConfig):
     batch: int = 8  # prompts decoded together on one rank  # ours
     max_new_tokens: int = 0  # 0 = 4096 for TwiFF-Bench, else 2048  # paper sec. 4
     max_latents: int = 8  # longest span; a trained folder brings its own  # official
-    latents: str = "generated"  # generated | zero | noise | shuffled | true | pause | none  # ours
+    # generated | zero | noise | shuffled | true | pause | none, or several with commas  # ours
+    latents: str = "generated"
     seed: int = 0  # noise and the bootstrap  # ours
     # samples shown in report.html, spread over the groups; 0 = only its tables  # ours
     report: int = 24
@@ -103,8 +104,9 @@ class Config(DataConfig):
             setattr(self, name, getattr(self, name) or value)
         super().__post_init__()
         at_least(self, 1, "batch", "max_new_tokens")
-        if self.latents not in LATENTS:
-            raise ValueError(f"latents is {self.latents!r}, expected one of {', '.join(LATENTS)}")
+        for kind in self.latents.split(","):
+            if kind not in LATENTS:
+                raise ValueError(f"latents is {kind!r}, expected one of {', '.join(LATENTS)}")
 
 
 LATENTS = ("generated", "zero", "noise", "shuffled", "true", "pause", "none")
@@ -407,6 +409,8 @@ def check(rows, config):
     without options, an id that is used twice, and a row without true futures if `--latents` needs
     them.
     """
+    if config.latents not in LATENTS:
+        raise ValueError(f"latents is {config.latents!r}: several at once is for the command line")
     if len({row.id for row in rows}) < len(rows):
         raise ValueError(
             f"{config.data}: ids are not unique, so a resumed run could not tell its samples apart"
@@ -454,5 +458,13 @@ def read_answer(row, text, official=False):
     return dict(readings, official=official_letter(text)) if official else readings
 
 
+def main(config):
+    """`evaluate` with each kind of --latents: frames that one has read, the next need not read."""
+    kinds = config.latents.split(",")
+    for kind in kinds:
+        out = config.out if len(kinds) == 1 else f"{config.out}_{kind}"
+        evaluate(dataclasses.replace(config, latents=kind, out=out))
+
+
 if __name__ == "__main__":
-    run_script(evaluate, Config)
+    run_script(main, Config)

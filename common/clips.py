@@ -209,11 +209,12 @@ def cut_to(budget, frames, source):
         raise ClipError(f"{source if isinstance(source, str) else 'image'}: {e}") from e
 
 
-def load_frames(frames, budget):
+def load_frames(frames, budget, all_eight=True):
     """list of Frame -> list of (patches uint8 (P, 1536), grid (3,)), arrays; clips opened once.
 
-    They are cached until CACHE_BYTES are full; from then on nothing is added. Until then all eight
-    key frames of a clip are cut at once, because other rows ask for the others. Raises ClipError.
+    They are cached until CACHE_BYTES are full; from then on nothing is added. all_eight: until then
+    all key frames of a clip are cut at once, because other rows ask for the others. Raises
+    ClipError.
     """
     loaded = {frame: _cache[frame, budget] for frame in frames if (frame, budget) in _cache}
     for frame in frames:
@@ -222,7 +223,7 @@ def load_frames(frames, budget):
     missing = [frame for frame in frames if frame not in loaded]
     for clip in dict.fromkeys(frame.clip for frame in missing):
         indices = sorted({frame.index for frame in missing if frame.clip == clip})
-        indices = range(1, 9) if _cache_bytes < CACHE_BYTES else indices
+        indices = range(1, 9) if all_eight and _cache_bytes < CACHE_BYTES else indices
         for frame, picture in read_key_frames(clip, indices).items():
             loaded[frame] = cut_to(budget, picture[None], clip.path)
     for frame, patches_and_grid in loaded.items():

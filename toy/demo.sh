@@ -25,19 +25,16 @@ begin() {
     --model "$home/untrained" --data "$data/captions.jsonl" --out "$home/base" --resume
 }
 
-latent() {
+imagine() {
   stage latent python sft.py --config toy/sft.json --steps "$SFT_STEPS" --seed "$SEED" \
     --model "$home/base" --data "$data/train.jsonl" --out "$home/latent" --resume
+  stage la-dapo python la_dapo.py --config toy/rl.json --steps "$RL_STEPS" --seed "$SEED" \
+    --model "$home/latent" --data "$data/prompts.jsonl" --out "$home/la-dapo" --resume
 }
 
 text() {
   stage text python sft.py --config toy/sft.json --steps "$SFT_STEPS" --seed "$SEED" --no-spans \
     --model "$home/base" --data "$data/train.jsonl" --out "$home/text" --resume
-}
-
-reinforce() {
-  stage la-dapo python la_dapo.py --config toy/rl.json --steps "$RL_STEPS" --seed "$SEED" \
-    --model "$home/latent" --data "$data/prompts.jsonl" --out "$home/la-dapo" --resume
 }
 
 painter() {  # the vision tower is frozen from here on: one painter serves all models of the seed
@@ -56,19 +53,18 @@ curate() {
   # the selected rows against as many random ones
   stage sets python -c "import sys; from toy.world import same_number; same_number(*sys.argv[1:])" \
     "$data/curation_pool.jsonl" "$home/curation/selected.jsonl" "$SEED" "$home/curation"
-  for rows in chosen random; do
-    [ -s "$home/curation/$rows.jsonl" ] || continue  # in a trial, perhaps nothing is chosen
-    stage "$rows" python sft.py --config toy/sft.json --steps $((SFT_STEPS / 3)) --seed "$SEED" \
-      --model "$home/able" --data "$home/curation/$rows.jsonl" --media_root "$data" \
-      --out "$home/$rows" --resume
-  done
+}
+
+learn() {  # SFT on the rows of a set
+  [ -s "$home/curation/$1.jsonl" ] || return 0  # in a trial, perhaps nothing is chosen
+  stage "$1" python sft.py --config toy/sft.json --steps $((SFT_STEPS / 3)) --seed "$SEED" \
+    --model "$home/able" --data "$home/curation/$1.jsonl" --media_root "$data" \
+    --out "$home/$1" --resume
 }
 
 ablate() {  # does the answer depend on what is imagined?
   score latent
-  for fed in zero pause noise shuffled true; do
-    ask "latent_$fed" "$home/latent" --latents "$fed"
-  done
+  ask ablations "$home/latent" --out "$home/eval_latent" --latents zero,pause,noise,shuffled,true
 }
 
 draw() {
@@ -86,15 +82,15 @@ score_the_rest() {
   done
 }
 
-# two stages at a time, in two rows that take about as long
-text_and_painter() { text; painter; }
-first_row() { reinforce; ablate; draw; }
-second_row() { curate; score_the_rest; }
+# two at a time, which take about as long
+others() { painter; text; curate; learn chosen; }
+show_imagined() { ablate; draw; }
+show_others() { learn random; score_the_rest; }
 
 echo "Each stage names itself and its seconds when it is done; what it says is in $logs."
 at_once begin
-at_once latent text_and_painter
-at_once first_row second_row
+at_once imagine others
+at_once show_imagined show_others
 
 python -m toy.table "$home"
 echo "
