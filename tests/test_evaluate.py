@@ -81,11 +81,20 @@ def test_what_cannot_be_scored_is_refused_at_once(world, tmp_path, monkeypatch):
         (bare, "shuffled", "--latents shuffled needs the true future frames"),
         (bare, "noise", "--latents noise needs the true future frames"),
         (alone, "shuffled", "at least two clips"),
+        (rows, "zero,true", "several at once is for the command line"),
     ):
         with pytest.raises((ValueError, SystemExit), match=message):
             evaluate.evaluate(config(world, tmp_path, latents=kind), rows=some)
-    with pytest.raises(ValueError, match="expected one of"):
-        config(world, tmp_path, latents="dreams")
+    with pytest.raises(ValueError, match="latents is 'dreams', expected one of"):
+        config(world, tmp_path, latents="zero,dreams")
+
+
+def test_several_kinds_of_latents_are_as_many_evaluations(world, tmp_path):
+    """Breaks if a kind is left out, or is another than the same evaluation by itself."""
+    evaluate.main(config(world, tmp_path / "both", latents="zero,true"))
+    for kind in ("zero", "true"):
+        evaluate.main(config(world, tmp_path / kind, latents=kind))
+        assert lines_of(f"{tmp_path}/both_{kind}") == lines_of(tmp_path / kind)
 
 
 def test_what_a_question_is_about():

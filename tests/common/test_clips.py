@@ -25,8 +25,9 @@ from common.clips import (
     read_uniform,
     resize_and_cut,
 )
-from common.formats import Clip, Frame
+from common.formats import Clip, Frame, Row
 from common.painter import to_cells, to_pixels
+from data import DataConfig, encode
 from tests.conftest import flat, shown
 
 CELL = 32 * 32
@@ -396,6 +397,18 @@ def test_cache_is_bounded(frames, cached, film, monkeypatch, reads):
     assert [path for path, _ in reads] == [*paths, *again]
     # a cache that is full cuts no key frame that nobody asks for
     assert frames or reads[0][1] == [1]
+
+
+@pytest.mark.parametrize("train, wanted", [(False, [2, 3]), (True, range(1, 9))])
+def test_a_question_alone_reads_the_frames_that_it_shows(train, wanted, film, reads, tokenizer):
+    """Breaks if an evaluation decodes all eight, of which most questions show two, or if training,
+    where other rows ask for the others, does not.
+    """
+    path = film()
+    row = Row("f", "id", [Frame(path, 2), Frame(path, 3), "?"], [Frame(path, 4)], "A")
+    encode(row, tokenizer, DataConfig(), train)
+    positions = key_frame_positions(40)
+    assert reads[0] == (path, [positions[k - 1] for k in wanted])
 
 
 # the process that decodes may die, and that costs a clip, not the run
